@@ -1,0 +1,14 @@
+"""Fast, exact conditional normalizing flows for super-resolution: NCSR, SRFlow and their operators.
+
+    from ncsr_fast import NCSR
+    model = NCSR.from_pretrained("ncsr-compact-x4")
+    sr = model.sample(lr, n=10, temperature=0.8)   # (B, 10, 3, 4H, 4W)
+
+Importing the package needs torch alone.
+"""
+
+from ncsr_fast.config import NCSRConfig
+from ncsr_fast.nn import NCSR, RRDB, CheckpointError
+
+__version__ = "0.1.0"
+__all__ = ["NCSR", "NCSRConfig", "RRDB", "CheckpointError", "__version__"]

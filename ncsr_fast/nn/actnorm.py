@@ -1,0 +1,21 @@
+"""Data-dependent initialisation of an actnorm (Kingma & Dhariwal 2018, section 3.1)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+STD_FLOOR = 1e-6  # added to a channel's standard deviation by the published program
+
+
+@torch.no_grad()
+def initialize_actnorm(bias: Tensor, logs: Tensor, x: Tensor) -> None:
+    """Set `bias` and `logs` (C,) in place so that `(x + bias) · exp(logs)` has mean 0 and variance 1.
+
+    x (B, C, H, W). The statistics are each channel's over the batch and all positions, the variance
+    being the biased one: bias = -mean, logs = -log(std + 1e-6).
+    """
+    mean = x.mean(dim=(0, 2, 3))
+    variance = (x - mean[:, None, None]).square().mean(dim=(0, 2, 3))
+    bias.copy_(-mean)
+    logs.copy_(-torch.log(variance.sqrt() + STD_FLOOR))

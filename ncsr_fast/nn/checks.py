@@ -1,0 +1,59 @@
+"""What images, noise and latents must be, said in errors that name the argument, what it was and should be."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def check_image(name: str, image: Tensor, like: Tensor) -> None:
+    """Raise unless `image` is (B, 3, H, W), not empty, finite, and of the dtype and device of the parameter `like`.
+
+    Finiteness is read on the CPU only: on a GPU that would make the host wait.
+    """
+    if not isinstance(image, Tensor):
+        raise TypeError(f"{name} must be a tensor, not {type(image).__name__}")
+    if image.dim() != 4 or image.shape[1] != 3 or 0 in image.shape[2:]:
+        raise ValueError(f"{name} must have shape (B, 3, H, W), not {tuple(image.shape)}")
+    check_like(name, image, like)
+    check_finite(name, image)
+
+
+def check_like(name: str, tensor: Tensor, like: Tensor) -> None:
+    """Raise unless `tensor` has the dtype and device of the model, whose parameter `like` is."""
+    if tensor.dtype != like.dtype:
+        hint = "; images are floats in [0, 1]" if not tensor.is_floating_point() else ""
+        raise TypeError(f"{name} must be {like.dtype}, the dtype of the model, not {tensor.dtype}{hint}")
+    if tensor.device != like.device:
+        raise ValueError(f"{name} is on {tensor.device}, but the model is on {like.device}")
+
+
+def check_finite(name: str, tensor: Tensor) -> None:
+    """Raise when a CPU tensor holds NaN or infinite values."""
+    if tensor.device.type != "cpu":
+        return
+    finite = torch.isfinite(tensor)
+    if not finite.all():
+        raise ValueError(f"{name} has {int((~finite).sum())} NaN or infinite values out of {tensor.numel()}")
+
+
+def check_pair(hr: Tensor, lr: Tensor, scale: int) -> None:
+    """Raise unless `hr` is `scale` times the size of `lr`, image by image."""
+    expected = (lr.shape[0], 3, lr.shape[2] * scale, lr.shape[3] * scale)
+    if tuple(hr.shape) != expected:
+        raise ValueError(
+            f"hr must have shape {expected} for lr {tuple(lr.shape)} at scale {scale}, not {tuple(hr.shape)}"
+        )
+
+
+def check_noise(noise: Tensor, lr: Tensor, scale: int, noise_channels: int) -> None:
+    """Raise unless `noise` is what a model with `noise_channels` is conditioned on."""
+    if noise_channels == 0:
+        raise ValueError("noise must be None: this model has no noise-conditional layer")
+    batch, _, height, width = lr.shape
+    expected = (batch, 3, height * scale, width * scale) if noise_channels == 3 else (batch, 1, 1, 1)
+    if not isinstance(noise, Tensor):
+        raise TypeError(f"noise must be a tensor or None, not {type(noise).__name__}")
+    if tuple(noise.shape) != expected:
+        meaning = "the noise image" if noise_channels == 3 else "the standard deviation of each image's noise"
+        raise ValueError(f"noise must be {meaning}, of shape {expected}, not {tuple(noise.shape)}")

@@ -1,0 +1,110 @@
+"""The RRDB generator (ESRGAN, Wang et al. 2018): a super-resolution network, and the encoder of the flow."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+SLOPE = 0.2  # of every LeakyReLU
+RESIDUAL = 0.2  # weight of a dense block's, and of a block's, residual branch
+
+
+def conv3x3(inputs: int, outputs: int, scale: float | None = None) -> nn.Conv2d:
+    """A 3×3 convolution; with `scale`, initialised as ESRGAN's residual blocks are (Kaiming normal × scale)."""
+    conv = nn.Conv2d(inputs, outputs, 3, padding=1)
+    if scale is not None:
+        nn.init.kaiming_normal_(conv.weight, a=0, mode="fan_in")
+        conv.weight.data.mul_(scale)
+        nn.init.zeros_(conv.bias)
+    return conv
+
+
+class DenseBlock(nn.Module):
+    """Five convolutions, each reading everything before it; `x + 0.2 · conv5(...)`."""
+
+    def __init__(self, channels: int, growth: int) -> None:
+        super().__init__()
+        for index in range(1, 5):
+            setattr(self, f"conv{index}", conv3x3(channels + (index - 1) * growth, growth, scale=0.1))
+        self.conv5 = conv3x3(channels + 4 * growth, channels, scale=0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = [x]
+        for conv in (self.conv1, self.conv2, self.conv3, self.conv4):
+            features.append(F.leaky_relu(conv(torch.cat(features, dim=1)), SLOPE))
+        return x + RESIDUAL * self.conv5(torch.cat(features, dim=1))
+
+
+class ResidualBlock(nn.Module):
+    """Residual-in-residual dense block: three dense blocks in a residual of their own."""
+
+    def __init__(self, channels: int, growth: int) -> None:
+        super().__init__()
+        self.rdb1, self.rdb2, self.rdb3 = (DenseBlock(channels, growth) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + RESIDUAL * self.rdb3(self.rdb2(self.rdb1(x)))
+
+
+class RRDB(nn.Module):
+    """Deterministic ×`scale` generator whose inner features condition the flow.
+
+    `forward(lr)` is the super-resolved image (B, 3, sH, sW), what an L1 pre-training optimises.
+    `features(lr)` are the conditioning features of the flow's levels, from the HR side, without the
+    HR part of the network, which they do not need.
+
+    Modules are named as in BasicSR; `load_state_dict` of a published file goes through
+    `ncsr_fast.nn.published.load_published_encoder`.
+    """
+
+    def __init__(self, scale: int, channels: int, growth: int, blocks: int, stacked_blocks: tuple[int, ...] = ()) -> None:
+        super().__init__()
+        self.scale, self.stacked_blocks = scale, stacked_blocks
+        self.conv_first = conv3x3(3, channels)
+        self.body = nn.ModuleList(ResidualBlock(channels, growth) for _ in range(blocks))
+        self.conv_body = conv3x3(channels, channels)
+        self.conv_up = nn.ModuleList(conv3x3(channels, channels) for _ in range(int(math.log2(scale))))
+        self.conv_hr = conv3x3(channels, channels)
+        self.conv_last = conv3x3(channels, 3)
+
+    def head(self) -> list[nn.Module]:
+        """The modules that only the super-resolved image uses: the last upsampling and what follows."""
+        return [self.conv_up[-1], self.conv_hr, self.conv_last]
+
+    def forward(self, lr: Tensor) -> Tensor:
+        fea, _ = self._trunk(lr)
+        for conv in self.conv_up:
+            fea = self._upsample(fea, conv)
+        return self.conv_last(F.leaky_relu(self.conv_hr(fea), SLOPE))
+
+    def features(self, lr: Tensor) -> list[Tensor]:
+        """Conditioning features u of the levels, from the HR side.
+
+        Level ℓ (from 1) gets (B, channels · (1 + stacked blocks), s·H/2^ℓ, s·W/2^ℓ): the features of that
+        resolution, then the stacked block outputs resized to it by nearest neighbour. At LR size the former
+        are the trunk's output, above it they are *after* the LeakyReLU (the published encoder applies it in
+        place), and at half the LR size they are its 2×2 averages. H and W must be even.
+        """
+        trunk, stacked = self._trunk(lr)
+        pyramid = [F.avg_pool2d(trunk, 2), trunk]
+        for conv in self.conv_up[:-1]:
+            pyramid.append(self._upsample(pyramid[-1], conv))
+        resized = [F.interpolate(stacked, size=fea.shape[2:], mode="nearest") if stacked is not None else None for fea in pyramid]
+        joined = [fea if more is None else torch.cat([fea, more], dim=1) for fea, more in zip(pyramid, resized)]
+        return joined[::-1]
+
+    def _trunk(self, lr: Tensor) -> tuple[Tensor, Tensor | None]:
+        fea, outputs = self.conv_first(lr), {}
+        for index, block in enumerate(self.body):
+            fea = block(fea)
+            if index in self.stacked_blocks:
+                outputs[index] = fea
+        stacked = torch.cat([outputs[index] for index in self.stacked_blocks], dim=1) if outputs else None
+        return fea + self.conv_body(fea), stacked
+
+    @staticmethod
+    def _upsample(fea: Tensor, conv: nn.Conv2d) -> Tensor:
+        return F.leaky_relu(conv(F.interpolate(fea, scale_factor=2, mode="nearest")), SLOPE)

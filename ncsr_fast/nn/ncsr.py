@@ -1,0 +1,247 @@
+"""The NCSR model (Kim & Son 2021): a flow on the HR image, conditioned on the LR image and on the added noise."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+from typing import Mapping, NamedTuple, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ncsr_fast.config import NCSRConfig
+from ncsr_fast.nn import published
+from ncsr_fast.nn.checks import check_image, check_like, check_noise, check_pair
+from ncsr_fast.nn.encoder import RRDB
+from ncsr_fast.nn.level import FlowLevel
+from ncsr_fast.nn.padding import pad_to_even
+from ncsr_fast.ops.gaussian_split import gaussian_log_density
+
+
+class Encoded(NamedTuple):
+    """What `NCSR.encode` returns."""
+
+    latents: tuple[Tensor, ...]  # of the splits in encoding order, then the top-level one
+    log_likelihood: Tensor  # (B,) nats
+
+
+class NCSR(nn.Module):
+    """NCSR or SRFlow super-resolution flow; `config` says which.
+
+    `lr` is (B, 3, H, W) and `hr` (B, 3, sH, sW), float RGB in [0, 1], of the model's dtype and device. Both are
+    what the flow sees: the caller adds the noise (`ncsr_fast.data.perturb`). `noise` conditions the flow on what
+    was added: (B, 3, sH, sW) when `config.noise_channels` is 3, (B, 1, 1, 1) when it is 1, and None means zero.
+
+    Any LR size from 1×1 is accepted. Odd sizes are padded (reflection; replication of a single row or column)
+    to even ones, images returned are cropped back, and latents and likelihoods are those of the padded image.
+
+    Everything is differentiable with respect to images and parameters.
+    """
+
+    def __init__(self, config: NCSRConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = RRDB(config.scale, config.channels, config.growth, config.blocks, config.stacked_blocks)
+        for module in self.encoder.head():  # the flow does not use them, so its loss gives them no gradient
+            module.requires_grad_(False)
+        self.levels = nn.ModuleList(
+            FlowLevel(
+                channels=channels,
+                steps=config.steps,
+                transition_steps=config.transition_steps,
+                condition_channels=config.condition_channels,
+                hidden_channels=config.hidden_channels,
+                noise_channels=config.noise_channels,
+                noise_steps=config.noise_steps[index],
+                split_channels=config.split_channels(index, channels),
+                eps=config.eps,
+            )
+            for index, channels in enumerate(config.level_channels())
+        )
+        # persistent, so that a reloaded model is not initialised again from whatever batch comes first
+        self.register_buffer("actnorm_initialized", torch.tensor(False))
+        self.unused_published: dict[str, Tensor] = {}  # tensors of a published file that no computation reads
+
+    # -- likelihood ------------------------------------------------------------------------------------------
+
+    def encode(self, hr: Tensor, lr: Tensor, noise: Tensor | None = None) -> Encoded:
+        """Latents and log-likelihood of `hr` given `lr`.
+
+        returns  `.latents`, a tuple: those of the splits in encoding order, then the top-level one, all
+                 standard normal under the model; `.log_likelihood` (B,) in nats,
+                 `log p(hr | lr) = Σ log|det| + Σ log N(latent; 0, 1)`
+        raises   ValueError or TypeError naming the argument: shape, HR/LR sizes that do not fit the scale,
+                 dtype, device, and (CPU tensors) NaN or infinite values
+        """
+        return self._encode(*self._prepared(lr, hr, noise))
+
+    def nll(self, hr: Tensor, lr: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Negative log-likelihood (B,) in bits per HR pixel *position*, `-log p / (ln 2 · H · W)`.
+
+        As in the published programs it is not divided by the three channels. H and W are the padded size.
+        """
+        lr, hr, noise = self._prepared(lr, hr, noise)
+        pixels = hr.shape[2] * hr.shape[3]
+        return self._encode(lr, hr, noise).log_likelihood / (-math.log(2) * pixels)
+
+    @torch.no_grad()
+    def initialize(self, hr: Tensor, lr: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Set every actnorm from one batch, in encoding order, and return the batch's `nll` (B,).
+
+        Each actnorm, those inside the networks included, makes the data that reaches it zero-mean and
+        unit-variance per channel. Whatever the actnorms were is overwritten.
+        """
+        lr, hr, noise = self._prepared(lr, hr, noise)
+        encoded = self._encode(lr, hr, noise, initialize=True)
+        self.actnorm_initialized.fill_(True)
+        return encoded.log_likelihood / (-math.log(2) * hr.shape[2] * hr.shape[3])
+
+    # -- images ----------------------------------------------------------------------------------------------
+
+    def decode(self, latents: Sequence[Tensor], lr: Tensor, noise: Tensor | None = None) -> Tensor:
+        """The inverse of `encode`: latents → hr (B, 3, sH, sW), not clipped to [0, 1].
+
+        raises  ValueError when the latents are not those of an image of this size (`latent_shapes`)
+        """
+        height, width = lr.shape[2:]
+        lr_padded, _, noise = self._prepared(lr, None, noise)
+        expected = self.latent_shapes(lr.shape[2], lr.shape[3])
+        if len(latents) != len(expected):
+            raise ValueError(f"latents must be {len(expected)} tensors, not {len(latents)}")
+        for index, (latent, shape) in enumerate(zip(latents, expected)):
+            if tuple(latent.shape) != (lr.shape[0], *shape):
+                raise ValueError(f"latents[{index}] must have shape {(lr.shape[0], *shape)}, not {tuple(latent.shape)}")
+            check_like(f"latents[{index}]", latent, self._like)
+        hr, _ = self._decode(latents, self.encoder.features(lr_padded), noise)
+        return hr[:, :, : height * self.config.scale, : width * self.config.scale]
+
+    def sample(
+        self, lr: Tensor, n: int = 10, temperature: float = 0.9, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """n super-resolved images (B, n, 3, sH, sW) of each LR image, clipped to [0, 1].
+
+        Latents are drawn from N(0, temperature²) on the model's device from `generator` (which must be of that
+        device; None is torch's default one): the same seed gives the same images, and the first m samples do not
+        depend on n. The noise condition is zero, as in the published programs. The encoder runs once.
+
+        Call it under `torch.no_grad()` unless gradients are wanted: it is as differentiable as the rest.
+
+        raises  ValueError for n < 1 or a negative temperature, and as `encode` does for lr
+        """
+        if n < 1:
+            raise ValueError(f"n must be at least 1, not {n!r}")
+        if not temperature >= 0:
+            raise ValueError(f"temperature must not be negative, not {temperature!r}")
+        height, width = lr.shape[2:]
+        lr_padded, _, noise = self._prepared(lr, None, None)
+        features = self.encoder.features(lr_padded)
+        shapes = [(lr.shape[0], *shape) for shape in self.latent_shapes(height, width)]
+        images = []
+        for _ in range(n):
+            latents = [
+                temperature * torch.randn(shape, generator=generator, dtype=lr.dtype, device=lr.device) for shape in shapes
+            ]
+            images.append(self._decode(latents, features, noise)[0])
+        stacked = torch.stack(images, dim=1)
+        return stacked[..., : height * self.config.scale, : width * self.config.scale].clamp(0, 1)
+
+    def latent_shapes(self, height: int, width: int) -> list[tuple[int, int, int]]:
+        """(C, h, w) of each latent of an LR image of that size, in the order of `encode`."""
+        size = [side + side % 2 for side in (height, width)]
+        shapes = []
+        for index, channels in enumerate(self.config.level_channels()):
+            split = self.config.split_channels(index, channels)
+            taken = channels if index == self.config.levels - 1 else split
+            if taken:
+                shapes.append((taken, *(side * self.config.scale >> (index + 1) for side in size)))
+        return shapes
+
+    # -- weights ---------------------------------------------------------------------------------------------
+
+    def load_published(self, source: Mapping[str, Tensor] | str | os.PathLike) -> None:
+        """Load the state dict of a published NCSR or SRFlow network, or the .pth file that holds one.
+
+        Strict: raises CheckpointError naming what is missing, unexpected or of the wrong shape, and then changes
+        nothing. Tensors no computation uses are kept for `published_state_dict`. The actnorms count as
+        initialised when any of them is not zero, the published program's own rule.
+        """
+        published.load_network(self, published.read_state_dict(source))
+
+    def published_state_dict(self) -> dict[str, Tensor]:
+        """The weights under the names and shapes of the published programs, unused tensors included.
+
+        Those are the ones last loaded, or zeros in a model that never loaded any.
+        """
+        return published.network_state_dict(self)
+
+    @classmethod
+    def from_pretrained(cls, path: str | os.PathLike, config: NCSRConfig | None = None) -> NCSR:
+        """A model from a directory written by `save_pretrained`, a published .pth, or the name of a shipped model.
+
+        path    the only shipped model is "ncsr-compact-x4"
+        config  of a published .pth; None finds the preset whose tensors have the file's names and shapes
+        raises  FileNotFoundError, or CheckpointError for a file that is corrupt or of another model
+        """
+        from ncsr_fast import checkpoints  # imports this module
+
+        return checkpoints.load_pretrained(path, config)
+
+    def save_pretrained(self, directory: str | os.PathLike) -> Path:
+        """Write `config.json` and `model.safetensors` to `directory`, each atomically; return it."""
+        from ncsr_fast import checkpoints
+
+        return checkpoints.save_pretrained(self, directory)
+
+    # -- inside ----------------------------------------------------------------------------------------------
+
+    @property
+    def _like(self) -> Tensor:
+        return self.levels[0].actnorm_bias
+
+    def _prepared(self, lr: Tensor, hr: Tensor | None, noise: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The arguments checked and padded; a None noise filled with zeros where the model wants some."""
+        scale, noise_channels = self.config.scale, self.config.noise_channels
+        check_image("lr", lr, self._like)
+        if hr is not None:
+            check_image("hr", hr, self._like)
+            check_pair(hr, lr, scale)
+            hr = pad_to_even(hr, scale)
+        if noise is not None:
+            check_noise(noise, lr, scale, noise_channels)
+            check_like("noise", noise, self._like)
+            if noise_channels == 3:
+                noise = pad_to_even(noise, scale)
+        elif noise_channels:
+            noise = lr.new_zeros(lr.shape[0], noise_channels, 1, 1)
+        return pad_to_even(lr), hr, noise
+
+    def _encode(self, lr: Tensor, hr: Tensor, noise: Tensor | None, initialize: bool = False) -> Encoded:
+        z, latents, logdets = hr, [], []
+        for index, (level, u) in enumerate(zip(self.levels, self.encoder.features(lr))):
+            z, latent, logdet = level.encode(z, u, self._noise_at(index, noise, u), initialize)
+            logdets.append(logdet)
+            if latent is not None:
+                latents.append(latent)
+        logdets.append(gaussian_log_density(z).sum(dim=(1, 2, 3)))
+        return Encoded((*latents, z), torch.stack(logdets).sum(dim=0))
+
+    def _decode(self, latents: Sequence[Tensor], features: list[Tensor], noise: Tensor | None) -> tuple[Tensor, Tensor]:
+        """hr of the padded size, and the log|det| (B,) of decoding, which is minus that of encoding."""
+        *latents, z = latents
+        logdets = []
+        for index in reversed(range(len(self.levels))):
+            level, u = self.levels[index], features[index]
+            latent = latents.pop() if level.split_channels else None
+            z, logdet = level.decode(z, latent, u, self._noise_at(index, noise, u))
+            logdets.append(logdet)
+        return z, torch.stack(logdets).sum(dim=0)
+
+    def _noise_at(self, index: int, noise: Tensor | None, u: Tensor) -> Tensor | None:
+        """The noise condition v at the resolution of a level: bicubic, half-pixel centres, no antialiasing."""
+        if not self.config.noise_steps[index]:
+            return None
+        if noise.shape[2:] == (1, 1):
+            return noise.expand(-1, -1, *u.shape[2:])
+        return F.interpolate(noise, size=u.shape[2:], mode="bicubic", align_corners=False)

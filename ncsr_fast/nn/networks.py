@@ -1,0 +1,75 @@
+"""The small convolutional networks of injectors and couplings, all of a level's stacked in one module."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ncsr_fast.nn.actnorm import initialize_actnorm
+
+LOG_SCALE = 3.0  # factor of `logs` in a zero-initialised convolution (Glow)
+WEIGHT_STD = 0.05  # of the initial weights of the first two convolutions
+
+
+class Network(NamedTuple):
+    """The tensors of one network: views of a `StackedNetworks`."""
+
+    conv1: Tensor  # (hidden, inputs, 3, 3)
+    norm1_bias: Tensor  # (hidden,)
+    norm1_logs: Tensor  # (hidden,)
+    conv2: Tensor  # (hidden, hidden, 1, 1)
+    norm2_bias: Tensor  # (hidden,)
+    norm2_logs: Tensor  # (hidden,)
+    conv3: Tensor  # (outputs, hidden, 3, 3)
+    bias3: Tensor  # (outputs,)
+    logs3: Tensor  # (outputs,)
+
+    def __call__(self, x: Tensor, initialize: bool = False) -> Tensor:
+        """(B, inputs, H, W) → (B, outputs, H, W); `initialize` first sets the two actnorms from x."""
+        x = F.conv2d(x, self.conv1, padding=1)
+        x = _actnorm_relu(x, self.norm1_bias, self.norm1_logs, initialize)
+        x = F.conv2d(x, self.conv2)
+        x = _actnorm_relu(x, self.norm2_bias, self.norm2_logs, initialize)
+        return zeros_conv(x, self.conv3, self.bias3, self.logs3)
+
+
+class StackedNetworks(nn.Module):
+    """`count` networks of one shape, every parameter with a leading dimension of `count`.
+
+    Each is conv3×3 → actnorm → ReLU → conv1×1 → actnorm → ReLU → (conv3×3 + bias) · exp(3 logs), the first
+    two convolutions without bias. The last one starts at zero, so that every coupling starts as nearly the
+    identity. Parameters are stacked because that makes folding them, convolving for all steps at once and
+    optimising them one operation each.
+    """
+
+    def __init__(self, count: int, inputs: int, hidden: int, outputs: int) -> None:
+        super().__init__()
+
+        def zeros(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.zeros(count, *shape))
+
+        self.conv1 = nn.Parameter(torch.randn(count, hidden, inputs, 3, 3) * WEIGHT_STD)
+        self.norm1_bias, self.norm1_logs = zeros(hidden), zeros(hidden)
+        self.conv2 = nn.Parameter(torch.randn(count, hidden, hidden, 1, 1) * WEIGHT_STD)
+        self.norm2_bias, self.norm2_logs = zeros(hidden), zeros(hidden)
+        self.conv3 = zeros(outputs, hidden, 3, 3)
+        self.bias3, self.logs3 = zeros(outputs), zeros(outputs)
+
+    def unbind(self) -> list[Network]:
+        """The networks one by one. Once a pass: under autograd, indexing would fill a stack of zeros per step."""
+        return [Network(*tensors) for tensors in zip(*(getattr(self, name).unbind() for name in Network._fields))]
+
+
+def zeros_conv(x: Tensor, weight: Tensor, bias: Tensor, logs: Tensor) -> Tensor:
+    """Glow's zero-initialised 3×3 convolution: `(weight ∗ x + bias) · exp(3 logs)` for each output channel."""
+    scale = torch.exp(LOG_SCALE * logs)
+    return F.conv2d(x, weight * scale[:, None, None, None], bias * scale, padding=1)
+
+
+def _actnorm_relu(x: Tensor, bias: Tensor, logs: Tensor, initialize: bool) -> Tensor:
+    if initialize:
+        initialize_actnorm(bias, logs, x)
+    return F.relu((x + bias[:, None, None]) * torch.exp(logs)[:, None, None])

@@ -1,0 +1,228 @@
+"""The state dicts of the published NCSR, SRFlow, RRDB and ESRGAN programs, and ours, in both directions.
+
+The published programs keep one module per flow step in one flat list (`flowUpsamplerNet.layers.N`, squeezes
+and splits included); ours stack the steps of a level. `layout` is the one table that relates the two.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import re
+from typing import TYPE_CHECKING, Iterator, Mapping, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ncsr_fast.nn.networks import StackedNetworks
+
+if TYPE_CHECKING:
+    from ncsr_fast.nn.encoder import RRDB
+    from ncsr_fast.nn.ncsr import NCSR
+
+_WRAPPERS = ("params_ema", "params", "state_dict", "model", "net_g")  # keys under which files hold a state dict
+_LISTED = 5  # names an error spells out of each kind
+
+
+class CheckpointError(ValueError):
+    """A file or state dict that is not the model's: corrupt, or with other tensors."""
+
+
+class Entry(NamedTuple):
+    """One published tensor: its name and shape, and the tensor of ours that it is (None: no computation uses it)."""
+
+    name: str
+    shape: tuple[int, ...]
+    tensor: Tensor | None
+
+
+# -- reading ---------------------------------------------------------------------------------------------------
+
+
+def read_state_dict(source: Mapping[str, Tensor] | str | os.PathLike) -> dict[str, Tensor]:
+    """A state dict from itself or from a .pth file, unwrapped, without a `module.` prefix.
+
+    Files are read with `weights_only=True`: nothing in them is executed. Raises FileNotFoundError, or
+    CheckpointError for a file that cannot be read or holds no tensors.
+    """
+    if isinstance(source, (str, os.PathLike)):
+        if not os.path.exists(source):
+            raise FileNotFoundError(f"no checkpoint at {os.fspath(source)!r}")
+        try:
+            state = torch.load(source, map_location="cpu", weights_only=True)
+        except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
+            raise CheckpointError(f"{os.fspath(source)!r} is not a readable PyTorch checkpoint: {error}") from error
+    else:
+        state = source
+    for key in _WRAPPERS:
+        if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
+            state = state[key]
+    if not isinstance(state, Mapping) or not state or not all(isinstance(value, Tensor) for value in state.values()):
+        raise CheckpointError("the checkpoint holds no state dict (a mapping from names to tensors)")
+    return {name.removeprefix("module."): value for name, value in state.items()}
+
+
+def compare(expected: Mapping[str, tuple[int, ...]], state: Mapping[str, Tensor], what: str) -> None:
+    """Raise CheckpointError naming the tensors that are missing, unexpected or of another shape."""
+    problems = {
+        "missing": [name for name in expected if name not in state],
+        "unexpected": [name for name in state if name not in expected],
+        "of the wrong shape": [
+            f"{name} {tuple(state[name].shape)}, expected {tuple(shape)}"
+            for name, shape in expected.items()
+            if name in state and tuple(state[name].shape) != tuple(shape)
+        ],
+    }
+    found = [f"{len(names)} {kind}: {_first(names)}" for kind, names in problems.items() if names]
+    if found:
+        raise CheckpointError(f"the checkpoint is not that of {what}; " + "; ".join(found))
+
+
+def _first(names: list[str]) -> str:
+    return ", ".join(names[:_LISTED]) + (", …" if len(names) > _LISTED else "")
+
+
+# -- the flow ----------------------------------------------------------------------------------------------------
+
+
+def layout(model: NCSR) -> Iterator[Entry]:
+    """Every tensor of the published state dict of `model`, in its order; the tensors are views of the parameters."""
+    for name, tensor in encoder_layout(model.encoder):
+        yield Entry("RRDB." + name, tuple(tensor.shape), tensor)
+    config = model.config
+    position = 0
+    for level in model.levels:
+        position += 1  # the squeeze
+        for index in range(config.transition_steps + config.steps):
+            prefix = f"flowUpsamplerNet.layers.{position}"
+            position += 1
+            yield _channelwise(f"{prefix}.actnorm.bias", level.actnorm_bias.detach()[index])
+            yield _channelwise(f"{prefix}.actnorm.logs", level.actnorm_logs.detach()[index])
+            yield _whole(f"{prefix}.invconv.weight", level.invconv.detach()[index])
+            step = index - config.transition_steps
+            if step < 0:
+                continue
+            yield from _network(f"{prefix}.affine.fAffine", level.couplings, step)
+            yield from _network(f"{prefix}.affine.fFeatures", level.injectors, step)
+            if not config.noise_channels:
+                continue
+            # the published network exists in every step, used or not
+            noise_step = step - (level.steps - level.noise_steps)
+            if noise_step >= 0:
+                yield from _network(f"{prefix}.affine.fAffine_std", level.noise_couplings, noise_step)
+            else:
+                with torch.device("meta"):  # shapes alone
+                    unused = StackedNetworks(
+                        1, level.kept + config.noise_channels, config.hidden_channels, 2 * (level.channels - level.kept)
+                    )
+                for entry in _network(f"{prefix}.affine.fAffine_std", unused, 0):
+                    yield entry._replace(tensor=None)
+        if level.split_channels:
+            prefix = f"flowUpsamplerNet.layers.{position}.conv"
+            position += 1
+            yield _whole(f"{prefix}.weight", level.split_weight.detach())
+            yield _whole(f"{prefix}.bias", level.split_bias.detach())
+            yield _scale(f"{prefix}.logs", level.split_logs.detach())
+    yield Entry("flowUpsamplerNet.f.0.weight", (96, config.condition_channels, 3, 3), None)
+    yield Entry("flowUpsamplerNet.f.0.bias", (96,), None)
+
+
+def load_network(model: NCSR, state: Mapping[str, Tensor]) -> None:
+    """Copy a published state dict into `model`; strict, and nothing is changed when it does not fit."""
+    entries = list(layout(model))
+    compare({entry.name: entry.shape for entry in entries}, state, f"this model ({describe(model)})")
+    for entry in entries:
+        if entry.tensor is not None:
+            entry.tensor.copy_(state[entry.name].reshape(entry.tensor.shape))
+    model.unused_published = {e.name: state[e.name].detach().cpu().clone() for e in entries if e.tensor is None}
+    model.actnorm_initialized.fill_(any(bool(level.actnorm_bias.detach().any()) for level in model.levels))
+
+
+def network_state_dict(model: NCSR) -> dict[str, Tensor]:
+    """The published state dict of `model`: copies, with the published shapes."""
+    like = next(model.parameters())
+    state = {}
+    for entry in layout(model):
+        tensor = model.unused_published.get(entry.name) if entry.tensor is None else entry.tensor
+        state[entry.name] = like.new_zeros(entry.shape) if tensor is None else tensor.reshape(entry.shape).to(like).clone()
+    return state
+
+
+def describe(model: NCSR) -> str:
+    config = model.config
+    kind = {0: "SRFlow", 1: "NCSR, std-conditional", 3: "NCSR, noise-conditional"}[config.noise_channels]
+    return f"{kind}, ×{config.scale}, {config.blocks} blocks, {config.steps} steps a level"
+
+
+def _whole(name: str, tensor: Tensor) -> Entry:
+    return Entry(name, tuple(tensor.shape), tensor)
+
+
+def _channelwise(name: str, tensor: Tensor) -> Entry:
+    return Entry(name, (1, tensor.shape[0], 1, 1), tensor)
+
+
+def _scale(name: str, tensor: Tensor) -> Entry:
+    return Entry(name, (tensor.shape[0], 1, 1), tensor)
+
+
+def _network(prefix: str, networks: StackedNetworks, index: int) -> Iterator[Entry]:
+    def part(name: str) -> Tensor:
+        return getattr(networks, name).detach()[index]
+
+    for layer, conv, norm in ((0, "conv1", "norm1"), (2, "conv2", "norm2")):
+        yield _whole(f"{prefix}.{layer}.weight", part(conv))
+        yield _channelwise(f"{prefix}.{layer}.actnorm.bias", part(f"{norm}_bias"))
+        yield _channelwise(f"{prefix}.{layer}.actnorm.logs", part(f"{norm}_logs"))
+    yield _whole(f"{prefix}.4.weight", part("conv3"))
+    yield _whole(f"{prefix}.4.bias", part("bias3"))
+    yield _scale(f"{prefix}.4.logs", part("logs3"))
+
+
+# -- the encoder -------------------------------------------------------------------------------------------------
+
+
+def encoder_layout(encoder: RRDB) -> Iterator[tuple[str, Tensor]]:
+    """(name in the published RRDB, SRFlow and NCSR files, tensor) of every tensor of the encoder, in order."""
+    for name, tensor in encoder.state_dict().items():
+        name = re.sub(r"^body\.(\d+)\.rdb(\d)", r"RRDB_trunk.\1.RDB\2", name)
+        name = re.sub(r"^conv_body\b", "trunk_conv", name)
+        name = re.sub(r"^conv_up\.(\d+)", lambda match: f"upconv{int(match[1]) + 1}", name)
+        yield re.sub(r"^conv_hr\b", "HRconv", name), tensor
+
+
+def load_published_encoder(encoder: RRDB, source: Mapping[str, Tensor] | str | os.PathLike) -> None:
+    """Load published RRDB or ESRGAN weights into `encoder`: a state dict or a .pth file, in any of the namings.
+
+    Those are: the RRDB files of SRFlow and NCSR and ESRGAN's new architecture (`RRDB_trunk…`), BasicSR and
+    Real-ESRGAN (`body…`), ESRGAN's old architecture (`model.…`), and the `RRDB.` part of a flow checkpoint.
+    Strict: raises CheckpointError naming what does not fit, and then changes nothing.
+    """
+    state = read_state_dict(source)
+    if any(name.startswith("RRDB.") for name in state):
+        state = {name.removeprefix("RRDB."): value for name, value in state.items() if name.startswith("RRDB.")}
+    if any(name.startswith("model.1.sub.") for name in state):
+        state = {_from_old_esrgan(name): value for name, value in state.items()}
+    elif any(name.startswith("body.") for name in state):
+        state = {_from_basicsr(name): value for name, value in state.items()}
+    entries = dict(encoder_layout(encoder))
+    what = f"this RRDB encoder (×{encoder.scale}, {len(encoder.body)} blocks)"
+    compare({name: tuple(tensor.shape) for name, tensor in entries.items()}, state, what)
+    for name, tensor in entries.items():
+        tensor.copy_(state[name])
+
+
+def _from_basicsr(name: str) -> str:
+    name = re.sub(r"^body\.(\d+)\.rdb(\d)", r"RRDB_trunk.\1.RDB\2", name)
+    name = re.sub(r"^conv_body\b", "trunk_conv", name)
+    name = re.sub(r"^conv_up(\d)", r"upconv\1", name)
+    return re.sub(r"^conv_hr\b", "HRconv", name)
+
+
+def _from_old_esrgan(name: str) -> str:
+    name = re.sub(r"^model\.1\.sub\.(\d+)\.RDB(\d)\.conv(\d)\.0", r"RRDB_trunk.\1.RDB\2.conv\3", name)
+    name = re.sub(r"^model\.1\.sub\.\d+\.(weight|bias)$", r"trunk_conv.\1", name)
+    # ×4: model.3 and model.6 follow the two nearest-neighbour upsamplings, model.8 and model.10 end the network
+    for old, new in (("0", "conv_first"), ("3", "upconv1"), ("6", "upconv2"), ("8", "HRconv"), ("10", "conv_last")):
+        name = re.sub(rf"^model\.{old}\.(weight|bias)$", rf"{new}.\1", name)
+    return name

@@ -1,0 +1,22 @@
+"""The operators of a conditional flow, as differentiable functions on tensors.
+
+Each takes `(…, *, inverse=False, backend="auto")` and returns `(y, logdet)`: `logdet` (B,) is the
+log|det| of the map that was applied, so the inverse returns its negative; it is float32, or float64
+for float64 input. `backends()` tells which implementations there are and why the others are not.
+"""
+
+from ncsr_fast.ops._contract import Backend, BackendUnavailable, backends
+from ncsr_fast.ops.actnorm_invconv import actnorm_invconv
+from ncsr_fast.ops.affine_coupling import affine_coupling
+from ncsr_fast.ops.affine_injector import affine_injector
+from ncsr_fast.ops.gaussian_split import gaussian_split
+
+__all__ = [
+    "Backend",
+    "BackendUnavailable",
+    "actnorm_invconv",
+    "affine_coupling",
+    "affine_injector",
+    "backends",
+    "gaussian_split",
+]

@@ -1,0 +1,35 @@
+"""Affine coupling: the second half of the channels shifted and scaled (Dinh et al. 2017, equations 7 and 8)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ncsr_fast.ops._contract import check_state, check_tensors, compute_dtype, resolve_backend
+from ncsr_fast.ops.affine_injector import affine
+
+
+def affine_coupling(
+    z: Tensor, h: Tensor, eps: float = 1e-4, *, inverse: bool = False, backend: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """`y1 = z1`, `y2 = (z2 + shift) · scale`, or its inverse; z1 is the first C//2 channels.
+
+    z        (B, C, H, W)
+    h        (B, 2(C - C//2), H, W), shift and raw scale interleaved as for `affine_injector`; in a flow
+             it depends on z1 alone, which this function neither knows nor needs
+    returns  y (B, C, H, W) in the dtype of z, and logdet (B,) = ±Σ log scale
+
+    Computed in float32, or in float64 for float64 z. Differentiable with respect to z and h. Raises
+    ValueError or TypeError naming the argument for a wrong shape, dtype or device.
+    """
+    batch, channels, height, width = check_state("affine_coupling", "z", z)
+    changed = channels - channels // 2
+    check_tensors(
+        "affine_coupling",
+        {"z": (z, tuple(z.shape)), "h": (h, (batch, 2 * changed, height, width))},
+        like="z",
+    )
+    resolve_backend("affine_coupling", backend)
+    z1, z2 = z[:, : channels // 2], z[:, channels // 2 :]
+    y2, logdet = affine(z2.to(compute_dtype(z)), h, eps, inverse)
+    return torch.cat([z1, y2.to(z.dtype)], dim=1), logdet
