@@ -7,8 +7,19 @@
 Importing the package needs torch alone.
 """
 
+import importlib
+
+from ncsr_fast import ops
 from ncsr_fast.config import NCSRConfig
 from ncsr_fast.nn import NCSR, RRDB, CheckpointError
 
 __version__ = "0.1.0"
-__all__ = ["NCSR", "NCSRConfig", "RRDB", "CheckpointError", "__version__"]
+__all__ = ["NCSR", "NCSRConfig", "RRDB", "CheckpointError", "__version__", "data", "metrics", "ops", "training"]
+
+_LAZY = ("data", "metrics", "training")  # need more than torch
+
+
+def __getattr__(name: str):
+    if name in _LAZY:
+        return importlib.import_module(f"ncsr_fast.{name}")
+    raise AttributeError(f"module 'ncsr_fast' has no attribute {name!r}")

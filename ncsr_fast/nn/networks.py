@@ -29,10 +29,8 @@ class Network(NamedTuple):
 
     def __call__(self, x: Tensor, initialize: bool = False) -> Tensor:
         """(B, inputs, H, W) → (B, outputs, H, W); `initialize` first sets the two actnorms from x."""
-        x = F.conv2d(x, self.conv1, padding=1)
-        x = _actnorm_relu(x, self.norm1_bias, self.norm1_logs, initialize)
-        x = F.conv2d(x, self.conv2)
-        x = _actnorm_relu(x, self.norm2_bias, self.norm2_logs, initialize)
+        x = _conv_actnorm_relu(x, self.conv1, self.norm1_bias, self.norm1_logs, 1, initialize)
+        x = _conv_actnorm_relu(x, self.conv2, self.norm2_bias, self.norm2_logs, 0, initialize)
         return zeros_conv(x, self.conv3, self.bias3, self.logs3)
 
 
@@ -69,7 +67,9 @@ def zeros_conv(x: Tensor, weight: Tensor, bias: Tensor, logs: Tensor) -> Tensor:
     return F.conv2d(x, weight * scale[:, None, None, None], bias * scale, padding=1)
 
 
-def _actnorm_relu(x: Tensor, bias: Tensor, logs: Tensor, initialize: bool) -> Tensor:
+def _conv_actnorm_relu(x: Tensor, weight: Tensor, bias: Tensor, logs: Tensor, padding: int, initialize: bool) -> Tensor:
+    """relu((weight ∗ x + bias) · exp(logs)), the actnorm folded into the convolution."""
     if initialize:
-        initialize_actnorm(bias, logs, x)
-    return F.relu((x + bias[:, None, None]) * torch.exp(logs)[:, None, None])
+        initialize_actnorm(bias, logs, F.conv2d(x, weight, padding=padding))
+    scale = torch.exp(logs)
+    return F.relu(F.conv2d(x, weight * scale[:, None, None, None], bias * scale, padding=padding))

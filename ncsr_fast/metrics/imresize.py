@@ -1,0 +1,71 @@
+"""MATLAB's bicubic `imresize`, antialiased when it shrinks: the degradation every SR benchmark assumes."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+from torch import Tensor
+
+
+def imresize(x: Tensor, scale: float) -> Tensor:
+    """Resize the last two axes by `scale` with the bicubic kernel a = -0.5, as MATLAB's `imresize` does.
+
+    x        (…, H, W), floating point, or uint8
+    scale    output size = ceil(scale · input size); below 1 the kernel is widened by 1/scale
+    returns  (…, ⌈scale·H⌉, ⌈scale·W⌉) on the device and in the dtype of x
+
+    Borders are mirrored (the edge pixel is repeated). Two matrix products, rows first, computed in float64 for
+    float64 and uint8 input and in float32 otherwise; differentiable. A uint8 image is rounded and clipped after
+    each of the two, as MATLAB does. Raises ValueError for scale ≤ 0, TypeError for another integer dtype.
+    """
+    if not scale > 0:
+        raise ValueError(f"scale must be positive, not {scale!r}")
+    if x.dim() < 2 or 0 in x.shape[-2:]:
+        raise ValueError(f"x must have shape (…, H, W) with H, W ≥ 1, not {tuple(x.shape)}")
+    if x.dtype == torch.uint8:
+        # exact halves must round as in float64 NumPy; float32 weights would miss some of them
+        image = _resize_rows(x.double(), scale).round().clamp(0, 255)
+        return _resize_columns(image, scale).round().clamp(0, 255).to(torch.uint8)
+    if not x.is_floating_point():
+        raise TypeError(f"x must be floating point or uint8, not {x.dtype}")
+    image = x if x.dtype == torch.float64 else x.float()
+    return _resize_columns(_resize_rows(image, scale), scale).to(x.dtype)
+
+
+def _resize_rows(x: Tensor, scale: float) -> Tensor:
+    return _matrix(x.shape[-2], scale, x.dtype, x.device) @ x
+
+
+def _resize_columns(x: Tensor, scale: float) -> Tensor:
+    return x @ _matrix(x.shape[-1], scale, x.dtype, x.device).T
+
+
+@functools.lru_cache(maxsize=256)
+def _matrix(size: int, scale: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The (⌈scale·size⌉, size) matrix that resizes one axis. Cached: a training loop asks for the same few."""
+    with torch.inference_mode(False):  # a cached inference tensor could not be used under autograd later
+        return _build_matrix(size, scale).to(device=device, dtype=dtype)
+
+
+def _build_matrix(size: int, scale: float) -> Tensor:
+    shrink = min(scale, 1.0)
+    width = 4.0 / shrink
+    out = math.ceil(scale * size)
+    centre = torch.arange(1, out + 1, dtype=torch.float64) / scale + 0.5 * (1 - 1 / scale)  # counted from 1
+    left = torch.floor(centre - width / 2)
+    taps = left[:, None] + torch.arange(math.ceil(width) + 2, dtype=torch.float64)
+    weights = _cubic((centre[:, None] - taps) * shrink) * shrink
+    weights /= weights.sum(dim=1, keepdim=True)
+    period = (taps.long() - 1) % (2 * size)  # mirrored: 0 … size-1, size-1 … 0
+    columns = torch.where(period < size, period, 2 * size - 1 - period)
+    return torch.zeros(out, size, dtype=torch.float64).scatter_add_(1, columns, weights)
+
+
+def _cubic(x: Tensor) -> Tensor:
+    """Keys' cubic convolution kernel with a = -0.5 (Keys 1981, equation 15)."""
+    x = x.abs()
+    near = 1.5 * x**3 - 2.5 * x**2 + 1
+    far = -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2
+    return torch.where(x <= 1, near, torch.where(x <= 2, far, torch.zeros_like(x)))

@@ -1,0 +1,62 @@
+"""Perceptual distance and the diversity of samples, as the NTIRE 2021 challenge measures them."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def diversity_score(distances: Tensor) -> float:
+    """How much better than the best sample the samples are together, in percent (0 when all are the same).
+
+    distances   (n, H, W): a map of each sample's distance to the original, lower is better; LPIPS maps (`lpips`
+                with spatial=True) give the challenge's score
+    returns     `100 · (global - local) / global`: `global` is the smallest mean of a map, `local` the mean of the
+                pixelwise smallest distance
+    source      the NTIRE 2021 "Learning the Super-Resolution Space" toolkit
+    """
+    if distances.dim() != 3 or distances.shape[0] < 1:
+        raise ValueError(f"distances must have shape (n, H, W) with n ≥ 1, not {tuple(distances.shape)}")
+    best = distances.flatten(1).mean(dim=1).min()
+    local = distances.min(dim=0).values.mean()
+    return float(100 * (best - local) / best) if best > 0 else 0.0
+
+
+def error_maps(samples: Tensor, target: Tensor, window: int = 16) -> Tensor:
+    """Mean squared error of each sample (n, 3, H, W) to `target` (3, H, W) in the windows of a grid, (n, h, w).
+
+    What `diversity_score` can be computed from where LPIPS is not installed. Not comparable to published scores.
+    """
+    error = (samples - target).square().mean(dim=1, keepdim=True)
+    window = min(window, *error.shape[2:])
+    return F.avg_pool2d(error, window)[:, 0]
+
+
+class LPIPSUnavailable(RuntimeError):
+    """LPIPS cannot be computed here; the message says why."""
+
+
+def lpips_model(network: str = "alex", device: torch.device | str = "cpu"):
+    """The LPIPS network (Zhang et al. 2018), spatial, from the `lpips` package.
+
+    raises  LPIPSUnavailable when the package, torchvision or the backbone's weights (a download) are missing
+    """
+    try:
+        import lpips as package
+
+        return package.LPIPS(net=network, spatial=True, verbose=False).to(device).eval()
+    except ImportError as error:
+        raise LPIPSUnavailable(f"LPIPS needs the lpips package: pip install 'ncsr_fast[eval]' ({error})") from error
+    except (OSError, RuntimeError) as error:  # torchvision without operators; no network and no cached weights
+        raise LPIPSUnavailable(f"LPIPS could not be loaded: {type(error).__name__}: {error}") from error
+
+
+@torch.no_grad()
+def lpips(samples: Tensor, target: Tensor, model) -> Tensor:
+    """LPIPS maps (n, H, W) of `samples` (n, 3, H, W) against `target` (3, H, W), floats in [0, 1].
+
+    model   from `lpips_model`; the mean of a map is the LPIPS distance of that sample
+    """
+    maps = model(samples * 2 - 1, (target * 2 - 1).expand_as(samples))
+    return maps[:, 0]
