@@ -39,7 +39,8 @@ def image_size(path: str | os.PathLike) -> tuple[int, int]:
     """(height, width) of an image as `read_image` returns it, from its header. Raises ImageError."""
     try:
         with Image.open(path) as image:
-            turned = image.getexif().get(0x0112, 1) >= 5  # EXIF orientations 5-8 swap the axes
+            # a PNG without the chunk would be decoded whole in search of it; orientations 5-8 swap the axes
+            turned = "exif" in image.info and image.getexif().get(0x0112, 1) >= 5
             return image.size if turned else image.size[::-1]
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise _image_error(path, error) from error

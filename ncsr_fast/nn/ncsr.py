@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ncsr_fast.config import NCSRConfig
 from ncsr_fast.nn import published
-from ncsr_fast.nn.checks import check_image, check_like, check_noise, check_pair
+from ncsr_fast.nn.checks import check_finite, check_image, check_like, check_noise, check_pair
 from ncsr_fast.nn.encoder import RRDB
 from ncsr_fast.nn.level import FlowLevel
 from ncsr_fast.nn.padding import pad_to_even
@@ -105,9 +105,9 @@ class NCSR(nn.Module):
 
         raises  ValueError when the latents are not those of an image of this size (`latent_shapes`)
         """
-        height, width = lr.shape[2:]
         lr_padded, _, noise = self._prepared(lr, None, noise)
-        expected = self.latent_shapes(lr.shape[2], lr.shape[3])
+        height, width = lr.shape[2:]
+        expected = self.latent_shapes(height, width)
         if len(latents) != len(expected):
             raise ValueError(f"latents must be {len(expected)} tensors, not {len(latents)}")
         for index, (latent, shape) in enumerate(zip(latents, expected)):
@@ -124,7 +124,8 @@ class NCSR(nn.Module):
 
         Latents are drawn from N(0, temperature²) on the model's device from `generator` (which must be of that
         device; None is torch's default one): the same seed gives the same images, and the first m samples do not
-        depend on n. The noise condition is zero, as in the published programs. The encoder runs once.
+        depend on n. The noise condition is zero, as in the published programs. The encoder runs once. A pixel that
+        overflowed (the exploding inverse of flows) is NaN, never silently black or white.
 
         Call it under `torch.no_grad()` unless gradients are wanted: it is as differentiable as the rest.
 
@@ -134,8 +135,8 @@ class NCSR(nn.Module):
             raise ValueError(f"n must be at least 1, not {n!r}")
         if not temperature >= 0:
             raise ValueError(f"temperature must not be negative, not {temperature!r}")
-        height, width = lr.shape[2:]
         lr_padded, _, noise = self._prepared(lr, None, None)
+        height, width = lr.shape[2:]
         features = self.encoder.features(lr_padded)
         shapes = [(lr.shape[0], *shape) for shape in self.latent_shapes(height, width)]
         images = []
@@ -144,8 +145,8 @@ class NCSR(nn.Module):
                 temperature * torch.randn(shape, generator=generator, dtype=lr.dtype, device=lr.device) for shape in shapes
             ]
             images.append(self._decode(latents, features, noise)[0])
-        stacked = torch.stack(images, dim=1)
-        return stacked[..., : height * self.config.scale, : width * self.config.scale].clamp(0, 1)
+        sr = torch.stack(images, dim=1)[..., : height * self.config.scale, : width * self.config.scale]
+        return torch.where(sr.isfinite(), sr.clamp(0, 1), torch.nan)  # clamp alone would make an infinity look like white
 
     def latent_shapes(self, height: int, width: int) -> list[tuple[int, int, int]]:
         """(C, h, w) of each latent of an LR image of that size, in the order of `encode`."""
@@ -211,6 +212,7 @@ class NCSR(nn.Module):
         if noise is not None:
             check_noise(noise, lr, scale, noise_channels)
             check_like("noise", noise, self._like)
+            check_finite("noise", noise)
             if noise_channels == 3:
                 noise = pad_to_even(noise, scale)
         elif noise_channels:

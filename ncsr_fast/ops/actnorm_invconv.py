@@ -56,8 +56,18 @@ def _reference(x: Tensor, bias: Tensor, logs: Tensor, weight: Tensor, inverse: b
 
 
 def inverse_weight(weight: Tensor) -> Tensor:
-    """weight⁻¹ through float64, as the published program does; ValueError when there is none."""
-    result, info = torch.linalg.inv_ex(weight.double())
-    if info.any() or not torch.isfinite(result).all():
-        raise ValueError("actnorm_invconv: weight is singular or not finite, so the 1×1 convolution has no inverse")
+    """weight⁻¹ through float64, as the published program does; ValueError when there is none.
+
+    Singular means singular to rounding: a condition number of at least 1 / (C · eps) of float64, where the inverse
+    has no correct digit.
+    """
+    exact = weight.double()
+    result, _ = torch.linalg.inv_ex(exact)
+    condition = torch.linalg.matrix_norm(exact, torch.inf) * torch.linalg.matrix_norm(result, torch.inf)
+    limit = 1 / (weight.shape[-1] * torch.finfo(torch.float64).eps)
+    if not condition < limit:  # NaN included
+        raise ValueError(
+            f"actnorm_invconv: weight is singular or not finite (condition number {condition.item():.1e}), "
+            "so the 1×1 convolution has no inverse"
+        )
     return result.to(weight.dtype)

@@ -47,8 +47,7 @@ def train(settings: TrainSettings, folder: str | os.PathLike, device: str = "cpu
     if settings.encoder_weights is not None:
         load_published_encoder(model.encoder, settings.encoder_weights)
     model.to(device).train()
-    flow_started = run.latest("flow") is not None
-    if settings.encoder_steps and not flow_started:
+    if settings.encoder_steps and not run.started("flow"):
         _run_stage(EncoderStage(model, settings), model, run, crops, device, workers)
     _run_stage(FlowStage(model, settings), model, run, crops, device, workers)
     model.eval()
@@ -65,6 +64,7 @@ def _run_stage(stage: Stage, model: NCSR, run: Run, crops: RandomCrops, device: 
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         first = checkpoint["step"]
+    run.rewind(stage.name, first)
     generator = torch.Generator(device)
     batches = crop_loader(crops, settings.batch, first, stage.steps, workers)
     progress = tqdm(batches, desc=stage.name, initial=first, total=stage.steps, unit="step", dynamic_ncols=True)
@@ -82,9 +82,9 @@ def _run_stage(stage: Stage, model: NCSR, run: Run, crops: RandomCrops, device: 
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(stage.parameters(), settings.max_grad_norm)
         # Adam would spread a NaN over every weight; the check is worth its host synchronisation
-        if not (math.isfinite(loss) and math.isfinite(norm)):
+        if not (math.isfinite(loss.item()) and math.isfinite(norm.item())):
             raise TrainingDiverged(
-                f"stage {stage.name!r}: the loss ({float(loss)}) or the gradient norm ({float(norm)}) of step {step} is not "
+                f"stage {stage.name!r}: the loss ({loss.item()}) or the gradient norm ({norm.item()}) of step {step} is not "
                 f"finite; the weights are as the last checkpoint in {str(run.folder)!r} has them. Try a lower learning rate."
             )
         optimizer.step()
@@ -94,7 +94,7 @@ def _run_stage(stage: Stage, model: NCSR, run: Run, crops: RandomCrops, device: 
             mean = float(torch.stack(losses).mean())
             rate = len(losses) / (time.perf_counter() - started)
             run.log(
-                stage=stage.name, step=done, loss=mean, grad_norm=float(norm), lr=optimizer.param_groups[0]["lr"], steps_per_s=rate
+                stage=stage.name, step=done, loss=mean, grad_norm=norm.item(), lr=optimizer.param_groups[0]["lr"], steps_per_s=rate
             )
             progress.set_postfix(loss=f"{mean:.4f}")
             losses.clear()

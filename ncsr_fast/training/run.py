@@ -45,10 +45,16 @@ class Run:
         with open(self.folder / "log.jsonl", "a") as file:
             file.write(json.dumps(row) + "\n")
 
-    def rows(self) -> list[dict[str, Any]]:
-        """What has been logged so far."""
+    def rewind(self, stage: str, step: int) -> None:
+        """Drop the log lines of `stage` after `step`: a resumed run will do those steps, and log them, again."""
         path = self.folder / "log.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        if not path.exists():
+            return
+        lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]  # the last may be cut
+        rows = [json.loads(line) for line in lines]
+        kept = [line for line, row in zip(lines, rows) if row["stage"] != stage or row["step"] <= step]
+        with atomic_write(path) as temporary:
+            temporary.write_text("".join(kept))
 
     def save(self, stage: str, step: int, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Write a checkpoint atomically, then remove all but the last two of the stage."""
@@ -57,6 +63,10 @@ class Run:
             torch.save(state, path)
         for old in self._paths(stage)[:-_KEPT]:
             old.unlink()
+
+    def started(self, stage: str) -> bool:
+        """Whether there is any checkpoint of `stage`."""
+        return bool(self._paths(stage))
 
     def latest(self, stage: str) -> dict[str, Any] | None:
         """The newest checkpoint of `stage` that can be read; a damaged one is reported and the one before it used.

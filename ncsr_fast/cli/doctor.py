@@ -1,0 +1,92 @@
+"""`ncsr-fast doctor`: what this machine has, which backend each operator uses, and why a faster one is refused."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import os
+import platform
+import shutil
+import subprocess
+import sys
+
+import torch
+
+HELP = "show what this machine has and which backend each operator uses"
+EXAMPLE = """\
+example:
+  ncsr-fast doctor"""
+
+_PACKAGES = {
+    "numpy": "",
+    "pillow": "",
+    "safetensors": "",
+    "tqdm": "",
+    "triton": "for the Triton kernels; PyTorch's CUDA builds bring it",
+    "scikit-image": "for `demo` and SSIM: pip install 'ncsr_fast[eval]'",
+    "lpips": "for LPIPS: pip install 'ncsr_fast[eval]'",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    del parser  # no options
+
+
+def run(args: argparse.Namespace) -> None:
+    del args
+    for title, lines in report().items():
+        print(title)
+        for name, value in lines.items():
+            print(f"  {name:<22}{value}")
+
+
+def report() -> dict[str, dict[str, str]]:
+    """What `doctor` prints: sections of names and values."""
+    from ncsr_fast import __version__, checkpoints, ops
+
+    return {
+        "ncsr_fast": {
+            "version": __version__,
+            "installed in": os.path.dirname(checkpoints.__file__),
+            "shipped models": ", ".join(checkpoints.shipped()) or "none",
+        },
+        "machine": {
+            "python": f"{platform.python_version()} ({sys.executable})",
+            "system": f"{platform.system()} {platform.machine()}, glibc {platform.libc_ver()[1] or 'unknown'}",
+            "cpu": f"{os.cpu_count()} cores, PyTorch uses {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
+            "torch": f"{torch.__version__}, " + (f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU build"),
+            "gpu": _gpus(),
+            "C++ compiler": _tool("c++", "g++"),
+            "nvcc": _tool("nvcc"),
+        },
+        "packages": {name: _package(name, purpose) for name, purpose in _PACKAGES.items()},
+        "operators (backend='auto')": {name: ops.resolve_backend(name, "auto") for name in ops.OPERATORS},
+        "backends": {
+            backend.name: ("available: " if backend.available else "not available: ") + backend.reason
+            for backend in ops.backends().values()
+        },
+    }
+
+
+def _gpus() -> str:
+    if not torch.cuda.is_available():
+        return "none: " + ("this PyTorch is a CPU build" if torch.version.cuda is None else "PyTorch finds no CUDA device")
+    names = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    return ", ".join(f"{p.name} (sm_{p.major}{p.minor}, {p.total_memory / 2**30:.0f} GiB)" for p in names)
+
+
+def _tool(*names: str) -> str:
+    for name in names:
+        path = shutil.which(name)
+        if path:
+            output = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=30, check=False).stdout
+            lines = [line for line in output.splitlines() if "release" in line] or output.splitlines()[:1]
+            return f"{lines[0].strip() if lines else 'version unknown'} ({path})"
+    return f"none ({' or '.join(names)} not found)"
+
+
+def _package(name: str, purpose: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed" + (f" ({purpose})" if purpose else "")

@@ -1,0 +1,44 @@
+"""Pictures a person looks at: tiles with captions, and heat maps."""
+
+from __future__ import annotations
+
+from typing import Sequence
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from ncsr_fast.metrics.fidelity import to_uint8
+
+_GAP, _CAPTION, _TEXT = 4, 22, 15  # pixels
+_INK, _PAPER = (32, 32, 32), (255, 255, 255)
+# Dark to light through purple and orange: readable in grey and by colour-blind eyes.
+_HEAT = torch.tensor([[0, 0, 4], [87, 16, 110], [188, 55, 84], [249, 142, 9], [252, 255, 164]], dtype=torch.float32) / 255
+
+
+def heat_map(values: Tensor, top: float) -> Tensor:
+    """(H, W) values from 0 to `top` as colours (3, H, W) in [0, 1]."""
+    place = (values.float() / top).clamp(0, 1) * (len(_HEAT) - 1)
+    low = place.floor().long().clamp(max=len(_HEAT) - 2)
+    weight = (place - low)[..., None]
+    return ((1 - weight) * _HEAT[low] + weight * _HEAT[low + 1]).permute(2, 0, 1)
+
+
+def contact_sheet(rows: Sequence[tuple[str, Sequence[Tensor]]], columns: Sequence[str]) -> Image.Image:
+    """Rows of equally large tiles (3, H, W) in [0, 1], each row under its title, the columns under theirs."""
+    font = ImageFont.load_default(size=_TEXT)
+    height, width = rows[0][1][0].shape[1:]
+    across = _GAP + len(columns) * (width + _GAP)
+    sheet = Image.new("RGB", (across, _CAPTION + len(rows) * (height + _CAPTION + _GAP)), _PAPER)
+    draw = ImageDraw.Draw(sheet)
+    for column, title in enumerate(columns):
+        draw.text((_GAP + column * (width + _GAP), 2), title, fill=_INK, font=font)
+    top = _CAPTION
+    for title, tiles in rows:
+        for column, tile in enumerate(tiles):
+            array = to_uint8(tile).permute(1, 2, 0).cpu().numpy()
+            sheet.paste(Image.fromarray(np.ascontiguousarray(array)), (_GAP + column * (width + _GAP), top))
+        draw.text((_GAP, top + height + 1), title, fill=_INK, font=font)
+        top += height + _CAPTION + _GAP
+    return sheet

@@ -1,0 +1,172 @@
+"""The command line: what each subcommand writes, and the one line users get for what they can mend."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from support import tiny_model
+
+from ncsr_fast import NCSR
+from ncsr_fast.cli.main import COMMANDS, main
+from ncsr_fast.data import read_image
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A directory with a tiny model."""
+    return str(tiny_model(dtype=torch.float32).save_pretrained(tmp_path_factory.mktemp("model")))
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_an_example(command, capsys):
+    with pytest.raises(SystemExit) as done:
+        main([command, "--help"])
+    assert done.value.code == 0
+    assert f"example:\n  ncsr-fast {command}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", [name for name in COMMANDS if name not in ("doctor",)])
+def test_examples_parse(command):
+    """The command line of every example is one the parser accepts."""
+    from ncsr_fast.cli.main import build_parser
+
+    line = next(line for line in importlib.import_module(f"ncsr_fast.cli.{command}").EXAMPLE.splitlines() if "ncsr-fast" in line)
+    build_parser().parse_args(line.split()[1:])
+
+
+def test_entry_point():
+    done = subprocess.run([sys.executable, "-m", "ncsr_fast.cli.main", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("ncsr-fast 0.")
+
+
+@pytest.mark.parametrize("names, expected", [("ntire", "00000{}_sample0000{}.png"), ("source", None)])
+def test_sample_a_folder(model, photos, tmp_path, names, expected):
+    out = tmp_path / "out"
+    assert main(["sample", str(photos), "--out", str(out), "--model", model, "--n", "2", "--names", names]) == 0
+    if expected:
+        wanted = {expected.format(i, k) for i in range(3) for k in range(2)}
+    else:
+        wanted = {f"{stem}_sample0000{k}.png" for stem in ("a", "b", "nested/c") for k in range(2)}
+    assert {str(path.relative_to(out)) for path in out.rglob("*.png")} == wanted
+    assert all(read_image(path).shape == (3, 384, 480) for path in out.rglob("*.png"))
+
+
+def test_sample_one_odd_image_is_the_model(model, tmp_path):
+    array = np.random.default_rng(0).integers(0, 255, (5, 7, 3), dtype=np.uint8)
+    Image.fromarray(array).save(tmp_path / "x.png")
+    arguments = ["sample", str(tmp_path / "x.png"), "--out", str(tmp_path), "--model", model, "--n", "1", "--seed", "3", "--names", "source"]
+    assert main([*arguments, "--temperature", "0.5", "--device", "cpu"]) == 0
+    with torch.no_grad():
+        lr = torch.from_numpy(array).permute(2, 0, 1)[None] / 255
+        expected = NCSR.from_pretrained(model).sample(lr, 1, 0.5, torch.Generator().manual_seed(3))[0, 0]
+    assert torch.equal(read_image(tmp_path / "x_sample00000.png"), expected.mul(255).round().to(torch.uint8))
+
+
+def test_sample_goes_on_after_a_broken_file_and_reports_it(model, photos, tmp_path, capsys):
+    (photos / "aa.png").write_text("broken")
+    assert main(["sample", str(photos), "--out", str(tmp_path / "out"), "--model", model, "--n", "1"]) == 1
+    assert "cannot read image" in capsys.readouterr().err
+    # numbers are places in the sorted input, so a broken file leaves a gap and shifts nothing
+    assert sorted(p.name[:6] for p in (tmp_path / "out").iterdir()) == ["000000", "000002", "000003"]
+
+
+def test_sample_reports_samples_that_are_not_finite(photos, tmp_path, capsys):
+    model = tiny_model(dtype=torch.float32)
+    with torch.no_grad():
+        model.levels[0].actnorm_logs.fill_(-60)  # decoding multiplies by exp(60) a step
+    model.save_pretrained(tmp_path / "model")
+    arguments = ["sample", str(photos / "a.png"), "--out", str(tmp_path / "out"), "--model", str(tmp_path / "model"), "--n", "2"]
+    assert main(arguments) == 1
+    assert "2 of 2 samples of" in capsys.readouterr().err
+
+
+def test_train_and_use(photos, tmp_path, capsys):
+    run = tmp_path / "run"
+    arguments = ["train", str(photos), "--run", str(run), "--preset", "ncsr-compact-x4", "--crop", "32", "--batch", "1"]
+    assert main([*arguments, "--encoder-steps", "1", "--steps", "1", "--seed", "3"]) == 0
+    settings = json.loads((run / "settings.json").read_text())
+    assert settings["max_std"] == 0.05 and settings["batch"] == 1 and settings["seed"] == 3 and settings["steps"] == 1
+    assert main([*arguments, "--encoder-steps", "1", "--steps", "2", "--seed", "3"]) == 1
+    assert "steps (was 1, now 2)" in capsys.readouterr().err
+    assert main(["sample", str(photos / "a.png"), "--out", str(tmp_path), "--model", str(run / "model"), "--n", "1"]) == 0
+
+
+def test_evaluate(model, photos, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lpips", None)  # its weights would be a download
+    scores = tmp_path / "scores.json"
+    arguments = ["evaluate", str(photos), "--model", model, "--n", "2", "--limit", "2", "--json", str(scores)]
+    assert main([*arguments, "--temperatures", "0", "0.5"]) == 0
+    out, err = capsys.readouterr()
+    assert "LR-PSNR" in out and "without LPIPS: LPIPS needs the lpips package" in err
+    result = json.loads(scores.read_text())
+    assert result["files"] == ["a.png", "b.png"]
+    by_method = {row["method"]: row for row in result["scores"]}
+    assert list(by_method) == ["bicubic", "temperature 0", "temperature 0.5"]
+    for row in by_method.values():
+        assert len(row["images"]["psnr"]) == 2 and row["means"]["psnr"] == pytest.approx(sum(row["images"]["psnr"]) / 2)
+        assert row["means"]["lr_psnr_worst"] <= row["means"]["lr_psnr"]
+    assert by_method["temperature 0"]["means"]["diversity"] == 0 < by_method["temperature 0.5"]["means"]["diversity"]
+    assert by_method["bicubic"]["means"]["psnr"] > 30, "smooth pictures"
+
+
+def test_evaluate_with_given_lr_images_is_evaluate_with_the_same_lr(model, photos, tmp_path):
+    from ncsr_fast.data import degrade, list_images, write_image
+
+    for path in list_images(photos):
+        write_image(tmp_path / "lr" / path.relative_to(photos), degrade(read_image(path), 4))
+    results = []
+    for extra in ([], ["--lr-images", str(tmp_path / "lr")]):
+        scores = tmp_path / f"{len(extra)}.json"
+        assert main(["evaluate", str(photos), "--model", model, "--temperatures", "0", "--json", str(scores), *extra]) == 0
+        results.append([{k: v for k, v in row["images"].items() if k != "seconds"} for row in json.loads(scores.read_text())["scores"]])
+    assert results[0] == results[1]
+
+
+def test_demo(model, tmp_path, capsys):
+    assert main(["demo", "--model", model, "--out", str(tmp_path), "--n", "3"]) == 0
+    out = capsys.readouterr().out
+    assert all(name in out for name in ("astronaut", "chelsea", "coffee", "LR-PSNR", "diversity", "s/sample"))
+    sheet = read_image(tmp_path / "contact_sheet.png")
+    assert sheet.shape[2] > 8 * 240 and sheet.shape[1] > 3 * 240
+    assert len(list(tmp_path.glob("*_sample*.png"))) == 9
+
+
+def test_doctor(capsys):
+    assert main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    for text in ("python", torch.__version__, "C++ compiler", "actnorm_invconv", "native", "triton", "not available: "):
+        assert text in out
+
+
+FAILURES = {
+    "no-model": (["sample", "{photos}", "--out", "{out}", "--model", "nowhere"], "no model at 'nowhere'; shipped models: "),
+    "no-input": (["sample", "{out}/nothing", "--out", "{out}", "--model", "{model}"], "no file or folder"),
+    "empty": (["evaluate", "{empty}", "--model", "{model}"], "holds no image"),
+    "empty-train": (["train", "{empty}", "--run", "{out}"], "holds no image"),
+    "few": (["demo", "--n", "2", "--model", "{model}"], "--n must be at least 3, not 2"),
+    "device": (["sample", "{photos}", "--out", "{out}", "--model", "{model}", "--device", "gpu"], "no device 'gpu': use cpu or cuda"),
+    "crop": (["train", "{photos}", "--run", "{out}", "--crop", "90"], "crop must be a positive multiple of 2·scale = 8, not 90"),
+}
+
+
+@pytest.mark.parametrize("name", FAILURES)
+def test_failures_are_one_line(name, model, photos, tmp_path, capsys):
+    arguments, message = FAILURES[name]
+    (tmp_path / "empty").mkdir()
+    places = {"photos": photos, "out": tmp_path / "out", "model": model, "empty": tmp_path / "empty"}
+    assert main([argument.format(**places) for argument in arguments]) == 1
+    err = capsys.readouterr().err
+    assert message in err and err.startswith(f"ncsr-fast {arguments[0]}: ") and err.count("\n") == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_cuda_on_a_machine_without_it(model, photos, tmp_path, capsys):
+    assert main(["sample", str(photos), "--out", str(tmp_path), "--model", model, "--device", "cuda"]) == 1
+    assert "device 'cuda' was asked for, but " in capsys.readouterr().err

@@ -1,0 +1,26 @@
+"""Fixtures, and where the package under test was imported from."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import ncsr_fast
+
+
+def pytest_report_header() -> list[str]:
+    return [f"ncsr_fast {ncsr_fast.__version__} from {ncsr_fast.__path__[0]}, torch {torch.__version__}"]
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """A folder of three smooth 96×120 pictures, one of them in a folder of its own."""
+    folder = tmp_path / "photos"
+    (folder / "nested").mkdir(parents=True)
+    y, x = np.mgrid[0:96, 0:120] / 30
+    for index, name in enumerate(("a.png", "b.png", "nested/c.png")):
+        channels = [128 + 90 * np.sin(x * (1 + index) + shift) * np.cos(y + shift * index) for shift in (0, 1, 2)]
+        Image.fromarray(np.stack(channels, axis=2).round().astype(np.uint8)).save(folder / name)
+    return folder

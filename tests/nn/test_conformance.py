@@ -1,0 +1,160 @@
+"""The model against what the published programs computed (tests/conformance/README.md)."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from support import load_case, relative_error, weights_module
+
+from ncsr_fast import NCSR
+from ncsr_fast.nn.published import layout
+
+SMALL = ["ncsr_x4_small", "ncsr_x4_std_small", "ncsr_x8_small", "srflow_x4_small"]
+CASES = [*SMALL, "ncsr_x4_full"]
+# The README of the vectors: float64 values to 1e-6 (large arrays are stored as float32), gradients to 2e-6; float32
+# values to 2e-5. Gradients are held in float64, where a ReLU does not flip.
+VALUE = {torch.float64: 1e-6, torch.float32: 2e-5}
+GRADIENT = 2e-6
+DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
+
+
+@functools.lru_cache(maxsize=2)
+def case(name: str):
+    return load_case(name)
+
+
+def loaded(name: str, dtype: torch.dtype, initialized: bool = True) -> NCSR:
+    """The model of a case, its actnorms from the vectors or still at zero."""
+    vectors = case(name)
+    model = NCSR(vectors.config).to(dtype)
+    weights = vectors.weights()
+    if initialized:
+        sizes = vectors.meta["actnorm_sizes"]
+        for key, value in zip(vectors.meta["actnorm_names"], vectors.tensor("actnorm").split(sizes)):
+            weights[key] = value.reshape(weights[key].shape)
+    model.load_published(weights)
+    return model
+
+
+@DTYPES
+@pytest.mark.parametrize("name", CASES)
+def test_actnorm_initialisation(name, dtype):
+    vectors, model = case(name), loaded(name, dtype, initialized=False)
+    assert not model.actnorm_initialized
+    nll = model.initialize(*vectors.batch("init", dtype))
+    state = model.published_state_dict()
+    actnorms = torch.cat([state[key].flatten() for key in vectors.meta["actnorm_names"]])
+    assert model.actnorm_initialized
+    assert relative_error(actnorms, vectors.tensor("actnorm")) < VALUE[dtype]
+    assert relative_error(nll, vectors.tensor("init_nll")) < VALUE[dtype]
+
+
+@DTYPES
+@pytest.mark.parametrize("name", CASES)
+def test_likelihood_and_latents(name, dtype):
+    vectors, model = case(name), loaded(name, dtype)
+    with torch.no_grad():
+        batch = vectors.batch("eval", dtype)
+        encoded = model.encode(*batch)
+        assert relative_error(model.nll(*batch), vectors.tensor("nll")) < VALUE[dtype]
+    expected = vectors.latents("latent")
+    assert len(encoded.latents) == len(expected)
+    for latent, target in zip(encoded.latents, expected):
+        assert relative_error(latent, target) < VALUE[dtype]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_gradients(name):
+    vectors, model = case(name), loaded(name, torch.float64)
+    hr, lr, noise = vectors.batch("eval")
+    hr.requires_grad_()
+    lr.requires_grad_()
+    model.nll(hr, lr, noise).mean().backward()
+    assert relative_error(hr.grad, vectors.tensor("grad_hr")) < GRADIENT
+    assert relative_error(lr.grad, vectors.tensor("grad_lr")) < GRADIENT
+
+    gradients = published_gradients(model)
+    names = vectors.meta["grad_names"]
+    assert sorted(gradients) == sorted(names)
+    tensor_for = weights_module().tensor_for
+    dots = []
+    for key in names:
+        probe = torch.from_numpy(tensor_for("probe:" + key, tuple(gradients[key].shape), vectors.meta["seed"]))
+        dots.append((gradients[key] * probe).sum())
+    norms = torch.stack([gradients[key].norm() for key in names])
+    assert ((norms - vectors.tensor("grad_norm")).abs() <= GRADIENT * vectors.tensor("grad_norm")).all()
+    # a sum or dot product cancels, so its error is measured against what it could have been
+    count = torch.tensor([gradients[key].numel() for key in names]).sqrt()
+    sums = torch.stack([gradients[key].sum() for key in names])
+    assert ((sums - vectors.tensor("grad_sum")).abs() <= GRADIENT * norms * count).all()
+    assert ((torch.stack(dots) - vectors.tensor("grad_dot")).abs() <= GRADIENT * norms * count).all()
+
+
+def published_gradients(model: NCSR) -> dict[str, torch.Tensor]:
+    """The gradient of every parameter that has one, by published name: exported from a model that has it as weights."""
+    holder = NCSR(model.config).to(torch.float64)
+    with torch.no_grad():
+        for weight, parameter in zip(holder.parameters(), model.parameters()):
+            weight.copy_(torch.full_like(parameter, torch.nan) if parameter.grad is None else parameter.grad)
+    exported, unused = holder.published_state_dict(), unused_names(model)
+    return {key: value for key, value in exported.items() if key not in unused and not value.isnan().any()}
+
+
+def unused_names(model: NCSR) -> set[str]:
+    """Published tensors no computation of ours reads."""
+    return {entry.name for entry in layout(model) if entry.tensor is None}
+
+
+@DTYPES
+@pytest.mark.parametrize("name", CASES)
+def test_decoding(name, dtype):
+    vectors, model = case(name), loaded(name, dtype)
+    lr = vectors.tensor("eval_lr", dtype)
+    latents = vectors.latents("sample_latent", dtype)
+    with torch.no_grad():
+        assert relative_error(model.decode(latents, lr), vectors.tensor("sample")) < VALUE[dtype]
+        noise = None if not vectors.config.noise_channels else lr.new_zeros(len(lr), vectors.config.noise_channels, 1, 1)
+        _, logdet = model._decode(latents, model.encoder.features(lr), noise)
+    assert relative_error(logdet, vectors.tensor("sample_logdet")) < VALUE[dtype]
+
+
+@DTYPES
+@pytest.mark.parametrize("name", SMALL)
+def test_conditioning_features(name, dtype):
+    vectors, model = case(name), loaded(name, dtype)
+    _, lr, _ = vectors.batch("eval", dtype)
+    with torch.no_grad():
+        features = model.encoder.features(lr[:1])
+    recorded = {"feature_fea_up2": -3, "feature_fea_up1": -2, "feature_fea_up0": -1}
+    for key, level in recorded.items():
+        assert relative_error(features[level], vectors.tensor(key)) < VALUE[dtype]
+
+
+@DTYPES
+@pytest.mark.parametrize("name", CASES)
+def test_encoder_as_generator(name, dtype):
+    vectors, model = case(name), loaded(name, dtype)
+    _, lr, _ = vectors.batch("eval", dtype)
+    with torch.no_grad():
+        assert relative_error(model.encoder(lr), vectors.tensor("rrdb_out")) < VALUE[dtype]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_state_dict_there_and_back(name):
+    vectors, model = case(name), loaded(name, torch.float64, initialized=False)
+    weights, state = vectors.weights(), model.published_state_dict()
+    assert list(state) == list(vectors.meta["shapes"])
+    for key, value in state.items():
+        assert list(value.shape) == vectors.meta["shapes"][key]
+        assert torch.equal(value, weights[key]), key
+
+
+def test_unused_tensors_are_those_without_a_gradient():
+    """152 tensors of the ×4 model: the noise couplings of level 1, the encoder's HR end, and `f`."""
+    vectors = case("ncsr_x4_full")
+    with torch.device("meta"):
+        model = NCSR(vectors.config)
+    frozen = {f"RRDB.{name}.{leaf}" for name in ("upconv2", "HRconv", "conv_last") for leaf in ("weight", "bias")}
+    assert frozen | unused_names(model) == set(vectors.meta["shapes"]) - set(vectors.meta["grad_names"])

@@ -1,0 +1,162 @@
+"""Published files in and out: names, strictness, the encoder's namings, and which model a file is of."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from support import image, tiny_config, tiny_model
+
+from ncsr_fast import NCSR, RRDB, CheckpointError, NCSRConfig
+from ncsr_fast.nn.published import encoder_layout, load_published_encoder, read_state_dict
+
+
+def test_round_trip_keeps_the_function_and_the_unused_tensors():
+    model = tiny_model()
+    state = model.published_state_dict()
+    unused = "flowUpsamplerNet.f.0.bias"
+    state[unused] = torch.arange(96.0, dtype=torch.float64)
+    other = NCSR(model.config).double()
+    other.load_published(state)
+    hr, lr = image(1, 3, 8, 8, seed=1), image(1, 3, 2, 2, seed=2)
+    assert torch.equal(other.nll(hr, lr), model.nll(hr, lr))
+    assert other.actnorm_initialized
+    back = other.published_state_dict()
+    assert all(torch.equal(back[name], state[name]) for name in state)
+
+
+def test_exported_tensors_are_copies():
+    model = tiny_model()
+    for tensor in model.published_state_dict().values():
+        tensor.zero_()
+    assert model.levels[0].invconv.abs().sum() > 0
+
+
+def test_a_state_dict_that_does_not_fit_changes_nothing_and_is_explained():
+    model = tiny_model()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    state = model.published_state_dict()
+    state["extra.weight"] = torch.zeros(1)
+    del state["RRDB.conv_first.bias"]
+    state["flowUpsamplerNet.layers.1.invconv.weight"] = torch.zeros(3, 3)
+    with pytest.raises(CheckpointError) as caught:
+        model.load_published(state)
+    message = str(caught.value)
+    assert "1 missing: RRDB.conv_first.bias" in message
+    assert "1 unexpected: extra.weight" in message
+    assert "flowUpsamplerNet.layers.1.invconv.weight (3, 3), expected (12, 12)" in message
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_a_checkpoint_of_another_model_names_the_first_mismatches():
+    with pytest.raises(CheckpointError, match=r"not that of this model \(NCSR, noise-conditional, ×4, 2 blocks, 1 steps a level\)"):
+        tiny_model().load_published(tiny_model(blocks=3, stacked_blocks=(0, 2)).published_state_dict())
+
+
+@pytest.mark.parametrize("wrap", [None, "params", "state_dict"])
+def test_pth_files(tmp_path, wrap):
+    model = tiny_model()
+    state = {f"module.{name}": tensor for name, tensor in model.published_state_dict().items()}
+    torch.save(state if wrap is None else {wrap: state}, tmp_path / "model.pth")
+    other = NCSR.from_pretrained(tmp_path / "model.pth", config=model.config).double()
+    assert all(torch.equal(a.float(), b.float()) for a, b in zip(model.parameters(), other.parameters()))
+
+
+class Malicious:
+    """Unpickles as a call that leaves a trace."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+def test_bad_pth_files(tmp_path):
+    torch.save(tiny_model().published_state_dict(), tmp_path / "whole.pth")
+    whole = (tmp_path / "whole.pth").read_bytes()
+    (tmp_path / "truncated.pth").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "text.pth").write_text("not a checkpoint")
+    torch.save({"x": Malicious(tmp_path / "trace")}, tmp_path / "malicious.pth")
+    for name in ("truncated.pth", "text.pth", "malicious.pth"):
+        with pytest.raises(CheckpointError, match=f"{name}' is not a readable PyTorch checkpoint"):
+            read_state_dict(tmp_path / name)
+    assert not (tmp_path / "trace").exists()
+    torch.save([1, 2], tmp_path / "list.pth")
+    with pytest.raises(CheckpointError, match="holds no state dict"):
+        read_state_dict(tmp_path / "list.pth")
+    with pytest.raises(FileNotFoundError, match="no checkpoint at"):
+        read_state_dict(tmp_path / "absent.pth")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"preset": "ncsr-compact-x4"}, {"preset": "ncsr-compact-x4", "noise_channels": 1}],
+    ids=["noise", "std"],
+)
+def test_the_configuration_of_a_file_is_found_by_its_shapes(tmp_path, changes):
+    values = NCSRConfig.preset(changes.pop("preset")).to_dict() | changes
+    model = NCSR(NCSRConfig.from_dict(values))
+    torch.save(model.published_state_dict(), tmp_path / "model.pth")
+    assert NCSR.from_pretrained(tmp_path / "model.pth").config == model.config
+
+
+def test_a_file_of_no_preset_asks_for_its_configuration(tmp_path):
+    torch.save(tiny_model().published_state_dict(), tmp_path / "model.pth")
+    with pytest.raises(CheckpointError, match="of no preset .*config=NCSRConfig.from_published"):
+        NCSR.from_pretrained(tmp_path / "model.pth")
+
+
+# -- encoder weights ---------------------------------------------------------------------------------------------
+
+
+def encoder() -> RRDB:
+    torch.manual_seed(0)
+    return RRDB(4, channels=4, growth=2, blocks=2)
+
+
+def basicsr(name: str) -> str:
+    name = name.replace("RRDB_trunk", "body").replace("RDB", "rdb").replace("trunk_conv", "conv_body")
+    return re.sub("upconv", "conv_up", name).replace("HRconv", "conv_hr")
+
+
+def old_esrgan(name: str) -> str:
+    name = re.sub(r"RRDB_trunk\.(\d+)\.RDB(\d)\.conv(\d)", r"model.1.sub.\1.RDB\2.conv\3.0", name)
+    name = name.replace("trunk_conv", "model.1.sub.2")
+    for new, old in {"conv_first": 0, "upconv1": 3, "upconv2": 6, "HRconv": 8, "conv_last": 10}.items():
+        name = name.replace(new, f"model.{old}")
+    return name
+
+
+@pytest.mark.parametrize("rename", [str, basicsr, old_esrgan, "RRDB.{}".format], ids=["srflow", "basicsr", "old-esrgan", "flow"])
+def test_encoder_weights_in_every_naming(rename):
+    source = encoder()
+    published = {name: tensor.clone() for name, tensor in encoder_layout(source)}
+    assert "RRDB_trunk.1.RDB3.conv5.weight" in published and "upconv2.bias" in published
+    state = {rename(name): tensor for name, tensor in published.items()}
+    torch.manual_seed(1)
+    target = RRDB(4, channels=4, growth=2, blocks=2)
+    load_published_encoder(target, state)
+    assert all(torch.equal(a, b) for a, b in zip(source.parameters(), target.parameters()))
+
+
+def test_encoder_weights_that_do_not_fit():
+    with pytest.raises(CheckpointError, match=r"not that of this RRDB encoder \(×8, 2 blocks\); 2 missing: upconv3.weight"):
+        load_published_encoder(RRDB(8, channels=4, growth=2, blocks=2), dict(encoder_layout(encoder())))
+
+
+def test_encoder_part_of_a_flow_checkpoint():
+    model = tiny_model(dtype=torch.float32)
+    target = RRDB(4, channels=4, growth=2, blocks=2)
+    load_published_encoder(target, model.published_state_dict())
+    lr = image(1, 3, 4, 4, dtype=torch.float32)
+    assert torch.equal(target(lr), model.encoder(lr))
+
+
+def test_state_dict_names_follow_the_configuration():
+    """The published network has the noise coupling in every step, whether a level uses it or not."""
+    names = tiny_model().published_state_dict()
+    assert "flowUpsamplerNet.layers.2.affine.fAffine_std.0.weight" in names
+    assert not any("fAffine_std" in name for name in tiny_model(noise_channels=0, noise_steps=()).published_state_dict())
+    assert tiny_config().noise_steps[0] == 0

@@ -1,0 +1,118 @@
+"""What several test files need: small models, images, vectors."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from ncsr_fast import NCSR, NCSRConfig
+
+HERE = Path(__file__).parent
+VECTORS = HERE / "conformance"
+SHARED = HERE.parent.parent / "shared"
+
+
+def tiny_config(**changes) -> NCSRConfig:
+    """A whole ×4 NCSR, one step a level, small enough for Jacobians."""
+    values = dict(
+        scale=4, channels=4, growth=2, blocks=2, stacked_blocks=(0, 1), steps=1, transition_steps=1, hidden_channels=4,
+        noise_channels=3, noise_steps=(0, 1, 1),
+    )  # fmt: skip
+    return NCSRConfig(**{**values, **changes})
+
+
+def randomize(model: torch.nn.Module, seed: int = 0, amount: float = 0.05) -> torch.nn.Module:
+    """Move every parameter off its initial value, so that no zero-initialised convolution hides a mistake."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += amount * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+    return model
+
+
+def tiny_model(seed: int = 0, dtype: torch.dtype = torch.float64, **changes) -> NCSR:
+    torch.manual_seed(seed)
+    return randomize(NCSR(tiny_config(**changes)), seed).to(dtype)
+
+
+def image(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Random pixels in [0, 1]."""
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def relative_error(value: Tensor, expected: Tensor) -> float:
+    """Largest difference over the largest magnitude of `expected`, the measure of the conformance README."""
+    expected = expected.double()
+    return float((value.double() - expected).abs().max() / expected.abs().max())
+
+
+@dataclass
+class Case:
+    """One model case of the conformance vectors."""
+
+    name: str
+    meta: dict
+    arrays: dict[str, np.ndarray]
+
+    @property
+    def config(self) -> NCSRConfig:
+        published = self.meta["config"]
+        return NCSRConfig(
+            scale=published["scale"],
+            blocks=published["nb"],
+            steps=published["K"],
+            stacked_blocks=published["stack_blocks"],
+            noise_channels=published["std_channels"] or 0,
+            noise_steps=published["noise_steps_per_level"] or (),
+        )
+
+    def weights(self) -> dict[str, Tensor]:
+        """The published state dict of the case, actnorms at zero."""
+        shapes = {name: np.empty(shape, dtype=np.uint8) for name, shape in self.meta["shapes"].items()}
+        filled = weights_module().fill(shapes, seed=self.meta["seed"])
+        return {name: torch.from_numpy(np.asarray(value)) for name, value in filled.items()}
+
+    def tensor(self, key: str, dtype: torch.dtype = torch.float64) -> Tensor:
+        return torch.from_numpy(self.arrays[key].astype(np.float64)).to(dtype)
+
+    def latents(self, prefix: str, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+        return [self.tensor(f"{prefix}_{index}", dtype) for index in range(sum(f"{prefix}_{i}" in self.arrays for i in range(9)))]
+
+    def batch(self, prefix: str, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor | None]:
+        """hr, lr and noise as the flow sees them."""
+        hr, lr = self.tensor(f"{prefix}_hr"), self.tensor(f"{prefix}_lr")
+        if self.config.noise_channels == 0:
+            return hr.to(dtype), lr.to(dtype), None
+        condition = self.tensor(f"{prefix}_noise" if self.config.noise_channels == 3 else f"{prefix}_sigma")
+        hr, lr = hr + self.tensor(f"{prefix}_noise"), lr + self.tensor(f"{prefix}_lr_noise")
+        return hr.to(dtype), lr.to(dtype), condition.to(dtype)
+
+
+def vector_file(name: str) -> Path:
+    """A conformance file, from the checkout or from where the large ones are kept; skips when it is nowhere."""
+    folders = [VECTORS, *map(Path, filter(None, [os.environ.get("NCSR_CONFORMANCE")])), SHARED / "conformance"]
+    for folder in folders:
+        if (folder / name).is_file():
+            return folder / name
+    pytest.skip(f"{name} is in none of {', '.join(map(str, folders))}; set NCSR_CONFORMANCE")
+
+
+def load_case(name: str) -> Case:
+    with np.load(vector_file(f"{name}.npz")) as arrays:
+        return Case(name, json.loads(vector_file(f"{name}.json").read_text()), dict(arrays))
+
+
+def weights_module():
+    """tests/conformance/weights.py."""
+    spec = importlib.util.spec_from_file_location("conformance_weights", VECTORS / "weights.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

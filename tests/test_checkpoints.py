@@ -1,0 +1,96 @@
+"""save_pretrained and from_pretrained, damaged directories, and the model that is shipped."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from support import image, tiny_model
+
+from ncsr_fast import NCSR, CheckpointError, NCSRConfig, checkpoints
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_save_and_load(tmp_path, dtype):
+    model = tiny_model(dtype=dtype)
+    model.initialize(image(2, 3, 8, 8, dtype=dtype), image(2, 3, 2, 2, dtype=dtype))
+    directory = model.save_pretrained(tmp_path / "model")
+    assert sorted(path.name for path in directory.iterdir()) == ["config.json", "model.safetensors"]
+    again = NCSR.from_pretrained(directory)
+    assert again.config == model.config
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in again.state_dict().items())
+    assert [p.requires_grad for p in again.parameters()] == [p.requires_grad for p in model.parameters()]
+
+
+def test_saving_over_a_model_replaces_it(tmp_path):
+    tiny_model(seed=1).save_pretrained(tmp_path)
+    second = tiny_model(seed=2)
+    second.save_pretrained(tmp_path)
+    assert torch.equal(NCSR.from_pretrained(tmp_path).levels[0].invconv, second.levels[0].invconv)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_failed_write_leaves_what_was_there(tmp_path):
+    target = tmp_path / "file.txt"
+    target.write_text("before")
+    with pytest.raises(RuntimeError), checkpoints.atomic_write(target) as path:
+        path.write_text("half of it")
+        raise RuntimeError
+    assert target.read_text() == "before" and list(tmp_path.iterdir()) == [target]
+
+
+def damage_weights(directory):
+    data = (directory / "model.safetensors").read_bytes()
+    (directory / "model.safetensors").write_bytes(data[: len(data) // 2])
+
+
+def other_weights(directory):
+    tiny_model(blocks=3).save_pretrained(directory / "other")
+    (directory / "other" / "model.safetensors").rename(directory / "model.safetensors")
+
+
+def edit_config(**changes):
+    def edit(directory):
+        values = json.loads((directory / "config.json").read_text()) | changes
+        (directory / "config.json").write_text(json.dumps(values))
+
+    return edit
+
+
+DAMAGE = {
+    "truncated-weights": (damage_weights, CheckpointError, "model.safetensors' is truncated or corrupt"),
+    "other-weights": (other_weights, CheckpointError, r"unexpected: encoder.body.2.rdb1.conv1"),
+    "text-config": (lambda d: (d / "config.json").write_text("{"), CheckpointError, "config.json' is not an NCSR configuration"),
+    "list-config": (lambda d: (d / "config.json").write_text("[]"), CheckpointError, "is not an NCSR configuration"),
+    "other-type": (edit_config(model_type="bert"), CheckpointError, "its model_type is not 'ncsr'"),
+    "unknown-key": (edit_config(depth=1), CheckpointError, "unknown configuration key 'depth'"),
+    "no-weights": (lambda d: (d / "model.safetensors").unlink(), FileNotFoundError, "has no model.safetensors"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_damaged_directories(tmp_path, name):
+    damage, error, message = DAMAGE[name]
+    tiny_model().save_pretrained(tmp_path)
+    damage(tmp_path)
+    with pytest.raises(error, match=message):
+        NCSR.from_pretrained(tmp_path)
+
+
+def test_paths_that_are_not_there(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no model at .*shipped models: ncsr-compact-x4"):
+        NCSR.from_pretrained(tmp_path / "nothing")
+    tiny_model().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="config belongs to a published .pth"):
+        NCSR.from_pretrained(tmp_path, config=tiny_model().config)
+
+
+def test_the_shipped_model():
+    """It is inside the installed package, small, compact, initialised, and comes with its card and licence terms."""
+    model = NCSR.from_pretrained("ncsr-compact-x4")
+    assert model.config == NCSRConfig.preset("ncsr-compact-x4")
+    assert model.actnorm_initialized
+    folder = checkpoints.SHIPPED / "ncsr-compact-x4"
+    assert sum(path.stat().st_size for path in folder.iterdir()) <= 15e6
+    assert "Berkeley Segmentation" in (folder / "README.md").read_text()
