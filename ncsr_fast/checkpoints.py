@@ -8,16 +8,29 @@ import tempfile
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Iterator
+from typing import Any, Callable, Iterator, TypeVar
 
 import torch
 
 from ncsr_fast.config import PRESETS, NCSRConfig
+from ncsr_fast.nn.encoder import RRDB
 from ncsr_fast.nn.ncsr import NCSR
-from ncsr_fast.nn.published import CheckpointError, compare, describe, layout, load_network, read_state_dict
+from ncsr_fast.nn.published import (
+    CheckpointError,
+    compare,
+    encoder_configuration,
+    layout,
+    load_encoder,
+    load_network,
+    read_encoder_state_dict,
+    read_state_dict,
+)
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 SHIPPED = Path(__file__).parent / "models"
+_TYPES = {NCSR: "ncsr", RRDB: "rrdb"}  # model_type of config.json
+
+Model = TypeVar("Model", NCSR, RRDB)
 
 
 @contextmanager
@@ -40,34 +53,48 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def save_pretrained(model: NCSR, directory: str | os.PathLike) -> Path:
-    """See `NCSR.save_pretrained`."""
+def save_pretrained(model: NCSR | RRDB, directory: str | os.PathLike) -> Path:
+    """See `NCSR.save_pretrained` and `RRDB.save_pretrained`."""
     from safetensors.torch import save_file
 
     directory = Path(directory)
+    kind = _TYPES[type(model)]
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     with atomic_write(directory / WEIGHTS) as path:
         save_file(tensors, path, metadata={"format": "pt"})
     with atomic_write(directory / CONFIG) as path:
-        path.write_text(json.dumps({"model_type": "ncsr", **model.config.to_dict()}, indent=2) + "\n")
+        path.write_text(json.dumps({"model_type": kind, **_configuration(model)}, indent=2) + "\n")
     return directory
 
 
 def load_pretrained(path: str | os.PathLike, config: NCSRConfig | None = None) -> NCSR:
     """See `NCSR.from_pretrained`."""
     path = Path(path)
-    if not path.exists() and (SHIPPED / path.name).is_dir() and path == Path(path.name):
-        path = SHIPPED / path.name
+    if not path.exists() and path == Path(path.name) and (SHIPPED / path).is_dir():
+        path = SHIPPED / path
     if not path.exists():
         raise FileNotFoundError(f"no model at {str(path)!r}; shipped models: {', '.join(shipped()) or 'none'}")
-    if path.is_file():
-        state = read_state_dict(path)
-        model = NCSR(_matching_config(state, path) if config is None else config)
-        load_network(model, state)
-        return model
-    if config is not None:
-        raise ValueError(f"config belongs to a published .pth; {str(path)!r} is a directory with its own {CONFIG}")
-    return _load_directory(path)
+    if path.is_dir():
+        if config is not None:
+            raise ValueError(f"config belongs to a published .pth; {str(path)!r} is a directory with its own {CONFIG}")
+        return _load_directory(path, NCSR, lambda values: NCSR(NCSRConfig.from_dict(values)))
+    state = read_state_dict(path)
+    model = NCSR(_matching_config(state, path) if config is None else config)
+    load_network(model, state)
+    return model
+
+
+def load_pretrained_encoder(path: str | os.PathLike) -> RRDB:
+    """See `RRDB.from_pretrained`."""
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"no encoder at {str(path)!r}")
+    if path.is_dir():
+        return _load_directory(path, RRDB, lambda values: RRDB(**values))
+    state = read_encoder_state_dict(path)
+    encoder = RRDB(**encoder_configuration(state))
+    load_encoder(encoder, state)
+    return encoder
 
 
 def shipped() -> list[str]:
@@ -75,7 +102,12 @@ def shipped() -> list[str]:
     return sorted(entry.name for entry in SHIPPED.iterdir() if (entry / WEIGHTS).is_file()) if SHIPPED.is_dir() else []
 
 
-def _load_directory(path: Path) -> NCSR:
+def _configuration(model: NCSR | RRDB) -> dict[str, Any]:
+    """What the model is built from, JSON-ready."""
+    return model.config.to_dict() if isinstance(model, NCSR) else model.configuration()
+
+
+def _load_directory(path: Path, kind: type[Model], build: Callable[[dict[str, Any]], Model]) -> Model:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -84,17 +116,17 @@ def _load_directory(path: Path) -> NCSR:
             raise FileNotFoundError(f"{str(path)!r} has no {name}; a model directory is written by save_pretrained")
     try:
         values = json.loads((path / CONFIG).read_text())
-        if values.pop("model_type", None) != "ncsr":
-            raise ValueError("its model_type is not 'ncsr'")
-        model = NCSR(NCSRConfig.from_dict(values))
+        if values.pop("model_type", None) != _TYPES[kind]:
+            raise ValueError(f"its model_type is not {_TYPES[kind]!r}")
+        model = build(values)
     except (ValueError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{str(path / CONFIG)!r} is not an NCSR configuration: {error}") from error
+        raise CheckpointError(f"{str(path / CONFIG)!r} is not the configuration of an {kind.__name__}: {error}") from error
     try:
         state = load_file(path / WEIGHTS)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{str(path / WEIGHTS)!r} is truncated or corrupt: {error}") from error
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    compare(expected, state, f"the model of {CONFIG} ({describe(model)})")
+    compare(expected, state, f"the model of {CONFIG} ({model.describe()})")
     floats = {tensor.dtype for tensor in state.values() if tensor.is_floating_point()}
     if len(floats) == 1:
         model.to(floats.pop())

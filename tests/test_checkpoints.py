@@ -8,7 +8,7 @@ import pytest
 import torch
 from support import image, tiny_model
 
-from ncsr_fast import NCSR, CheckpointError, NCSRConfig, checkpoints
+from ncsr_fast import NCSR, RRDB, CheckpointError, NCSRConfig, checkpoints
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -21,6 +21,18 @@ def test_save_and_load(tmp_path, dtype):
     assert again.config == model.config
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in again.state_dict().items())
     assert [p.requires_grad for p in again.parameters()] == [p.requires_grad for p in model.parameters()]
+
+
+def test_save_and_load_a_generator(tmp_path):
+    encoder = tiny_model(dtype=torch.float32).encoder
+    encoder.save_pretrained(tmp_path)
+    again = RRDB.from_pretrained(tmp_path)
+    assert again.configuration() == encoder.configuration()
+    assert all(torch.equal(value, encoder.state_dict()[name]) for name, value in again.state_dict().items())
+    with pytest.raises(CheckpointError, match="is not the configuration of an NCSR: its model_type is not 'ncsr'"):
+        NCSR.from_pretrained(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no encoder at"):
+        RRDB.from_pretrained(tmp_path / "nothing")
 
 
 def test_saving_over_a_model_replaces_it(tmp_path):
@@ -61,8 +73,8 @@ def edit_config(**changes):
 DAMAGE = {
     "truncated-weights": (damage_weights, CheckpointError, "model.safetensors' is truncated or corrupt"),
     "other-weights": (other_weights, CheckpointError, r"unexpected: encoder.body.2.rdb1.conv1"),
-    "text-config": (lambda d: (d / "config.json").write_text("{"), CheckpointError, "config.json' is not an NCSR configuration"),
-    "list-config": (lambda d: (d / "config.json").write_text("[]"), CheckpointError, "is not an NCSR configuration"),
+    "text-config": (lambda d: (d / "config.json").write_text("{"), CheckpointError, "config.json' is not the configuration of an NCSR"),
+    "list-config": (lambda d: (d / "config.json").write_text("[]"), CheckpointError, "is not the configuration of an NCSR"),
     "other-type": (edit_config(model_type="bert"), CheckpointError, "its model_type is not 'ncsr'"),
     "unknown-key": (edit_config(depth=1), CheckpointError, "unknown configuration key 'depth'"),
     "no-weights": (lambda d: (d / "model.safetensors").unlink(), FileNotFoundError, "has no model.safetensors"),

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import math
+import os
+from pathlib import Path
+from typing import Any, Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from ncsr_fast.nn import published
 
 SLOPE = 0.2  # of every LeakyReLU
 RESIDUAL = 0.2  # weight of a dense block's, and of a block's, residual branch
@@ -56,13 +61,18 @@ class RRDB(nn.Module):
     `features(lr)` are the conditioning features of the flow's levels, from the HR side, without the
     HR part of the network, which they do not need.
 
-    Modules are named as in BasicSR; `load_state_dict` of a published file goes through
-    `ncsr_fast.nn.published.load_published_encoder`.
+    scale           a power of two
+    channels, growth, blocks   width, growth of the dense blocks, number of blocks
+    stacked_blocks  indices of the blocks whose outputs `features` appends; none for a generator alone
     """
 
-    def __init__(self, scale: int, channels: int, growth: int, blocks: int, stacked_blocks: tuple[int, ...] = ()) -> None:
+    def __init__(
+        self, scale: int = 4, channels: int = 64, growth: int = 32, blocks: int = 23, stacked_blocks: tuple[int, ...] = ()
+    ) -> None:
         super().__init__()
-        self.scale, self.stacked_blocks = scale, stacked_blocks
+        if scale < 2 or scale & (scale - 1):
+            raise ValueError(f"scale must be a power of two, not {scale!r}")
+        self.scale, self.channels, self.growth, self.stacked_blocks = scale, channels, growth, tuple(stacked_blocks)
         self.conv_first = conv3x3(3, channels)
         self.body = nn.ModuleList(ResidualBlock(channels, growth) for _ in range(blocks))
         self.conv_body = conv3x3(channels, channels)
@@ -73,6 +83,44 @@ class RRDB(nn.Module):
     def head(self) -> list[nn.Module]:
         """The modules that only the super-resolved image uses: the last upsampling and what follows."""
         return [self.conv_up[-1], self.conv_hr, self.conv_last]
+
+    # -- weights ---------------------------------------------------------------------------------------------
+
+    def load_published(self, source: Mapping[str, Tensor] | str | os.PathLike) -> None:
+        """Load published RRDB or ESRGAN weights: a state dict or a .pth file, in SRFlow's, BasicSR's or ESRGAN's naming.
+
+        The `RRDB.` part of a flow checkpoint will do as well. Strict: raises CheckpointError naming what does not fit,
+        and then changes nothing.
+        """
+        published.load_encoder(self, published.read_encoder_state_dict(source))
+
+    def published_state_dict(self) -> dict[str, Tensor]:
+        """The weights under SRFlow's (and ESRGAN's new) names."""
+        return {name: tensor.clone() for name, tensor in published.encoder_layout(self)}
+
+    @classmethod
+    def from_pretrained(cls, path: str | os.PathLike) -> RRDB:
+        """A generator from a directory written by `save_pretrained`, or from a published .pth, whose shapes tell its size."""
+        from ncsr_fast import checkpoints  # imports this module
+
+        return checkpoints.load_pretrained_encoder(path)
+
+    def save_pretrained(self, directory: str | os.PathLike) -> Path:
+        """Write `config.json` and `model.safetensors` to `directory`, each atomically; return it."""
+        from ncsr_fast import checkpoints
+
+        return checkpoints.save_pretrained(self, directory)
+
+    def configuration(self) -> dict[str, Any]:
+        """The arguments it was built with."""
+        shape = {"scale": self.scale, "channels": self.channels, "growth": self.growth, "blocks": len(self.body)}
+        return {**shape, "stacked_blocks": list(self.stacked_blocks)}
+
+    def describe(self) -> str:
+        """The generator in a few words, for messages."""
+        return f"RRDB, ×{self.scale}, {len(self.body)} blocks of {self.channels} channels"
+
+    # -- images and features ---------------------------------------------------------------------------------
 
     def forward(self, lr: Tensor) -> Tensor:
         fea, _ = self._trunk(lr)
@@ -92,9 +140,9 @@ class RRDB(nn.Module):
         pyramid = [F.avg_pool2d(trunk, 2), trunk]
         for conv in self.conv_up[:-1]:
             pyramid.append(self._upsample(pyramid[-1], conv))
-        resized = [F.interpolate(stacked, size=fea.shape[2:], mode="nearest") if stacked is not None else None for fea in pyramid]
-        joined = [fea if more is None else torch.cat([fea, more], dim=1) for fea, more in zip(pyramid, resized)]
-        return joined[::-1]
+        if stacked is not None:
+            pyramid = [torch.cat([fea, F.interpolate(stacked, size=fea.shape[2:], mode="nearest")], dim=1) for fea in pyramid]
+        return pyramid[::-1]
 
     def _trunk(self, lr: Tensor) -> tuple[Tensor, Tensor | None]:
         fea, outputs = self.conv_first(lr), {}

@@ -195,6 +195,12 @@ class NCSR(nn.Module):
 
         return checkpoints.save_pretrained(self, directory)
 
+    def describe(self) -> str:
+        """The model in a few words, for messages."""
+        config = self.config
+        kind = {0: "SRFlow", 1: "NCSR, std-conditional", 3: "NCSR, noise-conditional"}[config.noise_channels]
+        return f"{kind}, ×{config.scale}, {config.blocks} blocks, {config.steps} steps a level"
+
     # -- inside ----------------------------------------------------------------------------------------------
 
     @property

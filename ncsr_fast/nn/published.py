@@ -130,7 +130,7 @@ def layout(model: NCSR) -> Iterator[Entry]:
 def load_network(model: NCSR, state: Mapping[str, Tensor]) -> None:
     """Copy a published state dict into `model`; strict, and nothing is changed when it does not fit."""
     entries = list(layout(model))
-    compare({entry.name: entry.shape for entry in entries}, state, f"this model ({describe(model)})")
+    compare({entry.name: entry.shape for entry in entries}, state, f"this model ({model.describe()})")
     for entry in entries:
         if entry.tensor is not None:
             entry.tensor.copy_(state[entry.name].reshape(entry.tensor.shape))
@@ -146,12 +146,6 @@ def network_state_dict(model: NCSR) -> dict[str, Tensor]:
         tensor = model.unused_published.get(entry.name) if entry.tensor is None else entry.tensor
         state[entry.name] = like.new_zeros(entry.shape) if tensor is None else tensor.reshape(entry.shape).to(like).clone()
     return state
-
-
-def describe(model: NCSR) -> str:
-    config = model.config
-    kind = {0: "SRFlow", 1: "NCSR, std-conditional", 3: "NCSR, noise-conditional"}[config.noise_channels]
-    return f"{kind}, ×{config.scale}, {config.blocks} blocks, {config.steps} steps a level"
 
 
 def _whole(name: str, tensor: Tensor) -> Entry:
@@ -191,23 +185,38 @@ def encoder_layout(encoder: RRDB) -> Iterator[tuple[str, Tensor]]:
         yield re.sub(r"^conv_hr\b", "HRconv", name), tensor
 
 
-def load_published_encoder(encoder: RRDB, source: Mapping[str, Tensor] | str | os.PathLike) -> None:
-    """Load published RRDB or ESRGAN weights into `encoder`: a state dict or a .pth file, in any of the namings.
+def read_encoder_state_dict(source: Mapping[str, Tensor] | str | os.PathLike) -> dict[str, Tensor]:
+    """The tensors of an RRDB generator, from a state dict or a .pth file in any of the namings, under those of SRFlow.
 
-    Those are: the RRDB files of SRFlow and NCSR and ESRGAN's new architecture (`RRDB_trunk…`), BasicSR and
+    The namings are: the RRDB files of SRFlow and NCSR and ESRGAN's new architecture (`RRDB_trunk…`), BasicSR and
     Real-ESRGAN (`body…`), ESRGAN's old architecture (`model.…`), and the `RRDB.` part of a flow checkpoint.
-    Strict: raises CheckpointError naming what does not fit, and then changes nothing.
     """
     state = read_state_dict(source)
     if any(name.startswith("RRDB.") for name in state):
-        state = {name.removeprefix("RRDB."): value for name, value in state.items() if name.startswith("RRDB.")}
+        return {name.removeprefix("RRDB."): value for name, value in state.items() if name.startswith("RRDB.")}
     if any(name.startswith("model.1.sub.") for name in state):
-        state = {_from_old_esrgan(name): value for name, value in state.items()}
-    elif any(name.startswith("body.") for name in state):
-        state = {_from_basicsr(name): value for name, value in state.items()}
+        return {_from_old_esrgan(name): value for name, value in state.items()}
+    if any(name.startswith("body.") for name in state):
+        return {_from_basicsr(name): value for name, value in state.items()}
+    return state
+
+
+def encoder_configuration(state: Mapping[str, Tensor]) -> dict[str, int]:
+    """scale, channels, growth and blocks of the generator that has this state dict (SRFlow's names)."""
+    try:
+        growth, channels = state["RRDB_trunk.0.RDB1.conv1.weight"].shape[:2]
+    except KeyError as error:
+        raise CheckpointError(f"the checkpoint is not that of an RRDB generator: it has no {error}") from error
+    blocks = {name.split(".")[1] for name in state if name.startswith("RRDB_trunk.")}
+    doublings = {name.split(".")[0] for name in state if name.startswith("upconv")}
+    return {"scale": 2 ** len(doublings), "channels": channels, "growth": growth, "blocks": len(blocks)}
+
+
+def load_encoder(encoder: RRDB, state: Mapping[str, Tensor]) -> None:
+    """Copy a state dict under SRFlow's names into `encoder`; strict, and nothing is changed when it does not fit."""
     entries = dict(encoder_layout(encoder))
-    what = f"this RRDB encoder (×{encoder.scale}, {len(encoder.body)} blocks)"
-    compare({name: tuple(tensor.shape) for name, tensor in entries.items()}, state, what)
+    expected = {name: tuple(tensor.shape) for name, tensor in entries.items()}
+    compare(expected, state, f"this encoder ({encoder.describe()})")
     for name, tensor in entries.items():
         tensor.copy_(state[name])
 

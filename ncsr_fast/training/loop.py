@@ -15,14 +15,15 @@ from tqdm import tqdm
 from ncsr_fast.data.crops import RandomCrops, crop_loader
 from ncsr_fast.data.images import crop_to_multiple, list_images, read_image, to_float, write_image
 from ncsr_fast.data.perturb import degrade, to_pair
+from ncsr_fast.nn.encoder import RRDB
 from ncsr_fast.nn.ncsr import NCSR
-from ncsr_fast.nn.published import load_published_encoder
 from ncsr_fast.training.run import Run
 from ncsr_fast.training.settings import TrainSettings
 from ncsr_fast.training.stages import EncoderStage, FlowStage, Stage
 
 # Distinct streams of random numbers of one seed: noise of step n, and of validation.
 _NOISE_SEEDS, _VALIDATION_SEED = 2**32, 2**31
+_VALIDATED = 512  # largest side of an image validated on: a whole DIV2K image takes a CPU minutes
 
 
 class TrainingDiverged(ArithmeticError):
@@ -45,10 +46,11 @@ def train(settings: TrainSettings, folder: str | os.PathLike, device: str = "cpu
     torch.manual_seed(settings.seed)
     model = NCSR(settings.config)
     if settings.encoder_weights is not None:
-        load_published_encoder(model.encoder, settings.encoder_weights)
+        model.encoder.load_published(RRDB.from_pretrained(settings.encoder_weights).published_state_dict())
     model.to(device).train()
     if settings.encoder_steps and not run.started("flow"):
         _run_stage(EncoderStage(model, settings), model, run, crops, device, workers)
+        model.encoder.save_pretrained(run.folder / "encoder")
     _run_stage(FlowStage(model, settings), model, run, crops, device, workers)
     model.eval()
     model.save_pretrained(run.folder / "model")
@@ -108,15 +110,16 @@ def _run_stage(stage: Stage, model: NCSR, run: Run, crops: RandomCrops, device: 
 
 @torch.no_grad()
 def _validate(stage: Stage, model: NCSR, run: Run, step: int, device: str) -> None:
-    """Log the mean of every metric over the validation images, and write one grid of the first of them."""
+    """Log the mean of every metric over some images, and write a grid of the first of them.
+
+    They are the validation images, or training images where there is no validation folder: the middle of each.
+    """
     settings = run.settings
-    if settings.validation is None:
-        return
     model.eval()
     generator = torch.Generator(device).manual_seed(_VALIDATION_SEED)
     rows: list[dict[str, float]] = []
-    for path in list_images(settings.validation)[: settings.validation_images]:
-        image = crop_to_multiple(read_image(path), 2 * settings.config.scale)[None].to(device)
+    for path in list_images(settings.validation or settings.images)[: settings.validation_images]:
+        image = _middle(read_image(path), 2 * settings.config.scale)[None].to(device)
         hr, lr = to_float(image), to_float(degrade(image, settings.config.scale))
         metrics, images = stage.validate(hr, lr, generator)
         if not rows:
@@ -125,6 +128,14 @@ def _validate(stage: Stage, model: NCSR, run: Run, step: int, device: str) -> No
             write_image(Path(run.folder) / "samples" / name, torch.cat(shown, dim=2))
         rows.append(metrics)
     means = {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]}
-    run.log(stage=stage.name, step=step, validation=means)
+    run.log(stage=stage.name, step=step, images="validation" if settings.validation else "training", validation=means)
     tqdm.write(f"{stage.name} {step}: " + ", ".join(f"{key} {value:.3f}" for key, value in means.items()))
     model.train()
+
+
+def _middle(image: Tensor, multiple: int) -> Tensor:
+    """The middle of (3, H, W), at most 512×512, its sides multiples of `multiple`."""
+    for axis in (1, 2):
+        side = min(image.shape[axis], _VALIDATED)
+        image = image.narrow(axis, (image.shape[axis] - side) // 2, side)
+    return crop_to_multiple(image, multiple)

@@ -15,12 +15,12 @@ from ncsr_fast.nn.published import CheckpointError
 from ncsr_fast.training.settings import TrainSettings
 
 _KEPT = 2  # checkpoints; the older one is there in case the newer one is damaged
-# settings that may differ when a run is resumed: none of them changes a weight
+# settings that may differ when a run is resumed: where the same files lie now, and what is reported when
 _FREE = ("images", "lr_images", "validation", "log_every", "validate_every", "save_every", "validation_images", "temperatures")
 
 
 class Run:
-    """RUN/settings.json, RUN/log.jsonl, RUN/checkpoints/STAGE-STEP.pt, RUN/samples/*.png, RUN/model/."""
+    """RUN/settings.json, RUN/log.jsonl, RUN/checkpoints/STAGE-STEP.pt, RUN/samples/*.png, RUN/encoder/, RUN/model/."""
 
     def __init__(self, folder: str | os.PathLike, settings: TrainSettings) -> None:
         """Create the folder, or open it to resume.

@@ -15,10 +15,10 @@ class TrainSettings:
 
     images             folder of HR training images; lr_images the folder of their LR counterparts, None to compute
                        them by MATLAB bicubic
-    validation         folder of HR images to validate on, None for no validation
+    validation         folder of HR images to validate on, None to look at training images instead
     crop, batch        side of an HR crop, and crops a step
     encoder_steps      steps of the first stage; 0 skips it (give `encoder_weights`)
-    encoder_weights    published RRDB or ESRGAN file the encoder starts from
+    encoder_weights    what the encoder starts from: a published RRDB or ESRGAN file, or RUN/encoder of another run
     steps              steps of the second stage
     encoder_lr, lr     Adam's learning rates of the stages
     milestones, gamma  fractions of a stage at which its learning rate is multiplied by gamma

@@ -9,7 +9,7 @@ import torch
 from support import image, tiny_config, tiny_model
 
 from ncsr_fast import NCSR, RRDB, CheckpointError, NCSRConfig
-from ncsr_fast.nn.published import encoder_layout, load_published_encoder, read_state_dict
+from ncsr_fast.nn.published import read_state_dict
 
 
 def test_round_trip_keeps_the_function_and_the_unused_tensors():
@@ -132,24 +132,37 @@ def old_esrgan(name: str) -> str:
 @pytest.mark.parametrize("rename", [str, basicsr, old_esrgan, "RRDB.{}".format], ids=["srflow", "basicsr", "old-esrgan", "flow"])
 def test_encoder_weights_in_every_naming(rename):
     source = encoder()
-    published = {name: tensor.clone() for name, tensor in encoder_layout(source)}
+    published = source.published_state_dict()
     assert "RRDB_trunk.1.RDB3.conv5.weight" in published and "upconv2.bias" in published
     state = {rename(name): tensor for name, tensor in published.items()}
     torch.manual_seed(1)
     target = RRDB(4, channels=4, growth=2, blocks=2)
-    load_published_encoder(target, state)
+    target.load_published(state)
     assert all(torch.equal(a, b) for a, b in zip(source.parameters(), target.parameters()))
 
 
 def test_encoder_weights_that_do_not_fit():
-    with pytest.raises(CheckpointError, match=r"not that of this RRDB encoder \(×8, 2 blocks\); 2 missing: upconv3.weight"):
-        load_published_encoder(RRDB(8, channels=4, growth=2, blocks=2), dict(encoder_layout(encoder())))
+    with pytest.raises(CheckpointError, match=r"not that of this encoder \(RRDB, ×8, 2 blocks of 4 channels\); 2 missing: upconv3.weight"):
+        RRDB(8, channels=4, growth=2, blocks=2).load_published(encoder().published_state_dict())
+
+
+@pytest.mark.parametrize("scale", [4, 8])
+def test_the_size_of_a_generator_file_is_read_off_its_shapes(tmp_path, scale):
+    torch.manual_seed(0)
+    source = RRDB(scale, channels=6, growth=3, blocks=2)
+    torch.save({"params": {basicsr(name): value for name, value in source.published_state_dict().items()}}, tmp_path / "rrdb.pth")
+    lr = image(1, 3, 3, 5, dtype=torch.float32)
+    again = RRDB.from_pretrained(tmp_path / "rrdb.pth")
+    assert again.configuration() == source.configuration() and torch.equal(again(lr), source(lr))
+    torch.save({"weight": torch.zeros(1)}, tmp_path / "other.pth")
+    with pytest.raises(CheckpointError, match="not that of an RRDB generator: it has no 'RRDB_trunk.0.RDB1.conv1.weight'"):
+        RRDB.from_pretrained(tmp_path / "other.pth")
 
 
 def test_encoder_part_of_a_flow_checkpoint():
     model = tiny_model(dtype=torch.float32)
     target = RRDB(4, channels=4, growth=2, blocks=2)
-    load_published_encoder(target, model.published_state_dict())
+    target.load_published(model.published_state_dict())
     lr = image(1, 3, 4, 4, dtype=torch.float32)
     assert torch.equal(target(lr), model.encoder(lr))
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from support import tiny_config
 
-from ncsr_fast import NCSR
+from ncsr_fast import NCSR, RRDB
 from ncsr_fast.data import read_image
 from ncsr_fast.nn.published import CheckpointError
 from ncsr_fast.training import TrainingDiverged, TrainSettings, train
@@ -39,9 +39,12 @@ def test_a_run(settings, photos, tmp_path):
     assert model.actnorm_initialized
     assert_same(model, NCSR.from_pretrained(tmp_path / "run" / "model"))
     losses = [(row["stage"], row["step"]) for row in rows(tmp_path / "run") if "loss" in row]
+    encoder = RRDB.from_pretrained(tmp_path / "run" / "encoder")
+    assert torch.equal(encoder.conv_last.weight, model.encoder.conv_last.weight), "the flow leaves the HR end alone"
     assert losses == [("encoder", 2), ("encoder", 3), ("flow", 2), ("flow", 4), ("flow", 6)]
     validations = [row for row in rows(tmp_path / "run") if "validation" in row]
     assert [(row["stage"], row["step"]) for row in validations] == [("encoder", 3), ("flow", 3), ("flow", 6)]
+    assert {row["images"] for row in validations} == {"validation"}
     assert set(validations[-1]["validation"]) == {"nll", "psnr@0", "lr_psnr@0", "psnr@0.8", "lr_psnr@0.8"}
     grid = read_image(tmp_path / "run" / "samples" / "flow-00000006.png")
     assert grid.shape == (3, 96, 4 * 120), "LR, two temperatures and the original side by side"
@@ -51,7 +54,8 @@ def test_a_run(settings, photos, tmp_path):
 
 def test_training_lowers_the_loss(settings, tmp_path):
     train(replace(settings, encoder_steps=30, steps=40, lr=5e-3, encoder_lr=5e-3, log_every=10), tmp_path)
-    losses = {stage: [row["loss"] for row in rows(tmp_path) if row["stage"] == stage] for stage in ("encoder", "flow")}
+    logged = [row for row in rows(tmp_path) if "loss" in row]
+    losses = {stage: [row["loss"] for row in logged if row["stage"] == stage] for stage in ("encoder", "flow")}
     assert losses["encoder"][-1] < 0.7 * losses["encoder"][0]
     assert losses["flow"][-1] < losses["flow"][0] - 0.5
 
@@ -125,14 +129,19 @@ def test_the_variants_train(settings, tmp_path, changes):
     assert model.config == config
 
 
-def test_encoder_weights(settings, tmp_path):
+@pytest.mark.parametrize("kind", ["pth", "directory"])
+def test_encoder_weights(settings, tmp_path, kind):
     torch.manual_seed(3)
     source = NCSR(settings.config)
     torch.save(source.published_state_dict(), tmp_path / "flow.pth")
-    model = train(
-        replace(settings, encoder_steps=0, steps=1, unfreeze=1.0, encoder_weights=str(tmp_path / "flow.pth")), tmp_path / "run"
-    )
+    source.encoder.save_pretrained(tmp_path / "encoder")
+    weights = str(tmp_path / {"pth": "flow.pth", "directory": "encoder"}[kind])
+    settings = replace(settings, encoder_steps=0, steps=1, unfreeze=1.0)
+    model = train(replace(settings, encoder_weights=weights), tmp_path / "run")
     assert all(torch.equal(a, b) for a, b in zip(model.encoder.parameters(), source.encoder.parameters()))
+    other = replace(settings.config, blocks=3)
+    with pytest.raises(CheckpointError, match=r"not that of this encoder \(RRDB, ×4, 3 blocks of 4 channels\); 30 missing"):
+        train(replace(settings, config=other, encoder_weights=weights), tmp_path / "other")
 
 
 def test_another_run_in_the_folder_is_refused(settings, tmp_path):
