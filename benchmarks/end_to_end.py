@@ -119,7 +119,9 @@ def main() -> None:
         "device": torch.cuda.get_device_name() if args.device == "cuda" else f"{_processor()}, {args.threads} threads",
         "torch": torch.__version__,
         "ncsr_fast": __version__,
-        "commit": subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip(),
+        "commit": subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+        ).stdout.strip(),
         "date": datetime.date.today().isoformat(),
         "command": "python benchmarks/end_to_end.py --published PATH",
     }

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Mapping
+from typing import Any
 
 _NCSR_X4 = {"scale": 4, "steps": 16, "noise_channels": 3, "noise_steps": (0, 16, 16)}
 _NCSR_X8 = {"scale": 8, "steps": 20, "noise_channels": 3, "noise_steps": (0, 0, 16, 16)}

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,7 +71,9 @@ def evaluate(
             samples = to_uint8(model.sample(to_float(lr)[None].to(dtype), count, temperature, generator)[0])
             scores.add(seconds=(time.perf_counter() - started) / count)
             _add(scores, samples, hr, lr, scale, lpips_network)
-        progress(f"image {number}: " + ", ".join(f"{s.method} {s.values['psnr'][-1]:.2f} dB" for s in (bicubic, *methods.values())))
+        progress(
+            f"image {number}: " + ", ".join(f"{s.method} {s.values['psnr'][-1]:.2f} dB" for s in (bicubic, *methods.values()))
+        )
     return [bicubic, *methods.values()]
 
 
@@ -100,6 +103,17 @@ def table(scores: list[Scores]) -> str:
     keys = [key for key in headers if any(key in values for _, values in means)]
     lines = [["", *(headers[key] for key in keys)]]
     for method, values in means:
-        lines.append([method, *(f"{values[key]:.{3 if key in ('ssim', 'lpips', 'seconds') else 2}f}" if key in values else "-" for key in keys)])
+        lines.append(
+            [
+                method,
+                *(
+                    f"{values[key]:.{3 if key in ('ssim', 'lpips', 'seconds') else 2}f}" if key in values else "-"
+                    for key in keys
+                ),
+            ]
+        )
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    return "\n".join("  ".join([line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:]))]) for line in lines)
+    return "\n".join(
+        "  ".join([line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:]))])
+        for line in lines
+    )

@@ -84,7 +84,9 @@ class Case:
         return torch.from_numpy(self.arrays[key].astype(np.float64)).to(dtype)
 
     def latents(self, prefix: str, dtype: torch.dtype = torch.float64) -> list[Tensor]:
-        return [self.tensor(f"{prefix}_{index}", dtype) for index in range(sum(f"{prefix}_{i}" in self.arrays for i in range(9)))]
+        return [
+            self.tensor(f"{prefix}_{index}", dtype) for index in range(sum(f"{prefix}_{i}" in self.arrays for i in range(9)))
+        ]
 
     def batch(self, prefix: str, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor | None]:
         """hr, lr and noise as the flow sees them."""

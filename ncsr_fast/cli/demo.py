@@ -39,10 +39,10 @@ def run(args: argparse.Namespace) -> None:
     import torch
     import torch.nn.functional as F
 
-    from ncsr_fast.checkpoints import atomic_write
     from ncsr_fast.data.images import crop_to_multiple, to_float, write_image
     from ncsr_fast.data.perturb import degrade
     from ncsr_fast.figures import contact_sheet, heat_map
+    from ncsr_fast.files import atomic_write
     from ncsr_fast.metrics import diversity_score, error_maps, imresize, lr_psnr, psnr
     from ncsr_fast.nn.ncsr import NCSR
 
@@ -84,7 +84,16 @@ def run(args: argparse.Namespace) -> None:
     brightest = float(torch.cat([deviation.flatten() for deviation in deviations]).quantile(0.995))
     for (_, tiles), deviation in zip(rows, deviations):
         tiles.insert(-1, heat_map(deviation, max(brightest, 1e-3)))
-    columns = ["LR", "bicubic", "temperature 0", "sample 1", "sample 2", "sample 3", f"std of {args.n} (0 to {255 * brightest:.0f})", "original"]
+    columns = [
+        "LR",
+        "bicubic",
+        "temperature 0",
+        "sample 1",
+        "sample 2",
+        "sample 3",
+        f"std of {args.n} (0 to {255 * brightest:.0f})",
+        "original",
+    ]
     with atomic_write(out / "contact_sheet.png") as path:
         contact_sheet(rows, columns).save(path)
     print(f"PSNR in dB; diversity in percent, from error maps. Look at {out / 'contact_sheet.png'}")

@@ -42,18 +42,18 @@ def run(args: argparse.Namespace) -> None:
 
 def report() -> dict[str, dict[str, str]]:
     """What `doctor` prints: sections of names and values."""
-    from ncsr_fast import __version__, checkpoints, ops
+    from ncsr_fast import __version__, files, ops
 
     return {
         "ncsr_fast": {
             "version": __version__,
-            "installed in": os.path.dirname(checkpoints.__file__),
-            "shipped models": ", ".join(checkpoints.shipped()) or "none",
+            "installed in": os.path.dirname(files.__file__),
+            "shipped models": ", ".join(files.shipped()) or "none",
         },
         "machine": {
             "python": f"{platform.python_version()} ({sys.executable})",
             "system": f"{platform.system()} {platform.machine()}, glibc {platform.libc_ver()[1] or 'unknown'}",
-            "cpu": f"{os.cpu_count()} cores, PyTorch uses {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
+            "cpu": f"{os.cpu_count()} cores, {torch.get_num_threads()} PyTorch threads, {torch.backends.cpu.get_cpu_capability()}",
             "torch": f"{torch.__version__}, " + (f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU build"),
             "gpu": _gpus(),
             "C++ compiler": _tool("c++", "g++"),

@@ -34,9 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
-    from ncsr_fast.checkpoints import atomic_write
     from ncsr_fast.data.images import crop_to_multiple, list_images, pair_up, read_image
     from ncsr_fast.evaluation import evaluate, table
+    from ncsr_fast.files import atomic_write
     from ncsr_fast.metrics.perceptual import LPIPSUnavailable, lpips_model
     from ncsr_fast.nn.ncsr import NCSR
 
@@ -52,7 +52,9 @@ def run(args: argparse.Namespace) -> None:
     except LPIPSUnavailable as error:
         network = None
         print(f"without LPIPS: {error}", file=sys.stderr)
-    images = (crop_to_multiple(read_image(path), 8) if lr_images is None else read_image(path) for path in tqdm(paths, unit="image"))
+    images = (
+        crop_to_multiple(read_image(path), 8) if lr_images is None else read_image(path) for path in tqdm(paths, unit="image")
+    )
     scores = evaluate(model, images, args.temperatures, args.n, args.seed, network, lr_images, progress=tqdm.write)
     print(f"{args.model}, {len(paths)} images, {args.n} samples each, {device}")
     print(table(scores))

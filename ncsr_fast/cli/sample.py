@@ -22,9 +22,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, help="folder the PNG files are written to")
     add_model(parser)
     parser.add_argument("--n", type=int, default=10, help="samples of each image (default: %(default)s)")
-    parser.add_argument("--temperature", type=float, default=0.9, help="standard deviation of the latents (default: %(default)s)")
+    parser.add_argument(
+        "--temperature", type=float, default=0.9, help="standard deviation of the latents (default: %(default)s)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the latents of each image (default: %(default)s)")
-    parser.add_argument("--names", choices=("ntire", "source"), default="ntire", help="how to name the files (default: %(default)s)")
+    parser.add_argument(
+        "--names", choices=("ntire", "source"), default="ntire", help="how to name the files (default: %(default)s)"
+    )
     add_device(parser)
 
 

@@ -23,7 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--preset", default="ncsr-x4", choices=PRESETS, help="architecture, and the settings that go with it")
     parser.add_argument("--lr-images", help="folder of the LR counterparts (default: MATLAB bicubic of the crops)")
     parser.add_argument("--validation", help="folder of HR images to validate on (default: look at training images)")
-    parser.add_argument("--encoder-weights", help="what the encoder starts from: a published RRDB or ESRGAN .pth, or RUN/encoder")
+    parser.add_argument(
+        "--encoder-weights", help="what the encoder starts from: a published RRDB or ESRGAN .pth, or RUN/encoder"
+    )
     parser.add_argument("--encoder-steps", type=int, help="steps of the first stage, 0 to skip it")
     parser.add_argument("--steps", type=int, help="steps of the second stage")
     parser.add_argument("--batch", type=int, help="crops a step")

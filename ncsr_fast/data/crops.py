@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import random
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Iterator
 
 import torch
 from torch import Tensor

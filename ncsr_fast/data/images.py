@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Iterable
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from ncsr_fast.checkpoints import atomic_write
+from ncsr_fast.files import atomic_write
 from ncsr_fast.metrics.fidelity import to_uint8
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")

@@ -45,7 +45,9 @@ def ssim(image: Tensor, target: Tensor) -> Tensor:
         raise ImportError("ssim needs scikit-image: pip install 'ncsr_fast[eval]'") from error
     pairs = zip(to_uint8(image), to_uint8(target))
     values = [
-        structural_similarity(a.permute(1, 2, 0).cpu().numpy(), b.permute(1, 2, 0).cpu().numpy(), channel_axis=2, data_range=255)
+        structural_similarity(
+            a.permute(1, 2, 0).cpu().numpy(), b.permute(1, 2, 0).cpu().numpy(), channel_axis=2, data_range=255
+        )
         for a, b in pairs
     ]
     return torch.tensor(values, dtype=torch.float64)

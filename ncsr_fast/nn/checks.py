@@ -41,9 +41,7 @@ def check_pair(hr: Tensor, lr: Tensor, scale: int) -> None:
     """Raise unless `hr` is `scale` times the size of `lr`, image by image."""
     expected = (lr.shape[0], 3, lr.shape[2] * scale, lr.shape[3] * scale)
     if tuple(hr.shape) != expected:
-        raise ValueError(
-            f"hr must have shape {expected} for lr {tuple(lr.shape)} at scale {scale}, not {tuple(hr.shape)}"
-        )
+        raise ValueError(f"hr must have shape {expected} for lr {tuple(lr.shape)} at scale {scale}, not {tuple(hr.shape)}")
 
 
 def check_noise(noise: Tensor, lr: Tensor, scale: int, noise_channels: int) -> None:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ncsr_fast import files
 from ncsr_fast.nn import published
 
 SLOPE = 0.2  # of every LeakyReLU
@@ -100,16 +102,20 @@ class RRDB(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike) -> RRDB:
-        """A generator from a directory written by `save_pretrained`, or from a published .pth, whose shapes tell its size."""
-        from ncsr_fast import checkpoints  # imports this module
+        """A generator from a directory written by `save_pretrained`, or from a published .pth, whose shapes tell its size.
 
-        return checkpoints.load_pretrained_encoder(path)
+        raises  FileNotFoundError, or CheckpointError for a file that is corrupt or of another model
+        """
+        if Path(path).is_dir():
+            return files.load_directory(Path(path), "rrdb", lambda values: cls(**values))
+        state = published.read_encoder_state_dict(path)
+        encoder = cls(**published.encoder_configuration(state))
+        published.load_encoder(encoder, state)
+        return encoder
 
     def save_pretrained(self, directory: str | os.PathLike) -> Path:
         """Write `config.json` and `model.safetensors` to `directory`, each atomically; return it."""
-        from ncsr_fast import checkpoints
-
-        return checkpoints.save_pretrained(self, directory)
+        return files.save_directory(self, "rrdb", self.configuration(), directory)
 
     def configuration(self) -> dict[str, Any]:
         """The arguments it was built with."""

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Mapping, NamedTuple, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ncsr_fast.config import NCSRConfig
+from ncsr_fast import files
+from ncsr_fast.config import PRESETS, NCSRConfig
 from ncsr_fast.nn import published
 from ncsr_fast.nn.checks import check_finite, check_image, check_like, check_noise, check_pair
 from ncsr_fast.nn.encoder import RRDB
@@ -117,9 +120,7 @@ class NCSR(nn.Module):
         hr, _ = self._decode(latents, self.encoder.features(lr_padded), noise)
         return hr[:, :, : height * self.config.scale, : width * self.config.scale]
 
-    def sample(
-        self, lr: Tensor, n: int = 10, temperature: float = 0.9, generator: torch.Generator | None = None
-    ) -> Tensor:
+    def sample(self, lr: Tensor, n: int = 10, temperature: float = 0.9, generator: torch.Generator | None = None) -> Tensor:
         """n super-resolved images (B, n, 3, sH, sW) of each LR image, clipped to [0, 1].
 
         Latents are drawn from N(0, temperature²) on the model's device from `generator` (which must be of that
@@ -185,15 +186,25 @@ class NCSR(nn.Module):
         config  of a published .pth; None finds the preset whose tensors have the file's names and shapes
         raises  FileNotFoundError, or CheckpointError for a file that is corrupt or of another model
         """
-        from ncsr_fast import checkpoints  # imports this module
-
-        return checkpoints.load_pretrained(path, config)
+        path = Path(path)
+        if not path.exists() and path.name in files.shipped() and path == Path(path.name):
+            path = files.SHIPPED / path
+        if not path.exists():
+            raise FileNotFoundError(f"no model at {str(path)!r}; shipped models: {', '.join(files.shipped()) or 'none'}")
+        if path.is_dir():
+            if config is not None:
+                raise ValueError(
+                    f"config belongs to a published .pth; {str(path)!r} is a directory with its own {files.CONFIG}"
+                )
+            return files.load_directory(path, "ncsr", lambda values: cls(NCSRConfig.from_dict(values)))
+        state = published.read_state_dict(path)
+        model = cls(_matching_config(state, path) if config is None else config)
+        published.load_network(model, state)
+        return model
 
     def save_pretrained(self, directory: str | os.PathLike) -> Path:
         """Write `config.json` and `model.safetensors` to `directory`, each atomically; return it."""
-        from ncsr_fast import checkpoints
-
-        return checkpoints.save_pretrained(self, directory)
+        return files.save_directory(self, "ncsr", self.config.to_dict(), directory)
 
     def describe(self) -> str:
         """The model in a few words, for messages."""
@@ -253,3 +264,20 @@ class NCSR(nn.Module):
         if noise.shape[2:] == (1, 1):
             return noise.expand(-1, -1, *u.shape[2:])
         return F.interpolate(noise, size=u.shape[2:], mode="bicubic", align_corners=False)
+
+
+def _matching_config(state: Mapping[str, Tensor], path: Path) -> NCSRConfig:
+    """The preset, or its std-conditional variant, whose published tensors have exactly these names and shapes."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    presets = [NCSRConfig.preset(name) for name in PRESETS]
+    variants = [replace(config, noise_channels=1) for config in presets if config.noise_channels == 3]
+    celeba = NCSRConfig(scale=8, blocks=8, stacked_blocks=(1, 3, 5, 7))  # SRFlow's face model
+    for config in [*presets, *variants, celeba]:
+        with torch.device("meta"):
+            model = NCSR(config)
+        if shapes == {entry.name: entry.shape for entry in published.layout(model)}:
+            return config
+    raise files.CheckpointError(
+        f"{str(path)!r} has the tensors of no preset ({', '.join(PRESETS)}); say which model it is: "
+        "NCSR.from_pretrained(path, config=NCSRConfig.from_published(options))"
+    )

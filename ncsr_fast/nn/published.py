@@ -9,11 +9,13 @@ from __future__ import annotations
 import os
 import pickle
 import re
-from typing import TYPE_CHECKING, Iterator, Mapping, NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ncsr_fast.files import CheckpointError, compare
 from ncsr_fast.nn.networks import StackedNetworks
 
 if TYPE_CHECKING:
@@ -21,11 +23,6 @@ if TYPE_CHECKING:
     from ncsr_fast.nn.ncsr import NCSR
 
 _WRAPPERS = ("params_ema", "params", "state_dict", "model", "net_g")  # keys under which files hold a state dict
-_LISTED = 5  # names an error spells out of each kind
-
-
-class CheckpointError(ValueError):
-    """A file or state dict that is not the model's: corrupt, or with other tensors."""
 
 
 class Entry(NamedTuple):
@@ -60,26 +57,6 @@ def read_state_dict(source: Mapping[str, Tensor] | str | os.PathLike) -> dict[st
     if not isinstance(state, Mapping) or not state or not all(isinstance(value, Tensor) for value in state.values()):
         raise CheckpointError("the checkpoint holds no state dict (a mapping from names to tensors)")
     return {name.removeprefix("module."): value for name, value in state.items()}
-
-
-def compare(expected: Mapping[str, tuple[int, ...]], state: Mapping[str, Tensor], what: str) -> None:
-    """Raise CheckpointError naming the tensors that are missing, unexpected or of another shape."""
-    problems = {
-        "missing": [name for name in expected if name not in state],
-        "unexpected": [name for name in state if name not in expected],
-        "of the wrong shape": [
-            f"{name} {tuple(state[name].shape)}, expected {tuple(shape)}"
-            for name, shape in expected.items()
-            if name in state and tuple(state[name].shape) != tuple(shape)
-        ],
-    }
-    found = [f"{len(names)} {kind}: {_first(names)}" for kind, names in problems.items() if names]
-    if found:
-        raise CheckpointError(f"the checkpoint is not that of {what}; " + "; ".join(found))
-
-
-def _first(names: list[str]) -> str:
-    return ", ".join(names[:_LISTED]) + (", …" if len(names) > _LISTED else "")
 
 
 # -- the flow ----------------------------------------------------------------------------------------------------

@@ -96,7 +96,12 @@ def _run_stage(stage: Stage, model: NCSR, run: Run, crops: RandomCrops, device: 
             mean = float(torch.stack(losses).mean())
             rate = len(losses) / (time.perf_counter() - started)
             run.log(
-                stage=stage.name, step=done, loss=mean, grad_norm=norm.item(), lr=optimizer.param_groups[0]["lr"], steps_per_s=rate
+                stage=stage.name,
+                step=done,
+                loss=mean,
+                grad_norm=norm.item(),
+                lr=optimizer.param_groups[0]["lr"],
+                steps_per_s=rate,
             )
             progress.set_postfix(loss=f"{mean:.4f}")
             losses.clear()

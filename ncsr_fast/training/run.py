@@ -10,8 +10,7 @@ from typing import Any
 
 import torch
 
-from ncsr_fast.checkpoints import atomic_write
-from ncsr_fast.nn.published import CheckpointError
+from ncsr_fast.files import CheckpointError, atomic_write
 from ncsr_fast.training.settings import TrainSettings
 
 _KEPT = 2  # checkpoints; the older one is there in case the newer one is damaged

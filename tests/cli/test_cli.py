@@ -37,7 +37,9 @@ def test_examples_parse(command):
     """The command line of every example is one the parser accepts."""
     from ncsr_fast.cli.main import build_parser
 
-    line = next(line for line in importlib.import_module(f"ncsr_fast.cli.{command}").EXAMPLE.splitlines() if "ncsr-fast" in line)
+    line = next(
+        line for line in importlib.import_module(f"ncsr_fast.cli.{command}").EXAMPLE.splitlines() if "ncsr-fast" in line
+    )
     build_parser().parse_args(line.split()[1:])
 
 
@@ -61,7 +63,20 @@ def test_sample_a_folder(model, photos, tmp_path, names, expected):
 def test_sample_one_odd_image_is_the_model(model, tmp_path):
     array = np.random.default_rng(0).integers(0, 255, (5, 7, 3), dtype=np.uint8)
     Image.fromarray(array).save(tmp_path / "x.png")
-    arguments = ["sample", str(tmp_path / "x.png"), "--out", str(tmp_path), "--model", model, "--n", "1", "--seed", "3", "--names", "source"]
+    arguments = [
+        "sample",
+        str(tmp_path / "x.png"),
+        "--out",
+        str(tmp_path),
+        "--model",
+        model,
+        "--n",
+        "1",
+        "--seed",
+        "3",
+        "--names",
+        "source",
+    ]
     assert main([*arguments, "--temperature", "0.5", "--device", "cpu"]) == 0
     with torch.no_grad():
         lr = torch.from_numpy(array).permute(2, 0, 1)[None] / 255
@@ -82,7 +97,16 @@ def test_sample_reports_samples_that_are_not_finite(photos, tmp_path, capsys):
     with torch.no_grad():
         model.levels[0].actnorm_logs.fill_(-60)  # decoding multiplies by exp(60) a step
     model.save_pretrained(tmp_path / "model")
-    arguments = ["sample", str(photos / "a.png"), "--out", str(tmp_path / "out"), "--model", str(tmp_path / "model"), "--n", "2"]
+    arguments = [
+        "sample",
+        str(photos / "a.png"),
+        "--out",
+        str(tmp_path / "out"),
+        "--model",
+        str(tmp_path / "model"),
+        "--n",
+        "2",
+    ]
     assert main(arguments) == 1
     assert "2 of 2 samples of" in capsys.readouterr().err
 
@@ -125,7 +149,9 @@ def test_evaluate_with_given_lr_images_is_evaluate_with_the_same_lr(model, photo
     for extra in ([], ["--lr-images", str(tmp_path / "lr")]):
         scores = tmp_path / f"{len(extra)}.json"
         assert main(["evaluate", str(photos), "--model", model, "--temperatures", "0", "--json", str(scores), *extra]) == 0
-        results.append([{k: v for k, v in row["images"].items() if k != "seconds"} for row in json.loads(scores.read_text())["scores"]])
+        results.append(
+            [{k: v for k, v in row["images"].items() if k != "seconds"} for row in json.loads(scores.read_text())["scores"]]
+        )
     assert results[0] == results[1]
 
 
@@ -151,8 +177,14 @@ FAILURES = {
     "empty": (["evaluate", "{empty}", "--model", "{model}"], "holds no image"),
     "empty-train": (["train", "{empty}", "--run", "{out}"], "holds no image"),
     "few": (["demo", "--n", "2", "--model", "{model}"], "--n must be at least 3, not 2"),
-    "device": (["sample", "{photos}", "--out", "{out}", "--model", "{model}", "--device", "gpu"], "no device 'gpu': use cpu or cuda"),
-    "crop": (["train", "{photos}", "--run", "{out}", "--crop", "90"], "crop must be a positive multiple of 2·scale = 8, not 90"),
+    "device": (
+        ["sample", "{photos}", "--out", "{out}", "--model", "{model}", "--device", "gpu"],
+        "no device 'gpu': use cpu or cuda",
+    ),
+    "crop": (
+        ["train", "{photos}", "--run", "{out}", "--crop", "90"],
+        "crop must be a positive multiple of 2·scale = 8, not 90",
+    ),
 }
 
 

@@ -75,7 +75,8 @@ def test_gradcheck_of_a_tiny_flow():
     noise = condition(model, lr)
     names = [
         "levels.0.actnorm_bias", "levels.0.actnorm_logs", "levels.0.invconv", "levels.0.split_bias", "levels.0.split_logs",
-        "levels.1.couplings.norm1_logs", "levels.1.noise_couplings.conv2", "levels.2.injectors.logs3", "encoder.conv_first.bias",
+        "levels.1.couplings.norm1_logs", "levels.1.noise_couplings.conv2", "levels.2.injectors.logs3",
+        "encoder.conv_first.bias",
     ]  # fmt: skip
     tensors = [dict(model.named_parameters())[name].detach().requires_grad_() for name in names]
     latents = [latent.detach() for latent in model.encode(hr, lr, noise).latents]

@@ -15,7 +15,7 @@ def model():
 
 
 BAD_PAIRS = {
-    "scale": ((HR[..., :-4], LR), ValueError, r"hr must have shape \(2, 3, 16, 24\) for lr \(2, 3, 4, 6\) at scale 4, not \(2, 3, 16, 20\)"),
+    "scale": ((HR[..., :-4], LR), ValueError, r"hr must have shape \(2, 3, 16, 24\) for lr .* at scale 4, not \(2, 3, 16, 20\)"),
     "batch": ((HR[:1], LR), ValueError, r"hr must have shape \(2, 3, 16, 24\)"),
     "channels": ((HR, LR[:, :1]), ValueError, r"lr must have shape \(B, 3, H, W\), not \(2, 1, 4, 6\)"),
     "rank": ((HR, LR[0]), ValueError, r"lr must have shape \(B, 3, H, W\), not \(3, 4, 6\)"),
@@ -49,7 +49,10 @@ def test_pixels_that_are_not_finite(model, value):
 @pytest.mark.parametrize(
     "noise, message",
     [
-        (torch.zeros(2, 1, 1, 1, dtype=torch.float64), r"noise must be the noise image, of shape \(2, 3, 16, 24\), not \(2, 1, 1, 1\)"),
+        (
+            torch.zeros(2, 1, 1, 1, dtype=torch.float64),
+            r"noise must be the noise image, of shape \(2, 3, 16, 24\), not \(2, 1, 1, 1\)",
+        ),
         (torch.zeros(2, 3, 4, 6, dtype=torch.float64), r"noise must be the noise image"),
         (torch.full_like(HR, torch.nan), "noise has 2304 NaN"),
     ],
@@ -77,7 +80,9 @@ def test_bad_latents(model):
         model.decode([latents[0], latents[1].float()], LR)
 
 
-@pytest.mark.parametrize("arguments, message", [({"n": 0}, "n must be at least 1"), ({"temperature": -1.0}, "temperature must not")])
+@pytest.mark.parametrize(
+    "arguments, message", [({"n": 0}, "n must be at least 1"), ({"temperature": -1.0}, "temperature must not")]
+)
 def test_bad_sampling(model, arguments, message):
     with pytest.raises(ValueError, match=message):
         model.sample(LR, **arguments)

@@ -50,7 +50,9 @@ def test_a_state_dict_that_does_not_fit_changes_nothing_and_is_explained():
 
 
 def test_a_checkpoint_of_another_model_names_the_first_mismatches():
-    with pytest.raises(CheckpointError, match=r"not that of this model \(NCSR, noise-conditional, ×4, 2 blocks, 1 steps a level\)"):
+    with pytest.raises(
+        CheckpointError, match=r"not that of this model \(NCSR, noise-conditional, ×4, 2 blocks, 1 steps a level\)"
+    ):
         tiny_model().load_published(tiny_model(blocks=3, stacked_blocks=(0, 2)).published_state_dict())
 
 
@@ -129,7 +131,9 @@ def old_esrgan(name: str) -> str:
     return name
 
 
-@pytest.mark.parametrize("rename", [str, basicsr, old_esrgan, "RRDB.{}".format], ids=["srflow", "basicsr", "old-esrgan", "flow"])
+@pytest.mark.parametrize(
+    "rename", [str, basicsr, old_esrgan, "RRDB.{}".format], ids=["srflow", "basicsr", "old-esrgan", "flow"]
+)
 def test_encoder_weights_in_every_naming(rename):
     source = encoder()
     published = source.published_state_dict()
@@ -142,7 +146,9 @@ def test_encoder_weights_in_every_naming(rename):
 
 
 def test_encoder_weights_that_do_not_fit():
-    with pytest.raises(CheckpointError, match=r"not that of this encoder \(RRDB, ×8, 2 blocks of 4 channels\); 2 missing: upconv3.weight"):
+    with pytest.raises(
+        CheckpointError, match=r"not that of this encoder \(RRDB, ×8, 2 blocks of 4 channels\); 2 missing: upconv3.weight"
+    ):
         RRDB(8, channels=4, growth=2, blocks=2).load_published(encoder().published_state_dict())
 
 
@@ -150,7 +156,9 @@ def test_encoder_weights_that_do_not_fit():
 def test_the_size_of_a_generator_file_is_read_off_its_shapes(tmp_path, scale):
     torch.manual_seed(0)
     source = RRDB(scale, channels=6, growth=3, blocks=2)
-    torch.save({"params": {basicsr(name): value for name, value in source.published_state_dict().items()}}, tmp_path / "rrdb.pth")
+    torch.save(
+        {"params": {basicsr(name): value for name, value in source.published_state_dict().items()}}, tmp_path / "rrdb.pth"
+    )
     lr = image(1, 3, 3, 5, dtype=torch.float32)
     again = RRDB.from_pretrained(tmp_path / "rrdb.pth")
     assert again.configuration() == source.configuration() and torch.equal(again(lr), source(lr))

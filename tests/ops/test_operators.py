@@ -6,7 +6,6 @@ import math
 
 import pytest
 import torch
-from support import image
 from torch import Tensor
 
 from ncsr_fast import ops

@@ -11,7 +11,7 @@ from support import tiny_config
 
 from ncsr_fast import NCSR, RRDB
 from ncsr_fast.data import read_image
-from ncsr_fast.nn.published import CheckpointError
+from ncsr_fast.files import CheckpointError
 from ncsr_fast.training import TrainingDiverged, TrainSettings, train
 from ncsr_fast.training.stages import FlowStage
 
@@ -112,7 +112,11 @@ def test_the_encoder_is_frozen_for_the_first_half(settings, tmp_path):
     fresh = NCSR(settings.config)
     assert all(torch.equal(a, b) for a, b in zip(half.encoder.parameters(), fresh.encoder.parameters()))
     whole = train(replace(settings, unfreeze=0.5), tmp_path / "whole")
-    changed = {name.split(".")[0] for name, value in whole.encoder.state_dict().items() if not torch.equal(value, fresh.encoder.state_dict()[name])}
+    changed = {
+        name.split(".")[0]
+        for name, value in whole.encoder.state_dict().items()
+        if not torch.equal(value, fresh.encoder.state_dict()[name])
+    }
     assert {"conv_first", "body", "conv_body"} <= changed
     head = {f"conv_up.1.{leaf}" for leaf in ("weight", "bias")}
     assert all(torch.equal(whole.encoder.state_dict()[name], fresh.encoder.state_dict()[name]) for name in head)
@@ -152,7 +156,9 @@ def test_another_run_in_the_folder_is_refused(settings, tmp_path):
 
 def test_divergence_stops_with_a_message_and_keeps_the_checkpoint(settings, tmp_path, monkeypatch):
     original = FlowStage.loss
-    monkeypatch.setattr(FlowStage, "loss", lambda self, hr, lr, step, g: original(self, hr, lr, step, g) * (float("nan") if step == 4 else 1))
+    monkeypatch.setattr(
+        FlowStage, "loss", lambda self, hr, lr, step, g: original(self, hr, lr, step, g) * (float("nan") if step == 4 else 1)
+    )
     with pytest.raises(TrainingDiverged, match="stage 'flow': the loss .nan.*of step 4 is not finite"):
         train(settings, tmp_path)
     saved = torch.load(tmp_path / "checkpoints" / "flow-00000004.pt", weights_only=True)
@@ -161,10 +167,15 @@ def test_divergence_stops_with_a_message_and_keeps_the_checkpoint(settings, tmp_
 
 def test_learning_rate_schedule(settings):
     rates = [settings.learning_rate(1.0, step, 20) for step in range(20)]
-    assert rates[:10] == [1.0] * 10 and rates[10:15] == [0.5] * 5 and rates[15:18] == [0.25] * 3 and rates[18:] == [0.125, 0.0625]
+    assert (
+        rates[:10] == [1.0] * 10 and rates[10:15] == [0.5] * 5 and rates[15:18] == [0.25] * 3 and rates[18:] == [0.125, 0.0625]
+    )
 
 
-@pytest.mark.parametrize("changes, message", [({"batch": 0}, "batch must be at least 1"), ({"lr": 0.0}, "lr must be positive"), ({"steps": -1}, "steps must not")])
+@pytest.mark.parametrize(
+    "changes, message",
+    [({"batch": 0}, "batch must be at least 1"), ({"lr": 0.0}, "lr must be positive"), ({"steps": -1}, "steps must not")],
+)
 def test_bad_settings(settings, changes, message):
     with pytest.raises(ValueError, match=message):
         replace(settings, **changes)

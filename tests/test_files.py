@@ -8,7 +8,7 @@ import pytest
 import torch
 from support import image, tiny_model
 
-from ncsr_fast import NCSR, RRDB, CheckpointError, NCSRConfig, checkpoints
+from ncsr_fast import NCSR, RRDB, CheckpointError, NCSRConfig, files
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -29,9 +29,9 @@ def test_save_and_load_a_generator(tmp_path):
     again = RRDB.from_pretrained(tmp_path)
     assert again.configuration() == encoder.configuration()
     assert all(torch.equal(value, encoder.state_dict()[name]) for name, value in again.state_dict().items())
-    with pytest.raises(CheckpointError, match="is not the configuration of an NCSR: its model_type is not 'ncsr'"):
+    with pytest.raises(CheckpointError, match="is not the configuration of an ncsr model: its model_type is not 'ncsr'"):
         NCSR.from_pretrained(tmp_path)
-    with pytest.raises(FileNotFoundError, match="no encoder at"):
+    with pytest.raises(FileNotFoundError, match="no checkpoint at"):
         RRDB.from_pretrained(tmp_path / "nothing")
 
 
@@ -46,7 +46,7 @@ def test_saving_over_a_model_replaces_it(tmp_path):
 def test_a_failed_write_leaves_what_was_there(tmp_path):
     target = tmp_path / "file.txt"
     target.write_text("before")
-    with pytest.raises(RuntimeError), checkpoints.atomic_write(target) as path:
+    with pytest.raises(RuntimeError), files.atomic_write(target) as path:
         path.write_text("half of it")
         raise RuntimeError
     assert target.read_text() == "before" and list(tmp_path.iterdir()) == [target]
@@ -73,8 +73,16 @@ def edit_config(**changes):
 DAMAGE = {
     "truncated-weights": (damage_weights, CheckpointError, "model.safetensors' is truncated or corrupt"),
     "other-weights": (other_weights, CheckpointError, r"unexpected: encoder.body.2.rdb1.conv1"),
-    "text-config": (lambda d: (d / "config.json").write_text("{"), CheckpointError, "config.json' is not the configuration of an NCSR"),
-    "list-config": (lambda d: (d / "config.json").write_text("[]"), CheckpointError, "is not the configuration of an NCSR"),
+    "text-config": (
+        lambda d: (d / "config.json").write_text("{"),
+        CheckpointError,
+        "config.json' is not the configuration of an ncsr model",
+    ),
+    "list-config": (
+        lambda d: (d / "config.json").write_text("[]"),
+        CheckpointError,
+        "is not the configuration of an ncsr model",
+    ),
     "other-type": (edit_config(model_type="bert"), CheckpointError, "its model_type is not 'ncsr'"),
     "unknown-key": (edit_config(depth=1), CheckpointError, "unknown configuration key 'depth'"),
     "no-weights": (lambda d: (d / "model.safetensors").unlink(), FileNotFoundError, "has no model.safetensors"),
@@ -103,6 +111,6 @@ def test_the_shipped_model():
     model = NCSR.from_pretrained("ncsr-compact-x4")
     assert model.config == NCSRConfig.preset("ncsr-compact-x4")
     assert model.actnorm_initialized
-    folder = checkpoints.SHIPPED / "ncsr-compact-x4"
+    folder = files.SHIPPED / "ncsr-compact-x4"
     assert sum(path.stat().st_size for path in folder.iterdir()) <= 15e6
     assert "Berkeley Segmentation" in (folder / "README.md").read_text()

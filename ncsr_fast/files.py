@@ -1,0 +1,111 @@
+"""Files of models: written atomically, read without executing anything, and what is wrong with one said in full."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+SHIPPED = Path(__file__).parent / "models"
+_LISTED = 5  # names an error spells out of each kind
+
+
+class CheckpointError(ValueError):
+    """A file or state dict that is not the model's: corrupt, or with other tensors."""
+
+
+@contextmanager
+def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
+    """A temporary file beside `path`, flushed to disk and renamed to it when the block ends without an error."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        mask = os.umask(0)
+        os.umask(mask)
+        temporary.chmod(0o666 & ~mask)  # mkstemp made it private
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def shipped() -> list[str]:
+    """Names of the models that come with the package."""
+    return sorted(entry.name for entry in SHIPPED.iterdir() if (entry / WEIGHTS).is_file()) if SHIPPED.is_dir() else []
+
+
+def save_directory(model: nn.Module, model_type: str, configuration: dict[str, Any], directory: str | os.PathLike) -> Path:
+    """Write config.json (`model_type` and the configuration) and model.safetensors to `directory`; return it."""
+    from safetensors.torch import save_file
+
+    directory = Path(directory)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    with atomic_write(directory / WEIGHTS) as path:
+        save_file(tensors, path, metadata={"format": "pt"})
+    with atomic_write(directory / CONFIG) as path:
+        path.write_text(json.dumps({"model_type": model_type, **configuration}, indent=2) + "\n")
+    return directory
+
+
+def load_directory(directory: Path, model_type: str, build: Callable[[dict[str, Any]], nn.Module]) -> nn.Module:
+    """The model of a directory written by `save_directory`; `build` makes it from its configuration.
+
+    raises  FileNotFoundError, or CheckpointError for files that are corrupt, of another type, or do not fit each other
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    for name in (CONFIG, WEIGHTS):
+        if not (directory / name).is_file():
+            raise FileNotFoundError(f"{str(directory)!r} has no {name}; a model directory is written by save_pretrained")
+    try:
+        values = json.loads((directory / CONFIG).read_text())
+        if values.pop("model_type", None) != model_type:
+            raise ValueError(f"its model_type is not {model_type!r}")
+        model = build(values)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{str(directory / CONFIG)!r} is not the configuration of an {model_type} model: {error}"
+        ) from error
+    try:
+        state = load_file(directory / WEIGHTS)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{str(directory / WEIGHTS)!r} is truncated or corrupt: {error}") from error
+    compare({name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}, state, f"the model of {CONFIG}")
+    floats = {tensor.dtype for tensor in state.values() if tensor.is_floating_point()}
+    if len(floats) == 1:
+        model.to(floats.pop())
+    model.load_state_dict(state)
+    return model
+
+
+def compare(expected: Mapping[str, tuple[int, ...]], state: Mapping[str, Tensor], what: str) -> None:
+    """Raise CheckpointError naming the tensors of `state` that are missing, unexpected or of another shape."""
+    problems = {
+        "missing": [name for name in expected if name not in state],
+        "unexpected": [name for name in state if name not in expected],
+        "of the wrong shape": [
+            f"{name} {tuple(state[name].shape)}, expected {tuple(shape)}"
+            for name, shape in expected.items()
+            if name in state and tuple(state[name].shape) != tuple(shape)
+        ],
+    }
+    found = [
+        f"{len(names)} {kind}: {', '.join(names[:_LISTED])}{', …' if len(names) > _LISTED else ''}"
+        for kind, names in problems.items()
+        if names
+    ]
+    if found:
+        raise CheckpointError(f"the checkpoint is not that of {what}; " + "; ".join(found))
