@@ -53,7 +53,7 @@ def report() -> dict[str, dict[str, str]]:
         "machine": {
             "python": f"{platform.python_version()} ({sys.executable})",
             "system": f"{platform.system()} {platform.machine()}, glibc {platform.libc_ver()[1] or 'unknown'}",
-            "cpu": f"{os.cpu_count()} cores, {torch.get_num_threads()} PyTorch threads, {torch.backends.cpu.get_cpu_capability()}",
+            "cpu": f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
             "torch": f"{torch.__version__}, " + (f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU build"),
             "gpu": _gpus(),
             "C++ compiler": _tool("c++", "g++"),

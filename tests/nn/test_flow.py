@@ -176,11 +176,16 @@ def test_temperature_zero_is_the_decoding_of_zero_latents():
 
 
 def test_pixels_that_overflowed_are_nan_and_not_clipped():
+    """Positive values of the last step decoded become +inf, which clipping alone would turn into a bright pixel."""
     model = tiny_model()
     with torch.no_grad():
-        model.levels[0].actnorm_logs[1].fill_(-800)  # decoding multiplies by exp(800), more than a float64 holds
-    sr = model.sample(image(1, 3, 2, 2, seed=1), n=2)
-    assert sr.isnan().any() and not sr.isinf().any()
+        model.levels[0].actnorm_logs[0].fill_(-708)  # decoding multiplies by exp(708) = 3e307
+        model.levels[0].actnorm_bias[0].fill_(-1.79e308)  # and subtracts this; a float64 ends at 1.797e308
+    lr = image(1, 3, 2, 2, seed=1)
+    decoded = model.decode([lr.new_zeros(1, *shape) for shape in model.latent_shapes(2, 2)], lr)
+    assert decoded.isinf().any() and not decoded.isnan().any()
+    sr = model.sample(lr, n=1, temperature=0.0)[:, 0]
+    assert torch.equal(sr.isnan(), decoded.isinf())
 
 
 def test_sampling_is_differentiable():

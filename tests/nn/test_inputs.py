@@ -15,7 +15,7 @@ def model():
 
 
 BAD_PAIRS = {
-    "scale": ((HR[..., :-4], LR), ValueError, r"hr must have shape \(2, 3, 16, 24\) for lr .* at scale 4, not \(2, 3, 16, 20\)"),
+    "scale": ((HR[..., :-4], LR), ValueError, r"hr must have shape \(2, 3, 16, 24\) for lr .* scale 4, not \(2, 3, 16, 20\)"),
     "batch": ((HR[:1], LR), ValueError, r"hr must have shape \(2, 3, 16, 24\)"),
     "channels": ((HR, LR[:, :1]), ValueError, r"lr must have shape \(B, 3, H, W\), not \(2, 1, 4, 6\)"),
     "rank": ((HR, LR[0]), ValueError, r"lr must have shape \(B, 3, H, W\), not \(3, 4, 6\)"),
