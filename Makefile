@@ -1,6 +1,6 @@
 # Two commands do all the set-up: `make demo` and `make test`. Each makes .venv and installs the package into it.
 PYTHON ?= python3
-# The torch CI runs. Any torch the package admits will do, one already in .venv included: make test TORCH="torch>=2.4"
+# The torch CI runs. Any torch the package admits will do: make test TORCH="torch>=2.4"
 TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
@@ -8,18 +8,16 @@ BIN := $(VENV)/bin
 .PHONY: demo test clean
 
 demo: $(BIN)/python
-	$(BIN)/pip install --quiet '.[demo]'
+	$(BIN)/pip install --quiet '$(TORCH)' '.[demo]'
 	$(BIN)/ncsr-fast demo --out demo_output
 
 # the tests run against what was installed, not against the checkout
 test: $(BIN)/python
-	$(BIN)/pip install --quiet '.[test]'
+	$(BIN)/pip install --quiet '$(TORCH)' '.[test]'
 	$(BIN)/pytest
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet $(TORCH)
 
 clean:
 	rm -rf $(VENV) build *.egg-info demo_output

@@ -30,7 +30,8 @@ class RandomCrops(Dataset):
     An item is {"hr": uint8 (3, crop, crop)} and, with `lr`, {"lr": uint8 (3, crop/scale, crop/scale)}.
 
     Files that cannot be read and images smaller than a crop are left out with a warning that counts and names
-    them, at the start for what the header tells, later for the rest; ValueError when none is left.
+    them, at the start for what the header tells, later (by each worker process) for the rest; ValueError when none
+    is left.
     """
 
     def __init__(

@@ -86,8 +86,7 @@ class NCSR(nn.Module):
         As in the published programs it is not divided by the three channels. H and W are the padded size.
         """
         lr, hr, noise = self._prepared(lr, hr, noise)
-        pixels = hr.shape[2] * hr.shape[3]
-        return self._encode(lr, hr, noise).log_likelihood / (-math.log(2) * pixels)
+        return _bits(self._encode(lr, hr, noise), hr)
 
     @torch.no_grad()
     def initialize(self, hr: Tensor, lr: Tensor, noise: Tensor | None = None) -> Tensor:
@@ -99,7 +98,7 @@ class NCSR(nn.Module):
         lr, hr, noise = self._prepared(lr, hr, noise)
         encoded = self._encode(lr, hr, noise, initialize=True)
         self.actnorm_initialized.fill_(True)
-        return encoded.log_likelihood / (-math.log(2) * hr.shape[2] * hr.shape[3])
+        return _bits(encoded, hr)
 
     # -- images ----------------------------------------------------------------------------------------------
 
@@ -264,6 +263,11 @@ class NCSR(nn.Module):
         if noise.shape[2:] == (1, 1):
             return noise.expand(-1, -1, *u.shape[2:])
         return F.interpolate(noise, size=u.shape[2:], mode="bicubic", align_corners=False)
+
+
+def _bits(encoded: Encoded, hr: Tensor) -> Tensor:
+    """Negative log-likelihood (B,) in bits per position of hr."""
+    return encoded.log_likelihood / (-math.log(2) * hr.shape[2] * hr.shape[3])
 
 
 def _matching_config(state: Mapping[str, Tensor], path: Path) -> NCSRConfig:

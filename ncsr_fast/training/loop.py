@@ -34,7 +34,8 @@ def train(settings: TrainSettings, folder: str | os.PathLike, device: str = "cpu
     """Train a model from nothing to `folder`/model, or go on where a run in `folder` was stopped.
 
     A run that is stopped at any moment and started again ends with the same weights, bit for bit, as one that
-    was not: the batches, the noise and the learning rate of a step depend on the seed and its number alone.
+    was not (on a GPU as far as PyTorch's kernels there are deterministic): the batches, the noise and the learning
+    rate of a step depend on the seed and its number alone.
 
     raises  ValueError for a folder with a run of other settings or without a usable image, TrainingDiverged
             when a loss or gradient is not finite (the last checkpoint is kept)
@@ -106,11 +107,12 @@ def _run_stage(stage: Stage, model: NCSR, run: Run, crops: RandomCrops, device: 
             progress.set_postfix(loss=f"{mean:.4f}")
             losses.clear()
             started = time.perf_counter()
-        if done % settings.save_every == 0 or done == stage.steps:
-            run.save(stage.name, done, model, optimizer)
         if done % settings.validate_every == 0 or done == stage.steps:
             _validate(stage, model, run, done, device)
             started = time.perf_counter()
+        # last: what a run stopped before this did since the previous checkpoint, its log included, is done again
+        if done % settings.save_every == 0 or done == stage.steps:
+            run.save(stage.name, done, model, optimizer)
 
 
 @torch.no_grad()

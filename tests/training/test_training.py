@@ -85,11 +85,7 @@ def test_a_stopped_run_resumes_bit_for_bit(settings, tmp_path, monkeypatch, stag
     torch.manual_seed(99)  # whatever the process did before
     assert_same(train(settings, tmp_path / "stopped"), whole)
     strip = lambda log: [{key: value for key, value in row.items() if key != "steps_per_s"} for row in log]  # noqa: E731
-    # a mean over log_every steps that the stop cut short is logged over fewer steps; nothing else differs
-    assert [(row["stage"], row["step"]) for row in rows(tmp_path / "stopped")] == [
-        (row["stage"], row["step"]) for row in rows(tmp_path / "whole")
-    ]
-    assert strip(rows(tmp_path / "stopped"))[-1] == strip(rows(tmp_path / "whole"))[-1]
+    assert strip(rows(tmp_path / "stopped")) == strip(rows(tmp_path / "whole"))
 
 
 def test_a_damaged_checkpoint_is_passed_over(settings, tmp_path, capsys):
