@@ -44,12 +44,14 @@ def lpips_model(network: str = "alex", device: torch.device | str = "cpu"):
     """
     try:
         import lpips as package
-
-        return package.LPIPS(net=network, spatial=True, verbose=False).to(device).eval()
     except ImportError as error:
         raise LPIPSUnavailable(f"LPIPS needs the lpips package: pip install 'ncsr_fast[eval]' ({error})") from error
-    except (OSError, RuntimeError) as error:  # torchvision without operators; no network and no cached weights
-        raise LPIPSUnavailable(f"LPIPS could not be loaded: {type(error).__name__}: {error}") from error
+    except RuntimeError as error:  # "operator torchvision::nms does not exist"
+        raise LPIPSUnavailable(f"LPIPS needs a torchvision that fits torch {torch.__version__}: {error}") from error
+    try:
+        return package.LPIPS(net=network, spatial=True, verbose=False).to(device).eval()
+    except OSError as error:
+        raise LPIPSUnavailable(f"LPIPS could not download the weights of {network!r}: {error}") from error
 
 
 @torch.no_grad()

@@ -24,6 +24,12 @@ def model(tmp_path_factory):
     return str(tiny_model(dtype=torch.float32).save_pretrained(tmp_path_factory.mktemp("model")))
 
 
+@pytest.fixture(autouse=True)
+def no_lpips(monkeypatch):
+    """Its weights would be a download."""
+    monkeypatch.setitem(sys.modules, "lpips", None)
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_has_an_example(command, capsys):
     with pytest.raises(SystemExit) as done:
@@ -122,8 +128,7 @@ def test_train_and_use(photos, tmp_path, capsys):
     assert main(["sample", str(photos / "a.png"), "--out", str(tmp_path), "--model", str(run / "model"), "--n", "1"]) == 0
 
 
-def test_evaluate(model, photos, tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "lpips", None)  # its weights would be a download
+def test_evaluate(model, photos, tmp_path, capsys):
     scores = tmp_path / "scores.json"
     arguments = ["evaluate", str(photos), "--model", model, "--n", "2", "--limit", "2", "--json", str(scores)]
     assert main([*arguments, "--temperatures", "0", "0.5"]) == 0

@@ -65,12 +65,15 @@ def test_error_maps():
 
 @pytest.fixture
 def lpips_network():
-    """LPIPS with a random backbone: its weights are a download. With this CPU torch torchvision lacks its operators."""
-    try:
-        library = torch.library.Library("torchvision", "DEF")
-        library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    except RuntimeError:
-        library = None  # torchvision has them
+    """LPIPS with a random backbone, whose weights would be a download.
+
+    lpips imports torchvision, whose compiled operators do not load with every torch: those it registers kernels for
+    at import are declared first where they are missing.
+    """
+    library = torch.library.Library("torchvision", "FRAGMENT")
+    for name in ("nms", "qnms"):
+        if not hasattr(torch.ops.torchvision, name):
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     package = pytest.importorskip("lpips", reason="the lpips package is not installed")
     torch.manual_seed(0)
     yield package.LPIPS(net="alex", spatial=True, pnet_rand=True, verbose=False).eval()
