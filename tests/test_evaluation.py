@@ -12,7 +12,7 @@ from ncsr_fast.metrics import diversity_score, imresize, lr_psnr, psnr, to_uint8
 
 def squared_error(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Stands for an LPIPS network: inputs in [-1, 1], one map an image."""
-    assert -1 <= a.min() < -0.5 and a.max() <= 1
+    assert -1 <= a.min() < 0 and a.max() <= 1
     return (a - b).square().mean(dim=1, keepdim=True)
 
 
