@@ -26,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--encoder-weights", help="what the encoder starts from: a published RRDB or ESRGAN .pth, or RUN/encoder"
     )
+    parser.add_argument("--start-from", help="fine-tune this model: a directory, published .pth or shipped name")
     parser.add_argument("--encoder-steps", type=int, help="steps of the first stage, 0 to skip it")
     parser.add_argument("--steps", type=int, help="steps of the second stage")
     parser.add_argument("--batch", type=int, help="crops a step")
@@ -33,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--encoder-lr", type=float, help="learning rate of the first stage")
     parser.add_argument("--lr", type=float, help="learning rate of the second stage")
     parser.add_argument("--max-std", type=float, help="M: noise of standard deviation U(0, M) is added")
+    parser.add_argument("--l1-weight", type=float, help="weight of the L1 error of temperature-0 samples beside the NLL")
     parser.add_argument("--unfreeze", type=float, help="fraction of the second stage after which the encoder is trained too")
     parser.add_argument("--seed", type=int, help="of weights, crops and noise")
     parser.add_argument("--validate-every", type=int, help="steps between validations")

@@ -46,6 +46,8 @@ def train(settings: TrainSettings, folder: str | os.PathLike, device: str = "cpu
     )
     torch.manual_seed(settings.seed)
     model = NCSR(settings.config)
+    if settings.start_from is not None:
+        model.load_published(NCSR.from_pretrained(settings.start_from).published_state_dict())
     if settings.encoder_weights is not None:
         model.encoder.load_published(RRDB.from_pretrained(settings.encoder_weights).published_state_dict())
     model.to(device).train()

@@ -21,10 +21,13 @@ class TrainSettings:
     encoder_steps      steps of the first stage; 0 skips it (give `encoder_weights`)
     encoder_weights    what the encoder starts from: a published RRDB or ESRGAN file, or RUN/encoder of another run
     steps              steps of the second stage
+    start_from         model directory, published .pth or shipped name whose weights, actnorms included, both stages start
+                       from, to fine-tune it; None for random weights and data-dependent actnorms
     encoder_lr, lr     Adam's learning rates of the stages
     milestones, gamma  fractions of a stage at which its learning rate is multiplied by gamma
     betas              of Adam, as the paper configures them
     max_std            M of NCSR's noise, c ~ U(0, M)
+    l1_weight          weight of `mean |temperature-0 sample - hr|` beside the NLL (the published `weight_l1`), 0 for none
     unfreeze           fraction of the second stage after which the encoder is trained too (1: never)
     max_grad_norm      gradients are clipped to this norm
     seed               of weights, crops and noise
@@ -42,12 +45,14 @@ class TrainSettings:
     encoder_steps: int = 200_000
     encoder_weights: str | None = None
     steps: int = 220_000
+    start_from: str | None = None
     encoder_lr: float = 2e-4
     lr: float = 2e-4
     milestones: tuple[float, ...] = (0.5, 0.75, 0.9, 0.95)
     gamma: float = 0.5
     betas: tuple[float, float] = (0.9, 0.99)
     max_std: float = 0.05
+    l1_weight: float = 0.0
     unfreeze: float = 0.5
     max_grad_norm: float = 100.0
     seed: int = 0
@@ -61,7 +66,7 @@ class TrainSettings:
         for name in ("batch", "log_every", "validate_every", "save_every", "validation_images"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)!r}")
-        for name in ("encoder_steps", "steps", "max_std"):
+        for name in ("encoder_steps", "steps", "max_std", "l1_weight"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, not {getattr(self, name)!r}")
         for name in ("encoder_lr", "lr", "max_grad_norm"):

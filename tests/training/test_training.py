@@ -129,6 +129,28 @@ def test_the_variants_train(settings, tmp_path, changes):
     assert model.config == config
 
 
+def test_fine_tuning_starts_from_the_model_and_its_actnorms(settings, tmp_path):
+    first = train(replace(settings, encoder_steps=0, steps=2), tmp_path / "first")
+    settings = replace(settings, encoder_steps=0, start_from=str(tmp_path / "first" / "model"))
+    assert_same(train(replace(settings, steps=0), tmp_path / "same"), first)
+    tuned = train(replace(settings, steps=1, lr=1e-9, unfreeze=1.0), tmp_path / "tuned")
+    for name, value in tuned.state_dict().items():
+        assert torch.allclose(value.double(), first.state_dict()[name].double(), atol=1e-7), name
+
+
+def test_l1_on_the_temperature_zero_sample(settings, tmp_path):
+    """The weight times mean |decode(0) - hr| is added to the loss, and has a gradient."""
+    model = train(replace(settings, encoder_steps=0, steps=1), tmp_path)
+    hr, lr = torch.rand(2, 3, 16, 16), torch.rand(2, 3, 4, 4)
+    draw = lambda: torch.Generator().manual_seed(1)  # noqa: E731
+    stages = [FlowStage(model, replace(settings, max_std=0.0, l1_weight=weight)) for weight in (0.0, 3.0)]
+    plain, both = (stage.loss(hr, lr, 0, draw()) for stage in stages)
+    likely = model.decode([lr.new_zeros(2, *shape) for shape in model.latent_shapes(4, 4)], lr)
+    assert (both - plain).item() == pytest.approx(3 * (likely - hr).abs().mean().item(), rel=1e-4)
+    (both - plain).backward()
+    assert model.levels[0].split_bias.grad.abs().sum() > 0
+
+
 @pytest.mark.parametrize("kind", ["pth", "directory"])
 def test_encoder_weights(settings, tmp_path, kind):
     torch.manual_seed(3)
