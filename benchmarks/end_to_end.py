@@ -1,6 +1,6 @@
 """Sampling time of a whole model beside the published program, results compared first.
 
-    python benchmarks/end_to_end.py --published PATH_TO_A_CHECKOUT_OF_NCSR
+    python benchmarks/end_to_end.py --published PATH_TO_A_CHECKOUT_OF_NCSR      # with ncsr_fast installed
 
 One row: n samples of one LR image by the published ×4 architecture with random weights (time does not depend on
 them), the two programs alternating in one process. Printed, and written to benchmarks/results/.
