@@ -17,8 +17,6 @@ from ncsr_fast.metrics.imresize import imresize
 from ncsr_fast.metrics.perceptual import diversity_score, error_maps, lpips
 from ncsr_fast.nn.ncsr import NCSR
 
-BICUBIC = "bicubic"
-
 
 @dataclass
 class Scores:
@@ -36,6 +34,17 @@ class Scores:
 
 
 @torch.no_grad()
+def timed_samples(model: NCSR, lr: Tensor, n: int, temperature: float, seed: int) -> tuple[Tensor, float]:
+    """n samples (n, 3, sH, sW) in [0, 1] of one uint8 LR image (3, H, W), and the seconds each of them took."""
+    like = next(model.parameters())
+    generator = torch.Generator(like.device).manual_seed(seed)
+    started = time.perf_counter()
+    samples = model.sample(to_float(lr)[None].to(like), n, temperature, generator)[0]
+    if like.is_cuda:
+        torch.cuda.synchronize(like.device)
+    return samples, (time.perf_counter() - started) / n
+
+
 def evaluate(
     model: NCSR,
     images: Iterable[Tensor],
@@ -55,22 +64,18 @@ def evaluate(
                    challenge's score. All per image, every sample counted alike.
     """
     device = next(model.parameters()).device
-    dtype = next(model.parameters()).dtype
     scale = model.config.scale
     methods = {temperature: Scores(f"temperature {temperature:g}") for temperature in temperatures}
-    bicubic = Scores(BICUBIC)
+    bicubic = Scores("bicubic")
     given = iter(lr_images) if lr_images is not None else None
     for number, image in enumerate(images):
         hr = image.to(device)
         lr = degrade(hr, scale) if given is None else next(given).to(device)
         _add(bicubic, imresize(lr, scale)[None], hr, lr, scale, lpips_network)
         for temperature, scores in methods.items():
-            generator = torch.Generator(device).manual_seed(seed)
-            count = n if temperature > 0 else 1
-            started = time.perf_counter()
-            samples = to_uint8(model.sample(to_float(lr)[None].to(dtype), count, temperature, generator)[0])
-            scores.add(seconds=(time.perf_counter() - started) / count)
-            _add(scores, samples, hr, lr, scale, lpips_network)
+            samples, seconds = timed_samples(model, lr, n if temperature > 0 else 1, temperature, seed)
+            scores.add(seconds=seconds)
+            _add(scores, to_uint8(samples), hr, lr, scale, lpips_network)
         progress(
             f"image {number}: " + ", ".join(f"{s.method} {s.values['psnr'][-1]:.2f} dB" for s in (bicubic, *methods.values()))
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import time
 from pathlib import Path
 
 from ncsr_fast.cli._common import add_device, add_model, pick_device
@@ -41,6 +40,7 @@ def run(args: argparse.Namespace) -> None:
 
     from ncsr_fast.data.images import crop_to_multiple, to_float, write_image
     from ncsr_fast.data.perturb import degrade
+    from ncsr_fast.evaluation import timed_samples
     from ncsr_fast.figures import contact_sheet, heat_map
     from ncsr_fast.files import atomic_write
     from ncsr_fast.metrics import diversity_score, error_maps, imresize, lr_psnr, psnr
@@ -59,14 +59,8 @@ def run(args: argparse.Namespace) -> None:
         image = crop_to_multiple(torch.from_numpy(getattr(data, name)()).permute(2, 0, 1), 8).to(device)
         lr8 = degrade(image, scale)
         hr, lr = to_float(image), to_float(lr8)[None]
-        with torch.inference_mode():
-            likely = model.sample(lr, 1, 0.0)[0]
-            generator = torch.Generator(device).manual_seed(args.seed)
-            started = time.perf_counter()
-            samples = model.sample(lr, args.n, args.temperature, generator)[0]
-            if device != "cpu":
-                torch.cuda.synchronize(device)
-            seconds = (time.perf_counter() - started) / args.n
+        likely, _ = timed_samples(model, lr8, 1, 0.0, args.seed)
+        samples, seconds = timed_samples(model, lr8, args.n, args.temperature, args.seed)
         bicubic = to_float(imresize(lr8, scale))
         consistency = lr_psnr(samples, lr.expand(args.n, -1, -1, -1), scale).mean()
         print(
@@ -76,10 +70,9 @@ def run(args: argparse.Namespace) -> None:
         )
         for index, sample in enumerate(samples):
             write_image(out / f"{name}_sample{index:05d}.png", sample)
-        deviations.append(samples.std(dim=0).mean(dim=0))
         tiles = [F.interpolate(lr, scale_factor=scale, mode="nearest")[0], bicubic, likely[0], *samples[:3], hr]
         window = (..., slice(top, top + _WINDOW), slice(left, left + _WINDOW))
-        deviations[-1] = deviations[-1][window]
+        deviations.append(samples.std(dim=0).mean(dim=0)[window])
         rows.append((name, [tile[window] for tile in tiles]))
     brightest = float(torch.cat([deviation.flatten() for deviation in deviations]).quantile(0.995))
     for (_, tiles), deviation in zip(rows, deviations):
