@@ -19,6 +19,11 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def why_no_cuda() -> str:
+    """What keeps this PyTorch from using a GPU, when `torch.cuda.is_available()` is false."""
+    return "this PyTorch is a CPU build" if torch.version.cuda is None else "PyTorch finds no CUDA device"
+
+
 def pick_device(name: str) -> str:
     """The device called `name`, or the best there is for "auto". Raises ValueError when it is not here."""
     if name == "auto":
@@ -28,8 +33,7 @@ def pick_device(name: str) -> str:
     except RuntimeError as error:
         raise ValueError(f"no device {name!r}: use cpu or cuda") from error
     if device.type == "cuda" and not torch.cuda.is_available():
-        build = "this PyTorch is a CPU build" if torch.version.cuda is None else "PyTorch finds no CUDA device"
-        raise ValueError(f"device {name!r} was asked for, but {build}; use --device cpu")
+        raise ValueError(f"device {name!r} was asked for, but {why_no_cuda()}; use --device cpu")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device {name!r} was asked for, but there are {torch.cuda.device_count()} CUDA devices")
     return name

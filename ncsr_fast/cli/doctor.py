@@ -12,6 +12,8 @@ import sys
 
 import torch
 
+from ncsr_fast.cli._common import why_no_cuda
+
 HELP = "show what this machine has and which backend each operator uses"
 EXAMPLE = """\
 example:
@@ -70,7 +72,7 @@ def report() -> dict[str, dict[str, str]]:
 
 def _gpus() -> str:
     if not torch.cuda.is_available():
-        return "none: " + ("this PyTorch is a CPU build" if torch.version.cuda is None else "PyTorch finds no CUDA device")
+        return f"none: {why_no_cuda()}"
     names = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
     return ", ".join(f"{p.name} (sm_{p.major}{p.minor}, {p.total_memory / 2**30:.0f} GiB)" for p in names)
 

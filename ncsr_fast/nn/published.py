@@ -156,10 +156,8 @@ def _network(prefix: str, networks: StackedNetworks, index: int) -> Iterator[Ent
 def encoder_layout(encoder: RRDB) -> Iterator[tuple[str, Tensor]]:
     """(name in the published RRDB, SRFlow and NCSR files, tensor) of every tensor of the encoder, in order."""
     for name, tensor in encoder.state_dict().items():
-        name = re.sub(r"^body\.(\d+)\.rdb(\d)", r"RRDB_trunk.\1.RDB\2", name)
-        name = re.sub(r"^conv_body\b", "trunk_conv", name)
-        name = re.sub(r"^conv_up\.(\d+)", lambda match: f"upconv{int(match[1]) + 1}", name)
-        yield re.sub(r"^conv_hr\b", "HRconv", name), tensor
+        # ours are BasicSR's names, but for the upsampling convolutions, which are a list counted from 0
+        yield _from_basicsr(re.sub(r"^conv_up\.(\d+)", lambda match: f"conv_up{int(match[1]) + 1}", name)), tensor
 
 
 def read_encoder_state_dict(source: Mapping[str, Tensor] | str | os.PathLike) -> dict[str, Tensor]:
