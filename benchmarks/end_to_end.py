@@ -120,10 +120,11 @@ def main() -> None:
         "torch": torch.__version__,
         "ncsr_fast": __version__,
         "commit": subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+            ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
         ).stdout.strip(),
         "date": datetime.date.today().isoformat(),
-        "command": "python benchmarks/end_to_end.py --published PATH",
+        "command": f"python benchmarks/end_to_end.py --published PATH --size {args.size} --n {args.n} "
+        f"--rounds {args.rounds} --threads {args.threads} --device {args.device}",
     }
     print(json.dumps(row, indent=2, ensure_ascii=False))
     args.out.mkdir(parents=True, exist_ok=True)
