@@ -32,7 +32,7 @@ def perturb(
     returns         hr + v, lr + imresize(v, 1/s), and the condition: v (B, 3, sH, sW), or c (B, 1, 1, 1) when
                     noise_channels is 1
     raises          ValueError for a pair whose sizes are no integer scale apart, or a negative max_std
-    source          Kim & Son 2021, section 3.2; the resize is MATLAB's bicubic, as in the published program
+    source          Kim & Son 2021; the resize is MATLAB's bicubic, as in the published program
     """
     if not max_std >= 0:
         raise ValueError(f"max_std must not be negative, not {max_std!r}")

@@ -64,7 +64,7 @@ def _build_matrix(size: int, scale: float) -> Tensor:
 
 
 def _cubic(x: Tensor) -> Tensor:
-    """Keys' cubic convolution kernel with a = -0.5 (Keys 1981, equation 15)."""
+    """Keys' cubic convolution kernel with a = -0.5 (Keys 1981)."""
     x = x.abs()
     near = 1.5 * x**3 - 2.5 * x**2 + 1
     far = -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2

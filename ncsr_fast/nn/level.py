@@ -1,4 +1,4 @@
-"""One level of the flow: squeeze, plain steps, conditional steps, split (NCSR figure 2; SRFlow section 3.3)."""
+"""One level of the flow: squeeze, plain steps, conditional steps, split (SRFlow, Lugmayr et al. 2020; NCSR, Kim & Son 2021)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Affine coupling: the second half of the channels shifted and scaled (Dinh et al. 2017, equations 7 and 8)."""
+"""Affine coupling: the second half of the channels shifted and scaled (Real NVP, Dinh et al. 2017)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Affine injector: every channel shifted and scaled by what the conditioning features say (SRFlow, section 3.3)."""
+"""Affine injector: every channel shifted and scaled by what the conditioning features say (SRFlow, Lugmayr et al. 2020)."""
 
 from __future__ import annotations
 

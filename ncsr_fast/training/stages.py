@@ -57,7 +57,7 @@ class EncoderStage:
 
 
 class FlowStage:
-    """Train the flow by `loss = mean nll(hr + v, lr + v_lr; v)` (Kim & Son 2021, section 3.2), in bits per pixel.
+    """Train the flow by `loss = mean nll(hr + v, lr + v_lr; v)` (Kim & Son 2021), in bits per pixel.
 
     With `l1_weight`, plus that weight times `mean |decode(0, lr + v_lr; v) - hr|`, as the published program does.
     """
