@@ -2,12 +2,32 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 import ncsr_fast
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported: its kernels run on the CPU, slowly
+
+_REPORT = pytest.StashKey[list]()
+
+
+@pytest.fixture(scope="session")
+def compiler_report(pytestconfig) -> list[str]:
+    """Lines about compiled kernels, printed at the end of the run."""
+    return pytestconfig.stash.setdefault(_REPORT, [])
+
+
+def pytest_terminal_summary(terminalreporter, config) -> None:
+    lines = sorted(set(config.stash.get(_REPORT, [])))
+    if lines:
+        terminalreporter.section("registers, shared memory and spills of the kernels")
+        terminalreporter.write("\n".join(lines) + "\n")
 
 
 def pytest_report_header() -> list[str]:

@@ -8,7 +8,7 @@ import sys
 
 from ncsr_fast import __version__
 
-COMMANDS = ("demo", "sample", "train", "evaluate", "doctor")
+COMMANDS = ("demo", "sample", "train", "evaluate", "bench", "doctor")
 
 
 def build_parser() -> argparse.ArgumentParser:

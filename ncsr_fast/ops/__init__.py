@@ -5,13 +5,14 @@ log|det| of the map that was applied, so the inverse returns its negative; it is
 for float64 input. `backends()` tells which implementations there are and why the others are not.
 """
 
-from ncsr_fast.ops._contract import Backend, BackendUnavailable, backends, resolve_backend
+from ncsr_fast.ops._backends import Backend, BackendUnavailable, backends, resolve_backend
 from ncsr_fast.ops.actnorm_invconv import actnorm_invconv
 from ncsr_fast.ops.affine_coupling import affine_coupling
 from ncsr_fast.ops.affine_injector import affine_injector
+from ncsr_fast.ops.flow_step import flow_step
 from ncsr_fast.ops.gaussian_split import gaussian_split
 
-OPERATORS = ("actnorm_invconv", "affine_injector", "affine_coupling", "gaussian_split")
+OPERATORS = ("actnorm_invconv", "affine_injector", "affine_coupling", "gaussian_split", "flow_step")
 
 __all__ = [
     "OPERATORS",
@@ -21,6 +22,7 @@ __all__ = [
     "affine_coupling",
     "affine_injector",
     "backends",
+    "flow_step",
     "gaussian_split",
     "resolve_backend",
 ]

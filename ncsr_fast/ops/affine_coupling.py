@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from ncsr_fast.ops._contract import check_state, check_tensors, compute_dtype, resolve_backend
+from ncsr_fast.ops._backends import resolve_backend
+from ncsr_fast.ops._contract import check_eps, check_state, check_tensors
 from ncsr_fast.ops.affine_injector import affine
 
 
@@ -19,17 +19,11 @@ def affine_coupling(
              it depends on z1 alone, which this function neither knows nor needs
     returns  y (B, C, H, W) in the dtype of z, and logdet (B,) = ±Σ log scale
 
-    Computed in float32, or in float64 for float64 z. Differentiable with respect to z and h. Raises
-    ValueError or TypeError naming the argument for a wrong shape, dtype or device.
+    Computed in float32, or in float64 for float64 z. Differentiable with respect to z and h, which are all that is
+    saved for it. Raises ValueError or TypeError naming the argument for a wrong shape, dtype, device or eps.
     """
     batch, channels, height, width = check_state("affine_coupling", "z", z)
-    changed = channels - channels // 2
-    check_tensors(
-        "affine_coupling",
-        {"z": (z, tuple(z.shape)), "h": (h, (batch, 2 * changed, height, width))},
-        like="z",
-    )
-    resolve_backend("affine_coupling", backend)
-    z1, z2 = z[:, : channels // 2], z[:, channels // 2 :]
-    y2, logdet = affine(z2.to(compute_dtype(z)), h, eps, inverse)
-    return torch.cat([z1, y2.to(z.dtype)], dim=1), logdet
+    kept = channels // 2
+    check_tensors("affine_coupling", z, ("h", h, (batch, 2 * (channels - kept), height, width)))
+    check_eps("affine_coupling", eps)
+    return affine(z, h, kept, eps, inverse, resolve_backend("affine_coupling", backend, z))

@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ncsr_fast.ops._contract import check_state, check_tensors, compute_dtype, resolve_backend
+from ncsr_fast.ops._backends import implementation, resolve_backend
+from ncsr_fast.ops._contract import check_eps, check_state, check_tensors, compute_dtype
+from ncsr_fast.ops._operator import Operator
 
 
 def affine_injector(
@@ -18,25 +20,48 @@ def affine_injector(
              `scale = sigmoid(raw + 2) + eps`
     returns  y (B, C, H, W) in the dtype of z, and logdet (B,) = ±Σ log scale
 
-    Computed in float32, or in float64 for float64 z. Differentiable with respect to z and h. Raises
-    ValueError or TypeError naming the argument for a wrong shape, dtype or device.
+    Computed in float32, or in float64 for float64 z. Differentiable with respect to z and h, which are all that is
+    saved for it. Raises ValueError or TypeError naming the argument for a wrong shape, dtype, device or eps.
     """
     batch, channels, height, width = check_state("affine_injector", "z", z)
-    check_tensors(
-        "affine_injector",
-        {"z": (z, tuple(z.shape)), "h": (h, (batch, 2 * channels, height, width))},
-        like="z",
-    )
-    resolve_backend("affine_injector", backend)
-    y, logdet = affine(z.to(compute_dtype(z)), h, eps, inverse)
-    return y.to(z.dtype), logdet
+    check_tensors("affine_injector", z, ("h", h, (batch, 2 * channels, height, width)))
+    check_eps("affine_injector", eps)
+    return affine(z, h, 0, eps, inverse, resolve_backend("affine_injector", backend, z))
 
 
-def affine(z: Tensor, h: Tensor, eps: float, inverse: bool) -> tuple[Tensor, Tensor]:
-    """The map itself, on a z that already has the dtype of the arithmetic."""
-    h = h.to(z.dtype)
+def affine(z: Tensor, h: Tensor, kept: int, eps: float, inverse: bool, backend: str) -> tuple[Tensor, Tensor]:
+    """The channels of z from `kept` on shifted and scaled by the pairs in h; the arguments have been checked."""
+    if backend == "reference":
+        return _reference(z, h, kept, eps, inverse, backend)
+    return _affine(z, h, kept, eps, inverse, backend)
+
+
+def _reference(z: Tensor, h: Tensor, kept: int, eps: float, inverse: bool, _: str) -> tuple[Tensor, Tensor]:
+    dtype = compute_dtype(z)
+    h = h.to(dtype)
     shift, scale = h[:, 0::2], torch.sigmoid(h[:, 1::2] + 2) + eps
     logdet = torch.log(scale).sum(dim=(1, 2, 3))
-    if inverse:
-        return z / scale - shift, -logdet
-    return (z + shift) * scale, logdet
+    changed = z[:, kept:].to(dtype)
+    y = changed / scale - shift if inverse else (changed + shift) * scale
+    y = torch.cat([z[:, :kept], y.to(z.dtype)], dim=1) if kept else y.to(z.dtype)
+    return y, -logdet if inverse else logdet
+
+
+def _forward(z: Tensor, h: Tensor, kept: int, eps: float, inverse: bool, backend: str) -> tuple[Tensor, Tensor]:
+    return implementation(backend).affine_fwd(z, h, kept, eps, inverse)
+
+
+def _backward(
+    dy: Tensor, dlogdet: Tensor, _: None, z: Tensor, h: Tensor, kept: int, eps: float, inverse: bool, backend: str
+) -> tuple[Tensor, Tensor]:
+    return implementation(backend).affine_bwd(dy, dlogdet, z, h, kept, eps, inverse)
+
+
+_affine = Operator(
+    "affine",
+    "Tensor z, Tensor h",
+    "int kept, float eps, bool inverse, str backend",
+    forward=_forward,
+    backward=_backward,
+    reference=_reference,
+)

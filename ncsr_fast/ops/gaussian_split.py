@@ -7,7 +7,9 @@ import math
 import torch
 from torch import Tensor
 
-from ncsr_fast.ops._contract import check_state, check_tensors, compute_dtype, resolve_backend
+from ncsr_fast.ops._backends import implementation, resolve_backend
+from ncsr_fast.ops._contract import check_state, check_tensors, compute_dtype
+from ncsr_fast.ops._operator import Operator
 
 
 def gaussian_split(z: Tensor, h: Tensor, *, inverse: bool = False, backend: str = "auto") -> tuple[Tensor, Tensor]:
@@ -20,21 +22,27 @@ def gaussian_split(z: Tensor, h: Tensor, *, inverse: bool = False, backend: str 
 
     The log-density already contains the change of variables from z2 to eps, so a flow adds it and
     nothing else for this latent. Computed in float32, or in float64 for float64 z. Differentiable with
-    respect to z and h. Raises ValueError or TypeError naming the argument for a wrong shape, dtype or
-    device.
+    respect to z and h, which are all that is saved for it. Raises ValueError or TypeError naming the
+    argument for a wrong shape, dtype or device.
     """
     batch, channels, height, width = check_state("gaussian_split", "z", z)
     if not isinstance(h, Tensor) or h.dim() != 4 or h.shape[1] % 2 or not 0 < h.shape[1] // 2 < channels:
         shape = tuple(h.shape) if isinstance(h, Tensor) else type(h).__name__
         raise ValueError(f"gaussian_split: h must have shape (B, 2·C_out, H, W) with 0 < C_out < {channels}, not {shape}")
-    consumed = h.shape[1] // 2
-    check_tensors(
-        "gaussian_split",
-        {"z": (z, tuple(z.shape)), "h": (h, (batch, 2 * consumed, height, width))},
-        like="z",
-    )
-    resolve_backend("gaussian_split", backend)
-    dtype = compute_dtype(z)
+    check_tensors("gaussian_split", z, ("h", h, (batch, h.shape[1], height, width)))
+    backend = resolve_backend("gaussian_split", backend, z)
+    if backend == "reference":
+        return _reference(z, h, inverse, backend)
+    return _gaussian(z, h, inverse, backend)
+
+
+def gaussian_log_density(eps: Tensor) -> Tensor:
+    """log N(eps; 0, 1) of every element, in nats."""
+    return -0.5 * (eps * eps + math.log(2 * math.pi))
+
+
+def _reference(z: Tensor, h: Tensor, inverse: bool, _: str) -> tuple[Tensor, Tensor]:
+    consumed, dtype = h.shape[1] // 2, compute_dtype(z)
     mean, logs = h[:, 0::2].to(dtype), h[:, 1::2].to(dtype)
     z1, last = z[:, :-consumed], z[:, -consumed:].to(dtype)
     eps = last if inverse else (last - mean) * torch.exp(-logs)
@@ -44,6 +52,21 @@ def gaussian_split(z: Tensor, h: Tensor, *, inverse: bool = False, backend: str 
     return torch.cat([z1, eps.to(z.dtype)], dim=1), logdet
 
 
-def gaussian_log_density(eps: Tensor) -> Tensor:
-    """log N(eps; 0, 1) of every element, in nats."""
-    return -0.5 * (eps * eps + math.log(2 * math.pi))
+def _forward(z: Tensor, h: Tensor, inverse: bool, backend: str) -> tuple[Tensor, Tensor]:
+    return implementation(backend).gaussian_fwd(z, h, inverse)
+
+
+def _backward(
+    dy: Tensor, dlogdet: Tensor, _: None, z: Tensor, h: Tensor, inverse: bool, backend: str
+) -> tuple[Tensor, Tensor]:
+    return implementation(backend).gaussian_bwd(dy, dlogdet, z, h, inverse)
+
+
+_gaussian = Operator(
+    "gaussian",
+    "Tensor z, Tensor h",
+    "bool inverse, str backend",
+    forward=_forward,
+    backward=_backward,
+    reference=_reference,
+)

@@ -1,0 +1,56 @@
+// The CPU kernels for one instruction set. Compiled once for each: NCSR_ISA names it and the namespace everything is in,
+// so that the linker keeps the builds of one template apart.
+#ifndef NCSR_ISA
+#error "compile with -DNCSR_ISA=baseline, avx2 or avx512"
+#endif
+
+#include "cpu.h"
+
+#include "flow_step_cpu.h"
+#include "pointwise_cpu.h"
+
+namespace ncsr::NCSR_ISA {
+
+template <class T, class M>
+void pointwise_forward_of(const Pointwise& p, int threads) {
+    p.inverse ? pointwise_forward<T, M, true>(p, threads) : pointwise_forward<T, M, false>(p, threads);
+}
+
+template <class T, class M>
+void pointwise_backward_of(const Pointwise& p, int threads) {
+    p.inverse ? pointwise_backward<T, M, true>(p, threads) : pointwise_backward<T, M, false>(p, threads);
+}
+
+template <class T>
+void pointwise_forward_as(const Pointwise& p, int threads) {
+    p.map == Map::affine ? pointwise_forward_of<T, Affine>(p, threads) : pointwise_forward_of<T, Gaussian>(p, threads);
+}
+
+template <class T>
+void pointwise_backward_as(const Pointwise& p, int threads) {
+    p.map == Map::affine ? pointwise_backward_of<T, Affine>(p, threads) : pointwise_backward_of<T, Gaussian>(p, threads);
+}
+
+extern const CpuKernels kernels;
+const CpuKernels kernels{
+    [](const Pointwise& p, bool float64, int threads) {
+        float64 ? pointwise_forward_as<double>(p, threads) : pointwise_forward_as<float>(p, threads);
+    },
+    [](const Pointwise& p, bool float64, int threads) {
+        float64 ? pointwise_backward_as<double>(p, threads) : pointwise_backward_as<float>(p, threads);
+    },
+    [](const FlowStep& p, bool float64, int threads) {
+        if (float64)
+            p.inverse ? flow_step_forward<double, true>(p, threads) : flow_step_forward<double, false>(p, threads);
+        else
+            p.inverse ? flow_step_forward<float, true>(p, threads) : flow_step_forward<float, false>(p, threads);
+    },
+    [](const FlowStep& p, bool float64, int threads) {
+        if (float64)
+            p.inverse ? flow_step_backward<double, true>(p, threads) : flow_step_backward<double, false>(p, threads);
+        else
+            p.inverse ? flow_step_backward<float, true>(p, threads) : flow_step_backward<float, false>(p, threads);
+    },
+};
+
+}  // namespace ncsr::NCSR_ISA

@@ -1,0 +1,188 @@
+// How the CPU kernels read and write tensors of any strides and dtype: pieces of a tensor in small dense buffers.
+//
+// A piece is `count` channels of a run of `pixels` neighbouring pixels of one image row. In the buffer its order is
+//   Order::planes  [channel][pixel]  for NCHW: the pixels of a channel are adjacent in memory
+//   Order::pixels  [pixel][channel]  for channels-last: the channels of a pixel are
+// so that reading it is a copy of contiguous memory in both layouts. Other strides work too, element by element.
+#pragma once
+
+#include <algorithm>
+#include <cstring>
+#include <type_traits>
+
+#include "half.h"
+
+namespace ncsr::NCSR_ISA {
+
+enum class Order { planes, pixels };
+
+// The last channel stride tells; a tensor of one channel may be read either way.
+inline Order order_of(const Tensor& x) { return x.channel == 1 && x.column != 1 ? Order::pixels : Order::planes; }
+
+// Where a run of pixels starts.
+struct Run {
+    int64_t sample, row, column, pixels;
+};
+
+// Calls `use` with a null pointer of the C++ type of a dtype.
+template <class Use>
+void with_type(Dtype dtype, Use use) {
+    switch (dtype) {
+        case Dtype::float32: return use(static_cast<float*>(nullptr));
+        case Dtype::float64: return use(static_cast<double*>(nullptr));
+        case Dtype::float16: return use(static_cast<Float16*>(nullptr));
+        case Dtype::bfloat16: return use(static_cast<BFloat16*>(nullptr));
+    }
+}
+
+template <class S>
+S* address(const Tensor& x, const Run& run, int64_t channel) {
+    return reinterpret_cast<S*>(x.data) + run.sample * x.batch + run.row * x.row + run.column * x.column + channel * x.channel;
+}
+
+// Two nested counts with the strides of both sides; merged into one when the memory is one contiguous run.
+struct Block {
+    int64_t outer, inner, outer_stride, inner_stride;
+    Block(const Tensor& x, Order order, int64_t channel_stride, int64_t count, int64_t pixels) {
+        const bool planes = order == Order::planes;
+        outer = planes ? count : pixels;
+        inner = planes ? pixels : count;
+        outer_stride = planes ? channel_stride : x.column;
+        inner_stride = planes ? x.column : channel_stride;
+        if (outer_stride == inner * inner_stride) {
+            inner *= outer;
+            outer = 1;
+        }
+    }
+};
+
+template <class T, class S>
+void convert(T* to, const S* from, int64_t stride, int64_t n) {
+    if (stride == 1)
+        for (int64_t i = 0; i < n; ++i) to[i] = T(from[i]);
+    else
+        for (int64_t i = 0; i < n; ++i) to[i] = T(from[i * stride]);
+}
+
+// `count` channels from `channel` on, dense in `buffer`. Returns where they are: the tensor itself when it lies that way.
+template <class T>
+const T* load(T* buffer, const Tensor& x, const Run& run, Order order, int64_t channel, int64_t count) {
+    const Block block(x, order, x.channel, count, run.pixels);
+    constexpr Dtype own = sizeof(T) == 4 ? Dtype::float32 : Dtype::float64;
+    if (x.dtype == own && block.inner_stride == 1 && block.outer == 1) return address<T>(x, run, channel);
+    with_type(x.dtype, [&](auto* type) {
+        auto* from = address<std::remove_pointer_t<decltype(type)>>(x, run, channel);
+        for (int64_t o = 0; o < block.outer; ++o)
+            convert(buffer + o * block.inner, from + o * block.outer_stride, block.inner_stride, block.inner);
+    });
+    return buffer;
+}
+
+// The same into the buffer always, for what is changed there.
+template <class T>
+void load_copy(T* buffer, const Tensor& x, const Run& run, Order order, int64_t channel, int64_t count) {
+    const T* where = load(buffer, x, run, order, channel, count);
+    if (where != buffer) memcpy(buffer, where, size_t(count * run.pixels) * sizeof(T));
+}
+
+// The pairs (h[2c], h[2c + 1]) of `count` channels from `channel` on, each dense, in a buffer or where they lie.
+template <class T>
+struct Pair {
+    T *first, *second;
+};
+
+template <class T>
+Pair<const T> load_pairs(Pair<T> buffer, const Tensor& h, const Run& run, Order order, int64_t channel, int64_t count) {
+    if (order == Order::planes && count == 1)
+        return {load(buffer.first, h, run, order, 2 * channel, 1), load(buffer.second, h, run, order, 2 * channel + 1, 1)};
+    const Block block(h, order, 2 * h.channel, count, run.pixels);
+    with_type(h.dtype, [&](auto* type) {
+        auto* from = address<std::remove_pointer_t<decltype(type)>>(h, run, 2 * channel);
+        for (int64_t o = 0; o < block.outer; ++o) {
+            auto* row = from + o * block.outer_stride;
+            T *to_first = buffer.first + o * block.inner, *to_second = buffer.second + o * block.inner;
+            if (block.inner_stride == 2 && h.channel == 1) {
+                for (int64_t i = 0; i < block.inner; ++i) {
+                    to_first[i] = T(row[2 * i]);
+                    to_second[i] = T(row[2 * i + 1]);
+                }
+            } else {
+                convert(to_first, row, block.inner_stride, block.inner);
+                convert(to_second, row + h.channel, block.inner_stride, block.inner);
+            }
+        }
+    });
+    return {buffer.first, buffer.second};
+}
+
+// Where results of `count` channels may be written: the tensor itself when it lies that way, else the buffer (then `store`).
+template <class T>
+T* place(T* buffer, const Tensor& y, const Run& run, Order order, int64_t channel, int64_t count) {
+    const Block block(y, order, y.channel, count, run.pixels);
+    constexpr Dtype own = sizeof(T) == 4 ? Dtype::float32 : Dtype::float64;
+    return y.dtype == own && block.inner_stride == 1 && block.outer == 1 ? address<T>(y, run, channel) : buffer;
+}
+
+template <class T, class S>
+void convert_back(S* to, int64_t stride, const T* from, int64_t n) {
+    if (stride == 1)
+        for (int64_t i = 0; i < n; ++i) to[i] = S(from[i]);
+    else
+        for (int64_t i = 0; i < n; ++i) to[i * stride] = S(from[i]);
+}
+
+// Writes what `place` did not let be written where it belongs.
+template <class T>
+void store(const T* from, const Tensor& y, const Run& run, Order order, int64_t channel, int64_t count) {
+    const Block block(y, order, y.channel, count, run.pixels);
+    with_type(y.dtype, [&](auto* type) {
+        auto* to = address<std::remove_pointer_t<decltype(type)>>(y, run, channel);
+        if (reinterpret_cast<const char*>(to) == reinterpret_cast<const char*>(from)) return;
+        for (int64_t o = 0; o < block.outer; ++o)
+            convert_back(to + o * block.outer_stride, block.inner_stride, from + o * block.inner, block.inner);
+    });
+}
+
+// Channels that no map changes, `at_once` at a time through the buffer.
+template <class T>
+void copy_channels(const Tensor& x, const Tensor& y, const Run& run, Order order, int64_t count, int64_t at_once, T* buffer) {
+    for (int64_t c = 0; c < count; c += at_once) {
+        const int64_t n = std::min(at_once, count - c);
+        store(load(buffer, x, run, order, c, n), y, run, order, c, n);
+    }
+}
+
+template <class T>
+Pair<T> place_pairs(Pair<T> buffer, const Tensor& h, const Run& run, Order order, int64_t channel, int64_t count) {
+    if (order == Order::pixels || count != 1) return buffer;
+    return {place(buffer.first, h, run, order, 2 * channel, 1), place(buffer.second, h, run, order, 2 * channel + 1, 1)};
+}
+
+template <class T>
+void store_pairs(Pair<T> from, const Tensor& h, const Run& run, Order order, int64_t channel, int64_t count) {
+    if (order == Order::planes && count == 1) {
+        store(from.first, h, run, order, 2 * channel, 1);
+        store(from.second, h, run, order, 2 * channel + 1, 1);
+        return;
+    }
+    const Block block(h, order, 2 * h.channel, count, run.pixels);
+    with_type(h.dtype, [&](auto* type) {
+        using S = std::remove_pointer_t<decltype(type)>;
+        auto* to = address<S>(h, run, 2 * channel);
+        for (int64_t o = 0; o < block.outer; ++o) {
+            auto* row = to + o * block.outer_stride;
+            const T *from_first = from.first + o * block.inner, *from_second = from.second + o * block.inner;
+            if (block.inner_stride == 2 && h.channel == 1) {
+                for (int64_t i = 0; i < block.inner; ++i) {
+                    row[2 * i] = S(from_first[i]);
+                    row[2 * i + 1] = S(from_second[i]);
+                }
+            } else {
+                convert_back(row, block.inner_stride, from_first, block.inner);
+                convert_back(row + h.channel, block.inner_stride, from_second, block.inner);
+            }
+        }
+    });
+}
+
+}  // namespace ncsr::NCSR_ISA

@@ -1,0 +1,156 @@
+// How the CPU kernels divide an image: tiles of neighbouring pixels, tiles into parts, parts among threads.
+//
+// The division depends on the shapes alone and every part has a partial sum of its own, so that the same input gives the
+// same bits whatever the number of threads.
+#pragma once
+
+#include <algorithm>
+#include <cstdlib>
+#include <vector>
+
+#include "arithmetic.h"
+#include "cpu_memory.h"
+
+namespace ncsr::NCSR_ISA {
+
+constexpr int64_t lanes = 64;  // elements a loop works on at once: several vectors of any instruction set
+
+struct Tiling {
+    Sizes size;
+    int64_t pixels, per_row, per_sample, parts;
+
+    // `parts_wanted` over the whole batch: enough for the threads of a large machine, few enough for their partial sums
+    Tiling(const Sizes& size, int64_t pixels, int64_t parts_wanted) : size(size), pixels(pixels) {
+        per_row = (size.columns + pixels - 1) / pixels;
+        per_sample = per_row * size.rows;
+        parts = std::min(per_sample, std::max<int64_t>(1, parts_wanted / std::max<int64_t>(1, size.batch)));
+    }
+
+    int64_t items() const { return size.batch * parts; }
+
+    // Calls `use` with every tile of a part.
+    template <class Use>
+    void tiles(int64_t item, Use use) const {
+        const int64_t sample = item / parts, part = item % parts;
+        for (int64_t tile = part * per_sample / parts; tile < (part + 1) * per_sample / parts; ++tile) {
+            const int64_t column = tile % per_row * pixels;
+            use(Run{sample, tile / per_row, column, std::min(pixels, size.columns - column)});
+        }
+    }
+};
+
+// Runs `work` on every item. A thread is worth starting for some 10 µs of work, `cost` being in elements of about a nanosecond.
+template <class Work>
+void parallel(int64_t items, int64_t cost, int threads, Work work) {
+    const int team = int(std::min<int64_t>({int64_t(threads), items, 1 + cost / 10000}));
+    (void)team;
+#pragma omp parallel for num_threads(team) schedule(static) if (team > 1)
+    for (int64_t item = 0; item < items; ++item) work(item);
+}
+
+// Buffers of one thread, kept from call to call.
+template <class T>
+class Scratch {
+  public:
+    explicit Scratch(int64_t elements) {
+        static thread_local std::vector<T> memory;
+        if (int64_t(memory.size()) < elements + 32) memory.resize(size_t(elements + 32));
+        next_ = memory.data();
+        next_ += (64 - reinterpret_cast<uintptr_t>(next_) % 64) % 64 / sizeof(T);
+    }
+    T* take(int64_t elements) {
+        T* taken = next_;
+        next_ += rounded(elements);
+        return taken;
+    }
+    // what `take` uses: a multiple of 64 elements, and 64 more that a vector load or store may run over
+    static int64_t rounded(int64_t elements) { return (elements + 127) / 64 * 64; }
+
+  private:
+    T* next_;
+};
+
+// Collects the log-det of a part in `lanes` partial sums, `factors` values of a product at a time.
+template <class T, class M>
+class LogDet {
+  public:
+    explicit LogDet(double eps) {
+        // s lies between eps and 1 + eps: as many factors as keep the product a normal number
+        const double widest = std::max(std::abs(std::log10(eps)), std::abs(std::log10(1 + eps)));
+        factors_ = std::min<int64_t>(8, std::max<int64_t>(1, int64_t(37.0 / std::max(widest, 1e-3))));
+        for (int64_t i = 0; i < lanes; ++i) sum_[i] = T(0), product_[i] = T(1);
+    }
+    void collect(const T* values, int64_t n) {
+        if (!M::logdet_of_product) {
+#pragma omp simd
+            for (int64_t i = 0; i < n; ++i) sum_[i] += values[i];
+            return;
+        }
+#pragma omp simd
+        for (int64_t i = 0; i < n; ++i) product_[i] *= values[i];
+        if (++pending_ == factors_) flush();
+    }
+    double total() {
+        if (pending_) flush();
+        double total = 0;
+        for (int64_t i = 0; i < lanes; ++i) total += double(sum_[i]);
+        return total;
+    }
+
+  private:
+    void flush() {
+#pragma omp simd
+        for (int64_t i = 0; i < lanes; ++i) {
+            sum_[i] += log_positive(product_[i]);
+            product_[i] = T(1);
+        }
+        pending_ = 0;
+    }
+    alignas(64) T sum_[lanes];
+    alignas(64) T product_[lanes];
+    int64_t factors_, pending_ = 0;
+};
+
+// y = map(x; first, second) of n elements, which may be done in place; the log-det goes to `logdet` when it is given.
+template <class M, bool inverse, class T>
+void apply(int64_t n, const T* x, Pair<const T> h, T eps, T* y, LogDet<T, M>* logdet) {
+    alignas(64) T values[lanes];
+    for (int64_t start = 0; start < n; start += lanes) {
+        const int64_t count = std::min(lanes, n - start);
+        const T *px = x + start, *first = h.first + start, *second = h.second + start;
+        T* py = y + start;
+        if (count == lanes) {  // the same loop with its length known
+#pragma omp simd
+            for (int64_t i = 0; i < lanes; ++i) py[i] = M::template apply<inverse>(px[i], first[i], second[i], eps, values[i]);
+        } else {
+#pragma omp simd
+            for (int64_t i = 0; i < count; ++i) py[i] = M::template apply<inverse>(px[i], first[i], second[i], eps, values[i]);
+        }
+        if (logdet) logdet->collect(values, count);
+    }
+}
+
+// dx, dh from dy and g; v is x or, with `from_output`, y. May be done in place of dy.
+template <class M, bool inverse, bool from_output, class T>
+void apply_backward(int64_t n, const T* dy, T g, const T* v, Pair<const T> h, T eps, T* dx, Pair<T> dh) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i)
+        dx[i] = M::template backward<inverse, from_output>(dy[i], g, v[i], h.first[i], h.second[i], eps, dh.first[i], dh.second[i]);
+}
+
+template <class T>
+T per_sample(const PerSample& values, int64_t sample) {
+    return reinterpret_cast<const T*>(values.data)[sample * values.stride];
+}
+
+// Adds the partial sums of every sample in their order.
+template <class T>
+void write_logdet(const std::vector<double>& partial, const Tiling& tiling, double sign, char* logdet) {
+    for (int64_t sample = 0; sample < tiling.size.batch; ++sample) {
+        double total = 0;
+        for (int64_t part = 0; part < tiling.parts; ++part) total += partial[size_t(sample * tiling.parts + part)];
+        reinterpret_cast<T*>(logdet)[sample] = T(sign * total);
+    }
+}
+
+}  // namespace ncsr::NCSR_ISA

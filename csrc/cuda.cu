@@ -1,0 +1,180 @@
+// Launches of the CUDA kernels. Never run on a GPU yet: block and tile sizes are chosen by the compiler's report alone.
+#include "cuda.h"
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+
+#include "flow_step.cuh"
+#include "pointwise.cuh"
+
+// The tests emulate a launch on the CPU and define their own.
+#if !defined(NCSR_LAUNCH)
+#define NCSR_LAUNCH(kernel, blocks, bytes, stream, ...) \
+    kernel<<<blocks, threads, bytes, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__)
+#endif
+
+namespace ncsr::cuda {
+
+namespace {
+
+constexpr int64_t backward_parts = 256;  // blocks of a backward pass: each keeps a C×C sum, and fills a GPU
+
+int64_t up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+int64_t blocks_of_sample(const Pointwise& p) {
+    return up(p.size.channels * p.size.rows * p.size.columns, threads * pointwise_items);
+}
+
+template <class T>
+int64_t tiles_of_sample(const FlowStep& p) {
+    return up(p.size.rows * p.size.columns, step_pixels(p.size.channels, sizeof(T)));
+}
+
+template <class T>
+int64_t backward_blocks(const FlowStep& p) {
+    return std::min(backward_parts, tiles_of_sample<T>(p) * p.size.batch);
+}
+
+void check(cudaError_t error) {
+    if (error != cudaSuccess) throw std::runtime_error(std::string("ncsr_fast: CUDA: ") + cudaGetErrorString(error));
+}
+
+bool empty(const Sizes& size) { return size.batch * size.rows * size.columns == 0; }
+
+void clear(char* memory, int64_t bytes, void* stream) {
+    if (bytes) check(cudaMemsetAsync(memory, 0, size_t(bytes), static_cast<cudaStream_t>(stream)));
+}
+
+// A grid is (blocks of a sample, samples); the second dimension of CUDA's ends at 65535.
+dim3 grid(int64_t blocks, int64_t samples) {
+    if (samples > 65535) throw std::runtime_error("ncsr_fast: CUDA: more than 65535 samples in a batch");
+    return dim3(unsigned(blocks), unsigned(samples));
+}
+
+template <class M, bool inverse, class T, class Index>
+void launch_pointwise(const Pointwise& p, double* partial, void* stream) {
+    const dim3 blocks = grid(blocks_of_sample(p), p.size.batch);
+    if (partial) {
+        NCSR_LAUNCH((pointwise_forward_kernel<M, inverse, T, Index>), blocks, 0, stream, p, partial);
+        NCSR_LAUNCH((sum_logdet_kernel<T>), dim3(unsigned(p.size.batch)), 0, stream, partial, blocks_of_sample(p),
+                    inverse ? -1.0 : 1.0, p.logdet);
+    } else {
+        NCSR_LAUNCH((pointwise_backward_kernel<M, inverse, T, Index>), blocks, 0, stream, p);
+    }
+    check(cudaGetLastError());
+}
+
+template <class M, bool inverse, class T>
+void choose_index(const Pointwise& p, double* partial, void* stream) {
+    // the last block's index runs up to `threads * pointwise_items` past the end
+    const bool narrow = p.size.channels * p.size.rows * p.size.columns < (int64_t(1) << 31) - threads * pointwise_items;
+    narrow ? launch_pointwise<M, inverse, T, uint32_t>(p, partial, stream)
+           : launch_pointwise<M, inverse, T, int64_t>(p, partial, stream);
+}
+
+template <class M>
+void choose_pointwise(const Pointwise& p, bool float64, double* partial, void* stream) {
+    if (float64)
+        p.inverse ? choose_index<M, true, double>(p, partial, stream) : choose_index<M, false, double>(p, partial, stream);
+    else
+        p.inverse ? choose_index<M, true, float>(p, partial, stream) : choose_index<M, false, float>(p, partial, stream);
+}
+
+// Shared memory beyond what a kernel may have unasked.
+template <class Kernel>
+void allow(Kernel kernel, int64_t bytes) {
+    if (bytes > shared_bytes) check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)));
+}
+
+template <int C, bool inverse, class T>
+void launch_step(const FlowStep& p, void* workspace, bool backward, void* stream) {
+    const int64_t channels = p.size.channels, pixels = step_pixels(channels, sizeof(T)), tiles = tiles_of_sample<T>(p);
+    const int64_t bytes = 2 * channels * (pixels + 1) * int64_t(sizeof(T));
+    if (!backward) {
+        allow(flow_step_forward_kernel<C, inverse, T>, bytes);
+        double* partial = static_cast<double*>(workspace);
+        NCSR_LAUNCH((flow_step_forward_kernel<C, inverse, T>), grid(tiles, p.size.batch), bytes, stream, p, pixels, partial);
+        NCSR_LAUNCH((sum_logdet_kernel<T>), dim3(unsigned(p.size.batch)), 0, stream, partial, tiles, inverse ? -1.0 : 1.0,
+                    p.logdet);
+    } else {
+        allow(flow_step_backward_kernel<C, inverse, T>, bytes);
+        T* partial = static_cast<T*>(workspace);
+        const int64_t blocks = backward_blocks<T>(p);
+        NCSR_LAUNCH((flow_step_backward_kernel<C, inverse, T>), dim3(unsigned(blocks)), bytes, stream, p, pixels, tiles, partial);
+        NCSR_LAUNCH((sum_parts_kernel<T>), dim3(unsigned(up(channels * channels + channels, threads))), 0, stream, partial,
+                    blocks, channels, p.dmix, p.doffset);
+    }
+    check(cudaGetLastError());
+}
+
+template <bool inverse, class T>
+void choose_channels(const FlowStep& p, void* workspace, bool backward, void* stream) {
+    switch (p.size.channels) {
+        case 12: return launch_step<12, inverse, T>(p, workspace, backward, stream);
+        case 24: return launch_step<24, inverse, T>(p, workspace, backward, stream);
+        case 48: return launch_step<48, inverse, T>(p, workspace, backward, stream);
+        case 96: return launch_step<96, inverse, T>(p, workspace, backward, stream);
+        case 192: return launch_step<192, inverse, T>(p, workspace, backward, stream);
+        default: return launch_step<0, inverse, T>(p, workspace, backward, stream);
+    }
+}
+
+void choose_step(const FlowStep& p, bool float64, void* workspace, bool backward, void* stream) {
+    if (float64)  // not specialised: a check of gradients, not a way to train
+        p.inverse ? launch_step<0, true, double>(p, workspace, backward, stream)
+                  : launch_step<0, false, double>(p, workspace, backward, stream);
+    else
+        p.inverse ? choose_channels<true, float>(p, workspace, backward, stream)
+                  : choose_channels<false, float>(p, workspace, backward, stream);
+}
+
+}  // namespace
+
+int64_t pointwise_workspace(const Pointwise& p) { return p.size.batch * blocks_of_sample(p) * int64_t(sizeof(double)); }
+
+int64_t flow_step_workspace(const FlowStep& p, bool float64, bool backward) {
+    const int64_t tiles = float64 ? tiles_of_sample<double>(p) : tiles_of_sample<float>(p);
+    if (!backward) return p.size.batch * tiles * int64_t(sizeof(double));
+    const int64_t of_part = p.size.channels * p.size.channels + p.size.channels;
+    return of_part * (float64 ? backward_blocks<double>(p) * 8 : backward_blocks<float>(p) * 4);
+}
+
+void pointwise_forward(Pointwise p, bool float64, void* workspace, void* stream) {
+    join_rows(p.size, {&p.x, &p.h, &p.y});
+    if (empty(p.size)) return clear(p.logdet, p.size.batch * (float64 ? 8 : 4), stream);
+    double* partial = static_cast<double*>(workspace);
+    p.map == Map::affine ? choose_pointwise<Affine>(p, float64, partial, stream)
+                         : choose_pointwise<Gaussian>(p, float64, partial, stream);
+}
+
+void pointwise_backward(Pointwise p, bool float64, void* stream) {
+    if (empty(p.size)) return;
+    join_rows(p.size, {&p.x, &p.h, &p.dy, &p.dx, &p.dh});
+    p.map == Map::affine ? choose_pointwise<Affine>(p, float64, nullptr, stream)
+                         : choose_pointwise<Gaussian>(p, float64, nullptr, stream);
+}
+
+void flow_step_forward(FlowStep p, bool float64, void* workspace, void* stream) {
+    join_rows(p.size, {&p.x, &p.h_pre, &p.h_post, &p.y});
+    if (empty(p.size)) return clear(p.logdet, p.size.batch * (float64 ? 8 : 4), stream);
+    choose_step(p, float64, workspace, false, stream);
+}
+
+void flow_step_backward(FlowStep p, bool float64, void* workspace, void* stream) {
+    const int64_t channels = p.size.channels, element = float64 ? 8 : 4;
+    if (empty(p.size)) {
+        clear(p.dmix, channels * channels * element, stream);
+        return clear(p.doffset, channels * element, stream);
+    }
+    join_rows(p.size, {&p.x, &p.h_pre, &p.h_post, &p.y, &p.dy, &p.dx, &p.dh_pre, &p.dh_post});
+    choose_step(p, float64, workspace, true, stream);
+}
+
+const char* unavailable() {
+    int devices = 0;
+    const cudaError_t error = cudaGetDeviceCount(&devices);
+    return error != cudaSuccess ? cudaGetErrorString(error) : devices ? "" : "no CUDA device";
+}
+
+}  // namespace ncsr::cuda

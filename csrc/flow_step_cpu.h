@@ -1,0 +1,209 @@
+// The fused flow step on the CPU: pre-affine, C×C matrix and post-affine of a tile of pixels while it is in the cache.
+//
+//   forward   a = pre(x), w = mix·a + offset, y = post(w)
+//   backward  dw = post'(dy; y), dmix = Σ dw ⊗ a, doffset = Σ dw, da = mixᵀ·dw, dx = pre'(da; x), a recomputed
+#pragma once
+
+#include "matrix_cpu.h"
+
+namespace ncsr::NCSR_ISA {
+
+// A tile in a buffer, rows padded to whole vectors: Order::planes is C rows of pixels, Order::pixels is rows of C channels.
+template <class T>
+struct StepTile {
+    Order order;
+    int64_t channels, pixels, row;
+
+    StepTile(const FlowStep& p)
+        : order(order_of(p.x)), channels(p.size.channels) {
+        // some 8 KB a buffer, whole vectors of pixels
+        pixels = std::max<int64_t>(16, (8192 / int64_t(sizeof(T)) / channels) / 16 * 16);
+        row = padded<T>(order == Order::planes ? pixels : channels);
+    }
+    int64_t rows() const { return order == Order::planes ? channels : pixels; }
+    int64_t elements() const { return rows() * row; }
+
+    // The changed channels of a tile one dense piece at a time: use(piece, its first changed channel, channels, elements).
+    // A piece of channels-last rows that is not dense in the tile is brought into `buffer` and back.
+    template <class Use>
+    void pieces(T* tile, const Run& run, int64_t kept, T* buffer, Use use) const {
+        const int64_t changed = channels - kept;
+        if (order == Order::planes) {
+            for (int64_t c = 0; c < changed; ++c) use(tile + (kept + c) * row, c, 1, run.pixels);
+            return;
+        }
+        if (changed == row) return use(tile, 0, changed, changed * run.pixels);
+        copy_rows(buffer, changed, tile + kept, row, changed, run.pixels);
+        use(buffer, 0, changed, changed * run.pixels);
+        copy_rows(tile + kept, row, buffer, changed, changed, run.pixels);
+    }
+
+    void load(T* tile, const Tensor& x, const Run& run, T* buffer) const {
+        if (order == Order::planes) {
+            for (int64_t c = 0; c < channels; ++c) load_copy(tile + c * row, x, run, order, c, 1);
+        } else if (row == channels) {
+            load_copy(tile, x, run, order, 0, channels);
+        } else {
+            copy_rows(tile, row, ncsr::NCSR_ISA::load(buffer, x, run, order, 0, channels), channels, channels, run.pixels);
+        }
+    }
+
+    void store(const T* tile, const Tensor& y, const Run& run, T* buffer) const {
+        if (order == Order::planes) {
+            for (int64_t c = 0; c < channels; ++c) ncsr::NCSR_ISA::store(tile + c * row, y, run, order, c, 1);
+        } else if (row == channels) {
+            ncsr::NCSR_ISA::store(tile, y, run, order, 0, channels);
+        } else {
+            T* to = place(buffer, y, run, order, 0, channels);
+            copy_rows(to, channels, tile, row, channels, run.pixels);
+            ncsr::NCSR_ISA::store(to, y, run, order, 0, channels);
+        }
+    }
+
+    static void copy_rows(T* to, int64_t to_row, const T* from, int64_t from_row, int64_t n, int64_t rows) {
+        for (int64_t i = 0; i < rows; ++i)
+            for (int64_t j = 0; j < n; ++j) to[i * to_row + j] = from[i * from_row + j];
+    }
+
+    // to = matrix·from + offset at every pixel (offset may be null); `matrix` in the form `prepare` gives for the order
+    void mix(T* to, const T* from, const T* matrix, const T* offset, int64_t count) const {
+        if (order == Order::planes)
+            multiply(channels, count, channels, Scalars<T>{matrix, row_of_matrix(), 1}, from, row, to, row,
+                     offset ? Start::row : Start::zero, offset);
+        else
+            multiply(count, channels, channels, Scalars<T>{from, row, 1}, matrix, row_of_matrix(), to, row,
+                     offset ? Start::column : Start::zero, offset);
+    }
+    int64_t row_of_matrix() const { return padded<T>(channels); }
+    int64_t elements_of_matrix() const { return channels * row_of_matrix(); }
+
+    // A matrix as `mix` reads it: its rows for planes; its columns, one after the other, for pixels.
+    void prepare(T* to, const char* matrix, bool transposed) const {
+        const T* from = reinterpret_cast<const T*>(matrix);
+        const bool turn = transposed != (order == Order::pixels);
+        for (int64_t i = 0; i < channels; ++i)
+            for (int64_t j = 0; j < channels; ++j)
+                to[i * row_of_matrix() + j] = turn ? from[j * channels + i] : from[i * channels + j];
+    }
+
+    // dmix += Σ dw ⊗ a (rows of length row_of_matrix) and doffset += Σ dw; `buffer` holds a tile
+    void add_outer(T* dmix, T* doffset, const T* dw, const T* a, int64_t count, T* buffer) const {
+        const Scalars<T> gradient = order == Order::planes ? Scalars<T>{dw, row, 1} : Scalars<T>{dw, 1, row};
+        int64_t a_row = row;
+        if (order == Order::planes) {  // the product wants the channels of a pixel side by side
+            a_row = row_of_matrix();
+            for (int64_t c = 0; c < channels; ++c)
+                for (int64_t i = 0; i < count; ++i) buffer[i * a_row + c] = a[c * row + i];
+            a = buffer;
+        }
+        multiply(channels, channels, count, gradient, a, a_row, dmix, row_of_matrix(), Start::add);
+        for (int64_t c = 0; c < channels; ++c) {
+            T sum = T(0);
+#pragma omp simd reduction(+ : sum)
+            for (int64_t i = 0; i < count; ++i) sum += gradient.data[c * gradient.row + i * gradient.column];
+            doffset[c] += sum;
+        }
+    }
+};
+
+template <class T, bool inverse>
+void affine_in_place(const StepTile<T>& layout, T* tile, const Tensor& h, int64_t kept, T eps, const Run& run, T* buffer,
+                     Pair<T> pair, LogDet<T, Affine>* logdet) {
+    layout.pieces(tile, run, kept, buffer, [&](T* piece, int64_t c, int64_t count, int64_t n) {
+        apply<Affine, inverse>(n, piece, load_pairs(pair, h, run, layout.order, c, count), eps, piece, logdet);
+    });
+}
+
+template <class T, bool inverse, bool from_output>
+void affine_backward_in_place(const StepTile<T>& layout, T* gradient, T g, const Tensor& v, const Tensor& h, const Tensor& dh,
+                              int64_t kept, T eps, const Run& run, T* buffer, T* values, Pair<T> pair, Pair<T> dpair) {
+    layout.pieces(gradient, run, kept, buffer, [&](T* piece, int64_t c, int64_t count, int64_t n) {
+        const auto pairs = load_pairs(pair, h, run, layout.order, c, count);
+        const T* at = load(values, v, run, layout.order, kept + c, count);
+        const Pair<T> to = place_pairs(dpair, dh, run, layout.order, c, count);
+        apply_backward<Affine, inverse, from_output>(n, piece, g, at, pairs, eps, piece, to);
+        store_pairs(to, dh, run, layout.order, c, count);
+    });
+}
+
+template <class T>
+int64_t step_cost(const FlowStep& p) {
+    const int64_t maps = (p.h_pre.data ? p.size.channels : 0) + (p.h_post.data ? p.size.channels : 0);
+    return p.size.batch * p.size.rows * p.size.columns * (maps + p.size.channels * (1 + p.size.channels / 32));
+}
+
+template <class T, bool inverse>
+void flow_step_forward(FlowStep p, int threads) {
+    join_rows(p.size, {&p.x, &p.h_pre, &p.h_post, &p.y});
+    const StepTile<T> layout(p);
+    const Tiling tiling(p.size, layout.pixels, 64);
+    std::vector<double> partial(size_t(tiling.items()));
+    std::vector<T> matrix(size_t(layout.elements_of_matrix()));
+    std::vector<T> offset(size_t(layout.row_of_matrix()));
+    layout.prepare(matrix.data(), p.mix, false);
+    std::copy_n(reinterpret_cast<const T*>(p.offset), p.size.channels, offset.data());
+    parallel(tiling.items(), step_cost<T>(p), threads, [&](int64_t item) {
+        Scratch<T> scratch(5 * Scratch<T>::rounded(layout.elements()));
+        T *a = scratch.take(layout.elements()), *w = scratch.take(layout.elements()), *buffer = scratch.take(layout.elements());
+        const Pair<T> pair{scratch.take(layout.elements()), scratch.take(layout.elements())};
+        LogDet<T, Affine> logdet(p.eps);
+        tiling.tiles(item, [&](const Run& run) {
+            layout.load(a, p.x, run, buffer);
+            if (p.h_pre.data)
+                affine_in_place<T, inverse>(layout, a, p.h_pre, p.kept_pre(), T(p.eps), run, buffer, pair, &logdet);
+            layout.mix(w, a, matrix.data(), offset.data(), run.pixels);
+            if (p.h_post.data)
+                affine_in_place<T, inverse>(layout, w, p.h_post, p.kept_post(), T(p.eps), run, buffer, pair, &logdet);
+            layout.store(w, p.y, run, buffer);
+        });
+        partial[size_t(item)] = logdet.total();
+    });
+    write_logdet<T>(partial, tiling, inverse ? -1.0 : 1.0, p.logdet);
+}
+
+template <class T, bool inverse>
+void flow_step_backward(FlowStep p, int threads) {
+    join_rows(p.size, {&p.x, &p.h_pre, &p.h_post, &p.y, &p.dy, &p.dx, &p.dh_pre, &p.dh_post});
+    const StepTile<T> layout(p);
+    const Tiling tiling(p.size, layout.pixels, 32);  // fewer parts: each has a C×C partial sum
+    const int64_t channels = p.size.channels, elements = layout.elements();
+    const int64_t of_part = layout.elements_of_matrix() + layout.row_of_matrix();
+    std::vector<T> partial(size_t(tiling.items() * of_part));
+    std::vector<T> transposed(size_t(layout.elements_of_matrix()));
+    layout.prepare(transposed.data(), p.mix, true);
+    parallel(tiling.items(), 2 * step_cost<T>(p), threads, [&](int64_t item) {
+        const int64_t turned = layout.pixels * layout.row_of_matrix();
+        Scratch<T> scratch(7 * Scratch<T>::rounded(elements) + 2 * Scratch<T>::rounded(std::max(elements, turned)));
+        T *a = scratch.take(elements), *dw = scratch.take(elements), *da = scratch.take(elements);
+        T *buffer = scratch.take(std::max(elements, turned)), *values = scratch.take(std::max(elements, turned));
+        const Pair<T> pair{scratch.take(elements), scratch.take(elements)};
+        const Pair<T> dpair{scratch.take(elements), scratch.take(elements)};
+        T *dmix = partial.data() + item * of_part, *doffset = dmix + layout.elements_of_matrix();
+        const T g = per_sample<T>(p.dlogdet, item / tiling.parts), eps = T(p.eps);
+        tiling.tiles(item, [&](const Run& run) {
+            layout.load(a, p.x, run, buffer);
+            if (p.h_pre.data)
+                affine_in_place<T, inverse>(layout, a, p.h_pre, p.kept_pre(), eps, run, buffer, pair, nullptr);
+            layout.load(dw, p.dy, run, buffer);
+            if (p.h_post.data)
+                affine_backward_in_place<T, inverse, true>(layout, dw, g, p.y, p.h_post, p.dh_post, p.kept_post(), eps, run,
+                                                           buffer, values, pair, dpair);
+            layout.add_outer(dmix, doffset, dw, a, run.pixels, buffer);
+            layout.mix(da, dw, transposed.data(), nullptr, run.pixels);
+            if (p.h_pre.data)
+                affine_backward_in_place<T, inverse, false>(layout, da, g, p.x, p.h_pre, p.dh_pre, p.kept_pre(), eps, run,
+                                                            buffer, values, pair, dpair);
+            layout.store(da, p.dx, run, buffer);
+        });
+    });
+    // the parts in their order, in double
+    for (int64_t i = 0; i < channels; ++i)
+        for (int64_t j = 0; j <= channels; ++j) {  // one more for the offset
+            const int64_t at = j < channels ? i * layout.row_of_matrix() + j : layout.elements_of_matrix() + i;
+            double total = 0;
+            for (int64_t item = 0; item < tiling.items(); ++item) total += double(partial[size_t(item * of_part + at)]);
+            reinterpret_cast<T*>(j < channels ? p.dmix : p.doffset)[j < channels ? i * channels + j : i] = T(total);
+        }
+}
+
+}  // namespace ncsr::NCSR_ISA

@@ -1,0 +1,144 @@
+// The parameters of an actnorm and a 1×1 convolution as one matrix, in double: done once a call, not at every pixel.
+//
+//   forward  y = mix·x + offset,  mix = weight·diag(exp(logs)),      offset = mix·bias
+//   inverse  x = mix·y + offset,  mix = diag(exp(-logs))·weight⁻¹,   offset = -bias
+//   the log-det of a pixel is ±(Σ logs + log|det weight|)
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <utility>
+#include <vector>
+
+namespace ncsr {
+
+// n × n, rows one after the other.
+using Matrix = std::vector<double>;
+
+// Gauss-Jordan elimination with partial pivoting: `a` becomes its inverse when `inverse`, else garbage. Returns log|det a|;
+// that of a singular matrix is -infinity, and its inverse NaN.
+inline double eliminate(Matrix& a, int64_t n, bool inverse) {
+    double logdet = 0;
+    std::vector<int64_t> swapped(static_cast<size_t>(n));
+    for (int64_t k = 0; k < n; ++k) {
+        int64_t pivot = k;
+        for (int64_t i = k + 1; i < n; ++i)
+            if (std::abs(a[i * n + k]) > std::abs(a[pivot * n + k])) pivot = i;
+        swapped[k] = pivot;
+        if (pivot != k)
+            for (int64_t j = 0; j < n; ++j) std::swap(a[k * n + j], a[pivot * n + j]);
+        double* __restrict row = &a[k * n];
+        const double scale = 1 / row[k];
+        logdet += std::log(std::abs(row[k]));
+        if (inverse) {
+            row[k] = 1;
+            for (int64_t j = 0; j < n; ++j) row[j] *= scale;
+        }
+        // the determinant needs the rows below only, the inverse those above as well
+        for (int64_t i = inverse ? 0 : k + 1; i < n; ++i) {
+            if (i == k) continue;
+            double* __restrict other = &a[i * n];
+            const double factor = inverse ? other[k] : other[k] * scale;
+            if (inverse) other[k] = 0;
+            for (int64_t j = inverse ? 0 : k + 1; j < n; ++j) other[j] -= factor * row[j];
+        }
+    }
+    for (int64_t k = n - 1; inverse && k >= 0; --k)
+        if (swapped[k] != k)
+            for (int64_t i = 0; i < n; ++i) std::swap(a[i * n + k], a[i * n + swapped[k]]);
+    return logdet;
+}
+
+// Largest sum of magnitudes in a row.
+inline double norm(const Matrix& a, int64_t n) {
+    double largest = 0;
+    for (int64_t i = 0; i < n; ++i) {
+        double sum = 0;
+        for (int64_t j = 0; j < n; ++j) sum += std::abs(a[i * n + j]);
+        if (!(sum <= largest)) largest = sum;  // NaN wins
+    }
+    return largest;
+}
+
+// a·bᵀ
+inline Matrix product_with_transposed(const Matrix& a, const Matrix& b, int64_t n) {
+    Matrix c(a.size());
+    for (int64_t i = 0; i < n; ++i)
+        for (int64_t j = 0; j < n; ++j) {
+            double sum = 0;
+            for (int64_t k = 0; k < n; ++k) sum += a[i * n + k] * b[j * n + k];
+            c[i * n + j] = sum;
+        }
+    return c;
+}
+
+inline Matrix transposed(const Matrix& a, int64_t n) {
+    Matrix t(a.size());
+    for (int64_t i = 0; i < n; ++i)
+        for (int64_t j = 0; j < n; ++j) t[j * n + i] = a[i * n + j];
+    return t;
+}
+
+struct Folded {
+    Matrix mix, inverse_weight;  // the latter only where the map or the gradient needs it
+    std::vector<double> offset;
+    double logdet_of_pixel, condition;  // condition number of weight in the ∞-norm, 0 where there is no inverse
+};
+
+inline Folded fold(const std::vector<double>& bias, const std::vector<double>& logs, const Matrix& weight, bool inverse,
+                   bool need_inverse) {
+    const int64_t n = int64_t(bias.size());
+    Folded f{weight, weight, std::vector<double>(bias.size()), 0, 0};
+    const double logdet = eliminate(f.inverse_weight, n, need_inverse);
+    if (need_inverse) f.condition = norm(weight, n) * norm(f.inverse_weight, n);
+    double sum = 0;
+    for (double value : logs) sum += value;
+    f.logdet_of_pixel = inverse ? -(sum + logdet) : sum + logdet;
+    if (inverse) f.mix = f.inverse_weight;
+    for (int64_t i = 0; i < n; ++i) {
+        for (int64_t j = 0; j < n; ++j) {
+            f.mix[i * n + j] *= inverse ? std::exp(-logs[i]) : std::exp(logs[j]);
+            f.offset[i] += inverse ? 0 : f.mix[i * n + j] * bias[j];
+        }
+        if (inverse) f.offset[i] = -bias[i];
+    }
+    return f;
+}
+
+struct FoldGradient {
+    std::vector<double> bias, logs;
+    Matrix weight;
+};
+
+// The way back from dmix, doffset and g = Σ over pixels of dL/dlogdet, through `f` folded with its inverse_weight.
+inline FoldGradient fold_gradient(const Folded& f, const std::vector<double>& bias, const std::vector<double>& logs,
+                                  Matrix dmix, const std::vector<double>& doffset, double g, bool inverse) {
+    const int64_t n = int64_t(bias.size());
+    FoldGradient d{std::vector<double>(bias.size()), std::vector<double>(bias.size()), Matrix(dmix.size())};
+    if (inverse) {  // d(weight⁻¹) = exp(-logs)·dmix =: q, dweight = -weight⁻ᵀ·q·weight⁻ᵀ
+        for (int64_t i = 0; i < n; ++i) {
+            d.bias[i] = -doffset[i];
+            d.logs[i] = -g;
+            for (int64_t j = 0; j < n; ++j) {
+                d.logs[i] -= dmix[i * n + j] * f.mix[i * n + j];
+                dmix[i * n + j] *= std::exp(-logs[i]);
+            }
+        }
+        const Matrix right = product_with_transposed(dmix, f.inverse_weight, n);             // q·weight⁻ᵀ
+        d.weight = product_with_transposed(transposed(f.inverse_weight, n), transposed(right, n), n);
+        for (int64_t i = 0; i < n; ++i)
+            for (int64_t j = 0; j < n; ++j) d.weight[i * n + j] = -d.weight[i * n + j] - g * f.inverse_weight[j * n + i];
+        return d;
+    }
+    for (int64_t j = 0; j < n; ++j) d.logs[j] = g;
+    for (int64_t i = 0; i < n; ++i)
+        for (int64_t j = 0; j < n; ++j) {
+            const double total = dmix[i * n + j] + doffset[i] * bias[j];  // offset is mix·bias
+            d.weight[i * n + j] = total * std::exp(logs[j]) + g * f.inverse_weight[j * n + i];
+            d.logs[j] += total * f.mix[i * n + j];
+            d.bias[j] += f.mix[i * n + j] * doffset[i];
+        }
+    return d;
+}
+
+}  // namespace ncsr

@@ -1,0 +1,90 @@
+// Dense products of the sizes a flow step has, on buffers in the first-level cache, with explicit vectors so that the
+// sums stay in registers; and the determinant and inverse of a 1×1 convolution.
+#pragma once
+
+#include <cmath>
+#include <vector>
+
+#include "cpu_tiles.h"
+
+namespace ncsr::NCSR_ISA {
+
+#if defined(__AVX512F__)
+constexpr int64_t vector_bytes = 64;
+#elif defined(__AVX2__)
+constexpr int64_t vector_bytes = 32;
+#else
+constexpr int64_t vector_bytes = 16;
+#endif
+
+template <class T>
+struct Vector {
+    static constexpr int64_t length = vector_bytes / int64_t(sizeof(T));
+    typedef T type __attribute__((vector_size(vector_bytes), aligned(sizeof(T)), may_alias));
+};
+
+enum class Start { zero, row, column, add };
+
+// An operand read one element at a time: element (i, k) is at data[i·row + k·column].
+template <class T>
+struct Scalars {
+    const T* data;
+    int64_t row, column;
+};
+
+// y (M rows of N vectors) = start + a·b. Loads and stores whole vectors, whatever the number of columns that count.
+template <int M, int N, class T>
+inline __attribute__((always_inline)) void multiply_block(
+    int64_t inner, Scalars<T> a, const T* b, int64_t b_row, T* y, int64_t y_row, Start start, const T* values) {
+    using V = typename Vector<T>::type;
+    constexpr int64_t L = Vector<T>::length;
+    V sum[M][N];
+    for (int i = 0; i < M; ++i)
+        for (int j = 0; j < N; ++j) {
+            sum[i][j] = V{};
+            if (start == Start::row) sum[i][j] = V{} + values[i];
+            if (start == Start::column) sum[i][j] = *reinterpret_cast<const V*>(values + j * L);
+            if (start == Start::add) sum[i][j] = *reinterpret_cast<const V*>(y + i * y_row + j * L);
+        }
+    for (int64_t k = 0; k < inner; ++k) {
+        V row[N];
+        for (int j = 0; j < N; ++j) row[j] = *reinterpret_cast<const V*>(b + k * b_row + j * L);
+        for (int i = 0; i < M; ++i) {
+            const T factor = a.data[i * a.row + k * a.column];
+            for (int j = 0; j < N; ++j) sum[i][j] += factor * row[j];
+        }
+    }
+    for (int i = 0; i < M; ++i)
+        for (int j = 0; j < N; ++j) *reinterpret_cast<V*>(y + i * y_row + j * L) = sum[i][j];
+}
+
+// y (rows × columns) = start + a (rows × inner) · b (inner × columns). Start::row adds values[i] to row i, Start::column
+// values[j] to column j, Start::add what y holds. b, y and a column's values are read and written up to the next whole
+// vector, so their rows must be that long: `padded(columns)`.
+template <class T>
+void multiply(int64_t rows, int64_t columns, int64_t inner, Scalars<T> a, const T* b, int64_t b_row, T* y, int64_t y_row,
+              Start start, const T* values = nullptr) {
+    constexpr int64_t L = Vector<T>::length;
+    const bool per_row = start == Start::row;
+    for (int64_t j = 0; j < columns; j += 2 * L) {
+        const bool pair = columns - j > L;
+        for (int64_t i = 0; i < rows;) {
+            const Scalars<T> block{a.data + i * a.row, a.row, a.column};
+            const T* initial = values + (per_row ? i : j);
+            T* to = y + i * y_row + j;
+            const bool four = rows - i >= 4;
+            if (four && pair) multiply_block<4, 2>(inner, block, b + j, b_row, to, y_row, start, initial);
+            if (four && !pair) multiply_block<4, 1>(inner, block, b + j, b_row, to, y_row, start, initial);
+            if (!four && pair) multiply_block<1, 2>(inner, block, b + j, b_row, to, y_row, start, initial);
+            if (!four && !pair) multiply_block<1, 1>(inner, block, b + j, b_row, to, y_row, start, initial);
+            i += four ? 4 : 1;
+        }
+    }
+}
+
+template <class T>
+constexpr int64_t padded(int64_t columns) {
+    return (columns + Vector<T>::length - 1) / Vector<T>::length * Vector<T>::length;
+}
+
+}  // namespace ncsr::NCSR_ISA

@@ -1,0 +1,216 @@
+// ncsr_fast._native: the compiled kernels as Python functions of pointers, strides and sizes. Nothing is checked here: what
+// calls them, ncsr_fast/ops/_native.py, has checked every shape, dtype and device.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <stdexcept>
+#include <string>
+
+#include "cpu.h"
+#include "cuda.h"
+#include "fold.h"
+
+namespace py = pybind11;
+using namespace ncsr;
+
+namespace {
+
+// pointer, dtype, four strides
+using TensorTuple = std::array<int64_t, 6>;
+// batch, channels, height, width
+using SizesTuple = std::array<int64_t, 4>;
+
+// Where to run: on the CPU with so many threads, or on a CUDA stream with a workspace.
+struct Where {
+    bool cuda;
+    int threads;
+    void *stream, *workspace;
+    Where(std::array<int64_t, 4> w)
+        : cuda(w[0]), threads(int(w[1])), stream(reinterpret_cast<void*>(w[2])), workspace(reinterpret_cast<void*>(w[3])) {}
+};
+using WhereTuple = std::array<int64_t, 4>;
+
+Tensor tensor(const TensorTuple& t) {
+    return {reinterpret_cast<char*>(t[0]), Dtype(t[1]), t[2], t[3], t[4], t[5]};
+}
+
+PerSample per_sample(const TensorTuple& t) { return {reinterpret_cast<const char*>(t[0]), t[2]}; }
+
+Sizes sizes(const SizesTuple& s) { return {s[0], s[1], s[2], s[3]}; }
+
+char* pointer(int64_t address) { return reinterpret_cast<char*>(address); }
+
+const CpuKernels* find(const std::string& isa) {
+#if defined(NCSR_X86)
+    // what setup.py compiles each build for; every processor with AVX2 has F16C
+    const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512cd") &&
+                            __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                            __builtin_cpu_supports("avx512vl");
+    if (isa == "avx512" && has_avx2 && has_avx512) return &avx512::kernels;
+    if (isa == "avx2" && has_avx2) return &avx2::kernels;
+#endif
+    return isa == "baseline" ? &baseline::kernels : nullptr;
+}
+
+// Builds of the CPU kernels that this processor can run, the widest first.
+std::vector<std::string> instruction_sets() {
+    std::vector<std::string> names;
+    for (const char* isa : {"avx512", "avx2", "baseline"})
+        if (find(isa)) names.push_back(isa);
+    return names;
+}
+
+std::string current = instruction_sets().front();
+const CpuKernels* cpu = find(current);
+
+void use_instruction_set(const std::string& isa) {
+    const CpuKernels* found = find(isa);
+    if (!found) throw std::invalid_argument("this processor or this build has no instruction set '" + isa + "'");
+    current = isa;
+    cpu = found;
+}
+
+void pointwise_forward(bool gaussian, SizesTuple size, int64_t kept, double eps, bool inverse, TensorTuple x, TensorTuple h,
+                       TensorTuple y, int64_t logdet, bool float64, WhereTuple where) {
+    Pointwise p{};
+    p.map = gaussian ? Map::gaussian : Map::affine;
+    p.size = sizes(size), p.kept = kept, p.eps = eps, p.inverse = inverse;
+    p.x = tensor(x), p.h = tensor(h), p.y = tensor(y), p.logdet = pointer(logdet);
+    const Where w(where);
+    py::gil_scoped_release release;
+#if defined(NCSR_CUDA)
+    if (w.cuda) return cuda::pointwise_forward(p, float64, w.workspace, w.stream);
+#endif
+    cpu->pointwise_forward(p, float64, w.threads);
+}
+
+void pointwise_backward(bool gaussian, SizesTuple size, int64_t kept, double eps, bool inverse, TensorTuple dy,
+                        TensorTuple dlogdet, TensorTuple x, TensorTuple h, TensorTuple dx, TensorTuple dh, bool float64,
+                        WhereTuple where) {
+    Pointwise p{};
+    p.map = gaussian ? Map::gaussian : Map::affine;
+    p.size = sizes(size), p.kept = kept, p.eps = eps, p.inverse = inverse;
+    p.dy = tensor(dy), p.dlogdet = per_sample(dlogdet), p.x = tensor(x), p.h = tensor(h), p.dx = tensor(dx), p.dh = tensor(dh);
+    const Where w(where);
+    py::gil_scoped_release release;
+#if defined(NCSR_CUDA)
+    if (w.cuda) return cuda::pointwise_backward(p, float64, w.stream);
+#endif
+    cpu->pointwise_backward(p, float64, w.threads);
+}
+
+void flow_step_forward(SizesTuple size, double eps, bool inverse, TensorTuple x, int64_t mix, int64_t offset, TensorTuple h_pre,
+                       TensorTuple h_post, TensorTuple y, int64_t logdet, bool float64, WhereTuple where) {
+    FlowStep p{};
+    p.size = sizes(size), p.eps = eps, p.inverse = inverse;
+    p.x = tensor(x), p.h_pre = tensor(h_pre), p.h_post = tensor(h_post), p.y = tensor(y), p.logdet = pointer(logdet);
+    p.mix = pointer(mix), p.offset = pointer(offset);
+    const Where w(where);
+    py::gil_scoped_release release;
+#if defined(NCSR_CUDA)
+    if (w.cuda) return cuda::flow_step_forward(p, float64, w.workspace, w.stream);
+#endif
+    cpu->flow_step_forward(p, float64, w.threads);
+}
+
+void flow_step_backward(SizesTuple size, double eps, bool inverse, TensorTuple dy, TensorTuple dlogdet, TensorTuple x,
+                        TensorTuple y, int64_t mix, TensorTuple h_pre, TensorTuple h_post, TensorTuple dx, int64_t dmix,
+                        int64_t doffset, TensorTuple dh_pre, TensorTuple dh_post, bool float64, WhereTuple where) {
+    FlowStep p{};
+    p.size = sizes(size), p.eps = eps, p.inverse = inverse;
+    p.dy = tensor(dy), p.dlogdet = per_sample(dlogdet), p.x = tensor(x), p.y = tensor(y), p.mix = pointer(mix);
+    p.h_pre = tensor(h_pre), p.h_post = tensor(h_post), p.dx = tensor(dx), p.dmix = pointer(dmix), p.doffset = pointer(doffset);
+    p.dh_pre = tensor(dh_pre), p.dh_post = tensor(dh_post);
+    const Where w(where);
+    py::gil_scoped_release release;
+#if defined(NCSR_CUDA)
+    if (w.cuda) return cuda::flow_step_backward(p, float64, w.workspace, w.stream);
+#endif
+    cpu->flow_step_backward(p, float64, w.threads);
+}
+
+#if defined(NCSR_CUDA)
+std::string cuda_unavailable() { return cuda::unavailable(); }
+
+int64_t pointwise_workspace(SizesTuple size) {
+    Pointwise p{};
+    p.size = sizes(size);
+    return cuda::pointwise_workspace(p);
+}
+
+int64_t flow_step_workspace(SizesTuple size, bool float64, bool backward) {
+    FlowStep p{};
+    p.size = sizes(size);
+    return cuda::flow_step_workspace(p, float64, backward);
+}
+#else
+std::string cuda_unavailable() {
+    return "this build has no CUDA kernels (" NCSR_BUILD_INFO "); reinstall where there is nvcc: NCSR_FAST_CUDA=1 pip install .";
+}
+
+int64_t pointwise_workspace(SizesTuple) { return 0; }
+int64_t flow_step_workspace(SizesTuple, bool, bool) { return 0; }
+#endif
+
+// float32 or float64 with strides, as doubles; `rows` 1 for a vector
+std::vector<double> doubles(const TensorTuple& t, int64_t rows, int64_t columns) {
+    std::vector<double> values(static_cast<size_t>(rows * columns));
+    for (int64_t i = 0; i < rows; ++i)
+        for (int64_t j = 0; j < columns; ++j) {
+            const int64_t at = i * t[2] + j * t[3];
+            values[size_t(i * columns + j)] =
+                Dtype(t[1]) == Dtype::float64 ? reinterpret_cast<double*>(t[0])[at] : double(reinterpret_cast<float*>(t[0])[at]);
+        }
+    return values;
+}
+
+void write(const TensorTuple& t, const std::vector<double>& values) {
+    for (size_t i = 0; i < values.size(); ++i)
+        if (Dtype(t[1]) == Dtype::float64)
+            reinterpret_cast<double*>(t[0])[i] = values[i];
+        else
+            reinterpret_cast<float*>(t[0])[i] = float(values[i]);
+}
+
+// Writes mix and offset (dense); returns the log-det of a pixel and the condition number.
+std::pair<double, double> fold_forward(int64_t n, TensorTuple bias, TensorTuple logs, TensorTuple weight, bool inverse,
+                                       TensorTuple mix, TensorTuple offset) {
+    py::gil_scoped_release release;
+    const Folded f = fold(doubles(bias, 1, n), doubles(logs, 1, n), doubles(weight, n, n), inverse, inverse);
+    write(mix, f.mix);
+    write(offset, f.offset);
+    return {f.logdet_of_pixel, f.condition};
+}
+
+// Writes dbias, dlogs and dweight (dense).
+void fold_backward(int64_t n, TensorTuple bias, TensorTuple logs, TensorTuple weight, bool inverse, TensorTuple dmix,
+                   TensorTuple doffset, double g, TensorTuple dbias, TensorTuple dlogs, TensorTuple dweight) {
+    py::gil_scoped_release release;
+    const std::vector<double> b = doubles(bias, 1, n), l = doubles(logs, 1, n);
+    const Folded f = fold(b, l, doubles(weight, n, n), inverse, true);
+    const FoldGradient d = fold_gradient(f, b, l, doubles(dmix, n, n), doubles(doffset, 1, n), g, inverse);
+    write(dbias, d.bias);
+    write(dlogs, d.logs);
+    write(dweight, d.weight);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native, m) {
+    m.doc() = "Compiled kernels of ncsr_fast; called by ncsr_fast.ops";
+    m.attr("build_info") = NCSR_BUILD_INFO;
+    m.def("cuda_unavailable", &cuda_unavailable, "why CUDA tensors cannot be taken, or nothing");
+    m.def("instruction_sets", &instruction_sets, "CPU builds this processor can run, the widest first");
+    m.def("instruction_set", [] { return current; }, "the CPU build in use");
+    m.def("use_instruction_set", &use_instruction_set, "choose another CPU build, for tests");
+    m.def("pointwise_workspace", &pointwise_workspace, "bytes of a forward call on a CUDA device");
+    m.def("flow_step_workspace", &flow_step_workspace, "bytes of a call on a CUDA device");
+    m.def("pointwise_forward", &pointwise_forward);
+    m.def("pointwise_backward", &pointwise_backward);
+    m.def("flow_step_forward", &flow_step_forward);
+    m.def("flow_step_backward", &flow_step_backward);
+    m.def("fold_forward", &fold_forward);
+    m.def("fold_backward", &fold_backward);
+}

@@ -1,0 +1,78 @@
+// Tensors as they lie: what Python hands over instead of a torch::Tensor, so that one build serves every torch.
+#pragma once
+
+#include <cstdint>
+#include <initializer_list>
+
+#if defined(__CUDACC__)
+#define NCSR_FUNCTION __host__ __device__ __forceinline__
+#else
+#define NCSR_FUNCTION inline __attribute__((always_inline))
+#endif
+
+namespace ncsr {
+
+enum class Dtype : int64_t { float32 = 0, float64 = 1, float16 = 2, bfloat16 = 3 };
+
+// (B, C, H, W), strides in elements. Any strides: NCHW, channels-last, slices, zeros of an expanded gradient.
+struct Tensor {
+    char* data = nullptr;  // null: not given
+    Dtype dtype = Dtype::float32;
+    int64_t batch = 0, channel = 0, row = 0, column = 0;
+};
+
+struct Sizes {
+    int64_t batch, channels, rows, columns;
+};
+
+// One number per sample, dL/dlogdet.
+struct PerSample {
+    const char* data = nullptr;
+    int64_t stride = 0;
+};
+
+enum class Map { affine, gaussian };
+
+// affine_injector, affine_coupling and gaussian_split: the last `channels - kept` channels of x mapped by the pairs in h.
+struct Pointwise {
+    Map map;
+    Sizes size;
+    int64_t kept;
+    double eps;
+    bool inverse;
+    Tensor x, h;
+    Tensor y;              // forward: written
+    char* logdet;          // forward: (B,) written
+    Tensor dy, dx, dh;     // backward: read, written, written
+    PerSample dlogdet;     // backward: read
+};
+
+// pre-affine, C×C matrix, post-affine at every pixel: what lies between two coupling networks.
+struct FlowStep {
+    Sizes size;
+    double eps;
+    bool inverse;
+    Tensor x, h_pre, h_post;      // h_pre, h_post may be null
+    const char *mix, *offset;     // (C, C) and (C,), dense, in the dtype of the arithmetic
+    Tensor y;                     // forward: written; backward: read
+    char* logdet;                 // forward: (B,) written, of the affines alone
+    Tensor dy, dx, dh_pre, dh_post;
+    PerSample dlogdet;
+    char *dmix, *doffset;         // backward: (C, C) and (C,) written
+
+    // encoding couples first and injects last, decoding the other way round
+    NCSR_FUNCTION int64_t kept_pre() const { return inverse ? 0 : size.channels / 2; }
+    NCSR_FUNCTION int64_t kept_post() const { return inverse ? size.channels / 2 : 0; }
+};
+
+// Rows whose pixels follow each other at one stride in every tensor are one long row.
+inline __attribute__((always_inline)) void join_rows(Sizes& size, std::initializer_list<Tensor*> tensors) {
+    if (size.columns == 1)
+        for (Tensor* x : tensors) x->column = x->row;
+    for (Tensor* x : tensors)
+        if (size.columns != 1 && size.rows != 1 && x->data && x->row != size.columns * x->column) return;
+    size.columns *= size.rows;
+    size.rows = 1;
+}
+
+}  // namespace ncsr

@@ -1,0 +1,71 @@
+"""Actnorm and 1×1 convolution folded into one matrix, in float64: done once a call, not at every pixel.
+
+forward  y = mix·x + offset,  mix = weight·diag(exp(logs)),      offset = mix·bias
+inverse  x = mix·y + offset,  mix = diag(exp(-logs))·weight⁻¹,   offset = -bias
+the log-det of a pixel is ±(Σ logs + log|det weight|)
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ncsr_fast.ops._contract import check_weight
+from ncsr_fast.ops._operator import LIBRARY
+
+
+def fold(
+    op: str, bias: Tensor, logs: Tensor, weight: Tensor, inverse: bool, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """mix (C, C) and offset (C,) in `dtype`, and the log-det of a pixel in float64. ValueError when weight has no inverse."""
+    bias, logs, weight = bias.double(), logs.double(), weight.double()
+    logdet = logs.sum() + torch.linalg.slogdet(weight)[1]
+    if inverse:
+        mix, offset = torch.exp(-logs)[:, None] * inverse_weight(op, weight), -bias
+    else:
+        mix = weight * torch.exp(logs)
+        offset = mix @ bias
+    return mix.to(dtype).contiguous(), offset.to(dtype), -logdet if inverse else logdet
+
+
+def fold_backward(
+    bias: Tensor, logs: Tensor, weight: Tensor, inverse: bool, dmix: Tensor, doffset: Tensor, dlogdet: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of bias, logs and weight; `dlogdet` is the sum over samples and pixels."""
+    dtypes = bias.dtype, logs.dtype, weight.dtype
+    bias, logs, weight, dmix, doffset = (tensor.double() for tensor in (bias, logs, weight, dmix, doffset))
+    turned = torch.linalg.inv_ex(weight)[0].T  # weight⁻ᵀ, the gradient of log|det weight|
+    if inverse:
+        scale = torch.exp(-logs)[:, None]
+        dbias = -doffset
+        dlogs = -(dmix * scale * turned.T).sum(dim=1) - dlogdet
+        dweight = -turned @ (scale * dmix) @ turned - dlogdet * turned
+    else:
+        mix = weight * torch.exp(logs)
+        total = dmix + torch.outer(doffset, bias)  # offset is mix·bias
+        dbias = mix.T @ doffset
+        dlogs = (total * mix).sum(dim=0) + dlogdet
+        dweight = total * torch.exp(logs) + dlogdet * turned
+    return dbias.to(dtypes[0]), dlogs.to(dtypes[1]), dweight.to(dtypes[2])
+
+
+def inverse_weight(op: str, weight: Tensor) -> Tensor:
+    """weight⁻¹ of a float64 matrix; ValueError when it is singular to rounding. Differentiable."""
+    if torch.compiler.is_compiling():
+        return torch.ops.ncsr_fast.inverse_weight(op, weight)
+    result, _ = torch.linalg.inv_ex(weight)
+    condition = torch.linalg.matrix_norm(weight, torch.inf) * torch.linalg.matrix_norm(result, torch.inf)
+    check_weight(op, condition.item(), weight.shape[-1])
+    return result
+
+
+# The check reads a value, which a compiled graph cannot: there it is one opaque operator.
+LIBRARY.define("inverse_weight(str op, Tensor weight) -> Tensor")
+LIBRARY.impl("inverse_weight", inverse_weight, "CompositeExplicitAutograd")
+torch.library.register_fake("ncsr_fast::inverse_weight", lambda op, weight: torch.empty_like(weight), lib=LIBRARY)
+torch.library.register_autograd(
+    "ncsr_fast::inverse_weight",
+    lambda ctx, grad: (None, -ctx.saved_tensors[0].T @ grad @ ctx.saved_tensors[0].T),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(output),
+    lib=LIBRARY,
+)

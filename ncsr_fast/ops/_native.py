@@ -1,0 +1,153 @@
+"""Calls of the compiled module: tensors as pointers and strides, outputs allocated, nothing else.
+
+The arguments have been checked. Every tensor is read as it lies, whatever its strides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ncsr_fast import _native as native
+from ncsr_fast.layout import empty_like
+from ncsr_fast.ops._contract import check_weight
+
+CUDA_MISSING = native.cuda_unavailable()  # why these calls cannot take CUDA tensors, or nothing
+_DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}  # csrc/tensor.h
+_NOTHING = (0, 0, 0, 0, 0, 0)
+
+
+def _tensor(x: Tensor | None) -> tuple[int, ...]:
+    return _NOTHING if x is None else (x.data_ptr(), _DTYPES[x.dtype], *x.stride())
+
+
+def _vector(x: Tensor) -> tuple[int, ...]:
+    return x.data_ptr(), _DTYPES[x.dtype], x.stride(0), 0, 0, 0
+
+
+def _run(call: Callable[..., None], x: Tensor, workspace: Callable[[], int], *arguments: object) -> None:
+    """Calls a compiled function where x is: on the CPU with torch's number of threads, or on torch's current stream."""
+    float64 = x.dtype == torch.float64
+    if x.device.type == "cpu":
+        call(*arguments, float64, (0, torch.get_num_threads(), 0, 0))
+        return
+    memory = torch.empty(workspace(), dtype=torch.uint8, device=x.device)  # of torch's allocator, which minds the stream
+    with torch.cuda.device(x.device):
+        call(*arguments, float64, (1, 0, torch.cuda.current_stream(x.device).cuda_stream, memory.data_ptr()))
+
+
+def _logdet(x: Tensor) -> Tensor:
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return torch.empty(x.shape[0], dtype=dtype, device=x.device)
+
+
+def affine_fwd(x: Tensor, h: Tensor, kept: int, eps: float, inverse: bool) -> tuple[Tensor, Tensor]:
+    return _pointwise_fwd(False, x, h, kept, eps, inverse)
+
+
+def affine_bwd(
+    dy: Tensor, dlogdet: Tensor, x: Tensor, h: Tensor, kept: int, eps: float, inverse: bool
+) -> tuple[Tensor, Tensor]:
+    return _pointwise_bwd(False, dy, dlogdet, x, h, kept, eps, inverse)
+
+
+def gaussian_fwd(x: Tensor, h: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+    return _pointwise_fwd(True, x, h, x.shape[1] - h.shape[1] // 2, 1.0, inverse)
+
+
+def gaussian_bwd(dy: Tensor, dlogdet: Tensor, x: Tensor, h: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+    return _pointwise_bwd(True, dy, dlogdet, x, h, x.shape[1] - h.shape[1] // 2, 1.0, inverse)
+
+
+def _pointwise_fwd(gaussian: bool, x: Tensor, h: Tensor, kept: int, eps: float, inverse: bool) -> tuple[Tensor, Tensor]:
+    y, logdet = empty_like(x), _logdet(x)
+    _run(
+        native.pointwise_forward, x, lambda: native.pointwise_workspace(x.shape),
+        gaussian, x.shape, kept, eps, inverse, _tensor(x), _tensor(h), _tensor(y), logdet.data_ptr(),
+    )  # fmt: skip
+    return y, logdet
+
+
+def _pointwise_bwd(
+    gaussian: bool, dy: Tensor, dlogdet: Tensor, x: Tensor, h: Tensor, kept: int, eps: float, inverse: bool
+) -> tuple[Tensor, Tensor]:
+    dx, dh = empty_like(x), empty_like(h)
+    _run(
+        native.pointwise_backward, x, lambda: 0, gaussian, x.shape, kept, eps, inverse,
+        _tensor(dy), _vector(dlogdet), _tensor(x), _tensor(h), _tensor(dx), _tensor(dh),
+    )  # fmt: skip
+    return dx, dh
+
+
+def step_fwd(
+    x: Tensor, mix: Tensor, offset: Tensor, h_pre: Tensor | None, h_post: Tensor | None, eps: float, inverse: bool
+) -> tuple[Tensor, Tensor]:
+    y, logdet = empty_like(x), _logdet(x)
+    _run(
+        native.flow_step_forward, x, lambda: native.flow_step_workspace(x.shape, x.dtype == torch.float64, False),
+        x.shape, eps, inverse, _tensor(x), mix.data_ptr(), offset.data_ptr(), _tensor(h_pre), _tensor(h_post), _tensor(y),
+        logdet.data_ptr(),
+    )  # fmt: skip
+    return y, logdet
+
+
+def step_bwd(
+    dy: Tensor,
+    dlogdet: Tensor,
+    x: Tensor,
+    y: Tensor,
+    mix: Tensor,
+    h_pre: Tensor | None,
+    h_post: Tensor | None,
+    eps: float,
+    inverse: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    dx, dmix, doffset = empty_like(x), torch.empty_like(mix), mix.new_empty(mix.shape[0])
+    dh_pre = None if h_pre is None else empty_like(h_pre)
+    dh_post = None if h_post is None else empty_like(h_post)
+    _run(
+        native.flow_step_backward, x, lambda: native.flow_step_workspace(x.shape, x.dtype == torch.float64, True),
+        x.shape, eps, inverse, _tensor(dy), _vector(dlogdet), _tensor(x), _tensor(y), mix.data_ptr(), _tensor(h_pre),
+        _tensor(h_post), _tensor(dx), dmix.data_ptr(), doffset.data_ptr(), _tensor(dh_pre), _tensor(dh_post),
+    )  # fmt: skip
+    return dx, dmix, doffset, dh_pre, dh_post
+
+
+def fold(
+    op: str, bias: Tensor, logs: Tensor, weight: Tensor, inverse: bool, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, float]:
+    """As `ops._fold.fold`, for CPU tensors."""
+    channels = weight.shape[0]
+    mix, offset = weight.new_empty((channels, channels), dtype=dtype), weight.new_empty(channels, dtype=dtype)
+    bias, logs, weight = _wide(bias), _wide(logs), _wide(weight)
+    logdet, condition = native.fold_forward(
+        channels, _parameter(bias), _parameter(logs), _parameter(weight), inverse, _parameter(mix), _parameter(offset)
+    )
+    if inverse:
+        check_weight(op, condition, channels)
+    return mix, offset, logdet
+
+
+def fold_backward(
+    bias: Tensor, logs: Tensor, weight: Tensor, inverse: bool, dmix: Tensor, doffset: Tensor, dlogdet: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `ops._fold.fold_backward`, for CPU tensors."""
+    values = [_wide(bias), _wide(logs), _wide(weight)]
+    grads = [torch.empty(value.shape, dtype=value.dtype) for value in values]
+    native.fold_backward(
+        weight.shape[0], *map(_parameter, values), inverse, _parameter(dmix), _parameter(doffset), float(dlogdet),
+        *map(_parameter, grads),
+    )  # fmt: skip
+    return tuple(grad.to(tensor.dtype) for grad, tensor in zip(grads, (bias, logs, weight)))
+
+
+def _wide(x: Tensor) -> Tensor:
+    """A parameter in float32 or float64, which is what the folding reads."""
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
+def _parameter(x: Tensor) -> tuple[int, ...]:
+    rows = x.stride(0) if x.dim() == 2 else 0
+    return x.data_ptr(), _DTYPES[x.dtype], rows, x.stride(-1), 0, 0

@@ -1,0 +1,126 @@
+"""The CUDA kernels on a machine without a GPU: run block by block on the CPU, and compiled for real chips.
+
+`emulated_cuda.cpp` says what an emulation can and cannot show. On a machine with a GPU the same kernels run in tests/ops.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+import subprocess
+import sysconfig
+from pathlib import Path
+
+import pytest
+import torch
+
+from ncsr_fast import ops
+from operator_cases import ROUNDING, arguments, assert_close, differentiable, directions, formula, laid_out, operators, run
+
+HERE = Path(__file__).parent
+SOURCES = HERE.parent.parent / "csrc"
+
+
+def compiled(command: list[str]) -> str:
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-3000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def emulated(tmp_path_factory):
+    """A module like ncsr_fast._native whose CUDA device is the CPU."""
+    compiler, pybind11 = shutil.which("g++"), importlib.util.find_spec("pybind11")
+    if compiler is None or pybind11 is None or not ops.backends("cpu")["native"].available:
+        pytest.skip("needs g++, pybind11 and the compiled module")
+    folder = tmp_path_factory.mktemp("emulated")
+    includes = [f"-I{path}" for path in (SOURCES, sysconfig.get_path("include"), Path(pybind11.origin).parent / "include")]
+    common = [compiler, "-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-pthread", *includes]
+    defines = ["-DNCSR_CUDA", "-DNCSR_ISA=baseline", '-DNCSR_BUILD_INFO="emulated"']
+    files = [SOURCES / "module.cpp", SOURCES / "cpu.cpp", HERE / "emulated_cuda.cpp"]
+    objects = [str(folder / f"{file.stem}.o") for file in files]
+    running = [subprocess.Popen([*common, *defines, "-c", str(file), "-o", obj]) for file, obj in zip(files, objects)]
+    assert [process.wait() for process in running] == [0, 0, 0]
+    library = folder / f"_native{sysconfig.get_config_var('EXT_SUFFIX')}"
+    compiled([*common, "-shared", *objects, "-o", str(library)])
+    spec = importlib.util.spec_from_file_location("_native", library)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def on_the_emulation(emulated, monkeypatch):
+    """Has backend="native" run the CUDA kernels on CPU tensors."""
+    from ncsr_fast.ops import _native as calls
+
+    def run_emulated(call, x, workspace, *rest):
+        memory = torch.full((workspace(),), 255, dtype=torch.uint8)  # NaN, as garbage of a GPU may be
+        call(*rest, x.dtype == torch.float64, (1, 0, 0, memory.data_ptr()))
+
+    monkeypatch.setattr(calls, "native", emulated)
+    monkeypatch.setattr(calls, "_run", run_emulated)
+
+
+@operators
+@directions
+@pytest.mark.parametrize("way", ["nchw", "channels-last", "crop"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_emulated_kernels(on_the_emulation, name, inverse, way, dtype):
+    """Values, log-det and gradients; sizes that leave remainders of every tile, and channels of both paths."""
+    for channels, size in ((5, (7, 11)), (12, (9, 8))):
+        tensors = laid_out(differentiable(arguments(name, channels, size=size, dtype=dtype)), way)
+        doubles = differentiable([tensor.double() for tensor in tensors])
+        y, logdet = run(name, *tensors, inverse=inverse, backend="native")
+        expected, expected_logdet = formula(name, *doubles, inverse=inverse)
+        assert_close(y, expected, ROUNDING[dtype], "y")
+        assert_close(logdet, expected_logdet, 20 * ROUNDING[torch.float64 if dtype == torch.float64 else torch.float32], "logdet")
+        grads = torch.autograd.grad(y.sin().sum() + logdet.sum(), tensors)
+        references = torch.autograd.grad(expected.sin().sum() + expected_logdet.sum(), doubles)
+        for grad, reference in zip(grads, references):
+            assert_close(grad, reference, 20 * ROUNDING[dtype], "gradient")
+
+
+@pytest.mark.parametrize("channels", [1, 24, 48, 96, 192])
+def test_emulated_channels(on_the_emulation, channels):
+    tensors = differentiable(arguments("flow_step", channels, size=(3, 7), dtype=torch.float32))
+    doubles = differentiable([tensor.double() for tensor in tensors])
+    y, logdet = run("flow_step", *tensors, backend="native")
+    expected, expected_logdet = formula("flow_step", *doubles)
+    assert_close(y, expected, ROUNDING[torch.float32], "y")
+    grads = torch.autograd.grad(y.sum() + logdet.sum(), tensors)
+    for grad, reference in zip(grads, torch.autograd.grad(expected.sum() + expected_logdet.sum(), doubles)):
+        assert_close(grad, reference, 20 * ROUNDING[torch.float32], "gradient")
+
+
+@pytest.mark.parametrize("size, batch", [((2, 2), 0), ((0, 3), 2), ((1, 1), 1)], ids=str)
+def test_emulated_empty(on_the_emulation, size, batch):
+    tensors = differentiable(arguments("flow_step", 6, size=size, batch=batch, dtype=torch.float32))
+    y, logdet = run("flow_step", *tensors, backend="native")
+    assert y.shape == tensors[0].shape and logdet.isfinite().all()
+    for grad in torch.autograd.grad(y.sum() + logdet.sum(), tensors):
+        assert grad.isfinite().all()
+
+
+@pytest.mark.parametrize("architecture", ["80", "90"])
+def test_cuda_kernels_do_not_spill(architecture, tmp_path, compiler_report):
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        pytest.skip("there is no nvcc")
+    flags = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Xptxas=-v", f"-arch=sm_{architecture}"]
+    text = compiled([nvcc, *flags, "-c", str(SOURCES / "cuda.cu"), "-o", str(tmp_path / "cuda.o")])
+    kernels = re.findall(
+        r"Compiling entry function '(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers(.*?)\n",
+        text, flags=re.DOTALL,
+    )  # fmt: skip
+    assert len(kernels) > 40
+    for name, stores, loads, registers, rest in kernels:
+        kernel = re.search(r"[a-z_]+_kernel", name)[0]
+        channels = re.search(r"_kernelILi(\d+)E", name)
+        shared = re.search(r"(\d+) bytes smem", rest)
+        compiler_report.append(
+            f"CUDA sm_{architecture} {kernel:<28} C={channels[1] if channels else '-':<4} {registers:>3} registers, "
+            f"{shared[1] if shared else 0} bytes of shared memory, {stores} + {loads} bytes spilled"
+        )
+        assert (int(stores), int(loads)) == (0, 0), name

@@ -1,0 +1,123 @@
+"""What the tests of the operators share: arguments, the maps written from their definitions, and the cells to test."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from torch import Tensor
+
+from ncsr_fast import ops
+
+EPS = 1e-4
+DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+CELLS = [
+    pytest.param(device, name, id=f"{device}-{name}")
+    for device in DEVICES
+    for name, backend in ops.backends(device).items()
+    if backend.available
+]
+cells = pytest.mark.parametrize("device, backend", CELLS)
+operators = pytest.mark.parametrize("name", ops.OPERATORS)
+directions = pytest.mark.parametrize("inverse", [False, True], ids=["forward", "inverse"])
+# what rounding may do to a result of the sizes here, beside its largest element, from a float64 oracle of the same input:
+# some 50 ulp of float32, where sums of up to 192 products are, and 4 of the half-precision formats, which round once
+ROUNDING = {torch.float64: 1e-13, torch.float32: 6e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+
+
+def exact_dtype(device: str, backend: str) -> torch.dtype:
+    """float64 where the backend has it."""
+    return torch.float64 if ops.backends(device, torch.float64)[backend].available else torch.float32
+
+
+def arguments(name: str, channels: int = 6, size=(2, 3), batch: int = 2, dtype=torch.float64, device="cpu") -> list[Tensor]:
+    """The state and the other tensors of a call, in their order."""
+    generator = torch.Generator().manual_seed(channels)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    half = channels - channels // 2
+    state = normal(batch, channels, *size)
+    mixing = torch.linalg.qr(normal(channels, channels))[0] + 0.1 / channels * normal(channels, channels)
+    parameters = [normal(channels), 0.3 * normal(channels), mixing]
+    rest = {
+        "actnorm_invconv": lambda: parameters,
+        "affine_injector": lambda: [normal(batch, 2 * channels, *size)],
+        "affine_coupling": lambda: [normal(batch, 2 * half, *size)],
+        "gaussian_split": lambda: [0.5 * normal(batch, 2 * max(1, channels // 2), *size)],
+        "flow_step": lambda: [normal(batch, 2 * half, *size), *parameters, normal(batch, 2 * channels, *size)],
+    }[name]()
+    return [tensor.to(device, dtype) for tensor in (state, *rest)]
+
+
+def formula(name: str, state: Tensor, *rest: Tensor, inverse: bool = False) -> tuple[Tensor, Tensor]:
+    """The map and its log-det, from the definition."""
+    if name == "flow_step":
+        coupling, bias, logs, weight, injector = rest
+        parts = [("affine_coupling", (coupling,)), ("actnorm_invconv", (bias, logs, weight)), ("affine_injector", (injector,))]
+        logdets = []
+        for part, tensors in reversed(parts) if inverse else parts:
+            state, logdet = formula(part, state, *tensors, inverse=inverse)
+            logdets.append(logdet)
+        return state, sum(logdets)
+    if name == "actnorm_invconv":
+        bias, logs, weight = rest
+        logdet = (logs.sum() + torch.linalg.slogdet(weight)[1]) * state[0, 0].numel()
+        if inverse:
+            mixed = torch.einsum("oc,bchw->bohw", torch.linalg.inv(weight), state)
+            return mixed * torch.exp(-logs)[:, None, None] - bias[:, None, None], -logdet.expand(len(state))
+        normalized = (state + bias[:, None, None]) * logs.exp()[:, None, None]
+        return torch.einsum("oc,bchw->bohw", weight, normalized), logdet.expand(len(state))
+    (h,) = rest
+    first, second = h[:, 0::2], h[:, 1::2]
+    kept = state.shape[1] - first.shape[1]
+    z1, z2 = state[:, :kept], state[:, kept:]
+    if name == "gaussian_split":
+        changed = first + second.exp() * z2 if inverse else (z2 - first) / second.exp()
+        whole = changed if inverse else z2
+        logdet = torch.distributions.Normal(first, second.exp(), validate_args=False).log_prob(whole).sum(dim=(1, 2, 3))
+    else:
+        scale = 1 / (1 + torch.exp(-second - 2)) + EPS
+        changed = z2 / scale - first if inverse else (z2 + first) * scale
+        logdet = scale.log().sum(dim=(1, 2, 3))
+    return torch.cat([z1, changed], dim=1), -logdet if inverse else logdet
+
+
+def run(name: str, *tensors: Tensor, inverse: bool = False, backend: str = "auto") -> tuple[Tensor, Tensor]:
+    return getattr(ops, name)(*tensors, inverse=inverse, backend=backend)
+
+
+LAYOUTS = {
+    "nchw": lambda x: x.clone(memory_format=torch.contiguous_format),
+    "channels-last": lambda x: x.clone(memory_format=torch.channels_last),
+    "channels": lambda x: torch.cat([x, x], dim=1)[:, x.shape[1] :],
+    "channels-last-channels": lambda x: torch.cat([x, x], dim=1).to(memory_format=torch.channels_last)[:, x.shape[1] :],
+    "crop": lambda x: torch.nn.functional.pad(x, (1, 2, 2, 1))[:, :, 2:-1, 1:-2],
+    "transposed": lambda x: x.transpose(2, 3).clone(memory_format=torch.contiguous_format).transpose(2, 3),
+}
+
+
+def laid_out(tensors: list[Tensor], layout: str) -> list[Tensor]:
+    """The same values, the images among them lying otherwise in memory; a matrix lies transposed."""
+    result = [LAYOUTS[layout](x) if x.dim() == 4 else x.T.clone().T if x.dim() == 2 else x for x in tensors]
+    return [x.detach().requires_grad_(y.requires_grad) for x, y in zip(result, tensors)]
+
+
+def differentiable(tensors: list[Tensor]) -> list[Tensor]:
+    return [tensor.detach().requires_grad_() for tensor in tensors]
+
+
+def assert_close(value: Tensor, expected: Tensor, tolerance: float, what: str) -> None:
+    """Largest difference over the largest magnitude, both finite."""
+    assert value.shape == expected.shape, what
+    assert value.isfinite().all(), f"{what} is not finite"
+    if value.numel():
+        error = (value.double().cpu() - expected.double().cpu()).abs().max() / expected.abs().max().cpu().clamp(min=1e-30)
+        assert error < tolerance, f"{what}: relative error {error:.1e}, more than {tolerance:.1e}"
+
+
+def interpreted(backend: str) -> bool:
+    """Whether a backend runs in Triton's interpreter, thousands of times slower than on a GPU."""
+    return backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"

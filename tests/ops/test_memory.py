@@ -1,0 +1,189 @@
+"""What the operators do with memory: layouts, sizes, unwritten elements, the same bits every time."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import pytest
+import torch
+
+from ncsr_fast import layout
+from ncsr_fast.ops._backends import implementation
+from operator_cases import (
+    LAYOUTS,
+    ROUNDING,
+    arguments,
+    assert_close,
+    cells,
+    differentiable,
+    directions,
+    exact_dtype,
+    interpreted,
+    laid_out,
+    operators,
+    run,
+)
+
+
+@operators
+@cells
+@directions
+@pytest.mark.parametrize("way", LAYOUTS)
+@pytest.mark.parametrize("channels", [5, 12])
+def test_layouts(name, device, backend, inverse, way, channels):
+    """Images are read as they lie, and results lie as the state does."""
+    dtype = exact_dtype(device, backend)
+    plain = differentiable(arguments(name, channels, size=(5, 7), dtype=dtype, device=device))
+    lying = laid_out(plain, way)
+    expected, expected_logdet = run(name, *plain, inverse=inverse, backend="reference")
+    y, logdet = run(name, *lying, inverse=inverse, backend=backend)
+    assert_close(y, expected, 20 * ROUNDING[dtype], "y")
+    assert_close(logdet, expected_logdet, 20 * ROUNDING[dtype], "logdet")
+    if backend != "reference":
+        last = way.startswith("channels-last")
+        assert y.is_contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+    weights = LAYOUTS[way](torch.randn_like(expected))
+    loss, expected_loss = (y * weights).sum() + logdet.sum(), (expected * weights).sum() + expected_logdet.sum()
+    for grad, reference in zip(torch.autograd.grad(loss, lying), torch.autograd.grad(expected_loss, plain)):
+        assert_close(grad, reference, 100 * ROUNDING[dtype], "gradient")
+
+
+@operators
+@cells
+@pytest.mark.parametrize(
+    "size, batch", [((1, 1), 1), ((5, 3), 1), ((1, 67), 2), ((67, 1), 1), ((2, 2), 0), ((0, 3), 2)], ids=str
+)
+def test_sizes(name, device, backend, size, batch):
+    dtype = exact_dtype(device, backend)
+    tensors = differentiable(arguments(name, channels=6, size=size, batch=batch, dtype=dtype, device=device))
+    expected, expected_logdet = run(name, *tensors, backend="reference")
+    y, logdet = run(name, *tensors, backend=backend)
+    assert_close(y, expected, 20 * ROUNDING[dtype], "y")
+    assert_close(logdet, expected_logdet, 20 * ROUNDING[dtype], "logdet")
+    grads = torch.autograd.grad(y.square().sum() + logdet.sum(), tensors)
+    references = torch.autograd.grad(expected.square().sum() + expected_logdet.sum(), tensors)
+    for grad, reference in zip(grads, references):
+        assert_close(grad, reference, 100 * ROUNDING[dtype], "gradient")
+
+
+@cells
+@directions
+def test_larger_than_any_tile(device, backend, inverse):
+    """Several tiles, parts and threads, with a remainder."""
+    dtype = exact_dtype(device, backend)
+    size = (37, 45) if not interpreted(backend) else (17, 21)
+    tensors = differentiable(arguments("flow_step", channels=12, size=size, batch=3, dtype=dtype, device=device))
+    expected, expected_logdet = run("flow_step", *tensors, inverse=inverse, backend="reference")
+    y, logdet = run("flow_step", *tensors, inverse=inverse, backend=backend)
+    assert_close(y, expected, 20 * ROUNDING[dtype], "y")
+    assert_close(logdet, expected_logdet, 20 * ROUNDING[dtype], "logdet")
+    grads = torch.autograd.grad(y.square().sum() + logdet.sum(), tensors)
+    references = torch.autograd.grad(expected.square().sum() + expected_logdet.sum(), tensors)
+    for grad, reference in zip(grads, references):
+        assert_close(grad, reference, 100 * ROUNDING[dtype], "gradient")
+
+
+@operators
+@cells
+@pytest.mark.parametrize("h_dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_float32_state_with_half_precision_networks(name, device, backend, h_dtype):
+    """What a network in bf16 hands over is rounded once, by the network; the state stays float32."""
+    if name == "actnorm_invconv":
+        pytest.skip("it has no network")
+    tensors = arguments(name, channels=12, dtype=torch.float32, device=device)
+    tensors = [x.to(h_dtype) if index and x.dim() == 4 else x for index, x in enumerate(tensors)]
+    tensors = differentiable(tensors)
+    exact = differentiable([x.detach().double() for x in tensors])
+    y, logdet = run(name, *tensors, backend=backend)
+    expected, expected_logdet = run(name, *exact, backend="reference")
+    assert y.dtype == torch.float32
+    assert_close(y, expected, ROUNDING[torch.float32], "y")
+    assert_close(logdet, expected_logdet, ROUNDING[torch.float32], "logdet")
+    grads = torch.autograd.grad(y.sum() + logdet.sum(), tensors)
+    for grad, x, reference in zip(grads, tensors, torch.autograd.grad(expected.sum() + expected_logdet.sum(), exact)):
+        assert grad.dtype == x.dtype
+        assert_close(grad, reference, 10 * ROUNDING[x.dtype], "gradient")
+
+
+@operators
+@cells
+@directions
+@pytest.mark.parametrize("way", ["nchw", "channels-last"])
+def test_every_element_is_written(name, device, backend, inverse, way, monkeypatch):
+    """Whatever torch hands out uninitialised is NaN here."""
+    tensors = laid_out(differentiable(arguments(name, 12, size=(5, 7), dtype=torch.float32, device=device)), way)
+    for allocate in ("empty", "empty_like"):
+        monkeypatch.setattr(torch, allocate, _poisoned(getattr(torch, allocate)))
+    monkeypatch.setattr(torch.Tensor, "new_empty", _poisoned(torch.Tensor.new_empty))
+    y, logdet = run(name, *tensors, inverse=inverse, backend=backend)
+    assert y.isfinite().all() and logdet.isfinite().all()
+    for grad in torch.autograd.grad(y.sum() + logdet.sum(), tensors):
+        assert grad.isfinite().all()
+
+
+def _poisoned(allocate):
+    def allocate_nan(*args, **kwargs):
+        tensor = allocate(*args, **kwargs)
+        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+
+    return allocate_nan
+
+
+@operators
+@cells
+def test_same_bits_every_time_whatever_the_threads(name, device, backend):
+    size = (40, 50) if not interpreted(backend) else (9, 10)
+    tensors = differentiable(arguments(name, 12, size=size, batch=2, dtype=torch.float32, device=device))
+    threads = torch.get_num_threads()
+
+    def everything() -> list[torch.Tensor]:
+        y, logdet = run(name, *tensors, backend=backend)
+        return [y, logdet, *torch.autograd.grad(y.square().sum() + logdet.sum(), tensors)]
+
+    if backend == "reference" and device == "cpu":
+        pytest.skip("PyTorch divides its own sums by the number of threads")
+    first = everything()
+    try:
+        for count in (1, 3, threads):
+            torch.set_num_threads(count)
+            for value, again in zip(first, everything()):
+                assert torch.equal(value, again)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@cells
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_more_than_two_to_the_31_elements(device, backend, dtype, monkeypatch):
+    """The second sample lies 2³¹ elements after the first, in memory that is reserved and hardly touched."""
+    if backend == "reference":
+        pytest.skip("PyTorch's own")
+    z, h = arguments("affine_coupling", channels=6, dtype=dtype, device=device)
+    far = torch.empty(2**31 + 10_000, dtype=dtype, device=device)
+    if device == "cpu" and far.untyped_storage().nbytes() > _available_memory() / 2:
+        pytest.skip("not enough memory to reserve")
+    kernels = implementation(backend)
+
+    def distant(x):
+        return far.as_strided(x.shape, (2**31, *x.contiguous().stride()[1:]))
+
+    expected, expected_logdet = kernels.affine_fwd(z, h, 3, 1e-4, False)
+    wide = distant(z).copy_(z)
+    for value, reference in zip(kernels.affine_fwd(wide, h, 3, 1e-4, False), (expected, expected_logdet)):
+        assert torch.equal(value, reference)
+    monkeypatch.setattr(sys.modules[kernels.affine_fwd.__module__], "empty_like", distant)
+    y, _ = kernels.affine_fwd(z, h, 3, 1e-4, False)
+    assert y.stride(0) == 2**31 and torch.equal(y, expected)
+
+
+def _available_memory() -> int:
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_empty_like_keeps_the_layout_and_nothing_else():
+    x = torch.rand(2, 6, 3, 4)
+    assert layout.empty_like(x[:, 2:]).is_contiguous()
+    assert layout.empty_like(x.to(memory_format=torch.channels_last)[:, 2:]).is_contiguous(memory_format=torch.channels_last)
+    assert layout.empty_like(x.transpose(2, 3)).is_contiguous()
+    assert layout.empty_like(x, torch.bfloat16).dtype == torch.bfloat16

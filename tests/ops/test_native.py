@@ -1,0 +1,108 @@
+"""The compiled module on the CPU: every instruction set it was built for, its threads, its folding of parameters."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from ncsr_fast import ops
+from ncsr_fast.ops import _fold
+from operator_cases import ROUNDING, arguments, assert_close, differentiable, directions, formula, operators, run
+
+if not ops.backends("cpu")["native"].available:
+    pytest.skip(ops.backends("cpu")["native"].reason, allow_module_level=True)
+
+from ncsr_fast import _native
+from ncsr_fast.ops import _native as calls
+
+
+@pytest.fixture(params=_native.instruction_sets())
+def instruction_set(request):
+    before = _native.instruction_set()
+    _native.use_instruction_set(request.param)
+    yield request.param
+    _native.use_instruction_set(before)
+
+
+def test_the_widest_instruction_set_is_chosen_at_import():
+    code = "from ncsr_fast import _native; print(_native.instruction_set() == _native.instruction_sets()[0])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "True"
+    assert _native.instruction_sets()[-1] == "baseline"
+    with pytest.raises(ValueError, match="no instruction set 'sse9'"):
+        _native.use_instruction_set("sse9")
+
+
+@operators
+@directions
+@pytest.mark.parametrize("dtype", ROUNDING, ids=str)
+@pytest.mark.parametrize("way", [torch.contiguous_format, torch.channels_last], ids=["nchw", "channels-last"])
+def test_every_instruction_set(instruction_set, name, inverse, dtype, way):
+    """Odd sizes around the vectors' lengths, forward and backward."""
+    for channels, size in ((5, (3, 11)), (12, (9, 33)), (40, (2, 17))):
+        tensors = differentiable(arguments(name, channels, size=size, dtype=dtype))
+        tensors = [x.detach().to(memory_format=way).requires_grad_() if x.dim() == 4 else x for x in tensors]
+        doubles = differentiable([tensor.double() for tensor in tensors])
+        y, logdet = run(name, *tensors, inverse=inverse, backend="native")
+        expected, expected_logdet = formula(name, *doubles, inverse=inverse)
+        assert_close(y, expected, ROUNDING[dtype], "y")
+        grads = torch.autograd.grad(y.sum() + logdet.sum(), tensors)
+        references = torch.autograd.grad(expected.sum() + expected_logdet.sum(), doubles)
+        for grad, reference in zip(grads, references):
+            assert_close(grad, reference, 20 * ROUNDING[dtype], "gradient")
+
+
+def test_half_precision_is_rounded_to_nearest_even(instruction_set):
+    """Every float16 and bfloat16 there is, through a map that changes nothing but the format."""
+    for dtype in (torch.float16, torch.bfloat16):
+        every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+        x = every.view(1, 1, 256, 256)
+        y, _ = calls.step_fwd(x, torch.ones(1, 1), torch.zeros(1), None, None, 1.0, False)
+        assert torch.equal(y.isnan(), x.isnan())
+        assert torch.equal(y.nan_to_num(), (x.float() + 0.0).to(dtype).nan_to_num())
+        halved = calls.step_fwd(x, torch.full((1, 1), 1 / 3), torch.zeros(1), None, None, 1.0, False)[0]
+        assert torch.equal(halved.nan_to_num(), (x.float() * torch.tensor(1 / 3)).to(dtype).nan_to_num())
+
+
+def test_threads_are_those_of_torch():
+    """One thread makes none; three make two, however often."""
+    code = """
+import torch
+from ncsr_fast import ops
+def threads():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("Threads:"))
+z, h = torch.randn(2, 12, 100, 100), torch.randn(2, 24, 100, 100)
+torch.set_num_threads(1)
+before = threads()
+ops.affine_injector(z, h, backend="native")
+alone = threads() - before
+torch.set_num_threads(3)
+for _ in range(3):
+    ops.affine_injector(z, h, backend="native")
+    torch.sin(z)  # torch's own threads are the same ones
+print(alone, threads() - before)
+"""
+    if not sys.platform.startswith("linux"):
+        pytest.skip("counts threads in /proc")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() in (["0", "2"], ["0", "0"])  # none at all in a build without OpenMP
+
+
+@directions
+@pytest.mark.parametrize("channels", [1, 7, 12, 96])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_folding_is_that_of_torch(inverse, channels, dtype):
+    _, bias, logs, weight = arguments("actnorm_invconv", channels, dtype=dtype)
+    weight = weight.T.contiguous().T  # read as it lies
+    generator = torch.Generator().manual_seed(0)
+    dmix, doffset = torch.randn(channels, channels, generator=generator), torch.randn(channels, generator=generator)
+    dlogdet = torch.tensor(3.0, dtype=torch.float64)
+    for function, arguments_of in (
+        ("fold", ("test", bias, logs, weight, inverse, dtype)),
+        ("fold_backward", (bias, logs, weight, inverse, dmix.to(dtype), doffset.to(dtype), dlogdet)),
+    ):
+        for value, expected in zip(getattr(calls, function)(*arguments_of), getattr(_fold, function)(*arguments_of)):
+            tolerance = 1e-6 if dtype == torch.float32 else 1e-12
+            assert_close(torch.as_tensor(value, dtype=torch.float64), torch.as_tensor(expected), tolerance, function)

@@ -1,0 +1,111 @@
+"""The operators as torch.library sees them: schema, fake, autograd, torch.compile."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ncsr_fast import ops
+from operator_cases import EPS, ROUNDING, arguments, assert_close, cells, differentiable, directions, laid_out, operators, run
+
+LAYOUTS = ("nchw", "channels-last", "channels")
+REGISTERED = {"affine_injector": "affine", "affine_coupling": "affine", "gaussian_split": "gaussian"}
+
+
+def registered_call(name: str, inverse: bool, backend: str, tensors: list) -> tuple:
+    """The registered operator behind a public one, and the arguments of a call."""
+    op = getattr(torch.ops.ncsr_fast, REGISTERED.get(name, "flow_step"))
+    if name == "gaussian_split":
+        return op, (*tensors, inverse, backend)
+    if name in REGISTERED:
+        return op, (*tensors, tensors[0].shape[1] // 2 if name == "affine_coupling" else 0, EPS, inverse, backend)
+    if name == "actnorm_invconv":
+        x, bias, logs, weight = tensors
+        return op, (x, None, bias, logs, weight, None, EPS, inverse, name, backend)
+    return op, (*tensors, EPS, inverse, name, backend)
+
+
+def compiled_cells(backend: str) -> None:
+    if backend == "reference":
+        pytest.skip("the reference is plain PyTorch")
+
+
+@operators
+@cells
+@directions
+@pytest.mark.parametrize("way", LAYOUTS)
+def test_opcheck(name, device, backend, inverse, way):
+    compiled_cells(backend)
+    tensors = laid_out(differentiable(arguments(name, channels=6, size=(2, 3), dtype=torch.float32, device=device)), way)
+    op, call = registered_call(name, inverse, backend, tensors)
+    torch.library.opcheck(op.default, call)
+
+
+@operators
+@cells
+@pytest.mark.parametrize("way", LAYOUTS)
+def test_opcheck_of_the_backward(name, device, backend, way):
+    compiled_cells(backend)
+    tensors = laid_out(arguments(name, channels=6, size=(2, 3), dtype=torch.float32, device=device), way)
+    op, call = registered_call(name, False, backend, tensors)
+    y, logdet = op(*call)
+    backward = getattr(torch.ops.ncsr_fast, f"{op.__name__}_backward").default
+    kept = y if op is torch.ops.ncsr_fast.flow_step else None
+    utilities = ("test_schema", "test_faketensor")  # it has no autograd formula, and the gradient of a gradient none of it
+    torch.library.opcheck(backward, (torch.ones_like(y), logdet, kept, *call), test_utils=utilities)
+
+
+@operators
+@cells
+@directions
+@pytest.mark.parametrize("way", LAYOUTS)
+def test_compile_fullgraph(name, device, backend, inverse, way):
+    """One graph, forward and backward, equal to the eager call."""
+    tensors = laid_out(differentiable(arguments(name, channels=6, dtype=torch.float32, device=device)), way)
+
+    def function(*t):
+        y, logdet = run(name, *t, inverse=inverse, backend=backend)
+        return (2 * y).sin().sum() + logdet.sum()
+
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=False)
+    loss, expected = compiled(*tensors), function(*tensors)
+    assert_close(loss, expected, ROUNDING[torch.float32], "loss")
+    for grad, reference in zip(torch.autograd.grad(loss, tensors), torch.autograd.grad(expected, tensors)):
+        assert_close(grad, reference, 20 * ROUNDING[torch.float32], "gradient")
+
+
+@cells
+def test_compile_with_inductor_and_sizes_that_change(device, backend):
+    """The compiler that users get, for sizes it has not seen."""
+    compiled_cells(backend)
+
+    def function(z, h):
+        y, logdet = ops.affine_coupling(z + 1, h, backend=backend)
+        return y * 2, logdet
+
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True, dynamic=True)
+    for size in ((2, 3), (4, 5)):
+        tensors = arguments("affine_coupling", size=size, dtype=torch.float32, device=device)
+        for value, expected in zip(compiled(*tensors), function(*tensors)):
+            assert_close(value, expected, ROUNDING[torch.float32], "compiled")
+
+
+@operators
+def test_eager_calls_do_not_pass_the_dispatcher(name, monkeypatch):
+    """Its overhead is that of a small kernel: the registered operators are for compiled calls."""
+    if not ops.backends("cpu")["native"].available:
+        pytest.skip(ops.backends("cpu")["native"].reason)
+    tensors = differentiable(arguments(name, dtype=torch.float32))
+    seen = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    with Watch():
+        y, logdet = run(name, *tensors, backend="native")
+        torch.autograd.grad(y.sum() + logdet.sum(), tensors)
+    assert seen and not [call for call in seen if call.startswith("ncsr_fast")]
