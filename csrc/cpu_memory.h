@@ -6,7 +6,6 @@
 // so that reading it is a copy of contiguous memory in both layouts. Other strides work too, element by element.
 #pragma once
 
-#include <algorithm>
 #include <cstring>
 #include <type_traits>
 
@@ -56,12 +55,29 @@ struct Block {
     }
 };
 
-template <class T, class S>
-void convert(T* to, const S* from, int64_t stride, int64_t n) {
-    if (stride == 1)
-        for (int64_t i = 0; i < n; ++i) to[i] = T(from[i]);
-    else
-        for (int64_t i = 0; i < n; ++i) to[i] = T(from[i * stride]);
+// rows × n numbers from one place to another, converted. Rows of the published models' channels, and halves of them, are
+// moved with their length known.
+template <int64_t N, class To, class From>
+void move_dense(To* to, int64_t to_row, const From* from, int64_t from_row, int64_t rows, int64_t n) {
+    for (int64_t i = 0; i < rows; ++i)
+        for (int64_t j = 0; j < (N ? N : n); ++j) to[i * to_row + j] = To(from[i * from_row + j]);
+}
+
+template <class To, class From>
+void move(To* to, int64_t to_row, int64_t to_step, const From* from, int64_t from_row, int64_t from_step, int64_t rows, int64_t n) {
+    if (to_step != 1 || from_step != 1) {
+        for (int64_t i = 0; i < rows; ++i)
+            for (int64_t j = 0; j < n; ++j) to[i * to_row + j * to_step] = To(from[i * from_row + j * from_step]);
+        return;
+    }
+    switch (n) {
+        case 6: return move_dense<6>(to, to_row, from, from_row, rows, n);
+        case 12: return move_dense<12>(to, to_row, from, from_row, rows, n);
+        case 24: return move_dense<24>(to, to_row, from, from_row, rows, n);
+        case 48: return move_dense<48>(to, to_row, from, from_row, rows, n);
+        case 96: return move_dense<96>(to, to_row, from, from_row, rows, n);
+        default: return move_dense<0>(to, to_row, from, from_row, rows, n);
+    }
 }
 
 // `count` channels from `channel` on, dense in `buffer`. Returns where they are: the tensor itself when it lies that way.
@@ -72,8 +88,7 @@ const T* load(T* buffer, const Tensor& x, const Run& run, Order order, int64_t c
     if (x.dtype == own && block.inner_stride == 1 && block.outer == 1) return address<T>(x, run, channel);
     with_type(x.dtype, [&](auto* type) {
         auto* from = address<std::remove_pointer_t<decltype(type)>>(x, run, channel);
-        for (int64_t o = 0; o < block.outer; ++o)
-            convert(buffer + o * block.inner, from + o * block.outer_stride, block.inner_stride, block.inner);
+        move(buffer, block.inner, 1, from, block.outer_stride, block.inner_stride, block.outer, block.inner);
     });
     return buffer;
 }
@@ -98,19 +113,18 @@ Pair<const T> load_pairs(Pair<T> buffer, const Tensor& h, const Run& run, Order 
     const Block block(h, order, 2 * h.channel, count, run.pixels);
     with_type(h.dtype, [&](auto* type) {
         auto* from = address<std::remove_pointer_t<decltype(type)>>(h, run, 2 * channel);
-        for (int64_t o = 0; o < block.outer; ++o) {
+        const bool side_by_side = block.inner_stride == 2 && h.channel == 1;
+        for (int64_t o = 0; o < block.outer && side_by_side; ++o) {
             auto* row = from + o * block.outer_stride;
             T *to_first = buffer.first + o * block.inner, *to_second = buffer.second + o * block.inner;
-            if (block.inner_stride == 2 && h.channel == 1) {
-                for (int64_t i = 0; i < block.inner; ++i) {
-                    to_first[i] = T(row[2 * i]);
-                    to_second[i] = T(row[2 * i + 1]);
-                }
-            } else {
-                convert(to_first, row, block.inner_stride, block.inner);
-                convert(to_second, row + h.channel, block.inner_stride, block.inner);
+            for (int64_t i = 0; i < block.inner; ++i) {
+                to_first[i] = T(row[2 * i]);
+                to_second[i] = T(row[2 * i + 1]);
             }
         }
+        if (side_by_side) return;
+        move(buffer.first, block.inner, 1, from, block.outer_stride, block.inner_stride, block.outer, block.inner);
+        move(buffer.second, block.inner, 1, from + h.channel, block.outer_stride, block.inner_stride, block.outer, block.inner);
     });
     return {buffer.first, buffer.second};
 }
@@ -123,14 +137,6 @@ T* place(T* buffer, const Tensor& y, const Run& run, Order order, int64_t channe
     return y.dtype == own && block.inner_stride == 1 && block.outer == 1 ? address<T>(y, run, channel) : buffer;
 }
 
-template <class T, class S>
-void convert_back(S* to, int64_t stride, const T* from, int64_t n) {
-    if (stride == 1)
-        for (int64_t i = 0; i < n; ++i) to[i] = S(from[i]);
-    else
-        for (int64_t i = 0; i < n; ++i) to[i * stride] = S(from[i]);
-}
-
 // Writes what `place` did not let be written where it belongs.
 template <class T>
 void store(const T* from, const Tensor& y, const Run& run, Order order, int64_t channel, int64_t count) {
@@ -138,18 +144,28 @@ void store(const T* from, const Tensor& y, const Run& run, Order order, int64_t 
     with_type(y.dtype, [&](auto* type) {
         auto* to = address<std::remove_pointer_t<decltype(type)>>(y, run, channel);
         if (reinterpret_cast<const char*>(to) == reinterpret_cast<const char*>(from)) return;
-        for (int64_t o = 0; o < block.outer; ++o)
-            convert_back(to + o * block.outer_stride, block.inner_stride, from + o * block.inner, block.inner);
+        move(to, block.outer_stride, block.inner_stride, from, block.inner, 1, block.outer, block.inner);
     });
 }
 
-// Channels that no map changes, `at_once` at a time through the buffer.
-template <class T>
-void copy_channels(const Tensor& x, const Tensor& y, const Run& run, Order order, int64_t count, int64_t at_once, T* buffer) {
-    for (int64_t c = 0; c < count; c += at_once) {
-        const int64_t n = std::min(at_once, count - c);
-        store(load(buffer, x, run, order, c, n), y, run, order, c, n);
-    }
+// The first `count` channels as they are; x and y have one dtype.
+inline void copy_channels(const Tensor& x, const Tensor& y, const Run& run, Order order, int64_t count) {
+    const Block from(x, order, x.channel, count, run.pixels), to(y, order, y.channel, count, run.pixels);
+    with_type(x.dtype, [&](auto* type) {
+        using S = std::remove_pointer_t<decltype(type)>;
+        const S* source = address<S>(x, run, 0);
+        S* target = address<S>(y, run, 0);
+        if (from.outer == to.outer) {
+            move(target, to.outer_stride, to.inner_stride, source, from.outer_stride, from.inner_stride, to.outer, to.inner);
+        } else {  // one of the two is a single run of memory, which divides like the other
+            const Block& rows = from.outer > 1 ? from : to;
+            const int64_t step = from.outer > 1 ? to.inner_stride : from.inner_stride, row = step * rows.inner;
+            if (from.outer > 1)
+                move(target, row, step, source, from.outer_stride, from.inner_stride, rows.outer, rows.inner);
+            else
+                move(target, to.outer_stride, to.inner_stride, source, row, step, rows.outer, rows.inner);
+        }
+    });
 }
 
 template <class T>
@@ -169,19 +185,18 @@ void store_pairs(Pair<T> from, const Tensor& h, const Run& run, Order order, int
     with_type(h.dtype, [&](auto* type) {
         using S = std::remove_pointer_t<decltype(type)>;
         auto* to = address<S>(h, run, 2 * channel);
-        for (int64_t o = 0; o < block.outer; ++o) {
+        const bool side_by_side = block.inner_stride == 2 && h.channel == 1;
+        for (int64_t o = 0; o < block.outer && side_by_side; ++o) {
             auto* row = to + o * block.outer_stride;
             const T *from_first = from.first + o * block.inner, *from_second = from.second + o * block.inner;
-            if (block.inner_stride == 2 && h.channel == 1) {
-                for (int64_t i = 0; i < block.inner; ++i) {
-                    row[2 * i] = S(from_first[i]);
-                    row[2 * i + 1] = S(from_second[i]);
-                }
-            } else {
-                convert_back(row, block.inner_stride, from_first, block.inner);
-                convert_back(row + h.channel, block.inner_stride, from_second, block.inner);
+            for (int64_t i = 0; i < block.inner; ++i) {
+                row[2 * i] = S(from_first[i]);
+                row[2 * i + 1] = S(from_second[i]);
             }
         }
+        if (side_by_side) return;
+        move(to, block.outer_stride, block.inner_stride, from.first, block.inner, 1, block.outer, block.inner);
+        move(to + h.channel, block.outer_stride, block.inner_stride, from.second, block.inner, 1, block.outer, block.inner);
     });
 }
 

@@ -16,8 +16,8 @@ struct StepTile {
 
     StepTile(const FlowStep& p)
         : order(order_of(p.x)), channels(p.size.channels) {
-        // some 8 KB a buffer, whole vectors of pixels
-        pixels = std::max<int64_t>(16, (8192 / int64_t(sizeof(T)) / channels) / 16 * 16);
+        // some 8 KB a buffer, and at least two of the widest vectors of pixels
+        pixels = std::max<int64_t>(32, (8192 / int64_t(sizeof(T)) / channels) / 32 * 32);
         row = padded<T>(order == Order::planes ? pixels : channels);
     }
     int64_t rows() const { return order == Order::planes ? channels : pixels; }
@@ -33,9 +33,9 @@ struct StepTile {
             return;
         }
         if (changed == row) return use(tile, 0, changed, changed * run.pixels);
-        copy_rows(buffer, changed, tile + kept, row, changed, run.pixels);
+        move(buffer, changed, 1, tile + kept, row, 1, run.pixels, changed);
         use(buffer, 0, changed, changed * run.pixels);
-        copy_rows(tile + kept, row, buffer, changed, changed, run.pixels);
+        move(tile + kept, row, 1, buffer, changed, 1, run.pixels, changed);
     }
 
     void load(T* tile, const Tensor& x, const Run& run, T* buffer) const {
@@ -44,7 +44,7 @@ struct StepTile {
         } else if (row == channels) {
             load_copy(tile, x, run, order, 0, channels);
         } else {
-            copy_rows(tile, row, ncsr::NCSR_ISA::load(buffer, x, run, order, 0, channels), channels, channels, run.pixels);
+            move(tile, row, 1, ncsr::NCSR_ISA::load(buffer, x, run, order, 0, channels), channels, 1, run.pixels, channels);
         }
     }
 
@@ -55,14 +55,9 @@ struct StepTile {
             ncsr::NCSR_ISA::store(tile, y, run, order, 0, channels);
         } else {
             T* to = place(buffer, y, run, order, 0, channels);
-            copy_rows(to, channels, tile, row, channels, run.pixels);
+            move(to, channels, 1, tile, row, 1, run.pixels, channels);
             ncsr::NCSR_ISA::store(to, y, run, order, 0, channels);
         }
-    }
-
-    static void copy_rows(T* to, int64_t to_row, const T* from, int64_t from_row, int64_t n, int64_t rows) {
-        for (int64_t i = 0; i < rows; ++i)
-            for (int64_t j = 0; j < n; ++j) to[i * to_row + j] = from[i * from_row + j];
     }
 
     // to = matrix·from + offset at every pixel (offset may be null); `matrix` in the form `prepare` gives for the order
@@ -196,14 +191,13 @@ void flow_step_backward(FlowStep p, int threads) {
             layout.store(da, p.dx, run, buffer);
         });
     });
-    // the parts in their order, in double
-    for (int64_t i = 0; i < channels; ++i)
-        for (int64_t j = 0; j <= channels; ++j) {  // one more for the offset
-            const int64_t at = j < channels ? i * layout.row_of_matrix() + j : layout.elements_of_matrix() + i;
-            double total = 0;
-            for (int64_t item = 0; item < tiling.items(); ++item) total += double(partial[size_t(item * of_part + at)]);
-            reinterpret_cast<T*>(j < channels ? p.dmix : p.doffset)[j < channels ? i * channels + j : i] = T(total);
-        }
+    std::vector<double> total(size_t(of_part), 0.0);  // the parts in their order
+    for (int64_t item = 0; item < tiling.items(); ++item)
+#pragma omp simd
+        for (int64_t i = 0; i < of_part; ++i) total[size_t(i)] += double(partial[size_t(item * of_part + i)]);
+    const double* sum_offset = total.data() + layout.elements_of_matrix();
+    move(reinterpret_cast<T*>(p.dmix), channels, 1, total.data(), layout.row_of_matrix(), 1, channels, channels);
+    move(reinterpret_cast<T*>(p.doffset), channels, 1, sum_offset, channels, 1, 1, channels);
 }
 
 }  // namespace ncsr::NCSR_ISA

@@ -5,7 +5,9 @@
 
 namespace ncsr::NCSR_ISA {
 
-constexpr int64_t piece_elements = 1024;  // of a buffer: a handful of them stay in the first-level cache
+// Of a piece: all channels of a few pixels, in buffers that stay in the first-level cache; or one channel of many pixels,
+// which is read where it lies, in runs long enough for the prefetchers.
+constexpr int64_t pixels_piece = 1024, planes_piece = 4096;
 
 // A run of pixels as pieces of a tile that are dense in memory where they can be: one channel of a long run, or all
 // channels of a few pixels.
@@ -15,9 +17,12 @@ struct Pieces {
     Pieces(const Pointwise& p) : order(order_of(p.x)) {
         const int64_t changed = p.size.channels - p.kept;
         channels = order == Order::planes ? 1 : changed;
-        pixels = std::max<int64_t>(1, piece_elements / channels);
+        pixels = std::max<int64_t>(1, (order == Order::planes ? planes_piece : pixels_piece) / channels);
     }
     int64_t elements() const { return pixels * channels; }
+
+    // What is copied before the changed channels are written: the kept ones; in rows of channels all, as one run of memory.
+    int64_t copied(const Pointwise& p) const { return p.kept && order == Order::pixels ? p.size.channels : p.kept; }
 };
 
 template <class T, class M, bool inverse>
@@ -34,6 +39,7 @@ void pointwise_forward(Pointwise p, int threads) {
         const Pair<T> pair{scratch.take(pieces.elements()), scratch.take(pieces.elements())};
         LogDet<T, M> logdet(p.eps);
         tiling.tiles(item, [&](const Run& run) {
+            copy_channels(p.x, p.y, run, pieces.order, pieces.copied(p));
             for (int64_t c = 0; c < changed; c += pieces.channels) {
                 const int64_t count = pieces.channels;
                 const auto h = load_pairs(pair, p.h, run, pieces.order, c, count);
@@ -42,7 +48,6 @@ void pointwise_forward(Pointwise p, int threads) {
                 apply<M, inverse>(count * run.pixels, from, h, T(p.eps), to, &logdet);
                 store(to, p.y, run, pieces.order, p.kept + c, count);
             }
-            copy_channels(p.x, p.y, run, pieces.order, p.kept, pieces.channels, x);
         });
         partial[size_t(item)] = logdet.total();
     });
@@ -64,6 +69,7 @@ void pointwise_backward(Pointwise p, int threads) {
         const Pair<T> dpair{scratch.take(elements), scratch.take(elements)};
         const T g = per_sample<T>(p.dlogdet, item / tiling.parts);
         tiling.tiles(item, [&](const Run& run) {
+            copy_channels(p.dy, p.dx, run, pieces.order, pieces.copied(p));
             for (int64_t c = 0; c < changed; c += pieces.channels) {
                 const int64_t count = pieces.channels;
                 const auto h = load_pairs(pair, p.h, run, pieces.order, c, count);
@@ -75,7 +81,6 @@ void pointwise_backward(Pointwise p, int threads) {
                 store(to, p.dx, run, pieces.order, p.kept + c, count);
                 store_pairs(to_pair, p.dh, run, pieces.order, c, count);
             }
-            copy_channels(p.dy, p.dx, run, pieces.order, p.kept, pieces.channels, x);
         });
     });
 }

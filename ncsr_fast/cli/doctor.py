@@ -62,7 +62,7 @@ def report() -> dict[str, dict[str, str]]:
             "nvcc": _tool("nvcc"),
         },
         "packages": {name: _package(name, purpose) for name, purpose in _PACKAGES.items()},
-        "operators (backend='auto')": {name: ops.resolve_backend(name, "auto") for name in ops.OPERATORS},
+        "operators (backend='auto')": {name: ops.resolve_backend(name) for name in ops.OPERATORS},
         "backends": {
             backend.name: ("available: " if backend.available else "not available: ") + backend.reason
             for backend in ops.backends().values()

@@ -7,6 +7,7 @@ import importlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 
 import torch
@@ -98,15 +99,17 @@ def _native_missing(kind: str) -> str:
     try:
         native = implementation("native")
     except ImportError as error:
-        return f"ncsr_fast._native was not built ({error}); reinstall where there is a C++ compiler: pip install ."
+        built = Path(__file__).parents[1] / "build_info.txt"  # setup.py's account of the installation
+        account = built.read_text().strip() if built.exists() else "this is a source tree that was not installed"
+        return f"{error} ({account}); reinstall where there is a C++ compiler: pip install ."
     return native.CUDA_MISSING if kind == "cuda" else ""
 
 
 def _triton_missing(kind: str, float64: bool) -> str:
     try:
-        importlib.import_module("triton")
+        implementation("triton")
     except ImportError as error:
-        return f"Triton cannot be imported ({error}): pip install triton"
+        return f"the Triton kernels cannot be imported ({error}): pip install triton"
     if float64:
         return "the Triton kernels compute in float32; use backend='native' or 'reference' for float64"
     if kind == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":

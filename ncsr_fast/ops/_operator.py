@@ -2,6 +2,8 @@
 
 An eager call goes straight to the kernels: the dispatcher would cost as much as a small kernel. Under `torch.compile` or
 with fake tensors the call goes through the operator `ncsr_fast::<name>`, which has a schema, a fake and an autograd formula.
+What kernels cannot do, plain torch does whatever the backend: gradients of gradients, and calls under `torch.func`
+transforms or batched gradients, whose tensors have no memory of their own.
 """
 
 from __future__ import annotations
@@ -61,15 +63,22 @@ class Operator:
         tensors = [tensor for tensor in arguments[: self.count] if tensor is not None]
         if torch.compiler.is_compiling() or any(type(tensor) not in _PLAIN for tensor in tensors):
             return self._registered(*arguments)
+        if torch._C._are_functorch_transforms_active():
+            return self.reference(*arguments)
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
             return self._function.apply(*arguments)
         return self.forward(*arguments)
 
     def _make_function(self, name: str) -> type[torch.autograd.Function]:
+        def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:  # a setup_context would cost 25 µs a call
+            output = self.forward(*arguments)
+            self._setup(ctx, arguments, output)
+            return output
+
         def gradient(ctx: Any, dy: Tensor, dlogdet: Tensor) -> Grads:
             return self._gradient(ctx, dy, dlogdet, self.backward)
 
-        methods = {"forward": self.forward, "setup_context": self._setup, "backward": gradient}
+        methods = {"forward": forward, "backward": gradient}
         return type(name, (torch.autograd.Function,), {key: staticmethod(method) for key, method in methods.items()})
 
     def _setup(self, ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -78,7 +87,7 @@ class Operator:
 
     def _gradient(self, ctx: Any, dy: Tensor, dlogdet: Tensor, backward: Callable[..., Grads]) -> Grads:
         *tensors, y = ctx.saved_tensors
-        if torch.is_grad_enabled():  # create_graph=True: only plain torch has gradients of gradients
+        if torch.is_grad_enabled() or _is_wrapped(dy) or _is_wrapped(dlogdet):  # the first is create_graph=True
             grads = self._gradient_of_reference(dy, dlogdet, tensors, ctx.parameters)
         else:
             grads = backward(dy, dlogdet, y, *tensors, *ctx.parameters)
@@ -88,10 +97,15 @@ class Operator:
         return self._gradient(ctx, dy, dlogdet, self._through_library)
 
     def _gradient_of_reference(self, dy: Tensor, dlogdet: Tensor, tensors: list[Tensor | None], parameters: tuple) -> Grads:
-        wanted = [tensor for tensor in tensors if tensor is not None and tensor.requires_grad]
-        outputs = self.reference(*tensors, *parameters)
-        grads = iter(torch.autograd.grad(outputs, wanted, (dy, dlogdet), create_graph=True))
-        return tuple(next(grads) if tensor is not None and tensor.requires_grad else None for tensor in tensors)
+        create_graph = torch.is_grad_enabled()
+        with torch.enable_grad():
+            # views, so that h counts as an input of its own where it was computed from z
+            views = [None if tensor is None else tensor.view_as(tensor) for tensor in tensors]
+            outputs = zip(self.reference(*views, *parameters), (dy, dlogdet))
+        outputs, weights = zip(*((output, weight) for output, weight in outputs if output.requires_grad))
+        wanted = [view for view in views if view is not None and view.requires_grad]
+        grads = iter(torch.autograd.grad(outputs, wanted, weights, create_graph=create_graph))
+        return tuple(next(grads) if view is not None and view.requires_grad else None for view in views)
 
     def _through_library(self, dy: Tensor, dlogdet: Tensor, y: Tensor | None, *arguments: Any) -> Grads:
         grads = self._registered_backward(dy, dlogdet, y, *arguments)
@@ -107,6 +121,12 @@ class Operator:
 
     def _fake_backward(self, dy: Tensor, dlogdet: Tensor, y: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
         return tuple(_empty_gradient(tensor, dy) for tensor in arguments[: self.count])
+
+
+def _is_wrapped(tensor: Tensor) -> bool:
+    """Whether a transform of `torch.func` or a batched gradient put something else in a tensor's place."""
+    functorch = torch._C._functorch
+    return functorch.is_functorch_wrapped_tensor(tensor) or functorch.is_legacy_batchedtensor(tensor)
 
 
 def _empty_gradient(tensor: Tensor | None, dy: Tensor) -> Tensor:

@@ -132,6 +132,38 @@ def test_gradient_of_a_gradient(name, device, backend, inverse):
 
 
 @cells
+def test_gradient_of_a_gradient_where_h_depends_on_z(device, backend):
+    """As in a flow: the second gradient must take each way from z once."""
+    dtype = exact_dtype(device, backend)
+    z = arguments("affine_coupling", channels=4, size=(1, 2), batch=1, dtype=dtype, device=device)[0].requires_grad_()
+    results = []
+    for which in (backend, "reference"):
+        y, logdet = ops.affine_coupling(z, torch.cat([z[:, :2], z[:, :2].sin()], dim=1), backend=which)
+        (first,) = torch.autograd.grad(y.square().sum() + logdet.sum(), z, create_graph=True)
+        results.append(torch.autograd.grad(first.square().sum(), z)[0])
+    assert_close(*results, 100 * ROUNDING[dtype], "second gradient")
+
+
+@operators
+@cells
+def test_torch_func_and_batched_gradients(name, device, backend):
+    """vmap over samples of a batch of batches, and a Jacobian by batched gradients: plain torch, the same numbers."""
+    dtype = exact_dtype(device, backend)
+    state, *rest = arguments(name, channels=4, size=(1, 2), batch=1, dtype=dtype, device=device)
+    several = torch.stack([state, 2 * state])
+    y, logdet = torch.func.vmap(lambda z: run(name, z, *rest, backend=backend))(several)
+    for index in (0, 1):
+        expected, expected_logdet = run(name, several[index], *rest, backend=backend)
+        assert_close(y[index], expected, 20 * ROUNDING[dtype], "y")
+        assert_close(logdet[index], expected_logdet, 20 * ROUNDING[dtype], "logdet")
+    jacobians = [
+        torch.autograd.functional.jacobian(lambda z: run(name, z, *rest, backend=backend)[0], state, vectorize=vectorize)
+        for vectorize in (False, True)
+    ]
+    assert_close(*jacobians, 20 * ROUNDING[dtype], "jacobian")
+
+
+@cells
 def test_only_what_needs_a_gradient_gets_one(device, backend):
     z, h = arguments("affine_injector", dtype=torch.float32, device=device)
     y, _ = ops.affine_injector(z, h.requires_grad_(), backend=backend)
