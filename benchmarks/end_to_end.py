@@ -9,19 +9,17 @@ them), the two programs alternating in one process. Printed, and written to benc
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
 from unittest import mock
 
 import torch
+from provenance import provenance  # beside this script
 
-from ncsr_fast import NCSR, NCSRConfig, __version__
+from ncsr_fast import NCSR, NCSRConfig
 
 RESULTS = Path(__file__).parent / "results"
 OPTIONS = {  # the part of the published 4X.yml that decides the architecture
@@ -116,26 +114,13 @@ def main() -> None:
         "speed_up": statistics.median(published / own for published, own in times),
         "speed_up_range": [min(a / b for a, b in times), max(a / b for a, b in times)],
         "relative_error": error,
-        "device": torch.cuda.get_device_name() if args.device == "cuda" else f"{_processor()}, {args.threads} threads",
-        "torch": torch.__version__,
-        "ncsr_fast": __version__,
-        "commit": subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-        ).stdout.strip(),
-        "date": datetime.date.today().isoformat(),
+        **provenance(args.device),
         "command": f"python benchmarks/end_to_end.py --published PATH --size {args.size} --n {args.n} "
         f"--rounds {args.rounds} --threads {args.threads} --device {args.device}",
     }
     print(json.dumps(row, indent=2, ensure_ascii=False))
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / f"sampling-{args.device}.json").write_text(json.dumps(row, indent=2, ensure_ascii=False) + "\n")
-
-
-def _processor() -> str:
-    """Model name of the CPU."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
 if __name__ == "__main__":

@@ -1,17 +1,30 @@
 #!/usr/bin/env bash
-# Everything this library can check and measure on a machine with a GPU, in one call of less than 10 minutes.
-#   benchmarks/gpu.sh RESULTS_FOLDER [CHECKOUT_OF_THE_PUBLISHED_NCSR]
-# Needs torch with CUDA, pytest, scikit-image, safetensors and tqdm; fetches nothing. No figure of it is in the README
-# until it has been run.
+# Everything this library can check and measure on a machine with a GPU, in calls of less than 10 minutes each.
+#   benchmarks/gpu.sh build|tests|operators|model RESULTS_FOLDER [CHECKOUT_OF_THE_PUBLISHED_NCSR]
+# `build` installs the package with its CUDA kernels; each of the others needs it to have run on that machine before.
+# Needs torch with CUDA, triton, nvcc, pybind11, ninja, pytest, scikit-image, safetensors and tqdm; fetches nothing. No
+# figure of it is in the README until it has been run.
 set -euo pipefail
-results=$(mkdir -p "$1" && cd "$1" && pwd)
-published=${2:+$(cd "$2" && pwd)}
-cd "$(dirname "$0")/.."
-python3 -m pip install --quiet --no-build-isolation --no-deps .
+what=$1
+results=$(mkdir -p "$2" && cd "$2" && pwd)
+published=${3:+$(cd "$3" && pwd)}
+repository=$(cd "$(dirname "$0")/.." && pwd)
 cd "$results" # so that what is imported is what was installed
-ncsr-fast doctor | tee doctor.txt
-python3 -m pytest -c "$OLDPWD/pyproject.toml" "$OLDPWD/tests" | tee tests.txt
-ncsr-fast demo --device cuda --out demo | tee demo.txt
-if [ -n "$published" ]; then
-  python3 "$OLDPWD/benchmarks/end_to_end.py" --published "$published" --device cuda --size 128 --out .
-fi
+case $what in
+  build)
+    NCSR_FAST_CUDA=1 TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-9.0} \
+      python3 -m pip install --no-build-isolation --no-deps "$repository" 2>&1 | tee build.txt
+    ncsr-fast doctor | tee doctor.txt
+    # one pass through each backend before anything else: two CUDA runtimes share this process
+    python3 -m pytest -x -q -c "$repository/pyproject.toml" "$repository/tests/ops/test_operators.py" -k "cuda and values" | tee smoke.txt
+    ;;
+  tests) python3 -m pytest -c "$repository/pyproject.toml" "$repository/tests" | tee tests.txt ;;
+  operators) ncsr-fast bench --device cuda --out . | tee operators.txt ;;
+  model)
+    ncsr-fast demo --device cuda --out demo | tee demo.txt
+    if [ -n "$published" ]; then
+      python3 "$repository/benchmarks/end_to_end.py" --published "$published" --device cuda --size 128 --out .
+    fi
+    ;;
+  *) echo "gpu.sh: $what is none of build, tests, operators, model" >&2; exit 2 ;;
+esac

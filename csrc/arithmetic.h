@@ -10,56 +10,67 @@
 
 namespace ncsr {
 
-// Constants of exp and log by type: how many terms bring the truncation below an ulp, and the layout of the bits.
+// Constants of exp and log by type, and the layout of the bits.
 template <class T>
 struct Format;
 
 template <>
 struct Format<float> {
     using Bits = int32_t;
-    static constexpr int mantissa = 23, exp_terms = 7, log_terms = 5;
+    static constexpr int mantissa = 23, log_terms = 5;
     static constexpr float round = 12582912.0f;  // 1.5·2²³: adding it leaves the rounded integer in the low bits
+    static constexpr Bits round_bits = 0x4b400000, limit = 116;  // of the exponent in `exp`
     static constexpr float ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;
-    static constexpr float exp_limit = 80.0f;  // keeps 2ⁿ normal; sigmoid(±80) is 0 or 1 beside any eps
     static constexpr float smallest = 1.17549435e-38f;
-    static constexpr Bits one = 0x3f800000, sqrt_half = 0x3f3504f3;
+    static constexpr Bits bias = 127, sqrt_half = 0x3f3504f3;
+    // 2ʳ on [-½, ½] interpolated at Chebyshev's points; largest error 2e-9
+    static constexpr int exp_degree = 6;
+    NCSR_FUNCTION static constexpr float exp_coefficient(int k) {
+        constexpr float c[] = {1.0f,           0.693147206702833f, 0.240226509222888f, 0.0555032722667031f,
+                               0.00961805667852464f, 0.00134004281776158f, 0.000154614446985691f};
+        return c[k];
+    }
 };
 
 template <>
 struct Format<double> {
     using Bits = int64_t;
-    static constexpr int mantissa = 52, exp_terms = 13, log_terms = 11;
+    static constexpr int mantissa = 52, log_terms = 11;
     static constexpr double round = 6755399441055744.0;
+    static constexpr Bits round_bits = 0x4338000000000000, limit = 1000;
     static constexpr double ln2_high = 0.693147180369123816490, ln2_low = 1.90821492927058770002e-10;
-    static constexpr double exp_limit = 700.0;
     static constexpr double smallest = 2.2250738585072014e-308;
-    static constexpr Bits one = 0x3ff0000000000000, sqrt_half = 0x3fe6a09e667f3bcd;
-};
-
-// 1/k!, evaluated by the compiler.
-template <class T>
-struct InverseFactorials {
-    T values[14];
-    constexpr InverseFactorials() : values{} {
-        values[0] = T(1);
-        for (int k = 1; k < 14; ++k) values[k] = values[k - 1] / T(k);
+    static constexpr Bits bias = 1023, sqrt_half = 0x3fe6a09e667f3bcd;
+    static constexpr int exp_degree = 11;  // largest error 3e-18
+    NCSR_FUNCTION static constexpr double exp_coefficient(int k) {
+        constexpr double c[] = {0.999999999999999997,    0.693147180559945309,    0.240226506959101596,
+                                0.055504108664821627,    0.00961812910758725667,  0.00133335581464064707,
+                                0.000154035304637243542, 0.0000152527338415567726, 1.32154325359123762e-6,
+                                1.01780570877339411e-7,  7.07419429728852101e-9,  4.45581790833606449e-10};
+        return c[k];
     }
 };
 
-// exp(x) for |x| ≤ exp_limit, clamped outside: x = n·ln 2 + r, exp(r) by its series. NaN stays NaN.
+// 2ᵗ, the exponent held within ±limit, where sigmoid is 0 or 1 beside any eps: t = n + r, and 2ʳ by a polynomial.
+// NaN stays NaN, and so does infinity become.
 template <class T>
-NCSR_FUNCTION T exp_limited(T x) {
+NCSR_FUNCTION T exp2_limited(T t) {
     using F = Format<T>;
-    x = x < -F::exp_limit ? -F::exp_limit : x;
-    x = x > F::exp_limit ? F::exp_limit : x;
-    const T shifted = x * T(1.44269504088896340736) + F::round;
-    const T n = shifted - F::round;
-    const T r = (x - n * F::ln2_high) - n * F::ln2_low;
-    constexpr InverseFactorials<T> coefficients;
-    T series = coefficients.values[F::exp_terms];
-    for (int k = F::exp_terms - 1; k >= 0; --k) series = series * r + coefficients.values[k];
-    const auto power = bits_as<typename F::Bits>(shifted) << F::mantissa;  // n moved into the exponent
-    return series * bits_as<T>(power + F::one);
+    const T shifted = t + F::round;
+    const T r = t - (shifted - F::round);
+    T series = F::exp_coefficient(F::exp_degree);
+    for (int k = F::exp_degree - 1; k >= 0; --k) series = series * r + F::exp_coefficient(k);
+    // bits of `shifted` order like t, beyond ±2²² too, where r is 0
+    auto n = bits_as<typename F::Bits>(shifted);
+    n = n < F::round_bits - F::limit ? F::round_bits - F::limit : n;
+    n = n > F::round_bits + F::limit ? F::round_bits + F::limit : n;
+    return series * bits_as<T>((n - F::round_bits + F::bias) << F::mantissa);
+}
+
+// e = exp(-(raw + 2)), of which sigmoid(raw + 2) = 1/(1 + e)
+template <class T>
+NCSR_FUNCTION T exp_of_gate(T raw) {
+    return exp2_limited(raw * T(-1.44269504088896340736) + T(-2 * 1.44269504088896340736));
 }
 
 // log(x) for x > 0: x = m·2ⁿ with m in [√½, √2), log m = 2·artanh((m-1)/(m+1)). NaN stays NaN; zero counts as `smallest`.
@@ -84,14 +95,14 @@ struct Affine {
 
     template <bool inverse, class T>
     static NCSR_FUNCTION T apply(T x, T shift, T raw, T eps, T& s) {
-        s = T(1) / (T(1) + exp_limited(-(raw + T(2)))) + eps;
+        s = T(1) / (T(1) + exp_of_gate(raw)) + eps;
         return inverse ? x / s - shift : (x + shift) * s;
     }
 
     // v is x, or with `from_output` the y that was computed from it, which serves as well: (x + shift) = y/s, x/s = y + shift.
     template <bool inverse, bool from_output, class T>
     static NCSR_FUNCTION T backward(T dy, T g, T v, T shift, T raw, T eps, T& dshift, T& draw) {
-        const T e = exp_limited(-(raw + T(2))), q = T(1) / (T(1) + e), s = q + eps;
+        const T e = exp_of_gate(raw), q = T(1) / (T(1) + e), s = q + eps;
         const T slope = e * q * q;  // ds/draw = q(1 - q), without the cancellation of 1 - q
         const T per_s = T(1) / s;
         const T sum_or_ratio = inverse == from_output ? v + shift : v * per_s;
@@ -135,10 +146,10 @@ struct Gaussian {
     }
 
   private:
-    // exp over the whole range of the type, to 0 and infinity, as two halves that exp_limited can hold
+    // exp over the whole range of the type, to 0 and infinity, as two halves within the limit
     template <class T>
     static NCSR_FUNCTION T exp_wide(T x) {
-        const T half = exp_limited(x * T(0.5));
+        const T half = exp2_limited(x * T(0.5 * 1.44269504088896340736));
         return half * half;
     }
 };

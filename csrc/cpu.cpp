@@ -7,6 +7,7 @@
 #include "cpu.h"
 
 #include "flow_step_cpu.h"
+#include "fold_cpu.h"
 #include "pointwise_cpu.h"
 
 namespace ncsr::NCSR_ISA {
@@ -51,6 +52,8 @@ const CpuKernels kernels{
         else
             p.inverse ? flow_step_backward<float, true>(p, threads) : flow_step_backward<float, false>(p, threads);
     },
+    fold,
+    fold_gradient,
 };
 
 }  // namespace ncsr::NCSR_ISA

@@ -1,9 +1,28 @@
 // The CPU kernels as module.cpp sees them: one table of functions for each instruction set cpu.cpp was built for.
 #pragma once
 
+#include <vector>
+
 #include "tensor.h"
 
 namespace ncsr {
+
+using Vector64 = std::vector<double>;
+using Matrix = std::vector<double>;  // n × n, rows one after the other
+
+// An actnorm and a 1×1 convolution as one matrix: fold_cpu.h.
+struct Folded {
+    Matrix mix, inverse_weight;  // the latter where it was needed
+    Vector64 offset;
+    double logdet_of_pixel, condition;  // of weight in the ∞-norm, 0 where no inverse was needed
+};
+
+struct FoldGradient {
+    Vector64 bias, logs;
+    Matrix weight;
+};
+
+enum class Needed { mix, logdet, inverse };  // each includes those before it
 
 // Threads as torch.get_num_threads() says, at most.
 struct CpuKernels {
@@ -11,6 +30,9 @@ struct CpuKernels {
     void (*pointwise_backward)(const Pointwise&, bool float64, int threads);
     void (*flow_step_forward)(const FlowStep&, bool float64, int threads);
     void (*flow_step_backward)(const FlowStep&, bool float64, int threads);
+    Folded (*fold)(const Vector64& bias, const Vector64& logs, const Matrix& weight, bool inverse, Needed);
+    FoldGradient (*fold_gradient)(const Vector64& bias, const Vector64& logs, const Matrix& weight, Matrix dmix,
+                                  const Vector64& doffset, double g, bool inverse);
 };
 
 namespace baseline {

@@ -148,13 +148,13 @@ void store(const T* from, const Tensor& y, const Run& run, Order order, int64_t 
     });
 }
 
-// The first `count` channels as they are; x and y have one dtype.
-inline void copy_channels(const Tensor& x, const Tensor& y, const Run& run, Order order, int64_t count) {
+// `count` channels from `channel` on as they are; x and y have one dtype.
+inline void copy_channels(const Tensor& x, const Tensor& y, const Run& run, Order order, int64_t channel, int64_t count) {
     const Block from(x, order, x.channel, count, run.pixels), to(y, order, y.channel, count, run.pixels);
     with_type(x.dtype, [&](auto* type) {
         using S = std::remove_pointer_t<decltype(type)>;
-        const S* source = address<S>(x, run, 0);
-        S* target = address<S>(y, run, 0);
+        const S* source = address<S>(x, run, channel);
+        S* target = address<S>(y, run, channel);
         if (from.outer == to.outer) {
             move(target, to.outer_stride, to.inner_stride, source, from.outer_stride, from.inner_stride, to.outer, to.inner);
         } else {  // one of the two is a single run of memory, which divides like the other

@@ -17,24 +17,29 @@ constexpr int64_t lanes = 64;  // elements a loop works on at once: several vect
 
 struct Tiling {
     Sizes size;
-    int64_t pixels, per_row, per_sample, parts;
+    int64_t pixels, groups, per_row, per_group, per_sample, parts;
 
-    // `parts_wanted` over the whole batch: enough for the threads of a large machine, few enough for their partial sums
-    Tiling(const Sizes& size, int64_t pixels, int64_t parts_wanted) : size(size), pixels(pixels) {
+    // Tiles of at most `pixels` pixels, each for one of `groups` groups of channels. A part is `elements` or more, as far
+    // as there are several, and there are at most some `most` of them: enough for the threads of a large machine.
+    Tiling(const Sizes& size, int64_t pixels, int64_t groups, int64_t elements, int64_t most)
+        : size(size), pixels(pixels), groups(groups) {
         per_row = (size.columns + pixels - 1) / pixels;
-        per_sample = per_row * size.rows;
-        parts = std::min(per_sample, std::max<int64_t>(1, parts_wanted / std::max<int64_t>(1, size.batch)));
+        per_group = per_row * size.rows;
+        per_sample = per_group * groups;
+        const int64_t all = size.channels * size.rows * size.columns;
+        parts = std::min({per_sample, most / std::max<int64_t>(1, size.batch), all / elements});
+        parts = std::max<int64_t>(parts, per_sample > 0);
     }
 
     int64_t items() const { return size.batch * parts; }
 
-    // Calls `use` with every tile of a part.
+    // Calls use(run, group) with every tile of a part.
     template <class Use>
     void tiles(int64_t item, Use use) const {
         const int64_t sample = item / parts, part = item % parts;
         for (int64_t tile = part * per_sample / parts; tile < (part + 1) * per_sample / parts; ++tile) {
-            const int64_t column = tile % per_row * pixels;
-            use(Run{sample, tile / per_row, column, std::min(pixels, size.columns - column)});
+            const int64_t at = tile % per_group, column = at % per_row * pixels;
+            use(Run{sample, at / per_row, column, std::min(pixels, size.columns - column)}, tile / per_group);
         }
     }
 };
@@ -44,7 +49,8 @@ template <class Work>
 void parallel(int64_t items, int64_t cost, int threads, Work work) {
     const int team = int(std::min<int64_t>({int64_t(threads), items, 1 + cost / 10000}));
     (void)team;
-#pragma omp parallel for num_threads(team) schedule(static) if (team > 1)
+// neighbours go to different threads, since the parts of kept channels have less to do
+#pragma omp parallel for num_threads(team) schedule(static, 1) if (team > 1)
     for (int64_t item = 0; item < items; ++item) work(item);
 }
 

@@ -131,7 +131,7 @@ template <class T, bool inverse>
 void flow_step_forward(FlowStep p, int threads) {
     join_rows(p.size, {&p.x, &p.h_pre, &p.h_post, &p.y});
     const StepTile<T> layout(p);
-    const Tiling tiling(p.size, layout.pixels, 64);
+    const Tiling tiling(p.size, layout.pixels, 1, 4096, 64);
     std::vector<double> partial(size_t(tiling.items()));
     std::vector<T> matrix(size_t(layout.elements_of_matrix()));
     std::vector<T> offset(size_t(layout.row_of_matrix()));
@@ -142,7 +142,7 @@ void flow_step_forward(FlowStep p, int threads) {
         T *a = scratch.take(layout.elements()), *w = scratch.take(layout.elements()), *buffer = scratch.take(layout.elements());
         const Pair<T> pair{scratch.take(layout.elements()), scratch.take(layout.elements())};
         LogDet<T, Affine> logdet(p.eps);
-        tiling.tiles(item, [&](const Run& run) {
+        tiling.tiles(item, [&](const Run& run, int64_t) {
             layout.load(a, p.x, run, buffer);
             if (p.h_pre.data)
                 affine_in_place<T, inverse>(layout, a, p.h_pre, p.kept_pre(), T(p.eps), run, buffer, pair, &logdet);
@@ -160,7 +160,9 @@ template <class T, bool inverse>
 void flow_step_backward(FlowStep p, int threads) {
     join_rows(p.size, {&p.x, &p.h_pre, &p.h_post, &p.y, &p.dy, &p.dx, &p.dh_pre, &p.dh_post});
     const StepTile<T> layout(p);
-    const Tiling tiling(p.size, layout.pixels, 32);  // fewer parts: each has a C×C partial sum
+    // fewer and larger parts: each has a C×C partial sum
+    const int64_t square = p.size.channels * p.size.channels;
+    const Tiling tiling(p.size, layout.pixels, 1, std::max<int64_t>(4096, square / 2), 32);
     const int64_t channels = p.size.channels, elements = layout.elements();
     const int64_t of_part = layout.elements_of_matrix() + layout.row_of_matrix();
     std::vector<T> partial(size_t(tiling.items() * of_part));
@@ -175,7 +177,7 @@ void flow_step_backward(FlowStep p, int threads) {
         const Pair<T> dpair{scratch.take(elements), scratch.take(elements)};
         T *dmix = partial.data() + item * of_part, *doffset = dmix + layout.elements_of_matrix();
         const T g = per_sample<T>(p.dlogdet, item / tiling.parts), eps = T(p.eps);
-        tiling.tiles(item, [&](const Run& run) {
+        tiling.tiles(item, [&](const Run& run, int64_t) {
             layout.load(a, p.x, run, buffer);
             if (p.h_pre.data)
                 affine_in_place<T, inverse>(layout, a, p.h_pre, p.kept_pre(), eps, run, buffer, pair, nullptr);

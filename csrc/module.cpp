@@ -3,13 +3,13 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <array>
 #include <stdexcept>
 #include <string>
 
 #include "cpu.h"
 #include "cuda.h"
-#include "fold.h"
 
 namespace py = pybind11;
 using namespace ncsr;
@@ -154,31 +154,32 @@ int64_t pointwise_workspace(SizesTuple) { return 0; }
 int64_t flow_step_workspace(SizesTuple, bool, bool) { return 0; }
 #endif
 
-// float32 or float64 with strides, as doubles; `rows` 1 for a vector
+// Calls `use` with a pointer of a tensor's C++ type: float32 or float64.
+template <class Use>
+void with_parameter(const TensorTuple& t, Use use) {
+    Dtype(t[1]) == Dtype::float64 ? use(reinterpret_cast<double*>(t[0])) : use(reinterpret_cast<float*>(t[0]));
+}
+
+// A matrix, or a vector as its one row, as doubles.
 std::vector<double> doubles(const TensorTuple& t, int64_t rows, int64_t columns) {
     std::vector<double> values(static_cast<size_t>(rows * columns));
-    for (int64_t i = 0; i < rows; ++i)
-        for (int64_t j = 0; j < columns; ++j) {
-            const int64_t at = i * t[2] + j * t[3];
-            values[size_t(i * columns + j)] =
-                Dtype(t[1]) == Dtype::float64 ? reinterpret_cast<double*>(t[0])[at] : double(reinterpret_cast<float*>(t[0])[at]);
-        }
+    with_parameter(t, [&](const auto* from) {
+        for (int64_t i = 0; i < rows; ++i)
+            for (int64_t j = 0; j < columns; ++j) values[size_t(i * columns + j)] = double(from[i * t[2] + j * t[3]]);
+    });
     return values;
 }
 
 void write(const TensorTuple& t, const std::vector<double>& values) {
-    for (size_t i = 0; i < values.size(); ++i)
-        if (Dtype(t[1]) == Dtype::float64)
-            reinterpret_cast<double*>(t[0])[i] = values[i];
-        else
-            reinterpret_cast<float*>(t[0])[i] = float(values[i]);
+    with_parameter(t, [&](auto* to) { std::copy(values.begin(), values.end(), to); });
 }
 
-// Writes mix and offset (dense); returns the log-det of a pixel and the condition number.
+// Writes mix and offset (dense); returns the log-det of a pixel, if it was asked for, and the condition number.
 std::pair<double, double> fold_forward(int64_t n, TensorTuple bias, TensorTuple logs, TensorTuple weight, bool inverse,
-                                       TensorTuple mix, TensorTuple offset) {
+                                       bool logdet, TensorTuple mix, TensorTuple offset) {
     py::gil_scoped_release release;
-    const Folded f = fold(doubles(bias, 1, n), doubles(logs, 1, n), doubles(weight, n, n), inverse, inverse);
+    const Needed needed = logdet ? Needed::logdet : Needed::mix;
+    const Folded f = cpu->fold(doubles(bias, 1, n), doubles(logs, 1, n), doubles(weight, n, n), inverse, needed);
     write(mix, f.mix);
     write(offset, f.offset);
     return {f.logdet_of_pixel, f.condition};
@@ -188,9 +189,8 @@ std::pair<double, double> fold_forward(int64_t n, TensorTuple bias, TensorTuple 
 void fold_backward(int64_t n, TensorTuple bias, TensorTuple logs, TensorTuple weight, bool inverse, TensorTuple dmix,
                    TensorTuple doffset, double g, TensorTuple dbias, TensorTuple dlogs, TensorTuple dweight) {
     py::gil_scoped_release release;
-    const std::vector<double> b = doubles(bias, 1, n), l = doubles(logs, 1, n);
-    const Folded f = fold(b, l, doubles(weight, n, n), inverse, true);
-    const FoldGradient d = fold_gradient(f, b, l, doubles(dmix, n, n), doubles(doffset, 1, n), g, inverse);
+    const FoldGradient d = cpu->fold_gradient(doubles(bias, 1, n), doubles(logs, 1, n), doubles(weight, n, n),
+                                              doubles(dmix, n, n), doubles(doffset, 1, n), g, inverse);
     write(dbias, d.bias);
     write(dlogs, d.logs);
     write(dweight, d.weight);

@@ -15,11 +15,14 @@ from ncsr_fast.ops._operator import LIBRARY
 
 
 def fold(
-    op: str, bias: Tensor, logs: Tensor, weight: Tensor, inverse: bool, dtype: torch.dtype
+    op: str, bias: Tensor, logs: Tensor, weight: Tensor, inverse: bool, dtype: torch.dtype, with_logdet: bool = True
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """mix (C, C) and offset (C,) in `dtype`, and the log-det of a pixel in float64. ValueError when weight has no inverse."""
+    """mix (C, C) and offset (C,) in `dtype`, and the log-det of a pixel in float64, of no meaning without `with_logdet`.
+
+    ValueError when the inverse is wanted and weight has none.
+    """
     bias, logs, weight = bias.double(), logs.double(), weight.double()
-    logdet = logs.sum() + torch.linalg.slogdet(weight)[1]
+    logdet = logs.sum() + (torch.linalg.slogdet(weight)[1] if with_logdet else 0)
     if inverse:
         mix, offset = torch.exp(-logs)[:, None] * inverse_weight(op, weight), -bias
     else:

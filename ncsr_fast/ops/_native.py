@@ -116,15 +116,16 @@ def step_bwd(
 
 
 def fold(
-    op: str, bias: Tensor, logs: Tensor, weight: Tensor, inverse: bool, dtype: torch.dtype
+    op: str, bias: Tensor, logs: Tensor, weight: Tensor, inverse: bool, dtype: torch.dtype, with_logdet: bool = True
 ) -> tuple[Tensor, Tensor, float]:
     """As `ops._fold.fold`, for CPU tensors."""
     channels = weight.shape[0]
     mix, offset = weight.new_empty((channels, channels), dtype=dtype), weight.new_empty(channels, dtype=dtype)
     bias, logs, weight = _wide(bias), _wide(logs), _wide(weight)
     logdet, condition = native.fold_forward(
-        channels, _parameter(bias), _parameter(logs), _parameter(weight), inverse, _parameter(mix), _parameter(offset)
-    )
+        channels, _parameter(bias), _parameter(logs), _parameter(weight), inverse, with_logdet, _parameter(mix),
+        _parameter(offset),
+    )  # fmt: skip
     if inverse:
         check_weight(op, condition, channels)
     return mix, offset, logdet

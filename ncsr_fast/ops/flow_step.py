@@ -150,7 +150,7 @@ def _backward(
 ) -> tuple[Tensor | None, ...]:
     kernels = implementation(backend)
     folding = _folding(kernels, z)
-    mix, _, _ = folding.fold(op, bias, logs, weight, inverse, compute_dtype(z))
+    mix, _, _ = folding.fold(op, bias, logs, weight, inverse, compute_dtype(z), with_logdet=False)
     before, after = (h_injector, h_coupling) if inverse else (h_coupling, h_injector)
     dz, dmix, doffset, dbefore, dafter = kernels.step_bwd(dy, dlogdet, z, y, mix, before, after, eps, inverse)
     of_pixels = dlogdet.sum(dtype=torch.float64) * (z.shape[2] * z.shape[3])

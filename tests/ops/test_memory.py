@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 
 import pytest
 import torch
@@ -172,7 +171,7 @@ def test_more_than_two_to_the_31_elements(device, backend, dtype, monkeypatch):
     wide = distant(z).copy_(z)
     for value, reference in zip(kernels.affine_fwd(wide, h, 3, 1e-4, False), (expected, expected_logdet)):
         assert torch.equal(value, reference)
-    monkeypatch.setattr(sys.modules[kernels.affine_fwd.__module__], "empty_like", distant)
+    monkeypatch.setattr(torch, "empty_like", lambda x, **_: distant(x))
     y, _ = kernels.affine_fwd(z, h, 3, 1e-4, False)
     assert y.stride(0) == 2**31 and torch.equal(y, expected)
 

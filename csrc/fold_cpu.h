@@ -6,14 +6,11 @@
 #pragma once
 
 #include <cmath>
-#include <cstdint>
 #include <utility>
-#include <vector>
 
-namespace ncsr {
+#include "cpu.h"
 
-// n × n, rows one after the other.
-using Matrix = std::vector<double>;
+namespace ncsr::NCSR_ISA {
 
 // Gauss-Jordan elimination with partial pivoting: `a` becomes its inverse when `inverse`, else garbage. Returns log|det a|;
 // that of a singular matrix is -infinity, and its inverse NaN.
@@ -32,6 +29,7 @@ inline double eliminate(Matrix& a, int64_t n, bool inverse) {
         logdet += std::log(std::abs(row[k]));
         if (inverse) {
             row[k] = 1;
+#pragma omp simd
             for (int64_t j = 0; j < n; ++j) row[j] *= scale;
         }
         // the determinant needs the rows below only, the inverse those above as well
@@ -40,6 +38,7 @@ inline double eliminate(Matrix& a, int64_t n, bool inverse) {
             double* __restrict other = &a[i * n];
             const double factor = inverse ? other[k] : other[k] * scale;
             if (inverse) other[k] = 0;
+#pragma omp simd
             for (int64_t j = inverse ? 0 : k + 1; j < n; ++j) other[j] -= factor * row[j];
         }
     }
@@ -66,6 +65,7 @@ inline Matrix product_with_transposed(const Matrix& a, const Matrix& b, int64_t 
     for (int64_t i = 0; i < n; ++i)
         for (int64_t j = 0; j < n; ++j) {
             double sum = 0;
+#pragma omp simd reduction(+ : sum)
             for (int64_t k = 0; k < n; ++k) sum += a[i * n + k] * b[j * n + k];
             c[i * n + j] = sum;
         }
@@ -79,25 +79,28 @@ inline Matrix transposed(const Matrix& a, int64_t n) {
     return t;
 }
 
-struct Folded {
-    Matrix mix, inverse_weight;  // the latter only where the map or the gradient needs it
-    std::vector<double> offset;
-    double logdet_of_pixel, condition;  // condition number of weight in the ∞-norm, 0 where there is no inverse
-};
+// exp(sign·logs)
+inline Vector64 exponentials(const Vector64& logs, double sign) {
+    Vector64 result(logs.size());
+    for (size_t i = 0; i < logs.size(); ++i) result[i] = std::exp(sign * logs[i]);
+    return result;
+}
 
-inline Folded fold(const std::vector<double>& bias, const std::vector<double>& logs, const Matrix& weight, bool inverse,
-                   bool need_inverse) {
+inline Folded fold(const Vector64& bias, const Vector64& logs, const Matrix& weight, bool inverse, Needed needed) {
     const int64_t n = int64_t(bias.size());
-    Folded f{weight, weight, std::vector<double>(bias.size()), 0, 0};
-    const double logdet = eliminate(f.inverse_weight, n, need_inverse);
+    Folded f{weight, weight, Vector64(bias.size()), 0, 0};
+    const bool need_inverse = inverse || needed == Needed::inverse;
+    if (need_inverse || needed == Needed::logdet) f.logdet_of_pixel = eliminate(f.inverse_weight, n, need_inverse);
     if (need_inverse) f.condition = norm(weight, n) * norm(f.inverse_weight, n);
-    double sum = 0;
-    for (double value : logs) sum += value;
-    f.logdet_of_pixel = inverse ? -(sum + logdet) : sum + logdet;
-    if (inverse) f.mix = f.inverse_weight;
+    for (double value : logs) f.logdet_of_pixel += value;
+    if (inverse) {
+        f.logdet_of_pixel = -f.logdet_of_pixel;
+        f.mix = f.inverse_weight;
+    }
+    const Vector64 scale = exponentials(logs, inverse ? -1 : 1);
     for (int64_t i = 0; i < n; ++i) {
         for (int64_t j = 0; j < n; ++j) {
-            f.mix[i * n + j] *= inverse ? std::exp(-logs[i]) : std::exp(logs[j]);
+            f.mix[i * n + j] *= scale[size_t(inverse ? i : j)];
             f.offset[i] += inverse ? 0 : f.mix[i * n + j] * bias[j];
         }
         if (inverse) f.offset[i] = -bias[i];
@@ -105,40 +108,37 @@ inline Folded fold(const std::vector<double>& bias, const std::vector<double>& l
     return f;
 }
 
-struct FoldGradient {
-    std::vector<double> bias, logs;
-    Matrix weight;
-};
-
-// The way back from dmix, doffset and g = Σ over pixels of dL/dlogdet, through `f` folded with its inverse_weight.
-inline FoldGradient fold_gradient(const Folded& f, const std::vector<double>& bias, const std::vector<double>& logs,
-                                  Matrix dmix, const std::vector<double>& doffset, double g, bool inverse) {
+// The way back from dmix, doffset and g, the sum over samples and pixels of dL/dlogdet.
+inline FoldGradient fold_gradient(const Vector64& bias, const Vector64& logs, const Matrix& weight, Matrix dmix,
+                                  const Vector64& doffset, double g, bool inverse) {
     const int64_t n = int64_t(bias.size());
-    FoldGradient d{std::vector<double>(bias.size()), std::vector<double>(bias.size()), Matrix(dmix.size())};
+    const Folded f = fold(bias, logs, weight, inverse, Needed::inverse);
+    const Vector64 scale = exponentials(logs, inverse ? -1 : 1);
+    FoldGradient d{Vector64(bias.size()), Vector64(bias.size()), Matrix(dmix.size())};
+    const Matrix turned = transposed(f.inverse_weight, n);  // weight⁻ᵀ, the gradient of log|det weight|
     if (inverse) {  // d(weight⁻¹) = exp(-logs)·dmix =: q, dweight = -weight⁻ᵀ·q·weight⁻ᵀ
         for (int64_t i = 0; i < n; ++i) {
             d.bias[i] = -doffset[i];
             d.logs[i] = -g;
             for (int64_t j = 0; j < n; ++j) {
                 d.logs[i] -= dmix[i * n + j] * f.mix[i * n + j];
-                dmix[i * n + j] *= std::exp(-logs[i]);
+                dmix[i * n + j] *= scale[i];
             }
         }
-        const Matrix right = product_with_transposed(dmix, f.inverse_weight, n);             // q·weight⁻ᵀ
-        d.weight = product_with_transposed(transposed(f.inverse_weight, n), transposed(right, n), n);
-        for (int64_t i = 0; i < n; ++i)
-            for (int64_t j = 0; j < n; ++j) d.weight[i * n + j] = -d.weight[i * n + j] - g * f.inverse_weight[j * n + i];
+        const Matrix right = product_with_transposed(dmix, f.inverse_weight, n);  // q·weight⁻ᵀ
+        d.weight = product_with_transposed(turned, transposed(right, n), n);
+        for (size_t i = 0; i < d.weight.size(); ++i) d.weight[i] = -d.weight[i] - g * turned[i];
         return d;
     }
     for (int64_t j = 0; j < n; ++j) d.logs[j] = g;
     for (int64_t i = 0; i < n; ++i)
         for (int64_t j = 0; j < n; ++j) {
             const double total = dmix[i * n + j] + doffset[i] * bias[j];  // offset is mix·bias
-            d.weight[i * n + j] = total * std::exp(logs[j]) + g * f.inverse_weight[j * n + i];
+            d.weight[i * n + j] = total * scale[j] + g * turned[i * n + j];
             d.logs[j] += total * f.mix[i * n + j];
             d.bias[j] += f.mix[i * n + j] * doffset[i];
         }
     return d;
 }
 
-}  // namespace ncsr
+}  // namespace ncsr::NCSR_ISA

@@ -1,0 +1,110 @@
+"""Views of stored rows: a Markdown table and a plot."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from .harness import COMPILED, REFERENCE
+
+Row = dict[str, Any]
+
+_SETTING = ("device", "threads", "torch", "triton", "cuda", "ncsr_fast", "commit", "date")
+_CELL = ("operator", "direction", "shape", "layout", "dtype", *_SETTING)  # what rows must share to be compared
+_HEAD = (
+    *_CELL[:5], "backend", "ms (p20–p80)", "GB/s", "of copy", "peak MiB", "eager ms", "× eager", "compile ms", "× compile",
+    "slower than",
+)  # fmt: skip
+
+
+def to_json(rows: list[Row]) -> str:
+    """A list with one row a line."""
+    return "[\n" + ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n]\n"
+
+
+def compared(rows: list[Row]) -> list[tuple[Row, Row | None, Row | None]]:
+    """Every row of ours (of eager, where there is none) with those of the eager and the compiled reference of its cell."""
+    cells: dict[tuple, dict[str, Row]] = {}
+    for row in rows:
+        cells.setdefault(tuple(str(row[key]) for key in _CELL), {})[row["backend"]] = row
+    ours = [row for row in rows if row["backend"] not in (REFERENCE, COMPILED)]
+    result = []
+    for row in ours or [row for row in rows if row["backend"] == REFERENCE]:
+        cell = cells[tuple(str(row[key]) for key in _CELL)]
+        result.append((row, cell.get(REFERENCE), cell.get(COMPILED)))
+    return result
+
+
+def speed_up(row: Row, baseline: Row | None) -> float | None:
+    return baseline["median_ms"] / row["median_ms"] if baseline else None
+
+
+def table(rows: list[Row]) -> str:
+    """Markdown, one table for every device and set of versions. Where a baseline is faster, the last column says which."""
+    blocks: dict[str, list[tuple[str, ...]]] = {}
+    for row, eager, compiled in compared(rows):
+        setting = ", ".join(f"{key} {row[key]}" for key in _SETTING if row[key] is not None)
+        ratios = {"eager": speed_up(row, eager), "compile": speed_up(row, compiled)}
+        line = (
+            row["operator"],
+            row["direction"],
+            _size(row),
+            row["layout"],
+            row["dtype"],
+            row["backend"],
+            f"{_ms(row['median_ms'])} ({_ms(row['p20_ms'])}–{_ms(row['p80_ms'])})",
+            f"{row['gb_per_s']:.1f}",
+            f"{row['share_of_copy']:.0%}",
+            f"{row['peak_bytes'] / 2**20:.1f}",
+            _ms(eager["median_ms"]) if eager else "",
+            f"{ratios['eager']:.2f}" if eager else "",
+            _ms(compiled["median_ms"]) if compiled else "",
+            f"{ratios['compile']:.2f}" if compiled else "",
+            ", ".join(name for name, ratio in ratios.items() if ratio is not None and ratio < 1),
+        )
+        blocks.setdefault(setting, []).append(line)
+    return "\n\n".join(f"{setting}\n\n{_markdown([_HEAD, *lines])}" for setting, lines in blocks.items())
+
+
+def plot(rows: list[Row], path: str) -> None:
+    """Speed-up over eager and over torch.compile, and the share of a copy's bandwidth, of every row in the table."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("plots need matplotlib: pip install matplotlib") from error
+    entries = compared(rows)
+    labels = [
+        " ".join([row["operator"], row["direction"], _size(row), row["layout"], row["dtype"], row["backend"]])
+        for row, _, _ in entries
+    ]
+    figure = Figure(figsize=(14, 2 + 0.16 * len(labels)), layout="constrained")
+    speed, share = figure.subplots(1, 2, sharey=True)
+    places = range(len(labels))
+    for name, baselines, marker in (("eager", [entry[1] for entry in entries], "o"), ("compile", [e[2] for e in entries], "x")):
+        points = [(speed_up(row, base), place) for (row, _, _), base, place in zip(entries, baselines, places) if base]
+        speed.scatter(*zip(*points), marker=marker, s=14, label=f"over {name}") if points else None
+    speed.axvline(1, color="black", linewidth=0.8)
+    speed.set(xscale="log", xlabel="speed-up (left of the line: slower)")
+    speed.set_yticks(places, labels, fontsize=6)
+    speed.margins(y=0.01)
+    speed.invert_yaxis()
+    speed.legend(loc="lower right")
+    share.barh(places, [row["share_of_copy"] for row, _, _ in entries])
+    share.axvline(1, color="black", linewidth=0.8)
+    share.set(xlabel="share of the bandwidth of a copy")
+    figure.suptitle(", ".join(sorted({f"{row['device']}, {row['threads']} threads, {row['commit']}" for row, _, _ in entries})))
+    figure.savefig(path, dpi=120)
+
+
+def _size(row: Row) -> str:
+    return "×".join(map(str, row["shape"]))
+
+
+def _ms(value: float) -> str:
+    return f"{value:.3g}" if value < 100 else f"{value:.0f}"
+
+
+def _markdown(lines: list[tuple[str, ...]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    lines = [lines[0], tuple("-" * width for width in widths), *lines[1:]]
+    return "\n".join("| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |" for line in lines)

@@ -1,0 +1,172 @@
+"""The benchmark harness: the shapes it measures, the check that gates it, what it stores and shows. No test is about time."""
+
+from __future__ import annotations
+
+import functools
+import json
+
+import pytest
+import torch
+from ncsr_fast.benchmarks import registry, report
+
+from ncsr_fast import ops
+from ncsr_fast.cli.main import main
+
+FIELDS = [
+    "operator", "backend", "direction", "shape", "dtype", "layout", "used_by", "gradients_recorded", "median_ms", "p20_ms",
+    "p80_ms", "rounds", "bytes", "gb_per_s", "share_of_copy", "peak_bytes", "device", "threads", "torch", "triton", "cuda",
+    "ncsr_fast", "commit", "date", "command",
+]  # fmt: skip
+
+
+def bench(folder, *arguments: str) -> int:
+    return main(["bench", "--quick", "--device", "cpu", "--out", str(folder), *arguments])
+
+
+def stored(folder) -> list[dict]:
+    return json.loads((folder / "operators-cpu-quick.json").read_text())
+
+
+@pytest.mark.parametrize(
+    "name, sizes",
+    {
+        "x4-train": [(18, 12, 80, 80), (18, 24, 40, 40), (18, 96, 20, 20)],
+        "x8-train": [(18, 12, 80, 80), (18, 24, 40, 40), (18, 48, 20, 20), (18, 192, 10, 10)],
+        "sample": [(1, 12, 80, 80), (1, 24, 40, 40), (1, 96, 20, 20)],
+        "large": [(1, 12, 320, 320), (1, 24, 160, 160), (1, 96, 80, 80)],
+        "div2k": [(1, 12, 680, 1020), (1, 24, 340, 510), (1, 96, 170, 255)],
+    }.items(),
+)
+def test_shapes_of_the_real_models(name, sizes):
+    assert [shape.size for shape in registry.level_shapes(name)] == sizes
+
+
+def test_splits_are_where_the_models_have_them():
+    shapes = registry.OPERATORS["gaussian_split"].shapes(["x4-train", "x8-train"])
+    assert [(shape.size[1], shape.split, shape.used_by) for shape in shapes] == [
+        (12, 6, ("x4-train level 1", "x8-train level 1")),
+        (24, 12, ("x8-train level 2",)),
+    ]
+
+
+def test_every_operator_has_an_entry():
+    assert set(ops.OPERATORS) <= set(registry.OPERATORS)
+
+
+def test_bytes_that_must_move():
+    shape = registry.level_shapes("quick")[0]  # (2, 12, 8, 8)
+    image, pixels = 4 * 2 * 12 * 8 * 8, 2 * 8 * 8
+    draw = registry.Draw(shape, "float32", "NCHW", "cpu")
+    entry = registry.OPERATORS["affine_coupling"]
+    inputs, outputs = entry.inputs(draw), draw.cotangents()
+    h, logdet = 4 * 12 * pixels, 4 * 2
+    assert entry.bytes_moved(inputs, outputs, shape, backward=False) == image + h + image + logdet
+    # dy, dlogdet, the changed half of z, h; dz, dh
+    assert entry.bytes_moved(inputs, outputs, shape, backward=True) == image + logdet + image // 2 + h + image + h
+
+
+def test_a_row_has_every_field(tmp_path, capsys):
+    assert bench(tmp_path, "--threads", str(torch.get_num_threads())) == 0
+    rows = stored(tmp_path)
+    assert all(list(row) == FIELDS for row in rows)
+    assert {row["operator"] for row in rows} == set(ops.OPERATORS)
+    assert {row["direction"] for row in rows} == {"forward", "inverse", "backward", "inverse-backward"}
+    assert {row["layout"] for row in rows} == {"NCHW", "channels-last"}
+    assert all(0 < row["p20_ms"] <= row["median_ms"] <= row["p80_ms"] for row in rows)
+    assert all(row["gb_per_s"] > 0 and row["share_of_copy"] > 0 and row["rounds"] == 3 for row in rows)
+    # the result itself is part of the peak
+    assert all(row["peak_bytes"] >= 4 * torch.Size(row["shape"]).numel() for row in rows)
+    output = capsys.readouterr().out
+    assert all(name in output for name in (*ops.OPERATORS, rows[0]["device"]))
+    assert main(["bench", "--table", str(tmp_path / "operators-cpu-quick.json")]) == 0
+    assert capsys.readouterr().out.strip() in output
+
+
+def test_the_compiled_reference_is_a_baseline(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))  # no compiler needed
+    only = ["--operators", "affine_coupling", "--layout", "NCHW", "--directions", "forward", "backward"]
+    assert bench(tmp_path, *only, "--compile-shapes", "quick") == 0
+    backends = [row["backend"] for row in stored(tmp_path)]
+    assert backends.count("torch.compile") == backends.count("reference") == 3 * 2
+
+
+def stand_in(monkeypatch, spoil) -> None:
+    """A "native" affine_coupling: the reference, its results and its input's gradient passed through `spoil`."""
+
+    class Spoiled(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, z):
+            return z.clone()
+
+        @staticmethod
+        def backward(ctx, dz):
+            return spoil("dz", dz)
+
+    def affine_coupling(z, h, eps=1e-4, *, inverse=False, backend="auto"):
+        if backend == "reference":
+            return reference(z, h, eps, inverse=inverse, backend=backend)
+        y, logdet = reference(Spoiled.apply(z), h, eps, inverse=inverse, backend="reference")
+        return spoil("y", y), spoil("logdet", logdet)
+
+    reference = ops.affine_coupling
+    available = {name: ops.Backend(name, True, "a stand-in") for name in ("reference", "native")}
+    monkeypatch.setattr(ops, "affine_coupling", affine_coupling)
+    monkeypatch.setattr(ops, "backends", lambda device, dtype: available)
+
+
+@pytest.mark.parametrize("what, message", [("y", "y is wrong"), ("logdet", "logdet is wrong"), ("dz", "the gradient of z")])
+@pytest.mark.parametrize("value", [1e-3, float("nan")])
+def test_no_figure_when_a_result_is_wrong(what, message, value, tmp_path, monkeypatch, capsys):
+    def spoil(name, tensor):
+        return tensor.index_add(0, torch.tensor([1]), torch.full_like(tensor[:1], value)) if name == what else tensor
+
+    stand_in(monkeypatch, spoil)
+    assert bench(tmp_path, "--operators", "affine_coupling") == 1
+    out, err = capsys.readouterr()
+    assert out == "" and not list(tmp_path.iterdir())
+    assert "nothing is timed" in err and f"native: {message}" in err and "2×12×8×8 channels-last float32" in err
+
+
+def test_a_right_stand_in_is_measured_beside_the_reference(tmp_path, monkeypatch):
+    stand_in(monkeypatch, lambda name, tensor: tensor)
+    assert bench(tmp_path, "--operators", "affine_coupling", "--layout", "NCHW", "--dtype", "bfloat16", "mixed") == 0
+    assert {row["backend"] for row in stored(tmp_path)} == {"native", "reference"}
+
+
+def row(backend: str, milliseconds: float, direction: str = "forward") -> dict:
+    values = {**dict.fromkeys(FIELDS, 1), "layout": "NCHW", "dtype": "float32"}
+    times = dict.fromkeys(("median_ms", "p20_ms", "p80_ms"), milliseconds)
+    return {**values, **times, "operator": "affine_coupling", "backend": backend, "direction": direction, "shape": [1, 2, 3, 4]}
+
+
+def test_table_marks_what_loses():
+    arms = {"reference": 4.0, "torch.compile": 1.0}
+    rows = [row(name, time, direction) for name, time in arms.items() for direction in ("forward", "inverse")]
+    lines = report.table([row("native", 2.0), row("native", 0.5, "inverse"), *rows]).splitlines()
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[2:]]
+    head, losing, winning = cells[0], *cells[2:]
+    assert [dict(zip(head, losing))[name] for name in ("× eager", "× compile", "slower than")] == ["2.00", "0.50", "compile"]
+    assert [dict(zip(head, winning))[name] for name in ("× eager", "× compile", "slower than")] == ["8.00", "2.00", ""]
+
+
+def test_plot(tmp_path):
+    pytest.importorskip("matplotlib")
+    rows = [row("native", 2.0), row("reference", 1.0), row("torch.compile", 3.0)]
+    (tmp_path / "rows.json").write_text(report.to_json(rows))
+    assert main(["bench", "--plot", str(tmp_path / "rows.json"), str(tmp_path / "plot.png")]) == 0
+    assert (tmp_path / "plot.png").stat().st_size > 0
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--operators", "glow"], "no operator 'glow'; there are actnorm_invconv, "),
+        (["--shapes", "x2"], "no shape 'x2'; there are x4-train, "),
+        (["--shapes", "sample", "--directions", "backward"], "nothing to measure: "),
+        (["--backends", "cuda"], "no backend 'cuda'; there are reference, "),
+    ],
+)
+def test_failures_are_one_line(arguments, message, tmp_path, capsys):
+    assert bench(tmp_path, *arguments) == 1
+    err = capsys.readouterr().err
+    assert err.startswith(f"ncsr-fast bench: {message}") and err.count("\n") == 1
