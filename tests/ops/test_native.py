@@ -62,8 +62,9 @@ def test_half_precision_is_rounded_to_nearest_even(instruction_set):
         y, _ = calls.step_fwd(x, torch.ones(1, 1), torch.zeros(1), None, None, 1.0, False)
         assert torch.equal(y.isnan(), x.isnan())
         assert torch.equal(y.nan_to_num(), (x.float() + 0.0).to(dtype).nan_to_num())
-        halved = calls.step_fwd(x, torch.full((1, 1), 1 / 3), torch.zeros(1), None, None, 1.0, False)[0]
-        assert torch.equal(halved.nan_to_num(), (x.float() * torch.tensor(1 / 3)).to(dtype).nan_to_num())
+        for factor in (1 / 3, 1.5):  # the latter makes a tie of every odd mantissa
+            scaled = calls.step_fwd(x, torch.full((1, 1), factor), torch.zeros(1), None, None, 1.0, False)[0]
+            assert torch.equal(scaled.nan_to_num(), (x.float() * torch.tensor(factor)).to(dtype).nan_to_num())
 
 
 def test_threads_are_those_of_torch():

@@ -1,0 +1,101 @@
+"""What the kernels share: how they address images of any strides, and the launch.
+
+A kernel takes an image (B, C, H, W) as the tuple (pointer, and its four strides). A program works on a tile of
+pixels × channels of one sample. Lanes run along the channels where the compiler sees that they are adjacent, that is
+where their stride is 1, and along the pixels otherwise, which it takes for granted because they are axis 0.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ncsr_fast.layout import is_channels_last
+
+if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 3):  # the first whose kernels take tuples
+    raise ImportError(f"ncsr_fast.kernels needs Triton 3.3 or newer, not {triton.__version__}")
+
+# ---- on the device
+
+
+@triton.jit
+def program(n_pixel_tiles, n_channel_tiles):
+    """Sample, tile of its pixels and tile of its channels of this program; channels vary fastest, to share a cache."""
+    i = tl.program_id(0).to(tl.int64)
+    return i // n_channel_tiles // n_pixel_tiles, i // n_channel_tiles % n_pixel_tiles, i % n_channel_tiles
+
+
+@triton.jit
+def pixel_tile(i_b, i_p, pixels, width, ONE_ROW: tl.constexpr, BLOCK_P: tl.constexpr):
+    """Tile i_p of the pixels of a sample: (sample, rows, columns, mask), int64, along axis 0."""
+    o_p = (i_p * BLOCK_P + tl.arange(0, BLOCK_P)).to(tl.int64)[:, None]
+    if ONE_ROW:  # no division, and the compiler knows that the pixels are adjacent
+        return i_b, 0, o_p, o_p < pixels
+    else:
+        return i_b, o_p // width, o_p % width, o_p < pixels
+
+
+@triton.jit
+def channel_tile(i_c, BLOCK_C: tl.constexpr):
+    """The channels of tile i_c, int64, along axis 1."""
+    return (i_c * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)[None, :]
+
+
+@triton.jit
+def at(image, pixel, o_c):
+    """Pointers to channels o_c of the pixels; an index is int64, and so its product with a stride."""
+    return image[0] + pixel[0] * image[1] + o_c * image[2] + pixel[1] * image[3] + pixel[2] * image[4]
+
+
+@triton.jit
+def load(image, pixel, o_c, m_c):
+    return tl.load(at(image, pixel, o_c), mask=pixel[3] & m_c, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store(image, pixel, o_c, b, m_c):
+    tl.store(at(image, pixel, o_c), b.to(image[0].dtype.element_ty), mask=pixel[3] & m_c)
+
+
+# ---- on the host
+
+
+def image(x: Tensor | None) -> tuple | None:
+    """The form in which a kernel takes an image or a matrix: its pointer and its strides, in elements."""
+    return None if x is None else (x, *x.stride())
+
+
+def extent(*images: Tensor | None) -> dict[str, int | bool]:
+    """The sizes that a kernel over these images counts in, and their layout; the first image decides it.
+
+    ONE_ROW: the rows of every image follow one another, so that it can be read as one row of H·W columns.
+    """
+    present = [x for x in images if x is not None]
+    _, channels, height, width = present[0].shape
+    return {
+        "channels": channels,
+        "pixels": height * width,
+        "width": width,
+        "CHANNELS_LAST": is_channels_last(present[0]),
+        "ONE_ROW": all(x.stride(2) == width * x.stride(3) for x in present),
+    }
+
+
+def check_dtype(x: Tensor) -> None:
+    if x.dtype == torch.float64:
+        raise TypeError("x must be float32, float16 or bfloat16: the Triton kernels compute in float32, not torch.float64")
+
+
+def launch(kernel, programs: int, device: torch.device, **arguments) -> None:
+    """Start the programs on the device of the tensors and its current stream; the interpreter runs them on a CPU."""
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        kernel[(programs,)](**arguments)
+
+
+def sum_partials(partial: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
+    """The second stage of a reduction: in float64 and in a fixed order, so the same inputs give the same bits."""
+    return partial.sum(dim=dim, dtype=torch.float64).to(dtype)

@@ -1,0 +1,62 @@
+"""Affine injector and coupling in one kernel a direction: shift, scale, log-det; the network of h is not in it."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ncsr_fast.kernels._pair_map import pair_map_bwd, pair_map_fwd
+
+
+@triton.jit
+def gate(raw, eps):
+    """s = q + eps and q(1 - q) for q = sigmoid(raw + 2); exp(-|raw + 2|) cannot overflow, nor 1 - q lose its digits."""
+    t = raw + 2.0
+    b_e = tl.exp(-tl.abs(t))
+    b_q = tl.where(t >= 0, 1.0, b_e) / (1.0 + b_e)
+    return b_q + eps, b_e / ((1.0 + b_e) * (1.0 + b_e))
+
+
+@triton.jit
+def affine_map(x, shift, raw, eps, INVERSE: tl.constexpr):
+    """y = (x + shift)·s with log-det term log s; inverse y = x/s - shift with -log s."""
+    s, _ = gate(raw, eps)
+    if INVERSE:
+        return x / s - shift, -tl.log(s)
+    else:
+        return (x + shift) * s, tl.log(s)
+
+
+@triton.jit
+def affine_map_gradients(dy, g, v, raw, eps, INVERSE: tl.constexpr):
+    """dx, dshift and draw, from the scaled value v = (x + shift)·s, or x/s for the inverse.
+
+    dx = dshift = dy·s, draw = (dy·v + g)/s·q(1-q); inverse dx = dy/s, dshift = -dy, draw = -(dy·v + g)/s·q(1-q).
+    """
+    s, slope = gate(raw, eps)
+    draw = (dy * v + g) / s * slope
+    if INVERSE:
+        return dy / s, -dy, -draw
+    else:
+        return dy * s, dy * s, draw
+
+
+@triton.jit
+def affine_map_bwd(dy, g, x, shift, raw, eps, INVERSE: tl.constexpr):
+    """The gradients from the input: v = (x + shift)·s, or x/s for the inverse."""
+    s, _ = gate(raw, eps)
+    v = x / s if INVERSE else (x + shift) * s
+    return affine_map_gradients(dy, g, v, raw, eps, INVERSE)
+
+
+def affine_fwd(x: Tensor, h: Tensor, kept: int, eps: float, inverse: bool) -> tuple[Tensor, Tensor]:
+    """(y, logdet); the first `kept` channels are copied, h (B, 2(C - kept), H, W) holds shift and raw interleaved."""
+    return pair_map_fwd(x, h, kept, eps, affine_map, inverse)
+
+
+def affine_bwd(
+    dy: Tensor, dlogdet: Tensor, x: Tensor, h: Tensor, kept: int, eps: float, inverse: bool
+) -> tuple[Tensor, Tensor]:
+    """(dx, dh) from the inputs of `affine_fwd`."""
+    return pair_map_bwd(dy, dlogdet, x, h, kept, eps, affine_map_bwd, inverse)

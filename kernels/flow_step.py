@@ -1,0 +1,376 @@
+"""What lies between two coupling networks, fused: affine, C×C mix of the channels of a pixel, affine, and the log-dets.
+
+The networks are not in it, nor the log-det of the mix, which is the same at every pixel. Either affine may be left
+out. The product is in real float32, never TF32: that alone would move the round trip of a level from 1e-6 to 2e-3.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ncsr_fast.kernels._common import (
+    channel_tile,
+    check_dtype,
+    extent,
+    image,
+    launch,
+    load,
+    pixel_tile,
+    program,
+    store,
+    sum_partials,
+)
+from ncsr_fast.kernels._pair_map import load_pair, map_changed, map_changed_bwd, store_pair
+from ncsr_fast.kernels.affine import affine_map, affine_map_bwd, affine_map_gradients, gate
+from ncsr_fast.layout import empty_like
+
+# Sizes of the tiles of the three products. Chosen for registers, spills and shared memory by the ahead-of-time
+# report (ncsr_fast.kernels.ahead_of_time), never timed: no GPU yet.
+PIXELS = 32  # of a program of the forward and backward kernels; 64 spill at C = 48
+CHANNELS = 64  # at most, written by a program
+CHANNELS_READ = 16  # at once, in the loop over the other channels
+WEIGHT_PIXELS = 16  # at once, in the loop of the weight gradient over the pixels of a sample
+WEIGHT_CHANNELS = 32  # at most, of a block of the weight gradient; 64 spill
+WEIGHT_PROGRAMS = 512  # of the weight gradient, about, and at least one a sample: two rounds of 132 multiprocessors
+NUM_WARPS = 4
+WEIGHT_WARPS = 8  # 4 spill at C = 24
+WEIGHT_STAGES = 2  # of the loads of that loop; 3 spill there on sm_80
+# Registers allowed a thread, by the channels written. Unless told, ptxas spills a few bytes to fit another program.
+REGISTERS = {16: 128, 32: 168, 64: 200}
+WEIGHT_REGISTERS = 128
+
+
+@triton.jit
+def load_matrix(matrix, o_row, o_column, channels):
+    """The block of a C×C matrix at these rows and columns, which broadcast; zeros outside."""
+    p_matrix = matrix[0] + o_row * matrix[1] + o_column * matrix[2]
+    return tl.load(p_matrix, mask=(o_row < channels) & (o_column < channels), other=0.0)
+
+
+@triton.jit
+def affine_if_any(
+    b_x, h, pixel, i_c, kept, channels, eps, INVERSE: tl.constexpr, BLOCK_C: tl.constexpr, CHANNELS_LAST: tl.constexpr
+):
+    """The affine of h on tile i_c of the channels, and its log-det terms; x and zeros without h."""
+    if h is None:
+        return b_x, tl.zeros_like(b_x)
+    else:
+        return map_changed(b_x, h, pixel, i_c, kept, channels, eps, affine_map, INVERSE, BLOCK_C, CHANNELS_LAST)
+
+
+@triton.jit
+def post_dx(
+    b_dy, h, pixel, i_c, kept, channels, eps, INVERSE: tl.constexpr, BLOCK_C: tl.constexpr, CHANNELS_LAST: tl.constexpr
+):
+    """dw of tile i_c: the gradient of the post-affine with respect to its input."""
+    if h is None:
+        return b_dy
+    else:
+        _, b_raw = load_pair(h, pixel, i_c, kept, channels, BLOCK_C, CHANNELS_LAST)
+        b_s, _ = gate(b_raw, eps)
+        return tl.where(channel_tile(i_c, BLOCK_C) >= kept, b_dy / b_s if INVERSE else b_dy * b_s, b_dy)
+
+
+@triton.jit
+def post_dh(
+    dy,
+    b_g,
+    y,
+    h,
+    dh,
+    pixel,
+    i_c,
+    kept,
+    channels,
+    eps,
+    INVERSE: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+):
+    """Store dh of the post-affine for tile i_c, from its output: the scaled value is y, or y + shift for the inverse."""
+    if h is not None:
+        o_c = channel_tile(i_c, BLOCK_C)
+        b_dy = load(dy, pixel, o_c, o_c < channels)
+        b_y = load(y, pixel, o_c, o_c < channels)
+        b_shift, b_raw = load_pair(h, pixel, i_c, kept, channels, BLOCK_C, CHANNELS_LAST)
+        b_v = b_y + b_shift if INVERSE else b_y
+        _, b_dshift, b_draw = affine_map_gradients(b_dy, b_g, b_v, b_raw, eps, INVERSE)
+        store_pair(dh, pixel, i_c, kept, channels, b_dshift, b_draw, BLOCK_C, CHANNELS_LAST)
+
+
+@triton.jit
+def step_fwd_kernel(
+    x,  # (B, C, H, W)
+    mix,  # (C, C)
+    p_offset,  # (C,), contiguous
+    h_pre,  # (B, 2(C - kept_pre), H, W) or None
+    h_post,  # (B, 2(C - kept_post), H, W) or None
+    y,  # (B, C, H, W)
+    p_partial,  # (programs,), B times the tiles of a sample
+    kept_pre,
+    kept_post,
+    eps,
+    channels,
+    pixels,
+    width,
+    INVERSE: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    ONE_ROW: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCKS_K: tl.constexpr,
+):
+    """a = pre(x), w = mix·a + offset, y = post(w), and this tile's share of the two log-dets.
+
+    Every program of a pixel tile computes all of a for its own channels of w; the first of them counts its log-det.
+    """
+    i_b, i_p, i_c = program(tl.cdiv(pixels, BLOCK_P), tl.cdiv(channels, BLOCK_C))
+    pixel = pixel_tile(i_b, i_p, pixels, width, ONE_ROW, BLOCK_P)
+    o_c = channel_tile(i_c, BLOCK_C)
+    acc = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    b_logdet_pre = tl.zeros([BLOCK_P, BLOCK_K], tl.float32)
+    for i_k in range(BLOCKS_K):
+        o_k = channel_tile(i_k, BLOCK_K)
+        b_x = load(x, pixel, o_k, o_k < channels)
+        b_a, b_logdet = affine_if_any(b_x, h_pre, pixel, i_k, kept_pre, channels, eps, INVERSE, BLOCK_K, CHANNELS_LAST)
+        b_logdet_pre += b_logdet
+        acc = tl.dot(b_a, load_matrix(mix, o_c, tl.trans(o_k), channels), acc, input_precision="ieee")
+    b_w = acc + tl.load(p_offset + o_c, mask=o_c < channels, other=0.0)
+    b_y, b_logdet = affine_if_any(b_w, h_post, pixel, i_c, kept_post, channels, eps, INVERSE, BLOCK_C, CHANNELS_LAST)
+    store(y, pixel, o_c, b_y, o_c < channels)
+    logdet = tl.sum(b_logdet) + tl.where(i_c == 0, tl.sum(b_logdet_pre), 0.0)
+    tl.store(p_partial + tl.program_id(0), logdet)
+
+
+@triton.jit
+def step_bwd_kernel(
+    dy,  # (B, C, H, W)
+    dlogdet,  # (B,)
+    x,  # (B, C, H, W)
+    y,  # (B, C, H, W)
+    mix,  # (C, C)
+    h_pre,  # (B, 2(C - kept_pre), H, W) or None
+    h_post,  # (B, 2(C - kept_post), H, W) or None
+    dx,  # (B, C, H, W)
+    dh_pre,  # as h_pre
+    dh_post,  # as h_post
+    kept_pre,
+    kept_post,
+    eps,
+    channels,
+    pixels,
+    width,
+    INVERSE: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    ONE_ROW: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCKS_K: tl.constexpr,
+):
+    """dw = dy·∂post/∂w, da = mixᵀ·dw, dx = da·∂pre/∂x, and dh of both affines; g = dlogdet enters dh alone.
+
+    Every program of a pixel tile computes all of dw for its own channels of da; it stores dh_post of those channels.
+    """
+    i_b, i_p, i_c = program(tl.cdiv(pixels, BLOCK_P), tl.cdiv(channels, BLOCK_C))
+    pixel = pixel_tile(i_b, i_p, pixels, width, ONE_ROW, BLOCK_P)
+    o_c = channel_tile(i_c, BLOCK_C)
+    b_g = tl.load(dlogdet[0] + i_b * dlogdet[1])
+    post_dh(dy, b_g, y, h_post, dh_post, pixel, i_c, kept_post, channels, eps, INVERSE, BLOCK_C, CHANNELS_LAST)
+    b_da = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    for i_k in range(BLOCKS_K):
+        o_k = channel_tile(i_k, BLOCK_K)
+        b_dy = load(dy, pixel, o_k, o_k < channels)
+        b_dw = post_dx(b_dy, h_post, pixel, i_k, kept_post, channels, eps, INVERSE, BLOCK_K, CHANNELS_LAST)
+        b_da = tl.dot(b_dw, load_matrix(mix, tl.trans(o_k), o_c, channels), b_da, input_precision="ieee")
+    b_dx = b_da
+    if h_pre is not None:
+        b_x = load(x, pixel, o_c, o_c < channels)
+        b_dx = map_changed_bwd(
+            b_da,
+            b_g,
+            b_x,
+            h_pre,
+            dh_pre,
+            pixel,
+            i_c,
+            kept_pre,
+            channels,
+            eps,
+            affine_map_bwd,
+            INVERSE,
+            BLOCK_C,
+            CHANNELS_LAST,
+        )
+    store(dx, pixel, o_c, b_dx, o_c < channels)
+
+
+@triton.jit
+def step_weight_bwd_kernel(
+    dy,  # (B, C, H, W)
+    x,  # (B, C, H, W)
+    h_pre,  # (B, 2(C - kept_pre), H, W) or None
+    h_post,  # (B, 2(C - kept_post), H, W) or None
+    p_dmix,  # (B times the parts of a sample, C, C)
+    p_doffset,  # the same, C
+    kept_pre,
+    kept_post,
+    eps,
+    channels,
+    pixels,
+    width,
+    INVERSE: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    ONE_ROW: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    """dmix = Σ dw ⊗ a and doffset = Σ dw over one part of the tiles of a sample, for a block of outputs and inputs."""
+    n_parts, n_blocks = tl.cdiv(tl.cdiv(pixels, BLOCK_P), TILES), tl.cdiv(channels, BLOCK_C)
+    i_b, i_part, i_block = program(n_parts, n_blocks * n_blocks)
+    i_out, i_in = i_block // n_blocks, i_block % n_blocks
+    o_out, o_in = channel_tile(i_out, BLOCK_C), channel_tile(i_in, BLOCK_C)
+    b_dmix = tl.zeros([BLOCK_C, BLOCK_C], tl.float32)
+    b_dw_sum = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    for i_t in range(TILES):
+        pixel = pixel_tile(i_b, i_part * TILES + i_t, pixels, width, ONE_ROW, BLOCK_P)
+        b_dy = load(dy, pixel, o_out, o_out < channels)
+        b_dw = post_dx(b_dy, h_post, pixel, i_out, kept_post, channels, eps, INVERSE, BLOCK_C, CHANNELS_LAST)
+        b_x = load(x, pixel, o_in, o_in < channels)
+        b_a, _ = affine_if_any(b_x, h_pre, pixel, i_in, kept_pre, channels, eps, INVERSE, BLOCK_C, CHANNELS_LAST)
+        b_dw_sum += b_dw
+        b_dmix = tl.dot(tl.trans(b_dw), b_a, b_dmix, input_precision="ieee")
+    i_row = i_b * n_parts + i_part
+    o_row = tl.trans(o_out)
+    p_dmix += (i_row * channels + o_row) * channels + o_in
+    tl.store(p_dmix, b_dmix, mask=(o_row < channels) & (o_in < channels))
+    p_doffset += i_row * channels + o_out
+    tl.store(p_doffset, tl.sum(b_dw_sum, axis=0)[None, :], mask=(o_out < channels) & (i_in == 0))
+
+
+def _block(channels: int, most: int) -> int:
+    """Channels of a tile: a power of two, and at least the 16 of a product."""
+    return min(most, max(16, triton.next_power_of_2(channels)))
+
+
+def _tiles(channels: int, pixels: int, **_) -> tuple[int, dict[str, int]]:
+    """Tiles of a sample, and their sizes, of the forward and backward kernels."""
+    block_c, blocks_k = _block(channels, CHANNELS), triton.cdiv(channels, CHANNELS_READ)
+    blocks = {"BLOCK_P": PIXELS, "BLOCK_C": block_c, "BLOCK_K": CHANNELS_READ, "BLOCKS_K": blocks_k}
+    count = triton.cdiv(pixels, PIXELS) * triton.cdiv(channels, block_c)
+    return count, {**blocks, "num_warps": NUM_WARPS, "maxnreg": REGISTERS[block_c]}
+
+
+def _weight_tiles(batch: int, channels: int, pixels: int) -> tuple[int, int, dict[str, int]]:
+    """Parts of a sample, blocks of the matrix, and the sizes of both, of the weight gradient.
+
+    The tiles of a part are a power of two, so that few kernels are compiled for the many sizes of images.
+    """
+    block_c = _block(channels, WEIGHT_CHANNELS)
+    blocks = triton.cdiv(channels, block_c) ** 2
+    tiles = triton.cdiv(pixels, WEIGHT_PIXELS)
+    tiles_of_part = triton.next_power_of_2(triton.cdiv(tiles, max(1, WEIGHT_PROGRAMS // (batch * blocks))))
+    sizes = {"BLOCK_P": WEIGHT_PIXELS, "BLOCK_C": block_c, "TILES": tiles_of_part}
+    options = {"num_warps": WEIGHT_WARPS, "num_stages": WEIGHT_STAGES, "maxnreg": WEIGHT_REGISTERS}
+    return triton.cdiv(tiles, tiles_of_part), blocks, {**sizes, **options}
+
+
+def _kept(channels: int, inverse: bool) -> dict[str, int]:
+    """The coupling keeps the first half, the injector nothing; forward the coupling is first, inverse it is last."""
+    half = channels // 2
+    return {"kept_pre": 0 if inverse else half, "kept_post": half if inverse else 0}
+
+
+def step_fwd(
+    x: Tensor, mix: Tensor, offset: Tensor, h_pre: Tensor | None, h_post: Tensor | None, eps: float, inverse: bool
+) -> tuple[Tensor, Tensor]:
+    """(y, logdet); mix (C, C), offset (C,) float32, h_pre and h_post shift and raw interleaved, or None."""
+    check_dtype(x)
+    y = empty_like(x)
+    if x.numel() == 0:
+        return y, torch.zeros(x.shape[0], dtype=torch.float32, device=x.device)
+    sizes = extent(x, h_pre, h_post, y)
+    count, blocks = _tiles(**sizes)
+    partial = torch.empty(x.shape[0], count, dtype=torch.float32, device=x.device)
+    launch(
+        step_fwd_kernel,
+        partial.numel(),
+        x.device,
+        x=image(x),
+        mix=image(mix),
+        p_offset=offset.contiguous(),
+        h_pre=image(h_pre),
+        h_post=image(h_post),
+        y=image(y),
+        p_partial=partial,
+        eps=eps,
+        INVERSE=inverse,
+        **_kept(x.shape[1], inverse),
+        **sizes,
+        **blocks,
+    )
+    return y, sum_partials(partial, 1, torch.float32)
+
+
+def step_bwd(
+    dy: Tensor,
+    dlogdet: Tensor,
+    x: Tensor,
+    y: Tensor,
+    mix: Tensor,
+    h_pre: Tensor | None,
+    h_post: Tensor | None,
+    eps: float,
+    inverse: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """(dx, dmix, doffset, dh_pre, dh_post) from the inputs of `step_fwd` and its y; None where h is."""
+    check_dtype(x)
+    dx = empty_like(x)
+    dh_pre = None if h_pre is None else empty_like(h_pre)
+    dh_post = None if h_post is None else empty_like(h_post)
+    if x.numel() == 0:
+        return dx, torch.zeros_like(mix), mix.new_zeros(mix.shape[0]), dh_pre, dh_post
+    sizes = extent(x, dy, y, h_pre, h_post, dx, dh_pre, dh_post)
+    inputs = {"dy": image(dy), "x": image(x), "h_pre": image(h_pre), "h_post": image(h_post)}
+    constants = {"eps": eps, "INVERSE": inverse, **_kept(x.shape[1], inverse), **sizes}
+    count, blocks = _tiles(**sizes)
+    launch(
+        step_bwd_kernel,
+        x.shape[0] * count,
+        x.device,
+        dlogdet=image(dlogdet),
+        y=image(y),
+        mix=image(mix),
+        dx=image(dx),
+        dh_pre=image(dh_pre),
+        dh_post=image(dh_post),
+        **inputs,
+        **constants,
+        **blocks,
+    )
+    dmix, doffset = _step_weight_bwd(x, inputs, constants)
+    return dx, dmix.to(mix.dtype), doffset.to(mix.dtype), dh_pre, dh_post
+
+
+def _step_weight_bwd(x: Tensor, inputs: dict, constants: dict) -> tuple[Tensor, Tensor]:
+    """(dmix, doffset), float32."""
+    batch, channels, height, width = x.shape
+    parts, blocks, sizes = _weight_tiles(batch, channels, height * width)
+    dmix = torch.empty(batch * parts, channels, channels, dtype=torch.float32, device=x.device)
+    doffset = torch.empty(batch * parts, channels, dtype=torch.float32, device=x.device)
+    launch(
+        step_weight_bwd_kernel,
+        batch * parts * blocks,
+        x.device,
+        p_dmix=dmix,
+        p_doffset=doffset,
+        **inputs,
+        **constants,
+        **sizes,
+    )
+    return sum_partials(dmix, 0, torch.float32), sum_partials(doffset, 0, torch.float32)
