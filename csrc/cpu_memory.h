@@ -55,8 +55,8 @@ struct Block {
     }
 };
 
-// rows × n numbers from one place to another, converted. Rows of the published models' channels, and halves of them, are
-// moved with their length known.
+// rows × n numbers from one place to another, converted. Rows of the published models' channels and halves of them, and
+// the runs of pixels of a flow step's tile, are moved with their length known.
 template <int64_t N, class To, class From>
 void move_dense(To* to, int64_t to_row, const From* from, int64_t from_row, int64_t rows, int64_t n) {
     for (int64_t i = 0; i < rows; ++i)
@@ -64,7 +64,8 @@ void move_dense(To* to, int64_t to_row, const From* from, int64_t from_row, int6
 }
 
 template <class To, class From>
-void move(To* to, int64_t to_row, int64_t to_step, const From* from, int64_t from_row, int64_t from_step, int64_t rows, int64_t n) {
+void move(To* to, int64_t to_row, int64_t to_step, const From* from, int64_t from_row, int64_t from_step, int64_t rows,
+          int64_t n) {
     if (to_step != 1 || from_step != 1) {
         for (int64_t i = 0; i < rows; ++i)
             for (int64_t j = 0; j < n; ++j) to[i * to_row + j * to_step] = To(from[i * from_row + j * from_step]);
@@ -74,7 +75,9 @@ void move(To* to, int64_t to_row, int64_t to_step, const From* from, int64_t fro
         case 6: return move_dense<6>(to, to_row, from, from_row, rows, n);
         case 12: return move_dense<12>(to, to_row, from, from_row, rows, n);
         case 24: return move_dense<24>(to, to_row, from, from_row, rows, n);
+        case 32: return move_dense<32>(to, to_row, from, from_row, rows, n);
         case 48: return move_dense<48>(to, to_row, from, from_row, rows, n);
+        case 64: return move_dense<64>(to, to_row, from, from_row, rows, n);
         case 96: return move_dense<96>(to, to_row, from, from_row, rows, n);
         default: return move_dense<0>(to, to_row, from, from_row, rows, n);
     }
@@ -91,13 +94,6 @@ const T* load(T* buffer, const Tensor& x, const Run& run, Order order, int64_t c
         move(buffer, block.inner, 1, from, block.outer_stride, block.inner_stride, block.outer, block.inner);
     });
     return buffer;
-}
-
-// The same into the buffer always, for what is changed there.
-template <class T>
-void load_copy(T* buffer, const Tensor& x, const Run& run, Order order, int64_t channel, int64_t count) {
-    const T* where = load(buffer, x, run, order, channel, count);
-    if (where != buffer) memcpy(buffer, where, size_t(count * run.pixels) * sizeof(T));
 }
 
 // The pairs (h[2c], h[2c + 1]) of `count` channels from `channel` on, each dense, in a buffer or where they lie.

@@ -23,11 +23,12 @@ struct StepTile {
     int64_t rows() const { return order == Order::planes ? channels : pixels; }
     int64_t elements() const { return rows() * row; }
 
-    // The changed channels of a tile one dense piece at a time: use(piece, its first changed channel, channels, elements).
-    // A piece of channels-last rows that is not dense in the tile is brought into `buffer` and back.
+    // The changed channels of a tile as dense pieces: use(piece, its first changed channel, channels, elements). One piece
+    // where rows are full; else a piece a row of pixels, and rows of channels are brought into `buffer` and back.
     template <class Use>
     void pieces(T* tile, const Run& run, int64_t kept, T* buffer, Use use) const {
         const int64_t changed = channels - kept;
+        if (order == Order::planes && run.pixels == row) return use(tile + kept * row, 0, changed, changed * row);
         if (order == Order::planes) {
             for (int64_t c = 0; c < changed; ++c) use(tile + (kept + c) * row, c, 1, run.pixels);
             return;
@@ -38,26 +39,24 @@ struct StepTile {
         move(tile + kept, row, 1, buffer, changed, 1, run.pixels, changed);
     }
 
-    void load(T* tile, const Tensor& x, const Run& run, T* buffer) const {
-        if (order == Order::planes) {
-            for (int64_t c = 0; c < channels; ++c) load_copy(tile + c * row, x, run, order, c, 1);
-        } else if (row == channels) {
-            load_copy(tile, x, run, order, 0, channels);
-        } else {
-            move(tile, row, 1, ncsr::NCSR_ISA::load(buffer, x, run, order, 0, channels), channels, 1, run.pixels, channels);
-        }
+    void load(T* tile, const Tensor& x, const Run& run) const {
+        with_type(x.dtype, [&](auto* type) {
+            auto* from = address<std::remove_pointer_t<decltype(type)>>(x, run, 0);
+            if (order == Order::planes)
+                move(tile, row, 1, from, x.channel, x.column, channels, run.pixels);
+            else
+                move(tile, row, 1, from, x.column, x.channel, run.pixels, channels);
+        });
     }
 
-    void store(const T* tile, const Tensor& y, const Run& run, T* buffer) const {
-        if (order == Order::planes) {
-            for (int64_t c = 0; c < channels; ++c) ncsr::NCSR_ISA::store(tile + c * row, y, run, order, c, 1);
-        } else if (row == channels) {
-            ncsr::NCSR_ISA::store(tile, y, run, order, 0, channels);
-        } else {
-            T* to = place(buffer, y, run, order, 0, channels);
-            move(to, channels, 1, tile, row, 1, run.pixels, channels);
-            ncsr::NCSR_ISA::store(to, y, run, order, 0, channels);
-        }
+    void store(const T* tile, const Tensor& y, const Run& run) const {
+        with_type(y.dtype, [&](auto* type) {
+            auto* to = address<std::remove_pointer_t<decltype(type)>>(y, run, 0);
+            if (order == Order::planes)
+                move(to, y.channel, y.column, tile, row, 1, channels, run.pixels);
+            else
+                move(to, y.column, y.channel, tile, row, 1, run.pixels, channels);
+        });
     }
 
     // to = matrix·from + offset at every pixel (offset may be null); `matrix` in the form `prepare` gives for the order
@@ -143,13 +142,13 @@ void flow_step_forward(FlowStep p, int threads) {
         const Pair<T> pair{scratch.take(layout.elements()), scratch.take(layout.elements())};
         LogDet<T, Affine> logdet(p.eps);
         tiling.tiles(item, [&](const Run& run, int64_t) {
-            layout.load(a, p.x, run, buffer);
+            layout.load(a, p.x, run);
             if (p.h_pre.data)
                 affine_in_place<T, inverse>(layout, a, p.h_pre, p.kept_pre(), T(p.eps), run, buffer, pair, &logdet);
             layout.mix(w, a, matrix.data(), offset.data(), run.pixels);
             if (p.h_post.data)
                 affine_in_place<T, inverse>(layout, w, p.h_post, p.kept_post(), T(p.eps), run, buffer, pair, &logdet);
-            layout.store(w, p.y, run, buffer);
+            layout.store(w, p.y, run);
         });
         partial[size_t(item)] = logdet.total();
     });
@@ -178,10 +177,10 @@ void flow_step_backward(FlowStep p, int threads) {
         T *dmix = partial.data() + item * of_part, *doffset = dmix + layout.elements_of_matrix();
         const T g = per_sample<T>(p.dlogdet, item / tiling.parts), eps = T(p.eps);
         tiling.tiles(item, [&](const Run& run, int64_t) {
-            layout.load(a, p.x, run, buffer);
+            layout.load(a, p.x, run);
             if (p.h_pre.data)
                 affine_in_place<T, inverse>(layout, a, p.h_pre, p.kept_pre(), eps, run, buffer, pair, nullptr);
-            layout.load(dw, p.dy, run, buffer);
+            layout.load(dw, p.dy, run);
             if (p.h_post.data)
                 affine_backward_in_place<T, inverse, true>(layout, dw, g, p.y, p.h_post, p.dh_post, p.kept_post(), eps, run,
                                                            buffer, values, pair, dpair);
@@ -190,7 +189,7 @@ void flow_step_backward(FlowStep p, int threads) {
             if (p.h_pre.data)
                 affine_backward_in_place<T, inverse, false>(layout, da, g, p.x, p.h_pre, p.dh_pre, p.kept_pre(), eps, run,
                                                             buffer, values, pair, dpair);
-            layout.store(da, p.dx, run, buffer);
+            layout.store(da, p.dx, run);
         });
     });
     std::vector<double> total(size_t(of_part), 0.0);  // the parts in their order

@@ -9,6 +9,7 @@
 #include <utility>
 
 #include "cpu.h"
+#include "matrix_cpu.h"
 
 namespace ncsr::NCSR_ISA {
 
@@ -59,16 +60,13 @@ inline double norm(const Matrix& a, int64_t n) {
     return largest;
 }
 
-// a·bᵀ
-inline Matrix product_with_transposed(const Matrix& a, const Matrix& b, int64_t n) {
-    Matrix c(a.size());
-    for (int64_t i = 0; i < n; ++i)
-        for (int64_t j = 0; j < n; ++j) {
-            double sum = 0;
-#pragma omp simd reduction(+ : sum)
-            for (int64_t k = 0; k < n; ++k) sum += a[i * n + k] * b[j * n + k];
-            c[i * n + j] = sum;
-        }
+// a·b
+inline Matrix product(const Matrix& a, const Matrix& b, int64_t n) {
+    const int64_t row = padded<double>(n);
+    Matrix wide(size_t(n * row)), sum(size_t(n * row)), c(a.size());
+    move(wide.data(), row, 1, b.data(), n, 1, n, n);
+    multiply(n, n, n, Scalars<double>{a.data(), n, 1}, wide.data(), row, sum.data(), row, Start::zero);
+    move(c.data(), n, 1, sum.data(), row, 1, n, n);
     return c;
 }
 
@@ -125,8 +123,7 @@ inline FoldGradient fold_gradient(const Vector64& bias, const Vector64& logs, co
                 dmix[i * n + j] *= scale[i];
             }
         }
-        const Matrix right = product_with_transposed(dmix, f.inverse_weight, n);  // q·weight⁻ᵀ
-        d.weight = product_with_transposed(turned, transposed(right, n), n);
+        d.weight = product(turned, product(dmix, turned, n), n);
         for (size_t i = 0; i < d.weight.size(); ++i) d.weight[i] = -d.weight[i] - g * turned[i];
         return d;
     }

@@ -1,9 +1,6 @@
 // Dense products of the sizes a flow step has, on buffers in the first-level cache, with explicit vectors so that the
-// sums stay in registers; and the determinant and inverse of a 1×1 convolution.
+// sums stay in registers.
 #pragma once
-
-#include <cmath>
-#include <vector>
 
 #include "cpu_tiles.h"
 
@@ -72,12 +69,13 @@ void multiply(int64_t rows, int64_t columns, int64_t inner, Scalars<T> a, const 
             const Scalars<T> block{a.data + i * a.row, a.row, a.column};
             const T* initial = values + (per_row ? i : j);
             T* to = y + i * y_row + j;
-            const bool four = rows - i >= 4;
+            const bool four = rows - i >= 4, eight = !pair && rows - i >= 8;
+            if (eight) multiply_block<8, 1>(inner, block, b + j, b_row, to, y_row, start, initial);
             if (four && pair) multiply_block<4, 2>(inner, block, b + j, b_row, to, y_row, start, initial);
-            if (four && !pair) multiply_block<4, 1>(inner, block, b + j, b_row, to, y_row, start, initial);
+            if (four && !pair && !eight) multiply_block<4, 1>(inner, block, b + j, b_row, to, y_row, start, initial);
             if (!four && pair) multiply_block<1, 2>(inner, block, b + j, b_row, to, y_row, start, initial);
             if (!four && !pair) multiply_block<1, 1>(inner, block, b + j, b_row, to, y_row, start, initial);
-            i += four ? 4 : 1;
+            i += eight ? 8 : four ? 4 : 1;
         }
     }
 }

@@ -42,8 +42,7 @@ def check_weight(op: str, condition: float, channels: int) -> None:
     """Raise when the inverse of a matrix with this condition number (∞-norm, float64) has no correct digit."""
     if not condition < 1 / (channels * torch.finfo(torch.float64).eps):  # NaN included
         raise ValueError(
-            f"{op}: weight is singular or not finite (condition number {condition:.1e}), "
-            "so the 1×1 convolution has no inverse"
+            f"{op}: weight is singular or not finite (condition number {condition:.1e}), so the 1×1 convolution has no inverse"
         )
 
 

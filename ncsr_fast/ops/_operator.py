@@ -45,18 +45,14 @@ class Operator:
         self.forward, self.backward, self.reference, self.keeps_output = forward, backward, reference, keeps_output
         grads = ", ".join(["Tensor"] * self.count)
         LIBRARY.define(f"{name}({tensors}, {parameters}) -> (Tensor, Tensor)")
-        LIBRARY.define(
-            f"{name}_backward(Tensor dy, Tensor dlogdet, Tensor? y, {tensors}, {parameters}) -> ({grads})"
-        )
+        LIBRARY.define(f"{name}_backward(Tensor dy, Tensor dlogdet, Tensor? y, {tensors}, {parameters}) -> ({grads})")
         LIBRARY.impl(name, forward, "CompositeExplicitAutograd")
         LIBRARY.impl(f"{name}_backward", self._backward_of_library, "CompositeExplicitAutograd")
         torch.library.register_fake(f"ncsr_fast::{name}", self._fake, lib=LIBRARY)
         torch.library.register_fake(f"ncsr_fast::{name}_backward", self._fake_backward, lib=LIBRARY)
         self._registered = getattr(torch.ops.ncsr_fast, name).default
         self._registered_backward = getattr(torch.ops.ncsr_fast, f"{name}_backward").default
-        torch.library.register_autograd(
-            f"ncsr_fast::{name}", self._gradient_of_library, setup_context=self._setup, lib=LIBRARY
-        )
+        torch.library.register_autograd(f"ncsr_fast::{name}", self._gradient_of_library, setup_context=self._setup, lib=LIBRARY)
         self._function = self._make_function(name)
 
     def __call__(self, *arguments: Any) -> tuple[Tensor, Tensor]:

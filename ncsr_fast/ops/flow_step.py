@@ -7,9 +7,9 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from ncsr_fast.ops import _fold
 from ncsr_fast.ops._backends import implementation, resolve_backend
 from ncsr_fast.ops._contract import check_eps, check_state, check_tensors, compute_dtype
-from ncsr_fast.ops import _fold
 from ncsr_fast.ops._operator import Operator
 from ncsr_fast.ops.affine_injector import affine
 

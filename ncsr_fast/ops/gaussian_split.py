@@ -56,9 +56,7 @@ def _forward(z: Tensor, h: Tensor, inverse: bool, backend: str) -> tuple[Tensor,
     return implementation(backend).gaussian_fwd(z, h, inverse)
 
 
-def _backward(
-    dy: Tensor, dlogdet: Tensor, _: None, z: Tensor, h: Tensor, inverse: bool, backend: str
-) -> tuple[Tensor, Tensor]:
+def _backward(dy: Tensor, dlogdet: Tensor, _: None, z: Tensor, h: Tensor, inverse: bool, backend: str) -> tuple[Tensor, Tensor]:
     return implementation(backend).gaussian_bwd(dy, dlogdet, z, h, inverse)
 
 

@@ -7,9 +7,9 @@ import json
 
 import pytest
 import torch
-from ncsr_fast.benchmarks import registry, report
 
 from ncsr_fast import ops
+from ncsr_fast.benchmarks import registry, report
 from ncsr_fast.cli.main import main
 
 FIELDS = [

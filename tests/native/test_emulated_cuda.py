@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from operator_cases import ROUNDING, arguments, assert_close, differentiable, directions, formula, laid_out, operators, run
 
 from ncsr_fast import ops
-from operator_cases import ROUNDING, arguments, assert_close, differentiable, directions, formula, laid_out, operators, run
 
 HERE = Path(__file__).parent
 SOURCES = HERE.parent.parent / "csrc"
@@ -75,7 +75,9 @@ def test_emulated_kernels(on_the_emulation, name, inverse, way, dtype):
         y, logdet = run(name, *tensors, inverse=inverse, backend="native")
         expected, expected_logdet = formula(name, *doubles, inverse=inverse)
         assert_close(y, expected, ROUNDING[dtype], "y")
-        assert_close(logdet, expected_logdet, 20 * ROUNDING[torch.float64 if dtype == torch.float64 else torch.float32], "logdet")
+        assert_close(
+            logdet, expected_logdet, 20 * ROUNDING[torch.float64 if dtype == torch.float64 else torch.float32], "logdet"
+        )
         grads = torch.autograd.grad(y.sin().sum() + logdet.sum(), tensors)
         references = torch.autograd.grad(expected.sin().sum() + expected_logdet.sum(), doubles)
         for grad, reference in zip(grads, references):

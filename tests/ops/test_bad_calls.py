@@ -6,9 +6,9 @@ import inspect
 
 import pytest
 import torch
+from operator_cases import arguments, cells, exact_dtype, operators, run
 
 from ncsr_fast import ops
-from operator_cases import arguments, cells, exact_dtype, operators, run
 
 BAD = {
     "rank": (lambda t: t[0], ValueError, "must have shape"),
@@ -81,5 +81,7 @@ def test_a_named_backend_runs_or_says_what_is_missing(name):
 
 def test_auto_is_the_fastest_there_is():
     states = ops.backends("cpu")
-    assert ops.resolve_backend("affine_injector", like=torch.empty(1)) == ("native" if states["native"].available else "reference")
+    assert ops.resolve_backend("affine_injector", like=torch.empty(1)) == (
+        "native" if states["native"].available else "reference"
+    )
     assert ops.resolve_backend("affine_injector", like=torch.empty(1, device="meta")) == "reference"

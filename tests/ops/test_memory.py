@@ -6,9 +6,6 @@ import os
 
 import pytest
 import torch
-
-from ncsr_fast import layout
-from ncsr_fast.ops._backends import implementation
 from operator_cases import (
     LAYOUTS,
     ROUNDING,
@@ -23,6 +20,9 @@ from operator_cases import (
     operators,
     run,
 )
+
+from ncsr_fast import layout
+from ncsr_fast.ops._backends import implementation
 
 
 @operators

@@ -7,10 +7,10 @@ import sys
 
 import pytest
 import torch
+from operator_cases import ROUNDING, arguments, assert_close, differentiable, directions, formula, operators, run
 
 from ncsr_fast import ops
 from ncsr_fast.ops import _fold
-from operator_cases import ROUNDING, arguments, assert_close, differentiable, directions, formula, operators, run
 
 if not ops.backends("cpu")["native"].available:
     pytest.skip(ops.backends("cpu")["native"].reason, allow_module_level=True)

@@ -6,9 +6,6 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
-
-from ncsr_fast import ops
 from operator_cases import (
     EPS,
     ROUNDING,
@@ -23,6 +20,9 @@ from operator_cases import (
     operators,
     run,
 )
+from torch import Tensor
+
+from ncsr_fast import ops
 
 CHANNELS = [1, 2, 5, 12, 24, 48, 96, 192, 200]
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from operator_cases import EPS, ROUNDING, arguments, assert_close, cells, differentiable, directions, laid_out, operators, run
 
 from ncsr_fast import ops
-from operator_cases import EPS, ROUNDING, arguments, assert_close, cells, differentiable, directions, laid_out, operators, run
 
 LAYOUTS = ("nchw", "channels-last", "channels")
 REGISTERED = {"affine_injector": "affine", "affine_coupling": "affine", "gaussian_split": "gaussian"}
