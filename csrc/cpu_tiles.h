@@ -142,7 +142,8 @@ template <class M, bool inverse, bool from_output, class T>
 void apply_backward(int64_t n, const T* dy, T g, const T* v, Pair<const T> h, T eps, T* dx, Pair<T> dh) {
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i)
-        dx[i] = M::template backward<inverse, from_output>(dy[i], g, v[i], h.first[i], h.second[i], eps, dh.first[i], dh.second[i]);
+        dx[i] = M::template backward<inverse, from_output>(dy[i], g, v[i], h.first[i], h.second[i], eps, dh.first[i],
+                                                           dh.second[i]);
 }
 
 template <class T>

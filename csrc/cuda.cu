@@ -101,7 +101,8 @@ void launch_step(const FlowStep& p, void* workspace, bool backward, void* stream
         allow(flow_step_backward_kernel<C, inverse, T>, bytes);
         T* partial = static_cast<T*>(workspace);
         const int64_t blocks = backward_blocks<T>(p);
-        NCSR_LAUNCH((flow_step_backward_kernel<C, inverse, T>), dim3(unsigned(blocks)), bytes, stream, p, pixels, tiles, partial);
+        NCSR_LAUNCH((flow_step_backward_kernel<C, inverse, T>), dim3(unsigned(blocks)), bytes, stream, p, pixels, tiles,
+                    partial);
         NCSR_LAUNCH((sum_parts_kernel<T>), dim3(unsigned(up(channels * channels + channels, threads))), 0, stream, partial,
                     blocks, channels, p.dmix, p.doffset);
     }

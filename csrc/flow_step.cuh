@@ -48,7 +48,7 @@ __device__ void mix(T* to, const T* from, const T* matrix, const T* offset, cons
         for (int c = 0; c < channels; ++c) {
             const T value = from[c * tile.row + at];
             for (int k = 0; k < outputs; ++k)
-                if (o + k < channels) sum[k] += (transposed ? matrix[c * channels + o + k] : matrix[(o + k) * channels + c]) * value;
+                if (o + k < channels) sum[k] += matrix[transposed ? c * channels + o + k : (o + k) * channels + c] * value;
         }
         for (int k = 0; k < outputs; ++k)
             if (o + k < channels) to[(o + k) * tile.row + at] = sum[k];

@@ -147,7 +147,8 @@ int64_t flow_step_workspace(SizesTuple size, bool float64, bool backward) {
 }
 #else
 std::string cuda_unavailable() {
-    return "this build has no CUDA kernels (" NCSR_BUILD_INFO "); reinstall where there is nvcc: NCSR_FAST_CUDA=1 pip install .";
+    return "this build has no CUDA kernels (" NCSR_BUILD_INFO
+           "); reinstall where there is nvcc: NCSR_FAST_CUDA=1 pip install .";
 }
 
 int64_t pointwise_workspace(SizesTuple) { return 0; }

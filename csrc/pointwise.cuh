@@ -24,8 +24,8 @@ __global__ void pointwise_forward_kernel(Pointwise p, double* partial) {
         const int64_t pair = 2 * (int64_t(c) - p.kept);
         T y = read<T>(p.x, pixel.at(p.x, c)), value;
         if (pair >= 0) {
-            y = M::template apply<inverse>(y, read<T>(p.h, pixel.at(p.h, pair)), read<T>(p.h, pixel.at(p.h, pair + 1)), T(p.eps),
-                                           value);
+            const T first = read<T>(p.h, pixel.at(p.h, pair)), second = read<T>(p.h, pixel.at(p.h, pair + 1));
+            y = M::template apply<inverse>(y, first, second, T(p.eps), value);
             logdet += double(logdet_of<M>(value));
         }
         write(p.y, pixel.at(p.y, c), y);
