@@ -12,7 +12,7 @@ using Matrix = std::vector<double>;  // n × n, rows one after the other
 
 // An actnorm and a 1×1 convolution as one matrix: fold_cpu.h.
 struct Folded {
-    Matrix mix, inverse_weight;  // the latter where it was needed
+    Matrix mix;
     Vector64 offset;
     double logdet_of_pixel, condition;  // of weight in the ∞-norm, 0 where no inverse was needed
 };
@@ -22,17 +22,15 @@ struct FoldGradient {
     Matrix weight;
 };
 
-enum class Needed { mix, logdet, inverse };  // each includes those before it
-
 // Threads as torch.get_num_threads() says, at most.
 struct CpuKernels {
     void (*pointwise_forward)(const Pointwise&, bool float64, int threads);
     void (*pointwise_backward)(const Pointwise&, bool float64, int threads);
     void (*flow_step_forward)(const FlowStep&, bool float64, int threads);
     void (*flow_step_backward)(const FlowStep&, bool float64, int threads);
-    Folded (*fold)(const Vector64& bias, const Vector64& logs, const Matrix& weight, bool inverse, Needed);
+    Folded (*fold)(const Vector64& bias, const Vector64& logs, const Matrix& weight, bool inverse, bool with_logdet);
     FoldGradient (*fold_gradient)(const Vector64& bias, const Vector64& logs, const Matrix& weight, Matrix dmix,
-                                  const Vector64& doffset, double g, bool inverse);
+                                  const Vector64& doffset, double g, bool inverse, bool single);
 };
 
 namespace baseline {

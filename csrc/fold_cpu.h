@@ -15,7 +15,8 @@ namespace ncsr::NCSR_ISA {
 
 // Gauss-Jordan elimination with partial pivoting: `a` becomes its inverse when `inverse`, else garbage. Returns log|det a|;
 // that of a singular matrix is -infinity, and its inverse NaN.
-inline double eliminate(Matrix& a, int64_t n, bool inverse) {
+template <class T>
+double eliminate(std::vector<T>& a, int64_t n, bool inverse) {
     double logdet = 0;
     std::vector<int64_t> swapped(static_cast<size_t>(n));
     for (int64_t k = 0; k < n; ++k) {
@@ -25,9 +26,9 @@ inline double eliminate(Matrix& a, int64_t n, bool inverse) {
         swapped[k] = pivot;
         if (pivot != k)
             for (int64_t j = 0; j < n; ++j) std::swap(a[k * n + j], a[pivot * n + j]);
-        double* __restrict row = &a[k * n];
-        const double scale = 1 / row[k];
-        logdet += std::log(std::abs(row[k]));
+        T* __restrict row = &a[k * n];
+        const T scale = 1 / row[k];
+        logdet += std::log(std::abs(double(row[k])));
         if (inverse) {
             row[k] = 1;
 #pragma omp simd
@@ -36,8 +37,8 @@ inline double eliminate(Matrix& a, int64_t n, bool inverse) {
         // the determinant needs the rows below only, the inverse those above as well
         for (int64_t i = inverse ? 0 : k + 1; i < n; ++i) {
             if (i == k) continue;
-            double* __restrict other = &a[i * n];
-            const double factor = inverse ? other[k] : other[k] * scale;
+            T* __restrict other = &a[i * n];
+            const T factor = inverse ? other[k] : other[k] * scale;
             if (inverse) other[k] = 0;
 #pragma omp simd
             for (int64_t j = inverse ? 0 : k + 1; j < n; ++j) other[j] -= factor * row[j];
@@ -84,44 +85,57 @@ inline Vector64 exponentials(const Vector64& logs, double sign) {
     return result;
 }
 
-inline Folded fold(const Vector64& bias, const Vector64& logs, const Matrix& weight, bool inverse, Needed needed) {
+inline Folded fold(const Vector64& bias, const Vector64& logs, const Matrix& weight, bool inverse, bool with_logdet) {
     const int64_t n = int64_t(bias.size());
-    Folded f{weight, weight, Vector64(bias.size()), 0, 0};
-    const bool need_inverse = inverse || needed == Needed::inverse;
-    if (need_inverse || needed == Needed::logdet) f.logdet_of_pixel = eliminate(f.inverse_weight, n, need_inverse);
-    if (need_inverse) f.condition = norm(weight, n) * norm(f.inverse_weight, n);
+    Folded f{weight, Vector64(bias.size()), 0, 0};
+    Matrix undone = weight;
+    if (inverse || with_logdet) f.logdet_of_pixel = eliminate(undone, n, inverse);
+    if (inverse) f.condition = norm(weight, n) * norm(undone, n);
     for (double value : logs) f.logdet_of_pixel += value;
     if (inverse) {
         f.logdet_of_pixel = -f.logdet_of_pixel;
-        f.mix = f.inverse_weight;
+        f.mix = std::move(undone);
     }
     const Vector64 scale = exponentials(logs, inverse ? -1 : 1);
     for (int64_t i = 0; i < n; ++i) {
+        double* row = &f.mix[i * n];
+        double sum = 0;
+#pragma omp simd reduction(+ : sum)
         for (int64_t j = 0; j < n; ++j) {
-            f.mix[i * n + j] *= scale[size_t(inverse ? i : j)];
-            f.offset[i] += inverse ? 0 : f.mix[i * n + j] * bias[j];
+            row[j] *= inverse ? scale[i] : scale[j];
+            sum += row[j] * bias[j];
         }
-        if (inverse) f.offset[i] = -bias[i];
+        f.offset[i] = inverse ? -bias[i] : sum;
     }
     return f;
 }
 
-// The way back from dmix, doffset and g, the sum over samples and pixels of dL/dlogdet.
+template <class T>
+Matrix inverted(const Matrix& weight, int64_t n) {
+    std::vector<T> a(weight.begin(), weight.end());
+    eliminate(a, n, true);
+    return Matrix(a.begin(), a.end());
+}
+
+// The way back from dmix, doffset and g, the sum over samples and pixels of dL/dlogdet. With `single`, weight⁻ᵀ as the
+// gradient of log|det weight| is found in float32, in which it will be stored; that of the inverse map is always in double.
 inline FoldGradient fold_gradient(const Vector64& bias, const Vector64& logs, const Matrix& weight, Matrix dmix,
-                                  const Vector64& doffset, double g, bool inverse) {
+                                  const Vector64& doffset, double g, bool inverse, bool single) {
     const int64_t n = int64_t(bias.size());
-    const Folded f = fold(bias, logs, weight, inverse, Needed::inverse);
+    const Matrix undone = single && !inverse ? inverted<float>(weight, n) : inverted<double>(weight, n);
+    const Matrix turned = transposed(undone, n);
     const Vector64 scale = exponentials(logs, inverse ? -1 : 1);
     FoldGradient d{Vector64(bias.size()), Vector64(bias.size()), Matrix(dmix.size())};
-    const Matrix turned = transposed(f.inverse_weight, n);  // weight⁻ᵀ, the gradient of log|det weight|
     if (inverse) {  // d(weight⁻¹) = exp(-logs)·dmix =: q, dweight = -weight⁻ᵀ·q·weight⁻ᵀ
         for (int64_t i = 0; i < n; ++i) {
             d.bias[i] = -doffset[i];
-            d.logs[i] = -g;
+            double sum = g;
+#pragma omp simd reduction(+ : sum)
             for (int64_t j = 0; j < n; ++j) {
-                d.logs[i] -= dmix[i * n + j] * f.mix[i * n + j];
                 dmix[i * n + j] *= scale[i];
+                sum += dmix[i * n + j] * undone[i * n + j];
             }
+            d.logs[i] = -sum;
         }
         d.weight = product(turned, product(dmix, turned, n), n);
         for (size_t i = 0; i < d.weight.size(); ++i) d.weight[i] = -d.weight[i] - g * turned[i];
@@ -129,11 +143,13 @@ inline FoldGradient fold_gradient(const Vector64& bias, const Vector64& logs, co
     }
     for (int64_t j = 0; j < n; ++j) d.logs[j] = g;
     for (int64_t i = 0; i < n; ++i)
+#pragma omp simd
         for (int64_t j = 0; j < n; ++j) {
             const double total = dmix[i * n + j] + doffset[i] * bias[j];  // offset is mix·bias
+            const double mix = weight[i * n + j] * scale[j];
             d.weight[i * n + j] = total * scale[j] + g * turned[i * n + j];
-            d.logs[j] += total * f.mix[i * n + j];
-            d.bias[j] += f.mix[i * n + j] * doffset[i];
+            d.logs[j] += total * mix;
+            d.bias[j] += mix * doffset[i];
         }
     return d;
 }

@@ -179,8 +179,7 @@ void write(const TensorTuple& t, const std::vector<double>& values) {
 std::pair<double, double> fold_forward(int64_t n, TensorTuple bias, TensorTuple logs, TensorTuple weight, bool inverse,
                                        bool logdet, TensorTuple mix, TensorTuple offset) {
     py::gil_scoped_release release;
-    const Needed needed = logdet ? Needed::logdet : Needed::mix;
-    const Folded f = cpu->fold(doubles(bias, 1, n), doubles(logs, 1, n), doubles(weight, n, n), inverse, needed);
+    const Folded f = cpu->fold(doubles(bias, 1, n), doubles(logs, 1, n), doubles(weight, n, n), inverse, logdet);
     write(mix, f.mix);
     write(offset, f.offset);
     return {f.logdet_of_pixel, f.condition};
@@ -191,7 +190,8 @@ void fold_backward(int64_t n, TensorTuple bias, TensorTuple logs, TensorTuple we
                    TensorTuple doffset, double g, TensorTuple dbias, TensorTuple dlogs, TensorTuple dweight) {
     py::gil_scoped_release release;
     const FoldGradient d = cpu->fold_gradient(doubles(bias, 1, n), doubles(logs, 1, n), doubles(weight, n, n),
-                                              doubles(dmix, n, n), doubles(doffset, 1, n), g, inverse);
+                                              doubles(dmix, n, n), doubles(doffset, 1, n), g, inverse,
+                                              Dtype(weight[1]) == Dtype::float32);
     write(dbias, d.bias);
     write(dlogs, d.logs);
     write(dweight, d.weight);
