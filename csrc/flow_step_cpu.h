@@ -14,21 +14,24 @@ struct StepTile {
     Order order;
     int64_t channels, pixels, row;
 
-    StepTile(const FlowStep& p)
-        : order(order_of(p.x)), channels(p.size.channels) {
-        // some 8 KB a buffer, and at least two of the widest vectors of pixels
-        pixels = std::max<int64_t>(32, (8192 / int64_t(sizeof(T)) / channels) / 32 * 32);
+    StepTile(const FlowStep& p) : order(order_of(p.x)), channels(p.size.channels) {
+        // Rows of channels: 8 KB a buffer, for the first-level cache. Planes: 64 KB, for the second, since every channel is
+        // read at a place of its own and the prefetchers need long runs; twice as fast as 8 KB where memory is (320×320).
+        // At least two of the widest vectors of pixels.
+        const int64_t bytes = order == Order::planes ? 65536 : 8192;
+        pixels = std::max<int64_t>(32, bytes / int64_t(sizeof(T)) / channels / 32 * 32);
         row = padded<T>(order == Order::planes ? pixels : channels);
     }
     int64_t rows() const { return order == Order::planes ? channels : pixels; }
     int64_t elements() const { return rows() * row; }
 
-    // The changed channels of a tile as dense pieces: use(piece, its first changed channel, channels, elements). One piece
-    // where rows are full; else a piece a row of pixels, and rows of channels are brought into `buffer` and back.
+    // The changed channels of a tile as dense pieces: use(piece, its first changed channel, channels, elements). A piece a
+    // row of pixels, whose pairs are read where they lie, but one piece of short rows, for fewer calls; rows of channels are
+    // brought into `buffer` and back where they are not dense.
     template <class Use>
     void pieces(T* tile, const Run& run, int64_t kept, T* buffer, Use use) const {
         const int64_t changed = channels - kept;
-        if (order == Order::planes && run.pixels == row) return use(tile + kept * row, 0, changed, changed * row);
+        if (order == Order::planes && run.pixels == row && row <= 4 * lanes) return use(tile + kept * row, 0, changed, changed * row);
         if (order == Order::planes) {
             for (int64_t c = 0; c < changed; ++c) use(tile + (kept + c) * row, c, 1, run.pixels);
             return;
