@@ -40,7 +40,7 @@ WEIGHT_WARPS = 8  # 4 spill at C = 24
 WEIGHT_STAGES = 2  # of the loads of that loop; 3 spill there on sm_80
 # Registers allowed a thread, by the channels written. Unless told, ptxas spills a few bytes to fit another program.
 REGISTERS = {16: 128, 32: 168, 64: 200}
-WEIGHT_REGISTERS = 128
+WEIGHT_REGISTERS = 168  # 128 spill a few bytes under Triton 3.9
 
 
 @triton.jit
@@ -249,8 +249,8 @@ def step_weight_bwd_kernel(
     o_row = tl.trans(o_out)
     p_dmix += (i_row * channels + o_row) * channels + o_in
     tl.store(p_dmix, b_dmix, mask=(o_row < channels) & (o_in < channels))
-    p_doffset += i_row * channels + o_out
-    tl.store(p_doffset, tl.sum(b_dw_sum, axis=0)[None, :], mask=(o_out < channels) & (i_in == 0))
+    if i_in == 0:  # doffset once, not for every block of inputs
+        tl.store(p_doffset + i_row * channels + o_out, tl.sum(b_dw_sum, axis=0)[None, :], mask=o_out < channels)
 
 
 def _block(channels: int, most: int) -> int:

@@ -19,6 +19,13 @@ from ncsr_fast import _native
 from ncsr_fast.ops import _native as calls
 
 
+def fresh_process(code: str, folder) -> str:
+    """What a fresh Python prints, away from the checkout, whose package is not the installed one."""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=folder, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
 @pytest.fixture(params=_native.instruction_sets())
 def instruction_set(request):
     before = _native.instruction_set()
@@ -27,9 +34,9 @@ def instruction_set(request):
     _native.use_instruction_set(before)
 
 
-def test_the_widest_instruction_set_is_chosen_at_import():
+def test_the_widest_instruction_set_is_chosen_at_import(tmp_path):
     code = "from ncsr_fast import _native; print(_native.instruction_set() == _native.instruction_sets()[0])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "True"
+    assert fresh_process(code, tmp_path) == "True"
     assert _native.instruction_sets()[-1] == "baseline"
     with pytest.raises(ValueError, match="no instruction set 'sse9'"):
         _native.use_instruction_set("sse9")
@@ -67,7 +74,7 @@ def test_half_precision_is_rounded_to_nearest_even(instruction_set):
             assert torch.equal(scaled.nan_to_num(), (x.float() * torch.tensor(factor)).to(dtype).nan_to_num())
 
 
-def test_threads_are_those_of_torch():
+def test_threads_are_those_of_torch(tmp_path):
     """One thread makes none; three make two, however often."""
     code = """
 import torch
@@ -87,8 +94,7 @@ print(alone, threads() - before)
 """
     if not sys.platform.startswith("linux"):
         pytest.skip("counts threads in /proc")
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split() in (["0", "2"], ["0", "0"])  # none at all in a build without OpenMP
+    assert fresh_process(code, tmp_path).split() in (["0", "2"], ["0", "0"])  # none at all in a build without OpenMP
 
 
 @directions
