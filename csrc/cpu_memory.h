@@ -15,8 +15,8 @@ namespace ncsr::NCSR_ISA {
 
 enum class Order { planes, pixels };
 
-// The last channel stride tells; a tensor of one channel may be read either way.
-inline Order order_of(const Tensor& x) { return x.channel == 1 && x.column != 1 ? Order::pixels : Order::planes; }
+// A tensor of one channel may be read either way.
+inline Order order_of(const Tensor& x) { return channels_adjacent(x) ? Order::pixels : Order::planes; }
 
 // Where a run of pixels starts.
 struct Run {

@@ -146,11 +146,6 @@ void apply_backward(int64_t n, const T* dy, T g, const T* v, Pair<const T> h, T 
                                                            dh.second[i]);
 }
 
-template <class T>
-T per_sample(const PerSample& values, int64_t sample) {
-    return reinterpret_cast<const T*>(values.data)[sample * values.stride];
-}
-
 // Adds the partial sums of every sample in their order.
 template <class T>
 void write_logdet(const std::vector<double>& partial, const Tiling& tiling, double sign, char* logdet) {

@@ -42,14 +42,6 @@ struct Pixel {
     }
 };
 
-// Neighbouring threads take what is adjacent in x: channels of a pixel, or pixels of a channel.
-__device__ inline bool channels_first(const Tensor& x) { return x.channel == 1 && x.column != 1; }
-
-template <class T>
-__device__ T per_sample(const PerSample& values, int64_t sample) {
-    return reinterpret_cast<const T*>(values.data)[sample * values.stride];
-}
-
 // The sum over the block's threads, in a fixed order; `shared` holds one number a thread. The first thread gets it.
 __device__ inline double block_sum(double value, double* shared) {
     shared[threadIdx.x] = value;

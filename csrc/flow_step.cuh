@@ -28,7 +28,7 @@ struct Tile {
 template <int C, class Use>
 __device__ void each(const Tile& tile, const Sizes& size, const Tensor& like, Use use) {
     const int channels = C ? C : int(size.channels), pixels = int(tile.pixels);
-    const bool by_channel = channels_first(like);
+    const bool by_channel = channels_adjacent(like);
     for (int i = threadIdx.x; i < channels * pixels; i += threads) {
         const int c = by_channel ? i % channels : i / pixels, at = by_channel ? i / channels : i % pixels;
         use(c, at, Pixel(size, tile.sample, tile.first + at));

@@ -31,7 +31,8 @@ struct StepTile {
     template <class Use>
     void pieces(T* tile, const Run& run, int64_t kept, T* buffer, Use use) const {
         const int64_t changed = channels - kept;
-        if (order == Order::planes && run.pixels == row && row <= 4 * lanes) return use(tile + kept * row, 0, changed, changed * row);
+        const bool short_rows = run.pixels == row && row <= 4 * lanes;
+        if (order == Order::planes && short_rows) return use(tile + kept * row, 0, changed, changed * row);
         if (order == Order::planes) {
             for (int64_t c = 0; c < changed; ++c) use(tile + (kept + c) * row, c, 1, run.pixels);
             return;

@@ -35,7 +35,7 @@ Tensor tensor(const TensorTuple& t) {
     return {reinterpret_cast<char*>(t[0]), Dtype(t[1]), t[2], t[3], t[4], t[5]};
 }
 
-PerSample per_sample(const TensorTuple& t) { return {reinterpret_cast<const char*>(t[0]), t[2]}; }
+PerSample one_per_sample(const TensorTuple& t) { return {reinterpret_cast<const char*>(t[0]), t[2]}; }
 
 Sizes sizes(const SizesTuple& s) { return {s[0], s[1], s[2], s[3]}; }
 
@@ -92,7 +92,7 @@ void pointwise_backward(bool gaussian, SizesTuple size, int64_t kept, double eps
     Pointwise p{};
     p.map = gaussian ? Map::gaussian : Map::affine;
     p.size = sizes(size), p.kept = kept, p.eps = eps, p.inverse = inverse;
-    p.dy = tensor(dy), p.dlogdet = per_sample(dlogdet), p.x = tensor(x), p.h = tensor(h), p.dx = tensor(dx), p.dh = tensor(dh);
+    p.dy = tensor(dy), p.dlogdet = one_per_sample(dlogdet), p.x = tensor(x), p.h = tensor(h), p.dx = tensor(dx), p.dh = tensor(dh);
     const Where w(where);
     py::gil_scoped_release release;
 #if defined(NCSR_CUDA)
@@ -120,7 +120,7 @@ void flow_step_backward(SizesTuple size, double eps, bool inverse, TensorTuple d
                         int64_t doffset, TensorTuple dh_pre, TensorTuple dh_post, bool float64, WhereTuple where) {
     FlowStep p{};
     p.size = sizes(size), p.eps = eps, p.inverse = inverse;
-    p.dy = tensor(dy), p.dlogdet = per_sample(dlogdet), p.x = tensor(x), p.y = tensor(y), p.mix = pointer(mix);
+    p.dy = tensor(dy), p.dlogdet = one_per_sample(dlogdet), p.x = tensor(x), p.y = tensor(y), p.mix = pointer(mix);
     p.h_pre = tensor(h_pre), p.h_post = tensor(h_post), p.dx = tensor(dx), p.dmix = pointer(dmix), p.doffset = pointer(doffset);
     p.dh_pre = tensor(dh_pre), p.dh_post = tensor(dh_post);
     const Where w(where);

@@ -14,7 +14,7 @@ template <class M, bool inverse, class T, class Index>
 __global__ void pointwise_forward_kernel(Pointwise p, double* partial) {
     __shared__ double shared[threads];
     const Index channels = Index(p.size.channels), pixels = Index(p.size.rows * p.size.columns), n = channels * pixels;
-    const bool by_channel = channels_first(p.x);
+    const bool by_channel = channels_adjacent(p.x);
     double logdet = 0;
     for (int item = 0; item < pointwise_items; ++item) {
         const Index i = (Index(blockIdx.x) * pointwise_items + item) * threads + threadIdx.x;
@@ -37,7 +37,7 @@ __global__ void pointwise_forward_kernel(Pointwise p, double* partial) {
 template <class M, bool inverse, class T, class Index>
 __global__ void pointwise_backward_kernel(Pointwise p) {
     const Index channels = Index(p.size.channels), pixels = Index(p.size.rows * p.size.columns), n = channels * pixels;
-    const bool by_channel = channels_first(p.x);
+    const bool by_channel = channels_adjacent(p.x);
     const T g = per_sample<T>(p.dlogdet, blockIdx.y);
     for (int item = 0; item < pointwise_items; ++item) {
         const Index i = (Index(blockIdx.x) * pointwise_items + item) * threads + threadIdx.x;

@@ -31,6 +31,14 @@ struct PerSample {
     int64_t stride = 0;
 };
 
+template <class T>
+NCSR_FUNCTION T per_sample(const PerSample& values, int64_t sample) {
+    return reinterpret_cast<const T*>(values.data)[sample * values.stride];
+}
+
+// Whether what is adjacent in memory are the channels of a pixel, not the pixels of a channel.
+NCSR_FUNCTION bool channels_adjacent(const Tensor& x) { return x.channel == 1 && x.column != 1; }
+
 enum class Map { affine, gaussian };
 
 // affine_injector, affine_coupling and gaussian_split: the last `channels - kept` channels of x mapped by the pairs in h.

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ncsr_fast import _native as native
 from ncsr_fast.layout import empty_like
-from ncsr_fast.ops._contract import check_weight
+from ncsr_fast.ops._contract import check_weight, compute_dtype
 
 CUDA_MISSING = native.cuda_unavailable()  # why these calls cannot take CUDA tensors, or nothing
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}  # csrc/tensor.h
@@ -39,8 +39,7 @@ def _run(call: Callable[..., None], x: Tensor, workspace: Callable[[], int], *ar
 
 
 def _logdet(x: Tensor) -> Tensor:
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return torch.empty(x.shape[0], dtype=dtype, device=x.device)
+    return torch.empty(x.shape[0], dtype=compute_dtype(x), device=x.device)
 
 
 def affine_fwd(x: Tensor, h: Tensor, kept: int, eps: float, inverse: bool) -> tuple[Tensor, Tensor]:

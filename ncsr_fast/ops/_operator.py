@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ncsr_fast.layout import empty_like
+from ncsr_fast.ops._contract import compute_dtype
 
 LIBRARY = torch.library.Library("ncsr_fast", "DEF")  # operators live as long as it does
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -112,8 +113,7 @@ class Operator:
         return tuple(dy.new_empty(0) if grad is None else grad for grad in grads)
 
     def _fake(self, x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        return empty_like(x), x.new_empty(x.shape[0], dtype=dtype)
+        return empty_like(x), x.new_empty(x.shape[0], dtype=compute_dtype(x))
 
     def _fake_backward(self, dy: Tensor, dlogdet: Tensor, y: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
         return tuple(_empty_gradient(tensor, dy) for tensor in arguments[: self.count])

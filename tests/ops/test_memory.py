@@ -48,6 +48,18 @@ def test_layouts(name, device, backend, inverse, way, channels):
         assert_close(grad, reference, 100 * ROUNDING[dtype], "gradient")
 
 
+def assert_like_the_reference(name: str, tensors: list[torch.Tensor], backend: str, inverse: bool = False) -> None:
+    dtype = tensors[0].dtype
+    expected, expected_logdet = run(name, *tensors, inverse=inverse, backend="reference")
+    y, logdet = run(name, *tensors, inverse=inverse, backend=backend)
+    assert_close(y, expected, 20 * ROUNDING[dtype], "y")
+    assert_close(logdet, expected_logdet, 20 * ROUNDING[dtype], "logdet")
+    grads = torch.autograd.grad(y.square().sum() + logdet.sum(), tensors)
+    references = torch.autograd.grad(expected.square().sum() + expected_logdet.sum(), tensors)
+    for grad, reference in zip(grads, references):
+        assert_close(grad, reference, 100 * ROUNDING[dtype], "gradient")
+
+
 @operators
 @cells
 @pytest.mark.parametrize(
@@ -56,14 +68,7 @@ def test_layouts(name, device, backend, inverse, way, channels):
 def test_sizes(name, device, backend, size, batch):
     dtype = exact_dtype(device, backend)
     tensors = differentiable(arguments(name, channels=6, size=size, batch=batch, dtype=dtype, device=device))
-    expected, expected_logdet = run(name, *tensors, backend="reference")
-    y, logdet = run(name, *tensors, backend=backend)
-    assert_close(y, expected, 20 * ROUNDING[dtype], "y")
-    assert_close(logdet, expected_logdet, 20 * ROUNDING[dtype], "logdet")
-    grads = torch.autograd.grad(y.square().sum() + logdet.sum(), tensors)
-    references = torch.autograd.grad(expected.square().sum() + expected_logdet.sum(), tensors)
-    for grad, reference in zip(grads, references):
-        assert_close(grad, reference, 100 * ROUNDING[dtype], "gradient")
+    assert_like_the_reference(name, tensors, backend)
 
 
 @cells
@@ -74,14 +79,7 @@ def test_larger_than_any_tile(device, backend, inverse, channels):
     dtype = exact_dtype(device, backend)
     size = (37, 45) if not interpreted(backend) else (17, 21) if channels == 12 else (5, 13)
     tensors = differentiable(arguments("flow_step", channels=channels, size=size, batch=3, dtype=dtype, device=device))
-    expected, expected_logdet = run("flow_step", *tensors, inverse=inverse, backend="reference")
-    y, logdet = run("flow_step", *tensors, inverse=inverse, backend=backend)
-    assert_close(y, expected, 20 * ROUNDING[dtype], "y")
-    assert_close(logdet, expected_logdet, 20 * ROUNDING[dtype], "logdet")
-    grads = torch.autograd.grad(y.square().sum() + logdet.sum(), tensors)
-    references = torch.autograd.grad(expected.square().sum() + expected_logdet.sum(), tensors)
-    for grad, reference in zip(grads, references):
-        assert_close(grad, reference, 100 * ROUNDING[dtype], "gradient")
+    assert_like_the_reference("flow_step", tensors, backend, inverse)
 
 
 @operators
