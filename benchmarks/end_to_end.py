@@ -1,55 +1,85 @@
-"""Sampling time of a whole model beside the published program, results compared first.
+"""Whole models: sampling and training steps, ours beside the plain path, torch.compile of it and the published program.
 
-    python benchmarks/end_to_end.py --published PATH_TO_A_CHECKOUT_OF_NCSR      # with ncsr_fast installed
+    python -m benchmarks.end_to_end --published PATH_TO_A_CHECKOUT_OF_NCSR
 
-One row: n samples of one LR image by the published ×4 architecture with random weights (time does not depend on
-them), the two programs alternating in one process. Printed, and written to benchmarks/results/.
+A task is one job on one input. Its arms compute the same; that is checked first, and then they take turns in one process.
+The arms between "plain" and "ncsr_fast" switch on one part of the engine after the other, in the order of `LADDER`, so that
+what each contributes can be read off. Weights are random: time does not depend on them.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
 import sys
-import time
+from dataclasses import dataclass, replace
 from pathlib import Path
-from unittest import mock
+from typing import Any
 
 import torch
-from provenance import provenance  # beside this script
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
-from ncsr_fast import NCSR, NCSRConfig
+from ncsr_fast import NCSR, NCSRConfig, graphs
+from ncsr_fast.engine import EngineOptions
+from ncsr_fast.files import atomic_write
+
+from .harness import peak_bytes, quantiles, rounded, side_by_side
+from .provenance import provenance
+from .published import OPTIONS, PublishedNCSR
+from .report import end_to_end_table, to_json
 
 RESULTS = Path(__file__).parent / "results"
-OPTIONS = {  # the part of the published 4X.yml that decides the architecture
-    "scale": 4,
-    "mode": "softflow",
-    "network_G": {
-        "which_model_G": "NCSRNet",
-        "flow": {
-            "K": 16, "L": 3, "S": [0, 16, 16], "std_channels": 3, "coupling": "CondAffineSeparatedAndCond",
-            "additionalFlowNoAffine": 2, "split": {"enable": True}, "fea_up0": True,
-            "stackRRDB": {"blocks": [1, 8, 15, 22], "concat": True},
-        },
-    },
-}  # fmt: skip
+PUBLISHED, COMPILED, OURS = "published", "plain, torch.compile", "ncsr_fast"
+_PLAIN = EngineOptions(engine="plain", backend="reference")
+_BARE = EngineOptions(backend="reference", checkpoint=False, subpixel=False, channels_last=False)
+LADDER = {
+    "plain": _PLAIN,
+    "+ hoisting": _BARE,
+    "+ sub-pixel": replace(_BARE, subpixel=True),
+    "+ channels-last": replace(_BARE, subpixel=True, channels_last=True),
+    "+ fused operators": replace(_BARE, subpixel=True, channels_last=True, backend="auto"),
+    OURS: EngineOptions(),  # + level backward
+    "ncsr_fast, tf32": EngineOptions(precision="tf32"),
+    "ncsr_fast, bf16": EngineOptions(precision="bf16"),
+}
+# largest error of a result, relative to the largest element: float32 rounding through 54 steps; what TF32 and bf16 operands
+# are measured to do is in the rows
+ALLOWED = {"fp32": 2e-5, "tf32": 1e-2, "bf16": 5e-2}
+# float32 gradients, in the norm of all of them together: a ReLU next to zero falls on either side
+ALLOWED_GRADIENT = {"fp32": 1e-2, "tf32": 5e-2, "bf16": 0.2}
 
 
-def published_network(checkout: Path) -> torch.nn.Module:
-    """The published NCSRNet. What its utilities import and a network does not use is stubbed where it is missing."""
-    sys.path.insert(0, str(checkout / "code"))
-    for name in ("cv2", "natsort", "yaml", "torchvision", "torchvision.utils"):
-        try:
-            __import__(name)
-        except (ImportError, RuntimeError):
-            sys.modules[name] = mock.MagicMock()
-    from models.modules.NCSRNet_arch import NCSRNet
+@dataclass(frozen=True)
+class Task:
+    """`n` samples of LR images, or (n = 0) forward and backward of the training loss, of `batch` images of side `lr_size`."""
 
-    return NCSRNet(3, 3, 64, 23, gc=32, scale=4, K=16, opt=OPTIONS).eval()
+    name: str
+    batch: int
+    lr_size: int
+    n: int = 0
+    frozen_encoder: bool = False
+
+    def describe(self) -> str:
+        if self.n:
+            return f"{self.n} samples, LR {self.lr_size}×{self.lr_size}"
+        side = self.lr_size * OPTIONS["scale"]
+        return f"training step, batch {self.batch} of {side}×{side}" + (", encoder frozen" if self.frozen_encoder else "")
 
 
-def random_model() -> NCSR:
+TASKS = [
+    Task("sample", 1, 40, n=10),
+    Task("sample-one", 1, 40, n=1),
+    Task("train", 1, 40),
+    Task("train-frozen", 1, 40, frozen_encoder=True),
+    Task("train-batch-2", 2, 40),
+    Task("train-batch-18", 18, 40),
+    Task("sample-div2k", 1, 340, n=10),
+]
+ON_CPU = ("sample", "sample-one", "train", "train-frozen", "train-batch-2")
+ON_GPU = ("sample", "train", "train-batch-18", "sample-div2k")
+
+
+def random_model(device: str) -> NCSR:
     """The ×4 model with its parameters moved gently off their initial values and its actnorms initialised."""
     torch.manual_seed(0)
     model = NCSR(NCSRConfig.from_published(OPTIONS)).eval()
@@ -58,69 +88,213 @@ def random_model() -> NCSR:
             for parameter in level.parameters():
                 parameter += 3e-3 * torch.randn_like(parameter)
     model.initialize(torch.rand(2, 3, 64, 64), torch.rand(2, 3, 16, 16))
-    return model
+    return model.to(device)
 
 
-def seconds(function) -> float:
-    started = time.perf_counter()
-    function()
-    if torch.get_default_device().type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - started
+class Arm:
+    """One implementation doing one task."""
+
+    def __init__(self, model: Any, task: Task, device: str, published: bool = False) -> None:
+        self.model, self.task, self.is_published = model, task, published
+        generator = torch.Generator().manual_seed(1)
+        side = task.lr_size * OPTIONS["scale"]
+        self.lr = torch.rand(task.batch, 3, task.lr_size, task.lr_size, generator=generator).to(device)
+        self.hr = torch.rand(task.batch, 3, side, side, generator=generator).to(device)
+        self.noise = 0.03 * torch.randn(task.batch, 3, side, side, generator=generator).to(device)
+        self.latents: list[Tensor] = []
+
+    def run(self) -> None:
+        """What is timed."""
+        if not self.task.n:
+            self.backward()
+            return
+        with torch.no_grad():
+            self.model.sample(self.lr, n=self.task.n, temperature=0.9)
+
+    def backward(self) -> Tensor:
+        self.model.requires_grad_encoder(not self.task.frozen_encoder)
+        for parameter in self.model.parameters():
+            parameter.grad = None
+        loss = self.model.nll(self.hr, self.lr, self.noise).mean()
+        loss.backward()
+        return loss.detach()
+
+    def results(self, latents: list[Tensor]) -> dict[str, Tensor]:
+        """What must agree: decoded images; or the loss and the gradient of every parameter as one vector."""
+        if self.task.n:
+            with torch.no_grad():
+                return {"images": self.model.decode(latents, self.lr)}
+        return {"loss": self.backward(), "gradient": self.model.gradient()}
 
 
-@torch.no_grad()
+class Ours:
+    """NCSR with the options of an arm; arms share the weights."""
+
+    def __init__(self, model: NCSR, options: EngineOptions, compiled: bool = False) -> None:
+        self.network, self.options = model, options
+        self._nll = torch.compile(model.nll, dynamic=False) if compiled else model.nll
+        self._decode = torch.compile(model.decode, dynamic=False) if compiled else None
+
+    def parameters(self) -> list[Tensor]:
+        return list(self.network.parameters())
+
+    def requires_grad_encoder(self, wanted: bool) -> None:
+        head = {id(parameter) for module in self.network.encoder.head() for parameter in module.parameters()}
+        for parameter in self.network.encoder.parameters():
+            parameter.requires_grad_(wanted and id(parameter) not in head)
+
+    def gradient(self) -> Tensor:
+        """As one vector."""
+        return torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in self.parameters()])
+
+    def nll(self, hr: Tensor, lr: Tensor, noise: Tensor) -> Tensor:
+        self.network.options = self.options
+        return self._nll(hr, lr, noise)
+
+    def decode(self, latents: list[Tensor], lr: Tensor) -> Tensor:
+        self.network.options = self.options
+        return self._decode(latents, lr) if self._decode else self.network.decode(latents, lr)
+
+    def sample(self, lr: Tensor, n: int, temperature: float) -> Tensor:
+        self.network.options = self.options
+        if self._decode is None:
+            return self.network.sample(lr, n=n, temperature=temperature)
+        shapes = self.network.latent_shapes(*lr.shape[2:])  # what compiles is the decoding, encoder included
+        return torch.stack(
+            [self._decode([temperature * torch.randn(1, *shape, device=lr.device) for shape in shapes], lr) for _ in range(n)]
+        )
+
+
+class Captured(Ours):
+    """The same in CUDA graphs."""
+
+    def sample(self, lr: Tensor, n: int, temperature: float) -> Tensor:
+        self.network.options = self.options
+        if not hasattr(self, "_sampler"):
+            self._sampler = graphs.Sampler(self.network, n)
+        return self._sampler(lr, temperature)[0]
+
+
+def measure(task: Task, arms: dict[str, Any], device: str, rounds: int, with_memory: bool) -> list[dict[str, Any]]:
+    """Rows of a task, after its results were found to agree. Raises ValueError when they do not."""
+    runners = {name: Arm(model, task, device) for name, model in arms.items()}
+    reference = next(name for name in ("plain", OURS) if name in arms)
+    shapes = NCSR(NCSRConfig.from_published(OPTIONS)).latent_shapes(task.lr_size, task.lr_size) if task.n else []
+    generator = torch.Generator().manual_seed(2)
+    latents = [(0.9 * torch.randn(task.batch, *shape, generator=generator)).to(device) for shape in shapes]
+    expected = runners[reference].results(latents)
+    errors = {name: _errors(runner.results(latents), expected) for name, runner in runners.items()}
+    for name, found in errors.items():
+        precision = name.rpartition(", ")[2] if name.endswith(("tf32", "bf16")) else "fp32"
+        for what, error in found.items():
+            allowed = (ALLOWED_GRADIENT if what == "gradient" else ALLOWED)[precision]
+            if not error <= allowed:
+                raise ValueError(f"{task.name}: the {what} of {name!r} is off by {error:.1e}, allowed {allowed:.0e}")
+    times = side_by_side({name: runner.run for name, runner in runners.items()}, device, 0.0, rounds)
+    peaks = {name: peak_bytes(runner.run, device) if with_memory else None for name, runner in runners.items()}
+    flops = _flops(runners)
+    rows = []
+    for name in arms:
+        low, median, high = quantiles(times[name])
+        rows.append(
+            {
+                "task": task.name,
+                "what": task.describe(),
+                "arm": name,
+                "median_s": rounded(median),
+                "p20_s": rounded(low),
+                "p80_s": rounded(high),
+                "rounds": len(times[name]),
+                "peak_bytes": peaks[name],
+                "flops": flops.get(name),
+                "errors": {what: rounded(error) for what, error in errors[name].items()},
+            }
+        )
+    return rows
+
+
+def _errors(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
+    """Of a gradient in the 2-norm, of the others in the largest element."""
+    errors = {}
+    for what, value in expected.items():
+        order = 2 if what == "gradient" else float("inf")
+        difference = (found[what].double() - value.double()).flatten()
+        errors[what] = float(torch.linalg.vector_norm(difference, order) / torch.linalg.vector_norm(value.flatten(), order))
+    return errors
+
+
+def _flops(runners: dict[str, Arm]) -> dict[str, int]:
+    """Of convolutions and matrix products. The fused operators of a CPU do not show: ours is counted with the reference's."""
+    counted = {}
+    for name, runner in runners.items():
+        if name == COMPILED or isinstance(runner.model, Captured):
+            continue
+        options = getattr(runner.model, "options", None)
+        if options is not None:
+            runner.model.options = replace(options, backend="reference")
+        with FlopCounterMode(display=False) as counter:
+            runner.run()
+        counted[name] = counter.get_total_flops()
+        if options is not None:
+            runner.model.options = options
+    return counted
+
+
+def convolution_rate(device: str) -> float:
+    """FLOP/s of the fastest of a few large float32 convolutions: what a floor is computed with."""
+    rates = []
+    with torch.no_grad():
+        for inputs, outputs, size, layout in (
+            (320, 2048, 40, torch.contiguous_format), (320, 2048, 40, torch.channels_last), (192, 64, 80, torch.channels_last),
+        ):  # fmt: skip
+            x = torch.randn(1, inputs, size, size, device=device).contiguous(memory_format=layout)
+            weight = torch.randn(outputs, inputs, 3, 3, device=device).contiguous(memory_format=layout)
+            call = {"": lambda x=x, weight=weight: torch.nn.functional.conv2d(x, weight, padding=1)}
+            fastest = min(side_by_side(call, device, 0.0, 7)[""])
+            rates.append(2 * 9 * inputs * outputs * size**2 / fastest)
+    return max(rates)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--published", type=Path, required=True, help="checkout of the published NCSR repository")
-    parser.add_argument("--size", type=int, default=40, help="side of the LR image (default: %(default)s)")
-    parser.add_argument("--n", type=int, default=10, help="samples (default: %(default)s)")
+    parser.add_argument("--published", type=Path, help="checkout of the published NCSR repository; left out without one")
+    parser.add_argument("--tasks", nargs="+", choices=[task.name for task in TASKS], help="default: what the device can do")
+    parser.add_argument(
+        "--arms", nargs="+", help=f"of {', '.join([PUBLISHED, COMPILED, *LADDER])}; default: all but the second"
+    )
+    parser.add_argument("--compile", action="store_true", help="torch.compile of the plain path too: minutes a task")
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads (default: %(default)s)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON row (default: %(default)s)")
+    parser.add_argument("--no-memory", action="store_true", help="leave out the peak memory")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON rows (default: %(default)s)")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    torch.backends.cudnn.allow_tf32 = False
+    cuda = torch.device(args.device).type == "cuda"
 
-    ours, theirs = random_model(), published_network(args.published)
-    theirs.load_state_dict(ours.published_state_dict())
-    ours, theirs = ours.to(args.device), theirs.to(args.device)
-    torch.set_default_device(args.device)
-    lr = torch.rand(1, 3, args.size, args.size)
-    shapes = ours.latent_shapes(args.size, args.size)
-    noise = torch.zeros(1, 1, 1, 1)
+    model = random_model(args.device)
+    wanted = args.arms or [PUBLISHED, *LADDER]
+    arms: dict[str, Any] = {}
+    if args.published:
+        arms[PUBLISHED] = PublishedNCSR(args.published, model.published_state_dict(), args.device)
+    arms |= {name: Ours(model, options) for name, options in LADDER.items() if cuda or not name.endswith("tf32")}
+    if args.compile:
+        arms[COMPILED] = Ours(model, _PLAIN, compiled=True)
+    arms = {name: arm for name, arm in arms.items() if name in wanted or name == COMPILED}
+    if cuda:
+        arms |= {f"captured, {p}": Captured(model, EngineOptions(precision=p)) for p in ("fp32", "tf32", "bf16")}
 
-    # sampling as their test program does it: the encoder anew for every sample, split latents drawn inside
-    def their_samples() -> None:
-        for _ in range(args.n):
-            theirs(lr=lr, z=0.9 * torch.randn(1, *shapes[-1]), eps_std=0.9, reverse=True, std=noise)
-
-    def our_samples() -> None:
-        ours.sample(lr, n=args.n, temperature=0.9)
-
-    latents = [0.9 * torch.randn(1, *shape) for shape in shapes]
-    expected, _ = theirs(lr=lr, z=None, epses=list(latents), reverse=True, std=noise)
-    error = float((ours.decode(latents, lr) - expected).abs().max() / expected.abs().max())
-    if not error < 2e-5:
-        sys.exit(f"the two programs decode the same latents differently (relative error {error:.1e}): nothing is timed")
-
-    their_samples(), our_samples()  # warm-up
-    times = [(seconds(their_samples), seconds(our_samples)) for _ in range(args.rounds)]
-    row = {
-        "what": f"{args.n} samples, LR {args.size}×{args.size}, ncsr-x4 (41.7 M parameters), float32",
-        "published_s": statistics.median(published for published, _ in times),
-        "ncsr_fast_s": statistics.median(own for _, own in times),
-        "speed_up": statistics.median(published / own for published, own in times),
-        "speed_up_range": [min(a / b for a, b in times), max(a / b for a, b in times)],
-        "relative_error": error,
-        **provenance(args.device),
-        "command": f"python benchmarks/end_to_end.py --published PATH --size {args.size} --n {args.n} "
-        f"--rounds {args.rounds} --threads {args.threads} --device {args.device}",
-    }
-    print(json.dumps(row, indent=2, ensure_ascii=False))
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / f"sampling-{args.device}.json").write_text(json.dumps(row, indent=2, ensure_ascii=False) + "\n")
+    where = provenance(args.device)
+    where["conv_flops_per_s"] = convolution_rate(args.device)
+    where["command"] = "python -m benchmarks.end_to_end " + " ".join(
+        "PATH" if argument == str(args.published) else argument for argument in sys.argv[1:]
+    )
+    rows: list[dict[str, Any]] = []
+    for task in (task for task in TASKS if task.name in (args.tasks or (ON_GPU if cuda else ON_CPU))):
+        rows += [row | where for row in measure(task, arms, args.device, args.rounds, not args.no_memory)]
+        with atomic_write(args.out / f"end_to_end-{args.device}.json") as path:  # after every task: a stopped run keeps it
+            path.write_text(to_json(rows))
+    print(end_to_end_table(rows))
 
 
 if __name__ == "__main__":

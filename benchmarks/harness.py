@@ -122,8 +122,7 @@ def measure(
             peaks = {name: peak_bytes(arm, case.device) for name, arm in arms.items()}
         copy = statistics.median(times[COPY])
         for name in arms:
-            median = statistics.median(times[name])
-            low, high = (sorted(times[name])[round(share * (len(times[name]) - 1))] for share in (0.2, 0.8))
+            low, median, high = quantiles(times[name])
             rows.append(
                 {
                     "operator": case.operator,
@@ -134,13 +133,13 @@ def measure(
                     "layout": case.layout,
                     "used_by": list(case.shape.used_by),
                     "gradients_recorded": case.shape.training,
-                    "median_ms": _rounded(1e3 * median),
-                    "p20_ms": _rounded(1e3 * low),
-                    "p80_ms": _rounded(1e3 * high),
+                    "median_ms": rounded(1e3 * median),
+                    "p20_ms": rounded(1e3 * low),
+                    "p80_ms": rounded(1e3 * high),
                     "rounds": len(times[name]),
                     "bytes": moved,
-                    "gb_per_s": _rounded(1e-9 * moved / median),
-                    "share_of_copy": _rounded(copy / median),
+                    "gb_per_s": rounded(1e-9 * moved / median),
+                    "share_of_copy": rounded(copy / median),
                     "peak_bytes": peaks[name],
                 }
             )
@@ -199,6 +198,12 @@ def side_by_side(arms: dict[str, Callable[[], Any]], device: str, seconds: float
     return times
 
 
+def quantiles(times: list[float]) -> tuple[float, float, float]:
+    """The 20 % quantile, the median and the 80 % quantile."""
+    low, high = (sorted(times)[round(share * (len(times) - 1))] for share in (0.2, 0.8))
+    return low, statistics.median(times), high
+
+
 def _cpu_seconds(call: Callable[[], Any], calls: int) -> float:
     started = time.perf_counter()
     for _ in range(calls):
@@ -245,5 +250,5 @@ def peak_bytes(call: Callable[[], Any], device: str) -> int:
     return peak
 
 
-def _rounded(value: float) -> float:
+def rounded(value: float) -> float:
     return float(f"{value:.4g}")

@@ -108,3 +108,36 @@ def _markdown(lines: list[tuple[str, ...]]) -> str:
     widths = [max(map(len, column)) for column in zip(*lines)]
     lines = [lines[0], tuple("-" * width for width in widths), *lines[1:]]
     return "\n".join("| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |" for line in lines)
+
+
+def end_to_end_table(rows: list[Row]) -> str:
+    """Markdown of the rows of `benchmarks.end_to_end`, a table a task: times, their ratio to the published program and to the
+    plain path, memory, and how much of the time the FLOPs alone would take at the rate of the fastest convolution measured."""
+    blocks = []
+    for task in dict.fromkeys(row["task"] for row in rows):
+        arms = {row["arm"]: row for row in rows if row["task"] == task}
+        first = next(iter(arms.values()))
+        rate = first["conv_flops_per_s"]
+        lines = [
+            f"{first['what']} ({first['device']}, torch {first['torch']}, convolutions {rate / 1e9:.0f} GFLOP/s)",
+            "",
+            "| | s (p20–p80) | × published | × plain | peak MiB | GFLOP | floor | error |",
+            "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        ]
+        for name, row in arms.items():
+            ratios = [
+                f"{arms[other]['median_s'] / row['median_s']:.2f}" if other in arms else "" for other in ("published", "plain")
+            ]
+            flops = row["flops"]
+            cells = [
+                name,
+                f"{row['median_s']:.3g} ({row['p20_s']:.3g}–{row['p80_s']:.3g})",
+                *ratios,
+                "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:.0f}",
+                "" if flops is None else f"{flops / 1e9:.0f}",
+                "" if flops is None else f"{flops / rate / row['median_s']:.0%}",
+                ", ".join(f"{what} {error:.1e}" for what, error in row["errors"].items()),
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+        blocks.append("\n".join(lines))
+    return "\n\n".join(blocks)

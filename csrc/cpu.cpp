@@ -8,6 +8,7 @@
 
 #include "flow_step_cpu.h"
 #include "fold_cpu.h"
+#include "network_cpu.h"
 #include "pointwise_cpu.h"
 
 namespace ncsr::NCSR_ISA {
@@ -51,6 +52,9 @@ const CpuKernels kernels{
             p.inverse ? flow_step_backward<double, true>(p, threads) : flow_step_backward<double, false>(p, threads);
         else
             p.inverse ? flow_step_backward<float, true>(p, threads) : flow_step_backward<float, false>(p, threads);
+    },
+    [](const Network& p, bool float64, int threads) {
+        float64 ? network_forward<double>(p, threads) : network_forward<float>(p, threads);
     },
     fold,
     fold_gradient,

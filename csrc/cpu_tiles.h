@@ -55,8 +55,8 @@ void parallel(int64_t items, int64_t cost, int threads, Work work) {
     for (int64_t item = 0; item < items; ++item) work(item);
 }
 
-// Buffers of one thread, kept from call to call.
-template <class T>
+// Buffers of one thread, kept from call to call; those of another Use are others.
+template <class T, int Use = 0>
 class Scratch {
   public:
     explicit Scratch(int64_t elements) {

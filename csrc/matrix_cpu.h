@@ -29,30 +29,61 @@ struct Scalars {
     int64_t row, column;
 };
 
-// y (M rows of N vectors) = start + a·b. Loads and stores whole vectors, whatever the number of columns that count.
+// M rows of N vectors of sums, in registers.
 template <int M, int N, class T>
-inline __attribute__((always_inline)) void multiply_block(
-    int64_t inner, Scalars<T> a, const T* b, int64_t b_row, T* y, int64_t y_row, Start start, const T* values) {
+struct Sums {
     using V = typename Vector<T>::type;
-    constexpr int64_t L = Vector<T>::length;
+    static constexpr int64_t L = Vector<T>::length;
     V sum[M][N];
-    for (int i = 0; i < M; ++i)
-        for (int j = 0; j < N; ++j) {
-            sum[i][j] = V{};
-            if (start == Start::row) sum[i][j] = V{} + values[i];
-            if (start == Start::column) sum[i][j] = *reinterpret_cast<const V*>(values + j * L);
-            if (start == Start::add) sum[i][j] = *reinterpret_cast<const V*>(y + i * y_row + j * L);
-        }
-    for (int64_t k = 0; k < inner; ++k) {
-        V row[N];
-        for (int j = 0; j < N; ++j) row[j] = *reinterpret_cast<const V*>(b + k * b_row + j * L);
-        for (int i = 0; i < M; ++i) {
-            const T factor = a.data[i * a.row + k * a.column];
-            for (int j = 0; j < N; ++j) sum[i][j] += factor * row[j];
+
+    NCSR_FUNCTION void start(Start start, const T* y, int64_t y_row, const T* values) {
+#pragma GCC unroll 8
+        for (int i = 0; i < M; ++i)
+#pragma GCC unroll 8
+            for (int j = 0; j < N; ++j) {
+                sum[i][j] = V{};
+                if (start == Start::row) sum[i][j] = V{} + values[i];
+                if (start == Start::column) sum[i][j] = *reinterpret_cast<const V*>(values + j * L);
+                if (start == Start::add) sum[i][j] = *reinterpret_cast<const V*>(y + i * y_row + j * L);
+            }
+    }
+    NCSR_FUNCTION void add(int64_t inner, Scalars<T> a, const T* b, int64_t b_row) {
+        for (int64_t k = 0; k < inner; ++k) {
+            V row[N];
+            for (int j = 0; j < N; ++j) row[j] = *reinterpret_cast<const V*>(b + k * b_row + j * L);
+            for (int i = 0; i < M; ++i) {
+                const T factor = a.data[i * a.row + k * a.column];
+                for (int j = 0; j < N; ++j) sum[i][j] += factor * row[j];
+            }
         }
     }
-    for (int i = 0; i < M; ++i)
-        for (int j = 0; j < N; ++j) *reinterpret_cast<V*>(y + i * y_row + j * L) = sum[i][j];
+    // y = sum, or relu(sum + more), where NaN stays NaN
+    NCSR_FUNCTION void store(T* y, int64_t y_row) const {
+#pragma GCC unroll 8
+        for (int i = 0; i < M; ++i)
+#pragma GCC unroll 8
+            for (int j = 0; j < N; ++j) *reinterpret_cast<V*>(y + i * y_row + j * L) = sum[i][j];
+    }
+    NCSR_FUNCTION void store_relu(T* y, int64_t y_row, const T* more, int64_t more_row) const {
+#pragma GCC unroll 8
+        for (int i = 0; i < M; ++i)
+#pragma GCC unroll 8
+            for (int j = 0; j < N; ++j) {
+                V value = sum[i][j];
+                if (more) value += *reinterpret_cast<const V*>(more + i * more_row + j * L);
+                *reinterpret_cast<V*>(y + i * y_row + j * L) = value < V{} ? V{} : value;
+            }
+    }
+};
+
+// y (M rows of N vectors) = start + a·b. Loads and stores whole vectors, whatever the number of columns that count.
+template <int M, int N, class T>
+NCSR_FUNCTION void multiply_block(int64_t inner, Scalars<T> a, const T* b, int64_t b_row, T* y, int64_t y_row, Start start,
+                                  const T* values) {
+    Sums<M, N, T> sums;
+    sums.start(start, y, y_row, values);
+    sums.add(inner, a, b, b_row);
+    sums.store(y, y_row);
 }
 
 // y (rows × columns) = start + a (rows × inner) · b (inner × columns). Start::row adds values[i] to row i, Start::column

@@ -131,6 +131,17 @@ void flow_step_backward(SizesTuple size, double eps, bool inverse, TensorTuple d
     cpu->flow_step_backward(p, float64, w.threads);
 }
 
+// sizes: batch, rows, columns, kept, hidden, outputs; weights: w1 (or 0), w2, b2, w3, b3. On the CPU only.
+void network_forward(std::array<int64_t, 6> sizes, TensorTuple x, TensorTuple pre, std::array<int64_t, 5> weights,
+                     TensorTuple y, bool float64, WhereTuple where) {
+    const auto [batch, rows, columns, kept, hidden, outputs] = sizes;
+    Network p{batch, rows, columns, kept, hidden, outputs, tensor(x), tensor(pre), tensor(y)};
+    p.w1 = pointer(weights[0]), p.w2 = pointer(weights[1]), p.b2 = pointer(weights[2]);
+    p.w3 = pointer(weights[3]), p.b3 = pointer(weights[4]);
+    py::gil_scoped_release release;
+    cpu->network_forward(p, float64, Where(where).threads);
+}
+
 #if defined(NCSR_CUDA)
 std::string cuda_unavailable() { return cuda::unavailable(); }
 
@@ -212,6 +223,7 @@ PYBIND11_MODULE(_native, m) {
     m.def("pointwise_backward", &pointwise_backward);
     m.def("flow_step_forward", &flow_step_forward);
     m.def("flow_step_backward", &flow_step_backward);
+    m.def("network_forward", &network_forward);
     m.def("fold_forward", &fold_forward);
     m.def("fold_backward", &fold_backward);
 }

@@ -73,6 +73,13 @@ struct FlowStep {
     NCSR_FUNCTION int64_t kept_post() const { return inverse ? size.channels / 2 : 0; }
 };
 
+// A small network of three convolutions, relu after the first two: network_cpu.h. On the CPU only.
+struct Network {
+    int64_t batch, rows, columns, kept, hidden, outputs;
+    Tensor x, pre, y;                  // x may be null, kept then being 0
+    const char *w1, *w2, *b2, *w3, *b3;  // dense, in the dtype of the arithmetic
+};
+
 // Rows whose pixels follow each other at one stride in every tensor are one long row.
 inline __attribute__((always_inline)) void join_rows(Sizes& size, std::initializer_list<Tensor*> tensors) {
     if (size.columns == 1)

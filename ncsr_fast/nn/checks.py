@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ncsr_fast.synchronization import reading_is_free
+
 
 def check_image(name: str, image: Tensor, like: Tensor) -> None:
     """Raise unless `image` is (B, 3, H, W), not empty, finite, and of the dtype and device of the parameter `like`.
@@ -30,7 +32,7 @@ def check_like(name: str, tensor: Tensor, like: Tensor) -> None:
 
 def check_finite(name: str, tensor: Tensor) -> None:
     """Raise when a CPU tensor holds NaN or infinite values."""
-    if tensor.device.type != "cpu":
+    if not reading_is_free(tensor):
         return
     finite = torch.isfinite(tensor)
     if not finite.all():

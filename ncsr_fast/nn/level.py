@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ncsr_fast import ops
+from ncsr_fast.engine.cache import Cache
 from ncsr_fast.nn.actnorm import initialize_actnorm
 from ncsr_fast.nn.networks import Network, StackedNetworks, zeros_conv
 
@@ -30,6 +31,8 @@ class FlowLevel(nn.Module):
     A conditional step, encoding: x → actnorm → 1×1 convolution → injector(u) → [noise coupling(z1, v)]
     → coupling(z1, u). u (B, condition, h, w) are the conditioning features, v (B, noise_channels, h, w) the
     noise at the level's resolution, and the last `noise_steps` steps have the noise coupling.
+
+    `encode` and `decode` are the definition, step by step; `ncsr_fast.engine.fused_level` computes the same.
 
     The actnorms and 1×1 convolutions of all steps are stacked, the transition steps first:
     `actnorm_bias`, `actnorm_logs` (T+K, C), `invconv` (T+K, C, C). So are the networks.
@@ -66,51 +69,76 @@ class FlowLevel(nn.Module):
             self.split_weight = nn.Parameter(torch.zeros(2 * split_channels, kept, 3, 3))
             self.split_bias = nn.Parameter(torch.zeros(2 * split_channels))
             self.split_logs = nn.Parameter(torch.zeros(2 * split_channels))
+        self.cache = Cache()  # of what the engine makes of the parameters
 
-    def encode(self, z: Tensor, u: Tensor, v: Tensor | None, initialize: bool = False) -> tuple[Tensor, Tensor | None, Tensor]:
+    def encode(
+        self, z: Tensor, u: Tensor, v: Tensor | None, initialize: bool = False, backend: str = "auto"
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
         """z (B, C/4, 2h, 2w) → state of the next level, the split's latent (None without one), logdet (B,).
 
         With `initialize`, every actnorm is set from the data that reaches it, before it is applied.
         """
         z = F.pixel_unshuffle(z, 2)
         logdets = []
-        for step in self._unbind():
-            if initialize:
-                initialize_actnorm(step.bias, step.logs, z)
-            z, logdet = ops.actnorm_invconv(z, step.bias, step.logs, step.weight)
+        for step in self.unbind():
+            z, logdet = self.encode_step(step, z, u, v, initialize, backend)
             logdets.append(logdet)
-            if step.injector is None:
-                continue
-            z, logdet = ops.affine_injector(z, step.injector(u, initialize), self.eps)
-            logdets.append(logdet)
-            for network, condition in _couplings(step, u, v):
-                z, logdet = ops.affine_coupling(z, network(self._joined(z, condition), initialize), self.eps)
-                logdets.append(logdet)
         latent = None
         if self.split_channels:
-            z, logdet = ops.gaussian_split(z, self._prior(z[:, : -self.split_channels]))
+            z, logdet = ops.gaussian_split(z, self._prior(z[:, : -self.split_channels]), backend=backend)
             logdets.append(logdet)
             z, latent = z[:, : -self.split_channels], z[:, -self.split_channels :]
         return z, latent, torch.stack(logdets).sum(dim=0)
 
-    def decode(self, z: Tensor, latent: Tensor | None, u: Tensor, v: Tensor | None) -> tuple[Tensor, Tensor]:
+    def decode(
+        self, z: Tensor, latent: Tensor | None, u: Tensor, v: Tensor | None, backend: str = "auto"
+    ) -> tuple[Tensor, Tensor]:
         """The inverse of `encode`: state of the next level and the split's latent → z and logdet (B,)."""
-        logdets = []
-        if self.split_channels:
-            z, logdet = ops.gaussian_split(torch.cat([z, latent], dim=1), self._prior(z), inverse=True)
-            logdets.append(logdet)
-        for step in reversed(self._unbind()):
-            if step.injector is not None:
-                for network, condition in reversed(_couplings(step, u, v)):
-                    z, logdet = ops.affine_coupling(z, network(self._joined(z, condition)), self.eps, inverse=True)
-                    logdets.append(logdet)
-                z, logdet = ops.affine_injector(z, step.injector(u), self.eps, inverse=True)
-                logdets.append(logdet)
-            z, logdet = ops.actnorm_invconv(z, step.bias, step.logs, step.weight, inverse=True)
+        z, density = self.undo_split(z, latent, backend)
+        logdets = [density]
+        for step in reversed(self.unbind()):
+            z, logdet = self.decode_step(step, z, u, v, backend)
             logdets.append(logdet)
         return F.pixel_shuffle(z, 2), torch.stack(logdets).sum(dim=0)
 
-    def _unbind(self) -> list[Step]:
+    def encode_step(
+        self, step: Step, z: Tensor, u: Tensor, v: Tensor | None, initialize: bool = False, backend: str = "auto"
+    ) -> tuple[Tensor, Tensor]:
+        """One step of the squeezed state z (B, C, h, w)."""
+        if initialize:
+            initialize_actnorm(step.bias, step.logs, z)
+        z, logdet = ops.actnorm_invconv(z, step.bias, step.logs, step.weight, backend=backend)
+        if step.injector is None:
+            return z, logdet
+        logdets = [logdet]
+        z, logdet = ops.affine_injector(z, step.injector(u, initialize), self.eps, backend=backend)
+        logdets.append(logdet)
+        for network, condition in couplings(step, u, v):
+            z, logdet = ops.affine_coupling(z, network(self.joined(z, condition), initialize), self.eps, backend=backend)
+            logdets.append(logdet)
+        return z, torch.stack(logdets).sum(dim=0)
+
+    def decode_step(self, step: Step, z: Tensor, u: Tensor, v: Tensor | None, backend: str = "auto") -> tuple[Tensor, Tensor]:
+        """The inverse of `encode_step`."""
+        logdets = []
+        if step.injector is not None:
+            for network, condition in reversed(couplings(step, u, v)):
+                h = network(self.joined(z, condition))
+                z, logdet = ops.affine_coupling(z, h, self.eps, inverse=True, backend=backend)
+                logdets.append(logdet)
+            z, logdet = ops.affine_injector(z, step.injector(u), self.eps, inverse=True, backend=backend)
+            logdets.append(logdet)
+        z, logdet = ops.actnorm_invconv(z, step.bias, step.logs, step.weight, inverse=True, backend=backend)
+        return z, torch.stack([*logdets, logdet]).sum(dim=0)
+
+    def undo_split(self, z: Tensor, latent: Tensor | None, backend: str = "auto") -> tuple[Tensor, Tensor]:
+        """The state before the split, and the log-det (B,) of undoing it; z and zeros where the level has none."""
+        if not self.split_channels:
+            return z, z.new_zeros(z.shape[0])
+        return ops.gaussian_split(torch.cat([z, latent], dim=1), self._prior(z), inverse=True, backend=backend)
+
+    def unbind(self) -> list[Step]:
+        """The steps, in encoding order."""
         injectors, couplings = self.injectors.unbind(), self.couplings.unbind()
         noise = self.noise_couplings.unbind() if self.noise_couplings is not None else []
         noise = [None] * (self.steps - self.noise_steps) + noise
@@ -119,14 +147,15 @@ class FlowLevel(nn.Module):
         mixing = zip(self.actnorm_bias.unbind(), self.actnorm_logs.unbind(), self.invconv.unbind())
         return [Step(*mix, *nets) for mix, nets in zip(mixing, networks)]
 
-    def _joined(self, z: Tensor, condition: Tensor) -> Tensor:
+    def joined(self, z: Tensor, condition: Tensor) -> Tensor:
+        """What a coupling network reads."""
         return torch.cat([z[:, : self.kept], condition], dim=1)
 
     def _prior(self, z1: Tensor) -> Tensor:
         return zeros_conv(z1, self.split_weight, self.split_bias, self.split_logs)
 
 
-def _couplings(step: Step, u: Tensor, v: Tensor | None) -> list[tuple[Network, Tensor]]:
+def couplings(step: Step, u: Tensor, v: Tensor | None) -> list[tuple[Network, Tensor]]:
     """The couplings of a step with what each is conditioned on, in encoding order."""
     noise = [] if step.noise_coupling is None else [(step.noise_coupling, v)]
     return [*noise, (step.coupling, u)]

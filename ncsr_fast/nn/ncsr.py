@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,9 +15,13 @@ from torch import Tensor, nn
 
 from ncsr_fast import files
 from ncsr_fast.config import PRESETS, NCSRConfig
-from ncsr_fast.nn import published
+from ncsr_fast.engine.conditioning import Features
+from ncsr_fast.engine.fused_level import encode_level, level_decoder
+from ncsr_fast.engine.options import EngineOptions
+from ncsr_fast.nn import published, sampling
 from ncsr_fast.nn.checks import check_finite, check_image, check_like, check_noise, check_pair
 from ncsr_fast.nn.encoder import RRDB
+from ncsr_fast.nn.invertibility import InvertibilityReport, check_invertibility
 from ncsr_fast.nn.level import FlowLevel
 from ncsr_fast.nn.padding import pad_to_even
 from ncsr_fast.ops.gaussian_split import gaussian_log_density
@@ -41,11 +45,15 @@ class NCSR(nn.Module):
     to even ones, images returned are cropped back, and latents and likelihoods are those of the padded image.
 
     Everything is differentiable with respect to images and parameters.
+
+    `engine`, `precision`, `checkpoint` and the rest of `EngineOptions` may be given to the constructor and to
+    `from_pretrained`, and changed at any time: `model.precision = "bf16"`, `model.options = replace(model.options, …)`.
     """
 
-    def __init__(self, config: NCSRConfig) -> None:
+    def __init__(self, config: NCSRConfig, **options: Any) -> None:
         super().__init__()
         self.config = config
+        self.options = EngineOptions(**options)
         self.encoder = RRDB(config.scale, config.channels, config.growth, config.blocks, config.stacked_blocks)
         for module in self.encoder.head():  # the flow does not use them, so its loss gives them no gradient
             module.requires_grad_(False)
@@ -66,6 +74,33 @@ class NCSR(nn.Module):
         # persistent, so that a reloaded model is not initialised again from whatever batch comes first
         self.register_buffer("actnorm_initialized", torch.tensor(False))
         self.unused_published: dict[str, Tensor] = {}  # tensors of a published file that no computation reads
+
+    @property
+    def engine(self) -> str:
+        """ "fused", or "plain": step by step, the oracle."""
+        return self.options.engine
+
+    @engine.setter
+    def engine(self, value: str) -> None:
+        self.options = replace(self.options, engine=value)
+
+    @property
+    def precision(self) -> str:
+        """Of the networks: "fp32", "tf32" or "bf16"."""
+        return self.options.precision
+
+    @precision.setter
+    def precision(self, value: str) -> None:
+        self.options = replace(self.options, precision=value)
+
+    @property
+    def checkpoint(self) -> bool:
+        """Whether the backward pass computes the small networks anew instead of keeping their activations."""
+        return self.options.checkpoint
+
+    @checkpoint.setter
+    def checkpoint(self, value: bool) -> None:
+        self.options = replace(self.options, checkpoint=value)
 
     # -- likelihood ------------------------------------------------------------------------------------------
 
@@ -116,37 +151,58 @@ class NCSR(nn.Module):
             if tuple(latent.shape) != (lr.shape[0], *shape):
                 raise ValueError(f"latents[{index}] must have shape {(lr.shape[0], *shape)}, not {tuple(latent.shape)}")
             check_like(f"latents[{index}]", latent, self._like)
-        hr, _ = self._decode(latents, self.encoder.features(lr_padded), noise)
+        hr, _ = self.decode_features(latents, self.features(lr_padded), noise)
         return hr[:, :, : height * self.config.scale, : width * self.config.scale]
 
-    def sample(self, lr: Tensor, n: int = 10, temperature: float = 0.9, generator: torch.Generator | None = None) -> Tensor:
+    def sample(
+        self,
+        lr: Tensor,
+        n: int = 10,
+        temperature: float = 0.9,
+        generator: torch.Generator | None = None,
+        *,
+        on_nonfinite: str = "warn",
+    ) -> Tensor:
         """n super-resolved images (B, n, 3, sH, sW) of each LR image, clipped to [0, 1].
 
         Latents are drawn from N(0, temperature²) on the model's device from `generator` (which must be of that
         device; None is torch's default one): the same seed gives the same images, and the first m samples do not
-        depend on n. The noise condition is zero, as in the published programs. The encoder runs once. A pixel that
-        overflowed (the exploding inverse of flows) is NaN, never silently black or white.
+        depend on n. The noise condition is zero, as in the published programs. The encoder, and all else that the LR
+        image alone decides, is computed once for all samples.
 
-        Call it under `torch.no_grad()` unless gradients are wanted: it is as differentiable as the rest.
+        The inverse of a flow can explode. A pixel that overflowed is NaN, never silently black or white, and
+        `on_nonfinite` says what to do about a sample whose state, at any step, was not finite or beyond ±10⁴: "warn", "raise"
+        `NonFiniteSamples`, "ignore", or "retry": draw it again, up to four times, at 0.8 times the temperature before, and
+        warn of those drawn again. All but "ignore" wait for the device once, after the last level.
 
-        raises  ValueError for n < 1 or a negative temperature, and as `encode` does for lr
+        Call it under `torch.no_grad()` unless gradients are wanted: it is as differentiable as the rest, but then only the
+        images are watched, not the states.
+
+        raises  ValueError for n < 1, a negative temperature or another on_nonfinite, and as `encode` does for lr
         """
         if n < 1:
             raise ValueError(f"n must be at least 1, not {n!r}")
         if not temperature >= 0:
             raise ValueError(f"temperature must not be negative, not {temperature!r}")
-        lr_padded, _, noise = self._prepared(lr, None, None)
-        height, width = lr.shape[2:]
-        features = self.encoder.features(lr_padded)
-        shapes = [(lr.shape[0], *shape) for shape in self.latent_shapes(height, width)]
-        images = []
-        for _ in range(n):
-            latents = [
-                temperature * torch.randn(shape, generator=generator, dtype=lr.dtype, device=lr.device) for shape in shapes
-            ]
-            images.append(self._decode(latents, features, noise)[0])
-        sr = torch.stack(images, dim=1)[..., : height * self.config.scale, : width * self.config.scale]
-        return torch.where(sr.isfinite(), sr.clamp(0, 1), torch.nan)  # clamp alone would make an infinity look like white
+        if on_nonfinite not in sampling.ON_NONFINITE:
+            raise ValueError(f"on_nonfinite must be one of {', '.join(sampling.ON_NONFINITE)}, not {on_nonfinite!r}")
+        return self.shown(sampling.sample(self, self.padded(lr), n, temperature, generator, on_nonfinite), lr)
+
+    def check_invertibility(
+        self, lr: Tensor, temperature: float = 0.9, generator: torch.Generator | None = None
+    ) -> InvertibilityReport:
+        """Decode one sample of each LR image step by step, and report what each step divides by and how well it is undone.
+
+        Per step: the smallest scale of its actnorm, injector and couplings, the condition number of its 1×1 convolution,
+        the round-trip error and the largest state; of the images, the error of decoding what was encoded. Scales near zero
+        compound as divisors, which the likelihood does not show. `print(report)` is a table, `report.worst` the step with
+        the smallest scale. Slow: without the engine, and it waits for the device at every step.
+
+        raises  as `sample` does
+        """
+        if not temperature >= 0:
+            raise ValueError(f"temperature must not be negative, not {temperature!r}")
+        return check_invertibility(self, self.padded(lr), temperature, generator)
 
     def latent_shapes(self, height: int, width: int) -> list[tuple[int, int, int]]:
         """(C, h, w) of each latent of an LR image of that size, in the order of `encode`."""
@@ -178,11 +234,12 @@ class NCSR(nn.Module):
         return published.network_state_dict(self)
 
     @classmethod
-    def from_pretrained(cls, path: str | os.PathLike, config: NCSRConfig | None = None) -> NCSR:
+    def from_pretrained(cls, path: str | os.PathLike, config: NCSRConfig | None = None, **options: Any) -> NCSR:
         """A model from a directory written by `save_pretrained`, a published .pth, or the name of a shipped model.
 
         path    the only shipped model is "ncsr-compact-x4"
         config  of a published .pth; None finds the preset whose tensors have the file's names and shapes
+        options  of `EngineOptions`
         raises  FileNotFoundError, or CheckpointError for a file that is corrupt or of another model
         """
         path = Path(path)
@@ -195,9 +252,9 @@ class NCSR(nn.Module):
                 raise ValueError(
                     f"config belongs to a published .pth; {str(path)!r} is a directory with its own {files.CONFIG}"
                 )
-            return files.load_directory(path, "ncsr", lambda values: cls(NCSRConfig.from_dict(values)))
+            return files.load_directory(path, "ncsr", lambda values: cls(NCSRConfig.from_dict(values), **options))
         state = published.read_state_dict(path)
-        model = cls(_matching_config(state, path) if config is None else config)
+        model = cls(_matching_config(state, path) if config is None else config, **options)
         published.load_network(model, state)
         return model
 
@@ -218,7 +275,7 @@ class NCSR(nn.Module):
         return self.levels[0].actnorm_bias
 
     def _prepared(self, lr: Tensor, hr: Tensor | None, noise: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """The arguments checked and padded; a None noise filled with zeros where the model wants some."""
+        """The arguments checked and padded."""
         scale, noise_channels = self.config.scale, self.config.noise_channels
         check_image("lr", lr, self._like)
         if hr is not None:
@@ -231,38 +288,73 @@ class NCSR(nn.Module):
             check_finite("noise", noise)
             if noise_channels == 3:
                 noise = pad_to_even(noise, scale)
-        elif noise_channels:
-            noise = lr.new_zeros(lr.shape[0], noise_channels, 1, 1)
         return pad_to_even(lr), hr, noise
 
     def _encode(self, lr: Tensor, hr: Tensor, noise: Tensor | None, initialize: bool = False) -> Encoded:
         z, latents, logdets = hr, [], []
-        for index, (level, u) in enumerate(zip(self.levels, self.encoder.features(lr))):
-            z, latent, logdet = level.encode(z, u, self._noise_at(index, noise, u), initialize)
+        plain = initialize or self.engine == "plain"
+        for index, (level, features) in enumerate(zip(self.levels, self.features(lr, plain))):
+            noise_at = self.noise_at(index, noise, features.own, plain)
+            if plain:
+                z, latent, logdet = level.encode(z, features.own, noise_at, initialize, self.options.backend)
+            else:
+                z, latent, logdet = encode_level(level, z, features, noise_at, self.options)
             logdets.append(logdet)
             if latent is not None:
                 latents.append(latent)
         logdets.append(gaussian_log_density(z).sum(dim=(1, 2, 3)))
         return Encoded((*latents, z), torch.stack(logdets).sum(dim=0))
 
-    def _decode(self, latents: Sequence[Tensor], features: list[Tensor], noise: Tensor | None) -> tuple[Tensor, Tensor]:
-        """hr of the padded size, and the log|det| (B,) of decoding, which is minus that of encoding."""
+    def padded(self, lr: Tensor) -> Tensor:
+        """An LR image checked, and padded to an even size."""
+        return self._prepared(lr, None, None)[0]
+
+    def shown(self, sr: Tensor, lr: Tensor) -> Tensor:
+        """Decoded images (…, 3, h, w) of the padded `lr` as `sample` returns them: cropped, and clipped where finite."""
+        sr = sr[..., : lr.shape[2] * self.config.scale, : lr.shape[3] * self.config.scale]
+        return torch.where(sr.isfinite(), sr.clamp(0, 1), torch.nan)  # clamp alone would make an infinity look like white
+
+    def features(self, lr: Tensor, plain: bool | None = None) -> list[Features]:
+        """The condition of every level, of an LR image of even size: the encoder's part of the work, without checks.
+
+        `plain`: as one tensor, for `FlowLevel.encode` and `decode`; None when the engine is.
+        """
+        if self.engine == "plain" if plain is None else plain:
+            return [Features(u, None) for u in self.encoder.features(lr)]
+        lr = lr.to(self.options.network_dtype(lr.dtype)).contiguous(memory_format=self.options.memory_format)
+        pyramid, stacked = self.encoder.pyramid(lr, self.precision)
+        return [Features(own, stacked) for own in pyramid]
+
+    def decode_features(
+        self, latents: Sequence[Tensor], features: list[Features], noise: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """hr of the padded size, and the log|det| (B,) of decoding, which is minus that of encoding. Without checks."""
         *latents, z = latents
         logdets = []
+        plain = self.engine == "plain"
         for index in reversed(range(len(self.levels))):
-            level, u = self.levels[index], features[index]
+            level, noise_at = self.levels[index], self.noise_at(index, noise, features[index].own, plain)
             latent = latents.pop() if level.split_channels else None
-            z, logdet = level.decode(z, latent, u, self._noise_at(index, noise, u))
+            if plain:
+                z, logdet = level.decode(z, latent, features[index].own, noise_at, self.options.backend)
+            else:
+                z, logdet = level_decoder(level, features[index], noise_at, self.options)(z, latent, None)
             logdets.append(logdet)
         return z, torch.stack(logdets).sum(dim=0)
 
-    def _noise_at(self, index: int, noise: Tensor | None, u: Tensor) -> Tensor | None:
-        """The noise condition v at the resolution of a level: bicubic, half-pixel centres, no antialiasing."""
-        if not self.config.noise_steps[index]:
+    def noise_at(self, index: int, noise: Tensor | None, own: Tensor, filled: bool) -> Tensor | None:
+        """The noise condition v at the resolution of a level: bicubic, half-pixel centres, no antialiasing.
+
+        None where there is no noise-conditional layer; without noise None, or zeros where they must be `filled` in.
+        """
+        if not self.config.noise_steps[index] or (noise is None and not filled):
             return None
+        size = own.shape[2:]
+        if noise is None:
+            return own.new_zeros(own.shape[0], self.config.noise_channels, *size)
         if noise.shape[2:] == (1, 1):
-            return noise.expand(-1, -1, *u.shape[2:])
-        return F.interpolate(noise, size=u.shape[2:], mode="bicubic", align_corners=False)
+            return noise.expand(-1, -1, *size)
+        return F.interpolate(noise, size=size, mode="bicubic", align_corners=False)
 
 
 def _bits(encoded: Encoded, hr: Tensor) -> Tensor:

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ncsr_fast.engine.folding import LOG_SCALE
 from ncsr_fast.nn.actnorm import initialize_actnorm
 
-LOG_SCALE = 3.0  # factor of `logs` in a zero-initialised convolution (Glow)
 WEIGHT_STD = 0.05  # of the initial weights of the first two convolutions
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 BACKENDS = ("reference", "native", "triton")
-_MODULES = {"native": "ncsr_fast.ops._native", "triton": "ncsr_fast.kernels"}
+_MODULES = {"reference": "ncsr_fast.ops._reference", "native": "ncsr_fast.ops._native", "triton": "ncsr_fast.kernels"}
 _PREFERRED = {"cpu": ("native",), "cuda": ("triton", "native")}  # what "auto" tries before the reference
 
 
@@ -56,7 +56,7 @@ def resolve_backend(op: str, backend: str = "auto", like: Tensor | None = None) 
 
 @functools.cache
 def implementation(backend: str) -> ModuleType:
-    """The module with the six functions of a fast backend: affine, gaussian and step, each `_fwd` and `_bwd`."""
+    """The module with the functions of a backend: affine, gaussian (not the reference) and step, each `_fwd` and `_bwd`."""
     return importlib.import_module(_MODULES[backend])
 
 

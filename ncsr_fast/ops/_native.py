@@ -114,6 +114,20 @@ def step_bwd(
     return dx, dmix, doffset, dh_pre, dh_post
 
 
+def network_fwd(x: Tensor | None, pre: Tensor, w1: Tensor | None, w2: Tensor, b2: Tensor, w3: Tensor, b3: Tensor) -> Tensor:
+    """A coupling or injector network of CPU tensors: conv3x3(relu(conv1x1(relu(pre + conv3x3(x))))), channels-last.
+
+    x may be None, and w1 then is too. x and pre lie as they like, of float32 or float64 as everything else; the weights
+    are those of `torch.nn.Conv2d`, dense.
+    """
+    (batch, hidden, rows, columns), outputs = pre.shape, w3.shape[0]
+    y = torch.empty((batch, outputs, rows, columns), dtype=pre.dtype, memory_format=torch.channels_last)
+    weights = [0 if weight is None else weight.data_ptr() for weight in (w1, w2, b2, w3, b3)]
+    sizes = (batch, rows, columns, 0 if x is None else x.shape[1], hidden, outputs)
+    _run(native.network_forward, pre, lambda: 0, sizes, _tensor(x), _tensor(pre), weights, _tensor(y))
+    return y
+
+
 def fold(
     op: str, bias: Tensor, logs: Tensor, weight: Tensor, inverse: bool, dtype: torch.dtype, with_logdet: bool = True
 ) -> tuple[Tensor, Tensor, float]:

@@ -84,7 +84,7 @@ class Operator:
 
     def _gradient(self, ctx: Any, dy: Tensor, dlogdet: Tensor, backward: Callable[..., Grads]) -> Grads:
         *tensors, y = ctx.saved_tensors
-        if torch.is_grad_enabled() or _is_wrapped(dy) or _is_wrapped(dlogdet):  # the first is create_graph=True
+        if torch.is_grad_enabled() or is_wrapped(dy) or is_wrapped(dlogdet):  # the first is create_graph=True
             grads = self._gradient_of_reference(dy, dlogdet, tensors, ctx.parameters)
         else:
             grads = backward(dy, dlogdet, y, *tensors, *ctx.parameters)
@@ -119,7 +119,7 @@ class Operator:
         return tuple(_empty_gradient(tensor, dy) for tensor in arguments[: self.count])
 
 
-def _is_wrapped(tensor: Tensor) -> bool:
+def is_wrapped(tensor: Tensor) -> bool:
     """Whether a transform of `torch.func` or a batched gradient put something else in a tensor's place."""
     functorch = torch._C._functorch
     return functorch.is_functorch_wrapped_tensor(tensor) or functorch.is_legacy_batchedtensor(tensor)

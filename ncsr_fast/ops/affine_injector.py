@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ncsr_fast.ops._backends import implementation, resolve_backend
-from ncsr_fast.ops._contract import check_eps, check_state, check_tensors, compute_dtype
+from ncsr_fast.ops._contract import check_eps, check_state, check_tensors
 from ncsr_fast.ops._operator import Operator
+from ncsr_fast.ops._reference import affine_fwd
 
 
 def affine_injector(
@@ -37,14 +37,7 @@ def affine(z: Tensor, h: Tensor, kept: int, eps: float, inverse: bool, backend: 
 
 
 def _reference(z: Tensor, h: Tensor, kept: int, eps: float, inverse: bool, _: str) -> tuple[Tensor, Tensor]:
-    dtype = compute_dtype(z)
-    h = h.to(dtype)
-    shift, scale = h[:, 0::2], torch.sigmoid(h[:, 1::2] + 2) + eps
-    logdet = torch.log(scale).sum(dim=(1, 2, 3))
-    changed = z[:, kept:].to(dtype)
-    y = changed / scale - shift if inverse else (changed + shift) * scale
-    y = torch.cat([z[:, :kept], y.to(z.dtype)], dim=1) if kept else y.to(z.dtype)
-    return y, -logdet if inverse else logdet
+    return affine_fwd(z, h, kept, eps, inverse)
 
 
 def _forward(z: Tensor, h: Tensor, kept: int, eps: float, inverse: bool, backend: str) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ from ncsr_fast.ops import _fold
 from ncsr_fast.ops._backends import implementation, resolve_backend
 from ncsr_fast.ops._contract import check_eps, check_state, check_tensors, compute_dtype
 from ncsr_fast.ops._operator import Operator
+from ncsr_fast.ops._reference import product
 from ncsr_fast.ops.affine_injector import affine
 
 
@@ -108,9 +109,9 @@ def _mix(op: str, x: Tensor, bias: Tensor, logs: Tensor, weight: Tensor, inverse
     pixels = x.flatten(2)
     if inverse:
         mixed = _fold.inverse_weight(op, weight.double()).to(weight.dtype)
-        y, logdet = torch.exp(-logs)[:, None] * (mixed @ pixels) - bias[:, None], -logdet
+        y, logdet = torch.exp(-logs)[:, None] * (product(mixed, pixels)) - bias[:, None], -logdet
     else:
-        y = weight @ ((pixels + bias[:, None]) * torch.exp(logs)[:, None])
+        y = product(weight, (pixels + bias[:, None]) * torch.exp(logs)[:, None])
     return y.view(x.shape), logdet.expand(batch)
 
 

@@ -115,8 +115,7 @@ def test_decoding(name, dtype):
     latents = vectors.latents("sample_latent", dtype)
     with torch.no_grad():
         assert relative_error(model.decode(latents, lr), vectors.tensor("sample")) < VALUE[dtype]
-        noise = None if not vectors.config.noise_channels else lr.new_zeros(len(lr), vectors.config.noise_channels, 1, 1)
-        _, logdet = model._decode(latents, model.encoder.features(lr), noise)
+        _, logdet = model.decode_features(latents, model.features(lr), None)
     assert relative_error(logdet, vectors.tensor("sample_logdet")) < VALUE[dtype]
 
 

@@ -1,0 +1,315 @@
+// A small convolutional network of the flow in one pass, each piece of an image while it is in the cache.
+//
+//   h1 = relu(pre + conv3x3(x, w1))       pre holds the bias and what other inputs contribute; x may be absent
+//   h2 = relu(conv1x1(h1, w2) + b2)
+//   y  = conv3x3(h2, w3) + b3             both 3x3 with zeros around x and h2
+//
+// All three are products of matrices whose rows are pixels and whose columns are channels, side by side in the lanes of
+// vectors. The first reads three runs of 3·kept neighbouring numbers for every pixel. The last is turned round: the products
+// of a pixel of h2 with all nine taps, which are one row of 9·outputs numbers, are added to the pixels of y around it. So h2
+// needs no border and its pieces no overlap, 12 outputs leave 4 lanes of 112 unused instead of 4 of 16, and what is read of
+// the weights over and over is 16 KB, for the first-level cache. The additions cost some 5%.
+//
+// The numbers of a pixel are summed in one order, however an image is divided among threads: the same input gives the same
+// bits whatever their number, although the division depends on it.
+#pragma once
+
+#include "matrix_cpu.h"
+
+namespace ncsr::NCSR_ISA {
+
+// Rows and vectors of sums kept in registers: 24 of 32, or 12 and 8 of 16.
+#if defined(__AVX512F__)
+constexpr int tile_rows = 6, tile_vectors = 4;
+#elif defined(__AVX2__)
+constexpr int tile_rows = 6, tile_vectors = 2;
+#else
+constexpr int tile_rows = 4, tile_vectors = 2;
+#endif
+
+// A matrix (inner × columns) as panels of tile_vectors vectors of columns, the last one narrower; a panel's rows follow each
+// other, so that they are read as one run of memory. What lies beyond the columns, up to a whole vector, is never used.
+template <class T>
+struct Panels {
+    static constexpr int64_t width = tile_vectors * Vector<T>::length, together = 8;
+    int64_t inner, columns;
+    T* data;
+
+    int64_t count() const { return (columns + width - 1) / width; }
+    int64_t width_of(int64_t panel) const { return std::min(width, padded<T>(columns) - panel * width); }
+    T* at(int64_t panel) const { return data + panel * width * inner; }
+    int64_t elements() const { return inner * padded<T>(columns); }
+
+    // Fills `rows` rows from `row` on of `count` columns from `column` on, fastest of `together` columns.
+    void fill(int64_t row, int64_t rows, int64_t column, int64_t count, const T* from, int64_t row_stride,
+              int64_t column_stride) const {
+        for (int64_t some; count > 0; column += some, count -= some, from += some * column_stride) {
+            const int64_t panel = column / width, n = width_of(panel);
+            some = std::min(count, (panel + 1) * width - column);
+            T* to = at(panel) + row * n + column % width;
+            for (int64_t r = 0; r < rows && some == together; ++r)  // the same loop with its length known
+                for (int64_t c = 0; c < together; ++c) to[r * n + c] = from[r * row_stride + c * column_stride];
+            for (int64_t r = 0; r < rows && some != together; ++r)
+                for (int64_t c = 0; c < some; ++c) to[r * n + c] = from[r * row_stride + c * column_stride];
+        }
+    }
+};
+
+// y = values + a·b, or relu(values + a·b + more). A row of a is `runs` runs of numbers, `step` apart.
+template <class T>
+struct Product {
+    Scalars<T> a;
+    Panels<T> b;
+    T* y;
+    int64_t y_row;
+    const T* values = nullptr;  // one for each column of the panels, or null
+    const T* more = nullptr;    // rows of whole vectors, for relu only, or null; added last, when memory has delivered them
+    int64_t more_row = 0;
+    int64_t runs = 1, step = 0;
+    bool relu = false;
+
+    // All columns of `rows` rows, or the panels that hold the columns [begin, end).
+    void run(int64_t rows) const { run(rows, 0, b.columns); }
+    void run(int64_t rows, int64_t begin, int64_t end) const {
+        const int64_t width = Panels<T>::width;
+        for (int64_t panel = begin / width; panel * width < end; ++panel) tiles<tile_vectors>(rows, panel);
+    }
+
+  private:
+    template <int N>
+    void tiles(int64_t rows, int64_t panel) const {
+        if (b.width_of(panel) != N * Vector<T>::length) {
+            if constexpr (N > 1) tiles<N - 1>(rows, panel);
+            return;
+        }
+        const int64_t count = (rows + tile_rows - 1) / tile_rows;
+        for (int64_t i = 0; i < count; ++i) {  // of equal heights, or nearly
+            const int64_t first = i * rows / count;
+            tile<tile_rows, N>((i + 1) * rows / count - first, first, panel);
+        }
+    }
+
+    template <int M, int N>
+    void tile(int64_t height, int64_t first, int64_t panel) const {
+        if (height != M) {
+            if constexpr (M > 1) tile<M - 1, N>(height, first, panel);
+            return;
+        }
+        const int64_t inner = b.inner / runs, width = N * Vector<T>::length, column = panel * Panels<T>::width;
+        const T* rest = more ? more + first * more_row + column : nullptr;
+        for (int64_t i = 0; rest && i < M; ++i)
+            for (int64_t j = 0; j < width; j += 64 / int64_t(sizeof(T))) __builtin_prefetch(rest + i * more_row + j);
+        Sums<M, N, T> sums;
+        sums.start(values ? Start::column : Start::zero, nullptr, 0, values ? values + column : nullptr);
+        for (int64_t i = 0; i < runs; ++i)
+            sums.add(inner, {a.data + first * a.row + i * step, a.row, 1}, b.at(panel) + i * inner * width, width);
+        if (relu)
+            sums.store_relu(y + first * y_row + column, y_row, rest, more_row);
+        else
+            sums.store(y + first * y_row + column, y_row);
+    }
+};
+
+// `pixels` pixels of a row, all channels, at `to`, `to_row` apart.
+template <class T>
+void load_pixels(T* to, int64_t to_row, const Tensor& x, const Run& run, int64_t channels) {
+    const T* from = address<const T>(x, run, 0);
+    if (x.channel == 1)
+        move(to, to_row, 1, from, x.column, 1, run.pixels, channels);
+    else
+        move(to, 1, to_row, from, x.channel, x.column, channels, run.pixels);
+}
+
+template <class T>
+class NetworkKernel {
+    // What is computed at a time: many pixels, since the weights are read once for each piece, but no more products with
+    // the taps than stay in the second-level cache beside the weights.
+    static constexpr int64_t most_pixels = 96, most_bytes = 196608;
+    const Network& p_;
+    int64_t hidden_row_, product_row_, output_row_;  // lengths of the buffers' rows
+    int64_t tall_, wide_;                            // of a piece: rows of the image, or a part of one row
+    int64_t bands_;                                  // of rows in a sample
+    Panels<T> w1_, w2_, w3_;
+    T *b2_, *b3_;
+
+  public:
+    NetworkKernel(const Network& p, int threads) : p_(p) {
+        hidden_row_ = padded<T>(p.hidden), product_row_ = padded<T>(9 * p.outputs), output_row_ = padded<T>(p.outputs);
+        const int64_t bytes = product_row_ * int64_t(sizeof(T));
+        const int64_t pixels = std::min(most_pixels, std::max<int64_t>(2 * tile_rows, most_bytes / bytes));
+        const int64_t pieces = (p.columns + pixels - 1) / pixels;
+        wide_ = (p.columns + pieces - 1) / pieces;
+        tall_ = std::max<int64_t>(1, pixels / wide_);
+        divide(threads);
+        w1_ = {9 * p.kept, p.hidden, nullptr}, w2_ = {p.hidden, p.hidden, nullptr}, w3_ = {p.hidden, 9 * p.outputs, nullptr};
+    }
+
+    void run(int threads) {
+        using Buffer = Scratch<T, 1>;
+        Buffer scratch(Buffer::rounded(w1_.elements()) + Buffer::rounded(w2_.elements()) + Buffer::rounded(w3_.elements()) +
+                       Buffer::rounded(hidden_row_) + Buffer::rounded(output_row_));
+        w1_.data = scratch.take(w1_.elements()), w2_.data = scratch.take(w2_.elements());
+        w3_.data = scratch.take(w3_.elements());
+        b2_ = scratch.take(hidden_row_), b3_ = scratch.take(output_row_);
+        pack(threads);
+        const int64_t macs = 9 * p_.kept * p_.hidden + p_.hidden * p_.hidden + 9 * p_.hidden * p_.outputs;
+        parallel(p_.batch * bands_, p_.batch * p_.rows * p_.columns * macs / 20, threads, [&](int64_t item) {
+            const int64_t band = item % bands_;
+            this->band(item / bands_, band * p_.rows / bands_, (band + 1) * p_.rows / bands_);
+        });
+    }
+
+  private:
+    // As many bands as leave the busiest thread least to do: a band computes h2 of two rows beside its own.
+    void divide(int threads) {
+        bands_ = 1;
+        int64_t least = -1;
+        for (int64_t bands = 1; bands <= std::min<int64_t>(p_.rows, threads); ++bands) {
+            const int64_t items = (p_.batch * bands + threads - 1) / threads;
+            const int64_t rows = items * ((p_.rows + bands - 1) / bands + std::min<int64_t>(2, bands - 1));
+            if (least < 0 || rows < least) least = rows, bands_ = bands;
+        }
+    }
+
+    void pack(int threads) {
+        const T *w1 = reinterpret_cast<const T*>(p_.w1), *w2 = reinterpret_cast<const T*>(p_.w2);
+        const T* w3 = reinterpret_cast<const T*>(p_.w3);
+        const int64_t kept = p_.kept, hidden = p_.hidden, outputs = p_.outputs;
+        constexpr int64_t some = Panels<T>::together;  // channels of an item, whose w3 fits into the first-level cache
+        const int64_t hidden_items = (hidden + some - 1) / some, items = hidden_items + (outputs + some - 1) / some;
+        parallel(items, w1_.elements() + w2_.elements() + w3_.elements(), threads, [&](int64_t item) {
+            if (item < hidden_items) {
+                const int64_t c = item * some, count = std::min(some, hidden - c);
+                for (int64_t tap = 0; tap < 9 && kept; ++tap)
+                    w1_.fill(tap * kept, kept, c, count, w1 + c * kept * 9 + tap, 9, kept * 9);
+                w2_.fill(0, hidden, c, count, w2 + c * hidden, 1, hidden);
+            } else {
+                const int64_t c = (item - hidden_items) * some, count = std::min(some, outputs - c);
+                for (int64_t tap = 0; tap < 9; ++tap)
+                    w3_.fill(0, hidden, tap * outputs + c, count, w3 + c * hidden * 9 + tap, 9, hidden * 9);
+            }
+        });
+        std::copy_n(reinterpret_cast<const T*>(p_.b2), hidden, b2_);
+        std::copy_n(reinterpret_cast<const T*>(p_.b3), outputs, b3_);
+    }
+
+    // Buffers of a thread.
+    struct Buffers {
+        T *x, *h1, *h2, *products, *sums;
+    };
+
+    // Rows [begin, end) of y.
+    void band(int64_t sample, int64_t begin, int64_t end) const {
+        const int64_t of_x = (tall_ + 2) * (wide_ + 2) * p_.kept, of_h = tall_ * wide_ * hidden_row_;
+        const int64_t of_products = tall_ * wide_ * product_row_, of_sums = 3 * p_.columns * output_row_;
+        using Buffer = Scratch<T>;
+        Buffer scratch(Buffer::rounded(of_x) + 2 * Buffer::rounded(of_h) + Buffer::rounded(of_products) +
+                       Buffer::rounded(of_sums));
+        const Buffers buffers{scratch.take(of_x), scratch.take(of_h), scratch.take(of_h), scratch.take(of_products),
+                              scratch.take(of_sums)};
+        const int64_t last = std::min(end + 1, p_.rows);
+        int64_t above = 0;  // rows of a piece directly above
+        for (int64_t row = std::max<int64_t>(begin - 1, 0), rows; row < last; row += rows) {
+            rows = row < begin || row >= end ? 1 : std::min(tall_, end - row);
+            // the row above a band is needed for the taps of the row below it only, and the other way round
+            const int64_t from = row < end ? 0 : 6 * p_.outputs, to = (row < begin ? 3 : 9) * p_.outputs;
+            for (int64_t column = 0; column < p_.columns; column += wide_) {
+                const Run run{sample, row, column, std::min(wide_, p_.columns - column)};
+                hidden(run, rows, above, buffers);
+                above = wide_ == p_.columns ? rows : 0;
+                const int64_t pixels = rows * run.pixels;
+                Product<T>{{buffers.h2, hidden_row_, 1}, w3_, buffers.products, product_row_}.run(pixels, from, to);
+                for (int64_t r = row; r < row + rows; ++r) {
+                    if (column == 0) start_sums(r, buffers.sums);
+                    const T* products = buffers.products + (r - row) * run.pixels * product_row_;
+                    for (int64_t dy = 0; dy < 3; ++dy)
+                        if (r + 1 - dy >= begin && r + 1 - dy < end)
+                            add_products(r + 1 - dy, column, run.pixels, products + 3 * dy * p_.outputs, buffers.sums);
+                    if (column + run.pixels < p_.columns) continue;
+                    if (r > begin) write(sample, r - 1, buffers.sums);
+                    if (r == p_.rows - 1 && r < end) write(sample, r, buffers.sums);
+                }
+            }
+        }
+    }
+
+    // h2 of a piece of `rows` rows. pre is read where it lies, if it lies in whole vectors.
+    void hidden(const Run& run, int64_t rows, int64_t above, const Buffers& buffers) const {
+        const int64_t across = (run.pixels + 2) * p_.kept, pixels = rows * run.pixels;
+        const bool in_place = p_.pre.channel == 1 && hidden_row_ == p_.hidden;
+        if (p_.kept) load_x(run, rows, above, buffers.x);
+        for (int64_t r = 0; r < rows; ++r) {
+            T* h1 = buffers.h1 + r * run.pixels * hidden_row_;
+            const Run at{run.sample, run.row + r, run.column, run.pixels};
+            if (!in_place) load_pixels(h1, hidden_row_, p_.pre, at, p_.hidden);
+            Product<T> product{{buffers.x + r * across, p_.kept, 1}, w1_, h1, hidden_row_};
+            product.more = in_place ? address<const T>(p_.pre, at, 0) : h1;
+            product.more_row = in_place ? p_.pre.column : hidden_row_;
+            product.runs = 3, product.step = across, product.relu = true;
+            product.run(run.pixels);
+        }
+        Product<T> product{{buffers.h1, hidden_row_, 1}, w2_, buffers.h2, hidden_row_, b2_};
+        product.relu = true;
+        product.run(pixels);
+    }
+
+    // x of a piece with a pixel around it, zeros outside the image. The last two rows of the piece above are its first.
+    void load_x(const Run& run, int64_t rows, int64_t above, T* to) const {
+        const int64_t across = (run.pixels + 2) * p_.kept;
+        const int64_t first = std::max<int64_t>(run.column - 1, 0), last = std::min(run.column + run.pixels + 1, p_.columns);
+        if (above) std::copy_n(to + above * across, 2 * across, to);
+        for (int64_t i = above ? 2 : 0; i < rows + 2; ++i) {
+            const int64_t row = run.row + i - 1;
+            T *line = to + i * across, *line_end = line + across;
+            T *begin = line + (first - run.column + 1) * p_.kept, *end = begin + (last - first) * p_.kept;
+            if (row < 0 || row >= p_.rows) begin = end = line_end;
+            std::fill(line, begin, T(0));
+            if (begin < end) load_pixels(begin, p_.kept, p_.x, Run{run.sample, row, first, last - first}, p_.kept);
+            std::fill(end, line_end, T(0));
+        }
+    }
+
+    T* sums_of(int64_t row, T* sums) const { return sums + row % 3 * p_.columns * output_row_; }
+
+    // b3 in the sums of the rows of y that a row of h2 is the first to add to.
+    void start_sums(int64_t row, T* sums) const {
+        for (int64_t r = row ? row + 1 : 0; r <= row + 1; ++r)
+            for (int64_t i = 0; i < p_.columns; ++i) std::copy_n(b3_, output_row_, sums_of(r, sums) + i * output_row_);
+    }
+
+    // Adds what `pixels` pixels of h2 from `column` on contribute to a row of y, whole vectors at a time: what a vector holds
+    // beyond the outputs is read, garbage, and not used.
+    void add_products(int64_t row, int64_t column, int64_t pixels, const T* products, T* sums) const {
+        using V = typename Vector<T>::type;
+        constexpr int64_t L = Vector<T>::length;
+        T* to = sums_of(row, sums);
+        const auto add = [&](int64_t c, int64_t begin, int64_t end) {
+            const T* from = products + (c - 1 - column) * product_row_;  // of tap dx: `dx` pixels on
+            for (int64_t o = 0; o < p_.outputs; o += L) {
+                V* sum = reinterpret_cast<V*>(to + c * output_row_ + o);
+                V total = *sum;
+                for (int64_t dx = begin; dx < end; ++dx)
+                    total += *reinterpret_cast<const V*>(from + dx * (product_row_ + p_.outputs) + o);
+                *sum = total;
+            }
+        };
+        const int64_t last = column + pixels - 1;
+        if (column > 0) add(column - 1, 2, 3);
+        add(column, 1, pixels > 1 ? 3 : 2);
+        for (int64_t c = column + 1; c < last; ++c) add(c, 0, 3);
+        if (pixels > 1) add(last, 0, 2);
+        if (last + 1 < p_.columns) add(last + 1, 0, 1);
+    }
+
+    void write(int64_t sample, int64_t row, T* sums) const {
+        T* to = address<T>(p_.y, Run{sample, row, 0, 0}, 0);
+        move(to, p_.y.column, p_.y.channel, sums_of(row, sums), output_row_, 1, p_.columns, p_.outputs);
+    }
+};
+
+template <class T>
+void network_forward(const Network& p, int threads) {
+    if (p.batch > 0 && p.rows > 0 && p.columns > 0 && p.outputs > 0) NetworkKernel<T>(p, threads).run(threads);
+}
+
+}  // namespace ncsr::NCSR_ISA

@@ -1,0 +1,105 @@
+"""A level's folded parameters, and what its steps need of the condition: pre-activations and the injectors' outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from ncsr_fast.engine.convolution import convolution
+from ncsr_fast.engine.folding import Hoisted, Mixing, Networks, Parameters, fold_mixing, fold_networks
+from ncsr_fast.engine.hoisting import hoisted_convolution
+from ncsr_fast.engine.level import Conditions, Level, Settings, inject
+from ncsr_fast.engine.options import EngineOptions
+
+_INJECTORS_AT_ONCE = 4  # steps whose injectors' hidden layers exist together where nothing is kept for a backward pass
+
+
+class LevelParameters(Protocol):
+    """What `ncsr_fast.nn.level.FlowLevel` holds."""
+
+    actnorm_bias: Tensor
+    actnorm_logs: Tensor
+    invconv: Tensor
+    injectors: Parameters
+    couplings: Parameters
+    noise_couplings: Parameters | None
+    transition_steps: int
+    kept: int
+
+
+class FoldedNetworks(NamedTuple):
+    """All networks of a level and the hoisted parts of their first layers."""
+
+    injectors: Networks
+    couplings: Networks
+    noise_couplings: Networks | None
+    hoisted: Hoisted  # of the injectors, then of the couplings
+    hoisted_noise: Hoisted | None
+
+
+class Features(NamedTuple):
+    """The condition u of a level."""
+
+    own: Tensor  # (B, c, h, w) of the encoder at the level's resolution
+    stacked: Tensor | None  # (B, s, h', w') block outputs at LR resolution
+
+
+def fold_level(parameters: LevelParameters, dtype: torch.dtype) -> FoldedNetworks:
+    """The networks of a level, in `dtype`."""
+    injectors, of_injectors = fold_networks(parameters.injectors, 0, dtype)
+    couplings, of_couplings = fold_networks(parameters.couplings, parameters.kept, dtype)
+    noise, of_noise = None, None
+    if parameters.noise_couplings is not None:
+        noise, of_noise = fold_networks(parameters.noise_couplings, parameters.kept, dtype)
+    hoisted = Hoisted(*(torch.cat(pair) for pair in zip(of_injectors, of_couplings)))
+    return FoldedNetworks(injectors, couplings, noise, hoisted, of_noise)
+
+
+def mix_level(parameters: LevelParameters, inverse: bool) -> Mixing:
+    """The actnorms and 1×1 convolutions of a level, or their inverses."""
+    bias, logs, weight = parameters.actnorm_bias, parameters.actnorm_logs, parameters.invconv
+    return fold_mixing(bias, logs, weight, parameters.transition_steps, inverse)
+
+
+def level_of(networks: FoldedNetworks, mixing: Mixing) -> Level:
+    return Level(mixing.mix, mixing.offset, networks.injectors, networks.couplings, networks.noise_couplings)
+
+
+def hoist(networks: FoldedNetworks, features: Features, options: EngineOptions) -> Tensor:
+    """The pre-activations (B, 2K·hidden, h, w) of all injectors and couplings. Differentiable."""
+    weight, bias = networks.hoisted
+    return hoisted_convolution(*features, weight, bias, options.precision, options.subpixel)
+
+
+def hoist_noise(networks: FoldedNetworks, noise: Tensor | None, like: Tensor, options: EngineOptions) -> Tensor | None:
+    """The pre-activations (B, K'·hidden, h, w) of the noise couplings, None without any; a None noise is zero everywhere."""
+    if networks.hoisted_noise is None:
+        return None
+    weight, bias = networks.hoisted_noise
+    if noise is None:
+        return bias[None, :, None, None].expand(like.shape[0], -1, *like.shape[2:])
+    return convolution(noise.to(like.dtype).contiguous(memory_format=options.memory_format), weight, bias, options.precision)
+
+
+def conditions(
+    networks: FoldedNetworks, features: Features, noise: Tensor | None, settings: Settings, options: EngineOptions
+) -> Conditions:
+    """What the steps need, without gradients: a few injectors at a time, so that their hidden layers are never all there."""
+    half = len(networks.hoisted.bias) // 2
+    weight, bias = networks.hoisted
+    raws: list[Tensor] = []
+    for part, hoisted in _some_at_once(networks.injectors, Hoisted(weight[:half], bias[:half])):
+        raws += inject(part, hoisted_convolution(*features, *hoisted, options.precision, options.subpixel), settings)
+    pre = hoisted_convolution(*features, weight[half:], bias[half:], options.precision, options.subpixel)
+    return Conditions(raws, pre, hoist_noise(networks, noise, features.own, options))
+
+
+def _some_at_once(networks: Networks, hoisted: Hoisted) -> Iterator[tuple[Networks, Hoisted]]:
+    count, hidden = networks.w2.shape[:2]
+    for first in range(0, count, _INJECTORS_AT_ONCE):
+        last = min(first + _INJECTORS_AT_ONCE, count)
+        part = Networks(*(None if tensor is None else tensor[first:last] for tensor in networks))
+        yield part, Hoisted(*(tensor[first * hidden : last * hidden] for tensor in hoisted))

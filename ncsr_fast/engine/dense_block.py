@@ -1,0 +1,87 @@
+"""A dense block of the RRDB encoder that keeps what each of its convolutions adds once.
+
+    x_0 = x,   x_i = lrelu(w_i ∗ [x_0 … x_{i-1}] + b_i)  (i = 1 … n-1),   y = x + residual · (w_n ∗ [x_0 … x_{n-1}] + b_n)
+
+The concatenations are prefixes of one buffer, which is all the backward pass keeps: the sign of x_i tells where lrelu bent.
+Autograd on the definition keeps every concatenation, 3.3 times as much (n = 5, 64 channels, 32 added by each).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ncsr_fast.engine.convolution import convolution_backward, plain_convolution
+from ncsr_fast.engine.function import Piece, Tensors
+from ncsr_fast.layout import is_channels_last
+from ncsr_fast.precision import convolution_precision
+
+
+def dense_block(
+    x: Tensor, convolutions: list[tuple[Tensor, Tensor]], slope: float, residual: float, precision: str | None
+) -> Tensor:
+    """y (B, C, H, W) of x; `convolutions` are the (weight, bias) of the n 3×3 convolutions.
+
+    `precision` as for `convolution`; None is the definition, as autograd differentiates it.
+    """
+    tensors = (x, *(tensor for pair in convolutions for tensor in pair))
+    if precision is None:
+        return _reference(*tensors, slope, residual, None)[0]
+    return _dense_block(tensors, slope, residual, precision)[0]
+
+
+def _forward(tensors: Tensors, slope: float, residual: float, precision: str) -> tuple[Tensors, Tensors]:
+    x, pairs = tensors[0], _pairs(tensors)
+    layout = torch.channels_last if is_channels_last(x) else torch.contiguous_format
+    channels = pairs[-1][0].shape[1]
+    buffer = torch.empty((x.shape[0], channels, *x.shape[2:]), dtype=x.dtype, device=x.device, memory_format=layout)
+    buffer[:, : x.shape[1]] = x
+    with convolution_precision(precision):
+        for weight, bias in pairs[:-1]:
+            read, added = weight.shape[1], weight.shape[0]
+            growth = plain_convolution(buffer[:, :read], weight, bias)
+            torch.ops.aten.leaky_relu.out(growth, slope, out=buffer[:, read : read + added])
+        y = plain_convolution(buffer, *pairs[-1])
+    return (torch.add(x, y, alpha=residual),), (buffer,)
+
+
+def _backward(
+    grads: Tensors, inputs: Tensors, kept: Tensors, needed: tuple[bool, ...], slope: float, residual: float, precision: str
+) -> Tensors:
+    (dy,), (buffer,), pairs = grads, kept, _pairs(inputs)
+    found: list[Tensor | None] = []
+    with convolution_precision(precision):
+        dbuffer = None
+        for index in reversed(range(len(pairs))):
+            weight, bias = pairs[index]
+            read, added = weight.shape[1], weight.shape[0]
+            if dbuffer is None:
+                gradient = dy * residual
+            else:
+                after = slice(read, read + added)
+                gradient = torch.ops.aten.leaky_relu_backward(dbuffer[:, after], buffer[:, after], slope, True)
+            wanted = (index > 0 or needed[0], needed[1 + 2 * index], needed[2 + 2 * index])
+            dread, dweight, dbias = convolution_backward(gradient, buffer[:, :read], weight, wanted)
+            found = [None if d is None else d.to(p.dtype) for d, p in ((dweight, weight), (dbias, bias))] + found
+            if dbuffer is None:
+                dbuffer = dread
+            elif dread is not None:
+                dbuffer[:, :read] += dread
+    dx = dbuffer[:, : inputs[0].shape[1]] + dy if needed[0] else None
+    return dx, *found
+
+
+def _reference(x: Tensor, *arguments: Tensor | float | str | None) -> Tensors:
+    *parameters, slope, residual, _ = arguments
+    features, pairs = [x], _pairs((x, *parameters))
+    for weight, bias in pairs[:-1]:
+        features.append(F.leaky_relu(plain_convolution(torch.cat(features, dim=1), weight, bias), slope))
+    return (x + residual * plain_convolution(torch.cat(features, dim=1), *pairs[-1]),)
+
+
+def _pairs(tensors: Tensors) -> list[tuple[Tensor, Tensor]]:
+    return list(zip(tensors[1::2], tensors[2::2]))
+
+
+_dense_block = Piece("DenseBlock", forward=_forward, backward=_backward, reference=_reference)

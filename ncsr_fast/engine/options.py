@@ -1,0 +1,55 @@
+"""How a model is evaluated. None of it changes what is computed, but for the rounding of the networks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ncsr_fast.ops._backends import BACKENDS
+
+ENGINES = ("fused", "plain")
+PRECISIONS = ("fp32", "tf32", "bf16")
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """Options of the engine.
+
+    engine         "fused": what does not depend on the state is computed once, for all steps and all samples;
+                   "plain": step by step as the definition has it, the oracle the other is held to
+    precision      of the networks (encoder, injectors, couplings): "fp32"; "tf32", the same on a CPU; "bf16". The state, its
+                   log-determinants and the 1×1 convolutions are float32 in all of them, whatever PyTorch's global flags
+                   say. A float64 model has float64 networks, and wants "fp32".
+    checkpoint     True: a level keeps its state at every step and recomputes the small networks in the backward pass;
+                   False: their activations are kept, which takes several times the memory
+    backend        of the operators between the networks (`ncsr_fast.ops`)
+    subpixel       False: features enlarged to a level are convolved as the enlarged tensors they are; for comparison
+    channels_last  False: NCHW inside the levels and the encoder; for comparison
+    samples_at_once  how many samples of an image are decoded together; None: as many as an eighth of the memory holds
+    """
+
+    engine: str = "fused"
+    precision: str = "fp32"
+    checkpoint: bool = True
+    backend: str = "auto"
+    subpixel: bool = True
+    channels_last: bool = True
+    samples_at_once: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("engine", ENGINES), ("precision", PRECISIONS), ("backend", ("auto", *BACKENDS))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, not {getattr(self, name)!r}")
+        if self.samples_at_once is not None and self.samples_at_once < 1:
+            raise ValueError(f"samples_at_once must be at least 1, not {self.samples_at_once!r}")
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        return torch.channels_last if self.channels_last else torch.contiguous_format
+
+    def network_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """The dtype of the networks of a model of `dtype`; ValueError for a float64 model with low-precision networks."""
+        if dtype == torch.float64 and self.precision != "fp32":
+            raise ValueError(f"precision={self.precision!r} is for float32 models; a float64 one needs precision='fp32'")
+        return torch.bfloat16 if self.precision == "bf16" else dtype

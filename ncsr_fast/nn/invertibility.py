@@ -1,0 +1,115 @@
+"""Where a flow cannot be inverted: what every step divides by, and how well it is undone."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ncsr_fast.nn.level import FlowLevel, Step, couplings
+from ncsr_fast.nn.sampling import draw_latents
+
+if TYPE_CHECKING:
+    from ncsr_fast.nn.ncsr import NCSR
+
+HEALTHY_SCALE = 1e-2  # below it, eight steps in a row take a state of 1 beyond float32
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One step, decoding a sample."""
+
+    level: int  # from the HR side, 0 first
+    step: int  # in encoding order, 0 first; the unconditional transition steps are counted below 0
+    smallest_scale: float  # of everything that decoding the step divides by
+    of: str  # what has it: "actnorm", "injector", "coupling" or "noise coupling"
+    condition: float  # number of the 1×1 convolution, in the 2-norm
+    round_trip: float  # largest |encode(decode(y)) - y| of the step, over the largest |y|
+    largest_state: float  # after decoding the step
+
+
+@dataclass(frozen=True)
+class InvertibilityReport:
+    """What `NCSR.check_invertibility` returns; printing it shows the table."""
+
+    steps: tuple[StepReport, ...]  # in the order of decoding
+    round_trip: float  # largest |decode(encode(hr)) - hr| of the decoded images
+
+    @property
+    def worst(self) -> StepReport:
+        """The step with the smallest scale."""
+        return min(self.steps, key=lambda step: step.smallest_scale)
+
+    @property
+    def first_unhealthy(self) -> StepReport | None:
+        """The first step decoded with a scale below 0.01 or a state that is not finite; what follows suffers from it."""
+        steps = (s for s in self.steps if s.smallest_scale < HEALTHY_SCALE or not math.isfinite(s.largest_state))
+        return next(steps, None)
+
+    @property
+    def healthy(self) -> bool:
+        """Whether there is no such step."""
+        return self.first_unhealthy is None
+
+    def __str__(self) -> str:
+        lines = ["level  step  smallest scale  of              condition  round trip  largest state"]
+        for s in self.steps:
+            step = s.step if s.step >= 0 else "plain"
+            lines.append(
+                f"{s.level + 1:5}  {step!s:>5} {s.smallest_scale:14.2e}  {s.of:14}  {s.condition:9.1e}  {s.round_trip:10.1e}"
+                f"  {s.largest_state:13.1e}"
+            )
+        first = self.first_unhealthy
+        verdict = "healthy" if first is None else f"not healthy from level {first.level + 1}, step {first.step} on"
+        return "\n".join([*lines, f"round trip of the images {self.round_trip:.1e}; {verdict}"])
+
+
+@torch.no_grad()
+def check_invertibility(model: NCSR, lr: Tensor, temperature: float, generator: torch.Generator | None) -> InvertibilityReport:
+    """What `NCSR.check_invertibility` documents, of an LR image of even size, step by step without the engine."""
+    latents = [draw[:, 0] for draw in draw_latents(model.latent_shapes(*lr.shape[2:]), len(lr), 1, temperature, lr, generator)]
+    features = [level.own for level in model.features(lr, plain=True)]
+    reports: list[StepReport] = []
+    z = latents.pop()
+    for index in reversed(range(len(model.levels))):
+        level, u = model.levels[index], features[index]
+        noise = model.noise_at(index, None, u, filled=True)
+        z, _ = level.undo_split(z, latents.pop() if level.split_channels else None)
+        for number, step in reversed(list(enumerate(level.unbind()))):
+            scale, of = _smallest_scale(level, step, z, u, noise)
+            y, (z, _) = z, level.decode_step(step, z, u, noise)
+            again, _ = level.encode_step(step, z, u, noise)
+            reports.append(
+                StepReport(
+                    level=index,
+                    step=number - level.transition_steps,
+                    smallest_scale=scale,
+                    of=of,
+                    condition=float(torch.linalg.cond(step.weight.double())),
+                    round_trip=float((again - y).abs().max() / y.abs().max()),
+                    largest_state=float(z.abs().max()),
+                )
+            )
+        z = torch.nn.functional.pixel_shuffle(z, 2)
+    return InvertibilityReport(tuple(reports), _round_trip(model, z, lr))
+
+
+def _smallest_scale(level: FlowLevel, step: Step, y: Tensor, u: Tensor, noise: Tensor | None) -> tuple[float, str]:
+    """The smallest scale of a step and what has it; y is the state after it, whose first half its networks read."""
+    found = [(float(torch.exp(step.logs.min())), "actnorm")]
+    if step.injector is not None:
+        nets = couplings(step, u, noise)
+        outputs = [step.injector(u), *(network(level.joined(y, condition)) for network, condition in nets)]
+        names = ["injector", "noise coupling", "coupling"] if len(nets) == 2 else ["injector", "coupling"]
+        found += [(float(torch.sigmoid(h[:, 1::2] + 2).min() + level.eps), name) for h, name in zip(outputs, names)]
+    return min(found)
+
+
+def _round_trip(model: NCSR, hr: Tensor, lr: Tensor) -> float:
+    """Of decoded images; NaN when they are not finite."""
+    if not hr.isfinite().all():
+        return math.nan
+    return float((model.decode(model.encode(hr, lr).latents, lr) - hr).abs().max())

@@ -1,0 +1,40 @@
+"""The convolution of enlarged features at the resolution they have, borders and gradients included."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support import image
+
+from ncsr_fast.engine.hoisting import hoisted_convolution
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "channels-last"])
+@pytest.mark.parametrize("size", [(1, 1), (1, 4), (3, 2), (5, 7)], ids=str)
+@pytest.mark.parametrize("factor", [2, 4, 3, 8])
+def test_enlarged_features(factor, size, layout):
+    own = image(2, 3, size[0] * factor, size[1] * factor, seed=1).contiguous(memory_format=layout).requires_grad_()
+    stacked = image(2, 5, *size, seed=2).contiguous(memory_format=layout).requires_grad_()
+    weight, bias = (image(*shape, seed=3).sub(0.5).requires_grad_() for shape in ((4, 8, 3, 3), (4,)))
+    leaves = (own, stacked, weight, bias)
+    joined = torch.cat([own, F.interpolate(stacked, scale_factor=factor, mode="nearest")], dim=1)
+    expected = F.conv2d(joined, weight, bias, padding=1)
+    cotangent = image(*expected.shape, seed=4)
+    gradients = torch.autograd.grad(expected, leaves, cotangent)
+    y = hoisted_convolution(own, stacked, weight, bias, "fp32")
+    assert y.is_contiguous(memory_format=layout)
+    assert torch.allclose(y, expected, rtol=0, atol=1e-12)
+    for found, value in zip(torch.autograd.grad(y, leaves, cotangent), gradients):
+        assert torch.allclose(found, value, rtol=0, atol=1e-11)
+
+
+def test_float32_is_as_exact_as_the_convolution_it_replaces():
+    """The differences and sums of the decomposition cost no more than a few roundings."""
+    own, stacked = image(1, 16, 24, 24, seed=1), image(1, 64, 12, 12, seed=2)
+    weight, bias = image(8, 80, 3, 3, seed=3) - 0.5, image(8, seed=4)
+    joined = torch.cat([own, F.interpolate(stacked, scale_factor=2, mode="nearest")], dim=1)
+    exact = F.conv2d(joined, weight, bias, padding=1)
+    direct = F.conv2d(joined.float(), weight.float(), bias.float(), padding=1)
+    found = hoisted_convolution(own.float(), stacked.float(), weight.float(), bias.float(), "fp32")
+    assert (found - exact).abs().max() < 4 * (direct - exact).abs().max()

@@ -1,0 +1,112 @@
+"""Precision of the networks, and a state that no flag makes less exact."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support import image, relative_error, tiny_model
+
+from ncsr_fast import NCSR
+from ncsr_fast.precision import convolution_precision, products_are_rounded
+
+
+@pytest.fixture
+def low_precision_flags():
+    """What a training script may have set: every float32 product and convolution may be rounded."""
+    torch.set_float32_matmul_precision("medium")
+    torch.backends.cudnn.allow_tf32 = True
+    yield
+    torch.set_float32_matmul_precision("highest")
+
+
+def results(model: NCSR) -> list[torch.Tensor]:
+    lr, hr = image(1, 3, 4, 4, dtype=torch.float32), image(1, 3, 16, 16, dtype=torch.float32)
+    model.zero_grad()
+    encoded = model.encode(hr, lr)
+    encoded.log_likelihood.sum().backward()
+    latents = [latent.detach() for latent in encoded.latents]
+    with torch.no_grad():
+        decoded = model.decode(latents, lr)
+    gradients = [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+    return [encoded.log_likelihood.detach(), *latents, decoded, *gradients]
+
+
+@pytest.mark.parametrize("backend", ["reference", "native"])
+def test_global_flags_do_not_reach_the_state(backend, request):
+    """Results differ by roundings of float32 (PyTorch then chooses other loops for some), not by those of bf16, 4e-3."""
+    model = tiny_model(dtype=torch.float32, steps=2, noise_steps=(0, 2, 2))
+    model.options = type(model.options)(backend=backend)
+    expected = results(model)
+    request.getfixturevalue("low_precision_flags")
+    for found, value in zip(results(model), expected, strict=True):
+        assert relative_error(found, value) < 1e-5
+
+
+def test_flags_are_seen(low_precision_flags):
+    assert products_are_rounded("cpu")
+    torch.set_float32_matmul_precision("highest")
+    assert not products_are_rounded("cpu")
+
+
+@pytest.mark.skipif(not hasattr(torch.backends.cudnn, "conv"), reason="flags of one operator each came with torch 2.9")
+@pytest.mark.parametrize("precision, expected", [("fp32", "ieee"), ("tf32", "tf32"), ("bf16", "ieee")])
+def test_convolutions_run_at_the_stated_precision(precision, expected):
+    """Forward and backward, wherever the engine convolves; and the flags are as they were afterwards."""
+    flag = torch.backends.cudnn.conv
+    before, seen = flag.fp32_precision, []
+    mode = _Watch(lambda: seen.append(flag.fp32_precision))
+    model = tiny_model(dtype=torch.float32)
+    model.precision = precision
+    with mode:
+        model.nll(image(1, 3, 8, 8, dtype=torch.float32), image(1, 3, 2, 2, dtype=torch.float32)).sum().backward()
+    assert len(seen) > 50
+    # the split's prior shapes the state: float32 always
+    assert set(seen) <= {expected, "ieee"} and seen.count(expected) >= len(seen) - 2
+    assert flag.fp32_precision == before
+    with pytest.raises(RuntimeError), convolution_precision("tf32"):
+        raise RuntimeError
+    assert flag.fp32_precision == before
+
+
+class _Watch(torch.utils._python_dispatch.TorchDispatchMode):
+    """Calls a function at every convolution."""
+
+    def __init__(self, call) -> None:
+        super().__init__()
+        self.call = call
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if "convolution" in str(function):
+            self.call()
+        return function(*args, **(kwargs or {}))
+
+
+def test_bfloat16_networks_and_a_float32_state():
+    """Latents, images and gradients are float32; values are as far off as bf16 networks are; decoding undoes encoding."""
+    model = tiny_model(dtype=torch.float32, steps=2, noise_steps=(0, 2, 2))
+    lr, hr = image(1, 3, 4, 4, dtype=torch.float32), image(1, 3, 16, 16, dtype=torch.float32)
+    exact = model.nll(hr, lr).detach()
+    model.precision = "bf16"
+    nll = model.nll(hr, lr)
+    assert nll.dtype == torch.float32 and 0 < relative_error(nll.detach(), exact) < 1e-2
+    nll.sum().backward()
+    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+    with torch.no_grad():
+        latents = model.encode(hr, lr).latents
+        assert all(latent.dtype == torch.float32 for latent in latents)
+        # the networks round alike in both directions, so what is left is the rounding of the float32 state
+        assert (model.decode(latents, lr) - hr).abs().max() < 1e-4
+
+
+def test_refused():
+    model = tiny_model()
+    model.precision = "bf16"
+    with pytest.raises(ValueError, match="float64 one needs precision='fp32'"):
+        model.nll(image(1, 3, 8, 8), image(1, 3, 2, 2))
+    for name in ("engine", "precision"):
+        with pytest.raises(ValueError, match=f"{name} must be one of"):
+            setattr(model, name, "fast")
+    with pytest.raises(ValueError, match="samples_at_once must be at least 1"):
+        NCSR(model.config, samples_at_once=0)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'presicion'"):
+        NCSR(model.config, presicion="bf16")

@@ -1,0 +1,130 @@
+"""Nothing in a training step or a sampling pass makes the host wait for the device, and what is captured is what runs."""
+
+from __future__ import annotations
+
+import contextlib
+from unittest import mock
+
+import pytest
+import torch
+from support import image, tiny_model
+
+from ncsr_fast import NCSR, graphs
+
+CUDA = torch.cuda.is_available()
+# what reads a value, or has a size that depends on values
+WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "unique", "bincount", "allclose", "item")
+
+
+class Forbid(torch.utils._python_dispatch.TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.name().split("::")[1].split(".")[0]
+        assert not name.startswith(WAITS), f"{function} makes the host wait"
+        if name in ("index", "index_put", "index_put_"):
+            assert all(i is None or i.dtype != torch.bool for i in args[1]), f"{function} with a mask makes the host wait"
+        return function(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def no_waiting():
+    """On a GPU, PyTorch's own check. On a CPU, the values that may be looked at there only are not."""
+    if CUDA:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        return
+    with contextlib.ExitStack() as stack:
+        for module in ("nn.checks", "engine.folding", "engine.cache"):
+            stack.enter_context(mock.patch(f"ncsr_fast.{module}.reading_is_free", return_value=False))
+        stack.enter_context(Forbid())
+        yield
+
+
+@pytest.fixture
+def model() -> NCSR:
+    return tiny_model(dtype=torch.float32, steps=2, noise_steps=(0, 1, 2)).to("cuda" if CUDA else "cpu")
+
+
+def batch(model: NCSR, size: int = 4, seed: int = 1) -> tuple[torch.Tensor, ...]:
+    like = model.levels[0].actnorm_bias
+    shapes = ((2, 3, 4 * size, 4 * size), (2, 3, size, size), (2, 3, 4 * size, 4 * size))
+    return tuple(image(*shape, seed=seed + i).to(like) for i, shape in enumerate(shapes))
+
+
+def test_the_check_sees_what_waits():
+    with pytest.raises((AssertionError, RuntimeError), match="wait|synchroniz"), no_waiting():
+        torch.ones(3, device="cuda" if CUDA else "cpu").sum().item()
+
+
+@pytest.mark.parametrize("checkpoint", [True, False])
+def test_training_step(model, checkpoint):
+    model.checkpoint = checkpoint
+    hr, lr, noise = batch(model)
+    step = graphs.TrainingStep(model, torch.optim.SGD(model.parameters(), lr=0.01), max_grad_norm=1.0, graph=False)
+    step(hr, lr, noise)  # kernels are chosen and loaded
+    with no_waiting():
+        step(hr, lr, noise)
+
+
+def test_sampling_and_likelihood(model):
+    hr, lr, noise = batch(model)
+    sampler = graphs.Sampler(model, 3, graph=False)
+    sampler(lr)
+    with no_waiting(), torch.no_grad():
+        sampler(lr)
+        model.nll(hr, lr, noise)
+        model.sample(lr, n=2, on_nonfinite="ignore")
+
+
+def test_sampler_draws_what_the_model_draws(model):
+    lr = batch(model)[1][..., :3]  # an odd width
+    for n in (1, 3):
+        generators = [torch.Generator(lr.device).manual_seed(7) for _ in range(2)]
+        sampler = graphs.Sampler(model, n, graph=CUDA)
+        with torch.no_grad():
+            expected = model.sample(lr, n=n, temperature=0.7, generator=generators[0])
+        found, first_bad = sampler(lr, 0.7, generators[1])
+        assert torch.equal(found, expected)
+        assert (first_bad == sampler.sound).all()
+        model.levels[0].actnorm_bias.data.add_(0.1)  # the next number of samples is drawn with other weights
+
+
+def train(model: NCSR, graph: bool) -> list[torch.Tensor]:
+    optimizer = graphs.adam(model, 1e-2)
+    step = graphs.TrainingStep(model, optimizer, max_grad_norm=10.0, graph=graph)
+    return [step(*batch(model, seed=seed))[0].clone() for seed in range(3)]
+
+
+def test_a_training_step_is_the_textbook_one(model):
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    losses = train(model, graph=CUDA)
+    weights = [parameter.detach().clone() for parameter in model.parameters()]
+    model.load_state_dict(state)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.Adam(parameters, lr=1e-2, betas=(0.9, 0.99))
+    for seed, loss in enumerate(losses):
+        optimizer.zero_grad()
+        expected = model.nll(*batch(model, seed=seed)).mean()
+        expected.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 10.0)
+        optimizer.step()
+        assert torch.allclose(loss, expected, rtol=1e-5)
+    # a step of Adam moves a weight by at most the learning rate; ReLU kinks decide a few signs
+    for found, parameter in zip(weights, model.parameters()):
+        assert (found - parameter).abs().mean() < 1e-3
+
+
+@pytest.mark.skipif(CUDA, reason="there is a GPU to capture on")
+def test_a_graph_is_refused_on_a_cpu(model):
+    with pytest.raises(ValueError, match="needs a model on a GPU.*graph=False"):
+        graphs.Sampler(model, 2)
+    with pytest.raises(ValueError, match="needs a model on a GPU"):
+        graphs.TrainingStep(model, graphs.adam(model, 1e-4))
+
+
+@pytest.mark.skipif(not CUDA, reason="no GPU to capture on")
+def test_an_optimizer_that_cannot_be_captured_is_refused(model):
+    with pytest.raises(ValueError, match="graphs.adam"):
+        graphs.TrainingStep(model, torch.optim.Adam(model.parameters()))

@@ -1,0 +1,212 @@
+"""The small networks of the flow, three convolutions in one kernel: against torch's convolutions in float64."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from operator_cases import assert_close
+from torch import Tensor
+
+from ncsr_fast import ops
+
+if not ops.backends("cpu")["native"].available:
+    pytest.skip(ops.backends("cpu")["native"].reason, allow_module_level=True)
+
+from ncsr_fast import _native
+from ncsr_fast.ops._native import network_fwd
+
+LAST = torch.channels_last
+dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+
+
+@pytest.fixture(params=_native.instruction_sets())
+def instruction_set(request):
+    before = _native.instruction_set()
+    _native.use_instruction_set(request.param)
+    yield request.param
+    _native.use_instruction_set(before)
+
+
+@pytest.fixture
+def threads():
+    """Sets torch's number of threads, for the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def network(kept: int, hidden: int, outputs: int, size=(5, 7), batch: int = 2, dtype=torch.float64) -> list[Tensor | None]:
+    """x, pre, w1, w2, b2, w3, b3, whose activations are of about 1, and b2 positive on the whole: h2 is 0 around the image."""
+    generator = torch.Generator().manual_seed(kept + 100 * hidden + outputs)
+
+    def normal(*shape: int, variance: float = 1.0) -> Tensor:
+        return (torch.randn(shape, generator=generator, dtype=torch.float64) * variance**0.5).to(dtype)
+
+    x = normal(batch, kept, *size) if kept else None
+    w1 = normal(hidden, kept, 3, 3, variance=1 / (9 * kept)) if kept else None
+    w2, b2 = normal(hidden, hidden, variance=1 / hidden), 0.5 + normal(hidden)
+    w3, b3 = normal(outputs, hidden, 3, 3, variance=1 / (9 * hidden)), normal(outputs)
+    return [x, normal(batch, hidden, *size), w1, w2, b2, w3, b3]
+
+
+def formula(x, pre, w1, w2, b2, w3, b3) -> Tensor:
+    h1 = F.relu(pre if x is None else pre + F.conv2d(x, w1, padding=1))
+    return F.conv2d(F.relu(F.conv2d(h1, w2[:, :, None, None], b2)), w3, b3, padding=1)
+
+
+def assert_like_the_formula(tensors: list[Tensor | None], name: str = "h") -> None:
+    x, pre, *_, w3, _ = tensors
+    value = network_fwd(*tensors)
+    assert value.dtype == pre.dtype
+    assert value.is_contiguous(memory_format=LAST)
+    expected = formula(*(None if tensor is None else tensor.double() for tensor in tensors))
+    if pre.dtype == torch.float64:
+        # two float64 results, of sums in different orders
+        assert_close(value, expected, 1e-13, name)
+        return
+    # Each of n additions rounds a partial sum, which is no larger than the largest result, by half an eps at most, up or
+    # down as it comes: some ½√n eps in all. Twice that, for three sums after one another.
+    longest = max(9 * w3.shape[1], 9 * (0 if x is None else x.shape[1]), 9)
+    assert_close(value, expected, longest**0.5 * torch.finfo(torch.float32).eps, name)
+
+
+@dtypes
+@pytest.mark.parametrize("size", [(1, 1), (1, 7), (5, 1), (6, 6), (9, 13), (3, 33)], ids=str)
+@pytest.mark.parametrize("kept", [0, 6])
+def test_sizes(instruction_set, dtype, size, kept):
+    assert_like_the_formula(network(kept, 64, 12, size, dtype=dtype))
+
+
+@dtypes
+@pytest.mark.parametrize(
+    "kept, hidden, outputs",
+    [(1, 1, 1), (3, 5, 2), (6, 32, 12), (12, 64, 24), (5, 33, 7), (0, 70, 49), (48, 64, 96), (3, 65, 192), (96, 64, 192)],
+)
+def test_channels(instruction_set, dtype, kept, hidden, outputs):
+    """Whole vectors, none, and all numbers of them in the last panel of columns."""
+    assert_like_the_formula(network(kept, hidden, outputs, (4, 9), dtype=dtype))
+
+
+@dtypes
+@pytest.mark.parametrize(
+    "kept, outputs, size",
+    # pieces are 96 pixels at most and 14 of 384 outputs: some rows each, a row, and parts of a row
+    [(6, 12, (12, 20)), (6, 12, (3, 96)), (6, 12, (4, 97)), (0, 5, (2, 289)), (3, 384, (2, 31)), (0, 384, (5, 13))],
+)
+def test_pieces_of_an_image(instruction_set, dtype, kept, outputs, size):
+    assert_like_the_formula(network(kept, 64, outputs, size, batch=1, dtype=dtype))
+
+
+def sliced(x: Tensor) -> Tensor:
+    """Some of the channels of a channels-last tensor, NaN around them."""
+    batch, channels, *size = x.shape
+    around = torch.full((batch, channels + 10, *size), float("nan"), dtype=x.dtype).to(memory_format=LAST)
+    around[:, 3 : 3 + channels] = x
+    return around[:, 3 : 3 + channels]
+
+
+LAYOUTS = {
+    "nchw": lambda x: x.contiguous(),
+    "channels-last": lambda x: x.contiguous(memory_format=LAST),
+    "slice of channels-last": sliced,
+    "crop": lambda x: F.pad(x, (2, 3, 1, 2), value=float("nan"))[:, :, 1:-2, 2:-3],
+    "turned": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
+}
+
+
+@dtypes
+@pytest.mark.parametrize("hidden", [32, 33])
+@pytest.mark.parametrize("of_pre", LAYOUTS)
+@pytest.mark.parametrize("of_x", [*LAYOUTS, "none"])
+def test_layouts(instruction_set, dtype, hidden, of_x, of_pre):
+    """x and pre are read as they lie, each in its own way, and nothing beside them."""
+    x, pre, *rest = network(0 if of_x == "none" else 6, hidden, 12, (5, 7), dtype=dtype)
+    x = None if x is None else LAYOUTS[of_x](x)
+    assert_like_the_formula([x, LAYOUTS[of_pre](pre), *rest])
+
+
+@dtypes
+@pytest.mark.parametrize("kept", [0, 6])
+def test_samples_may_share_pre(instruction_set, dtype, kept):
+    x, pre, *rest = network(kept, 64, 12, (5, 7), batch=3, dtype=dtype)
+    for layout in LAYOUTS.values():
+        shared = layout(pre[:1]).expand(3, -1, -1, -1)
+        assert shared.stride(0) == 0
+        assert_like_the_formula([x, shared, *rest])
+
+
+@dtypes
+@pytest.mark.parametrize("shape", [(0, 5, 7), (2, 0, 7), (2, 5, 0)])
+def test_empty(dtype, shape):
+    batch, *size = shape
+    for kept in (0, 6):
+        assert network_fwd(*network(kept, 64, 12, size, batch, dtype)).shape == (batch, 12, *size)
+
+
+@dtypes
+@pytest.mark.parametrize("kept, outputs, size, batch", [(6, 12, (40, 40), 1), (0, 24, (17, 80), 3), (48, 96, (20, 20), 1)])
+def test_the_same_bits_whatever_the_number_of_threads(instruction_set, threads, dtype, kept, outputs, size, batch):
+    tensors = network(kept, 64, outputs, size, batch, dtype)
+    threads(1)
+    alone = network_fwd(*tensors)
+    for count in (1, 2, 3, 7, 64):
+        threads(count)
+        assert torch.equal(network_fwd(*tensors), alone), count
+    assert_like_the_formula(tensors)
+
+
+@dtypes
+@pytest.mark.parametrize("hidden", [64, 33])
+def test_nan_stays_where_it_is(instruction_set, dtype, hidden):
+    """A NaN reaches the pixels around it, infinity is no NaN, and neither is left behind in a buffer for the next call."""
+    tensors = network(6, hidden, 12, (11, 12), dtype=dtype)
+    x, pre, *_ = tensors
+    expected = network_fwd(*tensors)
+    broken = [x.clone(), *tensors[1:]]
+    broken[0][0, 2, 4, 5] = float("nan")
+    missing = torch.zeros(2, 12, 11, 12, dtype=torch.bool)
+    missing[0, :, 2:7, 3:8] = True
+    value = network_fwd(*broken)
+    assert torch.equal(value.isnan(), missing)
+    assert torch.equal(value[~missing], expected[~missing])
+    infinite = [x, pre.clone(), *tensors[2:]]
+    infinite[1][1, :, 4, 5] = float("inf")
+    assert torch.equal(network_fwd(*infinite).isnan(), formula(*infinite).isnan())
+    assert torch.equal(network_fwd(*tensors), expected)
+
+
+def test_nothing_is_read_beyond_a_tensor(tmp_path):
+    """Every tensor ends where the memory does, in a process of its own: it would not survive."""
+    code = """
+import ctypes, math, mmap, torch
+from ncsr_fast import _native
+from ncsr_fast.ops._native import network_fwd
+libc, kept_alive = ctypes.CDLL(None, use_errno=True), []
+def at_the_end(*shape, channels_last=False):
+    size = 4 * math.prod(shape)
+    pages = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+    memory = mmap.mmap(-1, pages + mmap.PAGESIZE)
+    kept_alive.append(memory)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    assert libc.mprotect(ctypes.c_void_p(start + pages), mmap.PAGESIZE, 0) == 0
+    flat = torch.frombuffer(memory, dtype=torch.float32, count=size // 4, offset=pages - size).normal_()
+    batch, channels, *rest = shape if channels_last else (0, 0)
+    return flat.view(batch, *rest, channels).permute(0, 3, 1, 2) if channels_last else flat.view(shape)
+for instruction_set in _native.instruction_sets():
+    _native.use_instruction_set(instruction_set)
+    for kept, hidden, outputs in ((6, 32, 12), (3, 33, 7), (2, 1, 1)):
+        weights = [at_the_end(hidden, kept, 3, 3), at_the_end(hidden, hidden), at_the_end(hidden)]
+        weights += [at_the_end(outputs, hidden, 3, 3), at_the_end(outputs)]
+        for last in (False, True):
+            images = at_the_end(2, kept, 5, 7, channels_last=last), at_the_end(2, hidden, 5, 7, channels_last=last)
+            assert network_fwd(*images, *weights).isfinite().all()
+print("survived")
+"""
+    if not sys.platform.startswith("linux"):
+        pytest.skip("protects pages by libc")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.stdout.strip() == "survived", (done.returncode, done.stderr)
