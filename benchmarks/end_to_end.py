@@ -29,15 +29,18 @@ from .published import OPTIONS, PublishedNCSR
 from .report import end_to_end_table, to_json
 
 RESULTS = Path(__file__).parent / "results"
+SCALE = OPTIONS["scale"]
 PUBLISHED, COMPILED, OURS = "published", "plain, torch.compile", "ncsr_fast"
 _PLAIN = EngineOptions(engine="plain", backend="reference")
-_BARE = EngineOptions(backend="reference", checkpoint=False, subpixel=False, channels_last=False)
+_BARE = EngineOptions(backend="reference", checkpoint=False, subpixel=False, channels_last=False, winograd=False)
+_FUSED = replace(_BARE, subpixel=True, channels_last=True, backend="auto")
 LADDER = {
     "plain": _PLAIN,
     "+ hoisting": _BARE,
     "+ sub-pixel": replace(_BARE, subpixel=True),
     "+ channels-last": replace(_BARE, subpixel=True, channels_last=True),
-    "+ fused operators": replace(_BARE, subpixel=True, channels_last=True, backend="auto"),
+    "+ fused operators": _FUSED,
+    "+ winograd": replace(_FUSED, winograd=True),
     OURS: EngineOptions(),  # + level backward
     "ncsr_fast, tf32": EngineOptions(precision="tf32"),
     "ncsr_fast, bf16": EngineOptions(precision="bf16"),
@@ -62,7 +65,7 @@ class Task:
     def describe(self) -> str:
         if self.n:
             return f"{self.n} samples, LR {self.lr_size}×{self.lr_size}"
-        side = self.lr_size * OPTIONS["scale"]
+        side = self.lr_size * SCALE
         return f"training step, batch {self.batch} of {side}×{side}" + (", encoder frozen" if self.frozen_encoder else "")
 
 
@@ -91,40 +94,50 @@ def random_model(device: str) -> NCSR:
     return model.to(device)
 
 
+def backward(nll: Tensor, parameters: list[Tensor]) -> Tensor:
+    """Gradients of the mean, in place of those there were; the mean."""
+    for parameter in parameters:
+        parameter.grad = None
+    loss = nll.mean()
+    loss.backward()
+    return loss.detach()
+
+
 class Arm:
     """One implementation doing one task."""
 
-    def __init__(self, model: Any, task: Task, device: str, published: bool = False) -> None:
-        self.model, self.task, self.is_published = model, task, published
+    def __init__(self, model: Any, task: Task, device: str) -> None:
+        self.model, self.task = model, task
         generator = torch.Generator().manual_seed(1)
-        side = task.lr_size * OPTIONS["scale"]
+        side = task.lr_size * SCALE
         self.lr = torch.rand(task.batch, 3, task.lr_size, task.lr_size, generator=generator).to(device)
         self.hr = torch.rand(task.batch, 3, side, side, generator=generator).to(device)
         self.noise = 0.03 * torch.randn(task.batch, 3, side, side, generator=generator).to(device)
-        self.latents: list[Tensor] = []
 
     def run(self) -> None:
         """What is timed."""
         if not self.task.n:
-            self.backward()
+            self.model.loss_and_gradients(self.hr, self.lr, self.noise)
             return
         with torch.no_grad():
             self.model.sample(self.lr, n=self.task.n, temperature=0.9)
 
-    def backward(self) -> Tensor:
-        self.model.requires_grad_encoder(not self.task.frozen_encoder)
+    def peak_bytes(self, device: str) -> int:
+        """Most memory beyond the weights and their gradients, which are there before."""
+        if self.task.n:
+            return peak_bytes(self.run, device)
         for parameter in self.model.parameters():
             parameter.grad = None
-        loss = self.model.nll(self.hr, self.lr, self.noise).mean()
-        loss.backward()
-        return loss.detach()
+        peak = peak_bytes(self.run, device)
+        return peak - sum(p.grad.nbytes for p in self.model.parameters() if p.grad is not None)
 
     def results(self, latents: list[Tensor]) -> dict[str, Tensor]:
         """What must agree: decoded images; or the loss and the gradient of every parameter as one vector."""
         if self.task.n:
             with torch.no_grad():
                 return {"images": self.model.decode(latents, self.lr)}
-        return {"loss": self.backward(), "gradient": self.model.gradient()}
+        loss = self.model.loss_and_gradients(self.hr, self.lr, self.noise)
+        return {"loss": loss, "gradient": self.model.gradient()}
 
 
 class Ours:
@@ -138,7 +151,7 @@ class Ours:
     def parameters(self) -> list[Tensor]:
         return list(self.network.parameters())
 
-    def requires_grad_encoder(self, wanted: bool) -> None:
+    def train_encoder(self, wanted: bool) -> None:
         head = {id(parameter) for module in self.network.encoder.head() for parameter in module.parameters()}
         for parameter in self.network.encoder.parameters():
             parameter.requires_grad_(wanted and id(parameter) not in head)
@@ -147,9 +160,16 @@ class Ours:
         """As one vector."""
         return torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in self.parameters()])
 
-    def nll(self, hr: Tensor, lr: Tensor, noise: Tensor) -> Tensor:
+    @torch.no_grad()
+    def round_trip(self, arm: Arm) -> float:
+        """Largest error of decoding what was encoded, in units of the image's range."""
         self.network.options = self.options
-        return self._nll(hr, lr, noise)
+        latents = self.network.encode(arm.hr, arm.lr, arm.noise).latents
+        return float((self.network.decode(latents, arm.lr, arm.noise) - arm.hr).abs().max())
+
+    def loss_and_gradients(self, hr: Tensor, lr: Tensor, noise: Tensor) -> Tensor:
+        self.network.options = self.options
+        return backward(self._nll(hr, lr, noise), self.parameters())
 
     def decode(self, latents: list[Tensor], lr: Tensor) -> Tensor:
         self.network.options = self.options
@@ -174,24 +194,34 @@ class Captured(Ours):
             self._sampler = graphs.Sampler(self.network, n)
         return self._sampler(lr, temperature)[0]
 
+    def loss_and_gradients(self, hr: Tensor, lr: Tensor, noise: Tensor) -> Tensor:
+        self.network.options = self.options
+        if not hasattr(self, "_step"):
+            self._step = graphs.TrainingStep(self.network, None)
+        return self._step(hr, lr, noise)[0]
 
-def measure(task: Task, arms: dict[str, Any], device: str, rounds: int, with_memory: bool) -> list[dict[str, Any]]:
+
+def measure(
+    task: Task, model: NCSR, arms: dict[str, Any], device: str, rounds: int, with_memory: bool, tf32: bool
+) -> list[dict[str, Any]]:
     """Rows of a task, after its results were found to agree. Raises ValueError when they do not."""
-    runners = {name: Arm(model, task, device) for name, model in arms.items()}
+    runners = {name: Arm(arm, task, device) for name, arm in arms.items()}
+    for arm in arms.values():
+        arm.train_encoder(not task.frozen_encoder)
     reference = next(name for name in ("plain", OURS) if name in arms)
-    shapes = NCSR(NCSRConfig.from_published(OPTIONS)).latent_shapes(task.lr_size, task.lr_size) if task.n else []
+    shapes = model.latent_shapes(task.lr_size, task.lr_size)
     generator = torch.Generator().manual_seed(2)
     latents = [(0.9 * torch.randn(task.batch, *shape, generator=generator)).to(device) for shape in shapes]
     expected = runners[reference].results(latents)
     errors = {name: _errors(runner.results(latents), expected) for name, runner in runners.items()}
     for name, found in errors.items():
-        precision = name.rpartition(", ")[2] if name.endswith(("tf32", "bf16")) else "fp32"
+        precision = name.rpartition(", ")[2] if name.endswith(("tf32", "bf16")) else "tf32" if tf32 else "fp32"
         for what, error in found.items():
             allowed = (ALLOWED_GRADIENT if what == "gradient" else ALLOWED)[precision]
             if not error <= allowed:
                 raise ValueError(f"{task.name}: the {what} of {name!r} is off by {error:.1e}, allowed {allowed:.0e}")
     times = side_by_side({name: runner.run for name, runner in runners.items()}, device, 0.0, rounds)
-    peaks = {name: peak_bytes(runner.run, device) if with_memory else None for name, runner in runners.items()}
+    peaks = {name: runner.peak_bytes(device) if with_memory else None for name, runner in runners.items()}
     flops = _flops(runners)
     rows = []
     for name in arms:
@@ -207,6 +237,7 @@ def measure(task: Task, arms: dict[str, Any], device: str, rounds: int, with_mem
                 "rounds": len(times[name]),
                 "peak_bytes": peaks[name],
                 "flops": flops.get(name),
+                "round_trip": rounded(arms[name].round_trip(runners[name])) if isinstance(arms[name], Ours) else None,
                 "errors": {what: rounded(error) for what, error in errors[name].items()},
             }
         )
@@ -266,11 +297,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads (default: %(default)s)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
+    parser.add_argument(
+        "--tf32", action="store_true", help="let the published program and the plain path have TF32 convolutions on a GPU"
+    )
     parser.add_argument("--no-memory", action="store_true", help="leave out the peak memory")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON rows (default: %(default)s)")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     cuda = torch.device(args.device).type == "cuda"
+    torch.backends.cudnn.allow_tf32 = args.tf32
 
     model = random_model(args.device)
     wanted = args.arms or [PUBLISHED, *LADDER]
@@ -291,7 +326,7 @@ def main() -> None:
     )
     rows: list[dict[str, Any]] = []
     for task in (task for task in TASKS if task.name in (args.tasks or (ON_GPU if cuda else ON_CPU))):
-        rows += [row | where for row in measure(task, arms, args.device, args.rounds, not args.no_memory)]
+        rows += [row | where for row in measure(task, model, arms, args.device, args.rounds, not args.no_memory, args.tf32)]
         with atomic_write(args.out / f"end_to_end-{args.device}.json") as path:  # after every task: a stopped run keeps it
             path.write_text(to_json(rows))
     print(end_to_end_table(rows))

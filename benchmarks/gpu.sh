@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # Everything this library can check and measure on a machine with a GPU, in calls of less than 10 minutes each.
-#   benchmarks/gpu.sh build|tests|operators|model RESULTS_FOLDER [CHECKOUT_OF_THE_PUBLISHED_NCSR]
+#   benchmarks/gpu.sh build|tests|operators|sampling|training|demo RESULTS_FOLDER [CHECKOUT_OF_THE_PUBLISHED_NCSR]
 # `build` installs the package with its CUDA kernels; each of the others needs it to have run on that machine before.
 # Needs torch with CUDA, triton, nvcc, pybind11, ninja, pytest, scikit-image, safetensors and tqdm; fetches nothing. No
 # figure of it is in the README until it has been run.
 set -euo pipefail
 what=$1
 results=$(mkdir -p "$2" && cd "$2" && pwd)
-published=${3:+$(cd "$3" && pwd)}
+published=${3:+--published $(cd "$3" && pwd)}
 repository=$(cd "$(dirname "$0")/.." && pwd)
 cd "$results" # so that what is imported is what was installed
 case $what in
@@ -17,14 +17,19 @@ case $what in
     ncsr-fast doctor | tee doctor.txt
     # one pass through each backend before anything else: two CUDA runtimes share this process
     python3 -m pytest -x -q -c "$repository/pyproject.toml" "$repository/tests/ops/test_operators.py" -k "cuda and values" | tee smoke.txt
+    # no host synchronisation, capture in CUDA graphs, the same results as without
+    python3 -m pytest -q -c "$repository/pyproject.toml" "$repository/tests/engine/test_synchronization.py" | tee graphs.txt
     ;;
   tests) python3 -m pytest -c "$repository/pyproject.toml" "$repository/tests" | tee tests.txt ;;
   operators) ncsr-fast bench --device cuda --out . | tee operators.txt ;;
-  model)
-    ncsr-fast demo --device cuda --out demo | tee demo.txt
-    if [ -n "$published" ]; then
-      python3 "$repository/benchmarks/end_to_end.py" --published "$published" --device cuda --size 128 --out .
-    fi
+  sampling)
+    python3 -m ncsr_fast.benchmarks.end_to_end $published --device cuda --tasks sample --out . | tee sampling.txt
+    python3 -m ncsr_fast.benchmarks.end_to_end $published --device cuda --tasks sample-div2k --rounds 3 --out div2k | tee div2k.txt
     ;;
-  *) echo "gpu.sh: $what is none of build, tests, operators, model" >&2; exit 2 ;;
+  training)
+    python3 -m ncsr_fast.benchmarks.end_to_end $published --device cuda --tasks train train-batch-18 --out . | tee training.txt
+    python3 -m ncsr_fast.benchmarks.end_to_end $published --device cuda --tasks train-batch-18 --tf32 --out tf32 | tee tf32.txt
+    ;;
+  demo) ncsr-fast demo --device cuda --out demo | tee demo.txt ;;
+  *) echo "gpu.sh: $what is none of build, tests, operators, sampling, training, demo" >&2; exit 2 ;;
 esac

@@ -46,7 +46,7 @@ class PublishedNCSR:
     def parameters(self) -> list[Tensor]:
         return list(self.network.parameters())
 
-    def requires_grad_encoder(self, wanted: bool) -> None:
+    def train_encoder(self, wanted: bool) -> None:
         self.network.RRDB.requires_grad_(wanted)
 
     def gradient(self) -> Tensor:
@@ -56,8 +56,13 @@ class PublishedNCSR:
             self._holder.load_published(gradients)
         return torch.cat([parameter.detach().flatten() for parameter in self._holder.parameters()])
 
-    def nll(self, hr: Tensor, lr: Tensor, noise: Tensor) -> Tensor:
-        return self.network(gt=hr, lr=lr, reverse=False, std=noise, add_gt_noise=False)[1]
+    def loss_and_gradients(self, hr: Tensor, lr: Tensor, noise: Tensor) -> Tensor:
+        """The loss, as its trainer forms it, and the gradients of its parameters in place of those there were."""
+        for parameter in self.network.parameters():
+            parameter.grad = None
+        loss = self.network(gt=hr, lr=lr, reverse=False, std=noise, add_gt_noise=False)[1].mean()
+        loss.backward()
+        return loss.detach()
 
     def decode(self, latents: list[Tensor], lr: Tensor) -> Tensor:
         std = torch.zeros(1, 1, 1, 1, device=lr.device)

@@ -121,8 +121,8 @@ def end_to_end_table(rows: list[Row]) -> str:
         lines = [
             f"{first['what']} ({first['device']}, torch {first['torch']}, convolutions {rate / 1e9:.0f} GFLOP/s)",
             "",
-            "| | s (p20–p80) | × published | × plain | peak MiB | GFLOP | floor | error |",
-            "| --- | --- | --- | --- | --- | --- | --- | --- |",
+            "| | s (p20–p80) | × published | × plain | peak MiB | GFLOP | floor | error | round trip |",
+            "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
         ]
         for name, row in arms.items():
             ratios = [
@@ -137,6 +137,7 @@ def end_to_end_table(rows: list[Row]) -> str:
                 "" if flops is None else f"{flops / 1e9:.0f}",
                 "" if flops is None else f"{flops / rate / row['median_s']:.0%}",
                 ", ".join(f"{what} {error:.1e}" for what, error in row["errors"].items()),
+                "" if row["round_trip"] is None else f"{row['round_trip']:.1e}",
             ]
             lines.append(f"| {' | '.join(cells)} |")
         blocks.append("\n".join(lines))

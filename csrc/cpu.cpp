@@ -10,6 +10,7 @@
 #include "fold_cpu.h"
 #include "network_cpu.h"
 #include "pointwise_cpu.h"
+#include "winograd_gradient_cpu.h"
 
 namespace ncsr::NCSR_ISA {
 
@@ -55,6 +56,12 @@ const CpuKernels kernels{
     },
     [](const Network& p, bool float64, int threads) {
         float64 ? network_forward<double>(p, threads) : network_forward<float>(p, threads);
+    },
+    [](const Convolution& p, bool float64, int threads) {
+        float64 ? convolution_forward<double>(p, threads) : convolution_forward<float>(p, threads);
+    },
+    [](const Convolution& p, bool float64, int threads) {
+        float64 ? convolution_gradient<double>(p, threads) : convolution_gradient<float>(p, threads);
     },
     fold,
     fold_gradient,

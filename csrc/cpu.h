@@ -29,6 +29,8 @@ struct CpuKernels {
     void (*flow_step_forward)(const FlowStep&, bool float64, int threads);
     void (*flow_step_backward)(const FlowStep&, bool float64, int threads);
     void (*network_forward)(const Network&, bool float64, int threads);
+    void (*convolution_forward)(const Convolution&, bool float64, int threads);
+    void (*convolution_gradient)(const Convolution&, bool float64, int threads);
     Folded (*fold)(const Vector64& bias, const Vector64& logs, const Matrix& weight, bool inverse, bool with_logdet);
     FoldGradient (*fold_gradient)(const Vector64& bias, const Vector64& logs, const Matrix& weight, Matrix dmix,
                                   const Vector64& doffset, double g, bool inverse, bool single);

@@ -142,6 +142,29 @@ void network_forward(std::array<int64_t, 6> sizes, TensorTuple x, TensorTuple pr
     cpu->network_forward(p, float64, Where(where).threads);
 }
 
+// sizes: batch, rows, columns, inputs, outputs; bias may be 0. On the CPU only.
+void convolution_forward(std::array<int64_t, 5> sizes, TensorTuple x, int64_t weight, int64_t bias, double slope,
+                         bool transposed, bool accumulate, TensorTuple y, bool float64, WhereTuple where) {
+    const auto [batch, rows, columns, inputs, outputs] = sizes;
+    Convolution p{};
+    p.batch = batch, p.rows = rows, p.columns = columns, p.inputs = inputs, p.outputs = outputs;
+    p.x = tensor(x), p.y = tensor(y), p.weight = pointer(weight), p.bias = pointer(bias);
+    p.slope = slope, p.transposed = transposed, p.accumulate = accumulate;
+    py::gil_scoped_release release;
+    cpu->convolution_forward(p, float64, Where(where).threads);
+}
+
+// Writes dweight and dbias (dense). On the CPU only.
+void convolution_gradient(std::array<int64_t, 5> sizes, TensorTuple dy, TensorTuple x, int64_t dweight, int64_t dbias,
+                          bool float64, WhereTuple where) {
+    const auto [batch, rows, columns, inputs, outputs] = sizes;
+    Convolution p{};
+    p.batch = batch, p.rows = rows, p.columns = columns, p.inputs = inputs, p.outputs = outputs;
+    p.x = tensor(x), p.dy = tensor(dy), p.dweight = pointer(dweight), p.dbias = pointer(dbias);
+    py::gil_scoped_release release;
+    cpu->convolution_gradient(p, float64, Where(where).threads);
+}
+
 #if defined(NCSR_CUDA)
 std::string cuda_unavailable() { return cuda::unavailable(); }
 
@@ -224,6 +247,8 @@ PYBIND11_MODULE(_native, m) {
     m.def("flow_step_forward", &flow_step_forward);
     m.def("flow_step_backward", &flow_step_backward);
     m.def("network_forward", &network_forward);
+    m.def("convolution_forward", &convolution_forward);
+    m.def("convolution_gradient", &convolution_gradient);
     m.def("fold_forward", &fold_forward);
     m.def("fold_backward", &fold_backward);
 }

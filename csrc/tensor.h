@@ -80,6 +80,18 @@ struct Network {
     const char *w1, *w2, *b2, *w3, *b3;  // dense, in the dtype of the arithmetic
 };
 
+// 3x3 convolution with zero padding by Winograd's algorithm: winograd_cpu.h. On the CPU only.
+struct Convolution {
+    int64_t batch, rows, columns, inputs, outputs;
+    Tensor x, y;         // y is written, or added to
+    const char* weight;  // (outputs, inputs, 3, 3), or (inputs, outputs, 3, 3) when transposed; dense, as are the others
+    const char* bias;    // may be null
+    double slope;        // of the leaky relu; 1: none
+    bool transposed, accumulate;
+    Tensor dy;                // weight gradient: read, beside x
+    char *dweight, *dbias;    // weight gradient: written
+};
+
 // Rows whose pixels follow each other at one stride in every tensor are one long row.
 inline __attribute__((always_inline)) void join_rows(Sizes& size, std::initializer_list<Tensor*> tensors) {
     if (size.columns == 1)

@@ -14,9 +14,9 @@ from ncsr_fast.config import NCSRConfig
 from ncsr_fast.nn import NCSR, RRDB, CheckpointError
 
 __version__ = "0.1.0"
-__all__ = ["NCSR", "NCSRConfig", "RRDB", "CheckpointError", "__version__", "data", "metrics", "ops", "training"]
+__all__ = ["NCSR", "NCSRConfig", "RRDB", "CheckpointError", "__version__", "data", "graphs", "metrics", "ops", "training"]
 
-_LAZY = ("data", "metrics", "training")  # need more than torch
+_LAZY = ("data", "graphs", "metrics", "training")  # need more than torch, or are not always needed
 
 
 def __getattr__(name: str):

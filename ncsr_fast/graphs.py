@@ -39,7 +39,8 @@ def adam(model: NCSR, lr: float, betas: tuple[float, float] = (0.9, 0.99)) -> to
 class TrainingStep:
     """Forward, backward, clipping and optimizer step of one batch shape: `loss, norm = step(hr, lr, noise)`.
 
-    model, optimizer  the optimizer as `adam` makes it; one that a graph cannot hold is refused
+    optimizer         as `adam` makes it; one that a graph cannot hold is refused. None: gradients alone, which stay where
+                      they are from call to call, to be reduced over processes before a step
     max_grad_norm     gradients are clipped to it; None leaves them
     loss              (model, hr, lr, noise) → scalar; it must not wait for the device
     graph             capture at the first call. Weights, optimizer state and gradients are then as a step without capture
@@ -52,18 +53,21 @@ class TrainingStep:
     def __init__(
         self,
         model: NCSR,
-        optimizer: torch.optim.Optimizer,
+        optimizer: torch.optim.Optimizer | None,
         *,
         max_grad_norm: float | None = None,
         loss: NllLoss = mean_nll,
         graph: bool = True,
     ) -> None:
         self.model, self.optimizer, self.max_grad_norm, self.loss, self.graph = model, optimizer, max_grad_norm, loss, graph
-        self.parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        if optimizer is None:
+            self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        else:
+            self.parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         if graph:
             _check_on_gpu(model)
             _check_capturable(optimizer)
-        self._captured: dict[object, _Captured] = {}
+        self._captured: dict[object, tuple[_Captured, list[Tensor | None]]] = {}
 
     def __call__(self, hr: Tensor, lr: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
         if not self.graph:
@@ -71,24 +75,29 @@ class TrainingStep:
         key = (hr.shape, lr.shape, None if noise is None else noise.shape, self.model.options)
         if key not in self._captured:
             saved = list(_copies(self._state()))
-            self.optimizer.zero_grad(set_to_none=True)  # a replay writes the gradients, it does not add to them
-            captured = self._captured[key] = _Captured(self._run, (hr, lr, noise))
+            captured = _Captured(self._run, (hr, lr, noise))
+            self._captured[key] = captured, [parameter.grad for parameter in self.parameters]
             self._restore(saved)
-            return captured(hr, lr, noise)
-        return self._captured[key](hr, lr, noise)
+        captured, gradients = self._captured[key]
+        results = captured(hr, lr, noise)
+        for parameter, gradient in zip(self.parameters, gradients):
+            parameter.grad = gradient  # where the graph wrote it, whatever was there since
+        return results
 
     def _run(self, hr: Tensor, lr: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
-        self.optimizer.zero_grad(set_to_none=True)
+        for parameter in self.parameters:
+            parameter.grad = None  # so that a replay writes the gradients instead of adding to them
         loss = self.loss(self.model, hr, lr, noise)
         loss.backward()
         limit = float("inf") if self.max_grad_norm is None else self.max_grad_norm
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, limit)
-        self.optimizer.step()
+        if self.optimizer is not None:
+            self.optimizer.step()
         return loss.detach(), norm
 
     def _state(self) -> Iterator[Tensor]:
         yield from self.parameters
-        for parameter in self.parameters:
+        for parameter in self.parameters if self.optimizer is not None else ():
             yield from (value for value in self.optimizer.state.get(parameter, {}).values() if isinstance(value, Tensor))
 
     @torch.no_grad()
@@ -170,8 +179,8 @@ def _check_on_gpu(model: NCSR) -> None:
         raise ValueError(f"a CUDA graph needs a model on a GPU, not on {device}; graph=False runs the same without one")
 
 
-def _check_capturable(optimizer: torch.optim.Optimizer) -> None:
-    for group in optimizer.param_groups:
+def _check_capturable(optimizer: torch.optim.Optimizer | None) -> None:
+    for group in optimizer.param_groups if optimizer is not None else ():
         if not group.get("capturable") or not isinstance(group["lr"], Tensor):
             raise ValueError(
                 "the optimizer must be capturable, with its learning rate in a tensor, so that a graph can hold it: "

@@ -38,7 +38,7 @@ def test_import_pulls_in_nothing_heavy():
 
 def test_public_names():
     assert sorted(ncsr_fast.__all__) == sorted(
-        ["NCSR", "NCSRConfig", "RRDB", "CheckpointError", "__version__", "data", "metrics", "ops", "training"]
+        ["NCSR", "NCSRConfig", "RRDB", "CheckpointError", "__version__", "data", "graphs", "metrics", "ops", "training"]
     )
     assert callable(ncsr_fast.data.perturb) and callable(ncsr_fast.metrics.imresize)
     for name in ("encode", "nll", "decode", "sample", "initialize", "load_published", "published_state_dict"):

@@ -25,6 +25,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--temperature", type=float, default=0.9, help="standard deviation of the latents (default: %(default)s)"
     )
+    parser.add_argument(
+        "--on-nonfinite",
+        choices=("warn", "retry", "raise", "ignore"),
+        default="warn",
+        help="what to do about a sample that blew up; retry draws it again at a lower temperature (default: %(default)s)",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the latents of each image (default: %(default)s)")
     parser.add_argument(
         "--names", choices=("ntire", "source"), default="ntire", help="how to name the files (default: %(default)s)"
@@ -56,7 +62,7 @@ def run(args: argparse.Namespace) -> None:
             continue
         with torch.inference_mode():
             generator = torch.Generator(device).manual_seed(args.seed)
-            samples = model.sample(lr, args.n, args.temperature, generator)[0]
+            samples = model.sample(lr, args.n, args.temperature, generator, on_nonfinite=args.on_nonfinite)[0]
         bad = int((~torch.isfinite(samples)).flatten(1).any(dim=1).sum())
         if bad:
             failures.append(f"{bad} of {args.n} samples of {str(path)!r} are not finite: lower the temperature")

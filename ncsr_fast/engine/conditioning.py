@@ -71,7 +71,7 @@ def level_of(networks: FoldedNetworks, mixing: Mixing) -> Level:
 def hoist(networks: FoldedNetworks, features: Features, options: EngineOptions) -> Tensor:
     """The pre-activations (B, 2K·hidden, h, w) of all injectors and couplings. Differentiable."""
     weight, bias = networks.hoisted
-    return hoisted_convolution(*features, weight, bias, options.precision, options.subpixel)
+    return hoisted_convolution(*features, weight, bias, options.method, options.subpixel)
 
 
 def hoist_noise(networks: FoldedNetworks, noise: Tensor | None, like: Tensor, options: EngineOptions) -> Tensor | None:
@@ -81,7 +81,7 @@ def hoist_noise(networks: FoldedNetworks, noise: Tensor | None, like: Tensor, op
     weight, bias = networks.hoisted_noise
     if noise is None:
         return bias[None, :, None, None].expand(like.shape[0], -1, *like.shape[2:])
-    return convolution(noise.to(like.dtype).contiguous(memory_format=options.memory_format), weight, bias, options.precision)
+    return convolution(noise.to(like.dtype).contiguous(memory_format=options.memory_format), weight, bias, options.method)
 
 
 def conditions(
@@ -92,8 +92,8 @@ def conditions(
     weight, bias = networks.hoisted
     raws: list[Tensor] = []
     for part, hoisted in _some_at_once(networks.injectors, Hoisted(weight[:half], bias[:half])):
-        raws += inject(part, hoisted_convolution(*features, *hoisted, options.precision, options.subpixel), settings)
-    pre = hoisted_convolution(*features, weight[half:], bias[half:], options.precision, options.subpixel)
+        raws += inject(part, hoisted_convolution(*features, *hoisted, options.method, options.subpixel), settings)
+    pre = hoisted_convolution(*features, weight[half:], bias[half:], options.method, options.subpixel)
     return Conditions(raws, pre, hoist_noise(networks, noise, features.own, options))
 
 

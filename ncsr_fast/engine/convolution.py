@@ -1,58 +1,112 @@
-"""Convolutions of a stated precision, forward and backward, and of networks wider or narrower than their parameters."""
+"""Convolutions by a stated method, forward and backward: at what precision, and by which algorithm on a CPU."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ncsr_fast.engine.function import Piece, Tensors
+from ncsr_fast.layout import is_channels_last
+from ncsr_fast.ops._backends import implementation, resolve_backend
 from ncsr_fast.precision import convolution_precision
 
+_WORTH_IT = 32  # channels in and out from which Winograd's transforms cost less than they save
 
-def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, precision: str | None) -> Tensor:
+
+class ConvolutionMethod(NamedTuple):
+    """How the networks are convolved."""
+
+    precision: str = "fp32"  # as in `EngineOptions`, whatever the global flags say
+    winograd: bool = True  # 3×3 convolutions of channels-last CPU tensors by Winograd's F(2×2, 3×3) where there is a kernel
+
+
+def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, method: ConvolutionMethod | None) -> Tensor:
     """The k×k convolution of x (B, C, H, W), k odd, with zero padding that keeps the size, in the dtype of x.
 
-    `precision` as in `EngineOptions`, for this convolution and for its gradients, whatever the global flags are then;
-    None leaves it to them.
+    `method` holds for this convolution and for its gradients; None is PyTorch's at the precision the global flags say.
     """
-    return plain_convolution(x, weight, bias) if precision is None else _convolution((x, weight, bias), precision)[0]
+    return plain_convolution(x, weight, bias) if method is None else _convolution((x, weight, bias), method)[0]
 
 
 def plain_convolution(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """The same at the precision the flags now say."""
+    """PyTorch's, at the precision the flags now say."""
     bias = None if bias is None else bias.to(x.dtype)
     return F.conv2d(x, weight.to(x.dtype), bias, padding=weight.shape[-1] // 2)
 
 
+# -- without gradients, inside pieces that have set the precision --------------------------------------------------
+
+
+def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, method: ConvolutionMethod) -> Tensor:
+    """The convolution."""
+    if _by_winograd(x, weight, method):
+        return implementation("native").conv3x3_fwd(x, weight.contiguous(), bias)
+    return plain_convolution(x, weight, bias)
+
+
+def convolve_into(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor, slope: float, method: ConvolutionMethod) -> None:
+    """Leaky ReLU of the convolution, written to `out`, which may be other channels of the memory of x."""
+    if _by_winograd(x, weight, method):
+        implementation("native").conv3x3_fwd(x, weight.contiguous(), bias, slope=slope, out=out)
+    else:
+        torch.ops.aten.leaky_relu.out(plain_convolution(x, weight, bias), slope, out=out)
+
+
 def convolution_backward(
-    dy: Tensor, x: Tensor, weight: Tensor, needed: tuple[bool, bool, bool]
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    needed: tuple[bool, bool, bool],
+    method: ConvolutionMethod,
+    dx: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of x, weight and bias, those `needed`, in the dtype of x."""
+    """Gradients of x, weight and bias, those `needed`, in the dtype of x; that of x is added to `dx` where one is given."""
+    if _by_winograd(x, weight, method):
+        native = implementation("native")
+        if needed[0]:
+            dx = native.conv3x3_bwd_input(dy, weight.contiguous(), out=dx, accumulate=dx is not None)
+        dweight, dbias = native.conv3x3_bwd_weight(dy, x) if needed[1] or needed[2] else (None, None)
+        return dx, dweight, dbias
     padding = [weight.shape[-1] // 2] * 2
-    return torch.ops.aten.convolution_backward(
+    found, dweight, dbias = torch.ops.aten.convolution_backward(
         dy, x, weight.to(x.dtype), [weight.shape[0]], [1, 1], padding, [1, 1], False, [0, 0], 1, needed
     )
+    if dx is None or found is None:
+        return found, dweight, dbias
+    return dx.add_(found), dweight, dbias
 
 
-def _forward(tensors: Tensors, precision: str) -> tuple[Tensors, Tensors]:
-    with convolution_precision(precision):
-        return (plain_convolution(*tensors),), ()
+def _by_winograd(x: Tensor, weight: Tensor, method: ConvolutionMethod) -> bool:
+    if not method.winograd or weight.shape[-1] != 3 or min(weight.shape[:2]) < _WORTH_IT:
+        return False
+    same = x.device.type == "cpu" and x.dtype == weight.dtype and x.dtype in (torch.float32, torch.float64)
+    return same and is_channels_last(x) and resolve_backend("convolution", "auto", x) == "native"
 
 
-def _backward(grads: Tensors, inputs: Tensors, _: Tensors, needed: tuple[bool, ...], precision: str) -> Tensors:
+# -- as a differentiable piece -------------------------------------------------------------------------------------
+
+
+def _forward(tensors: Tensors, method: ConvolutionMethod) -> tuple[Tensors, Tensors]:
+    with convolution_precision(method.precision):
+        return (convolve(*tensors, method),), ()
+
+
+def _backward(grads: Tensors, inputs: Tensors, _: Tensors, needed: tuple[bool, ...], method: ConvolutionMethod) -> Tensors:
     x, weight, bias = inputs
-    with convolution_precision(precision):
-        dx, dweight, dbias = convolution_backward(grads[0], x, weight, needed)
+    with convolution_precision(method.precision):
+        dx, dweight, dbias = convolution_backward(grads[0], x, weight, needed, method)
     return dx, _like(dweight, weight), _like(dbias, bias)
 
 
 def _like(gradient: Tensor | None, parameter: Tensor | None) -> Tensor | None:
     """A gradient in the dtype of its parameter."""
-    return None if gradient is None else gradient.to(parameter.dtype)
+    return None if gradient is None or parameter is None else gradient.to(parameter.dtype)
 
 
-def _reference(x: Tensor, weight: Tensor, bias: Tensor | None, _: str) -> Tensors:
+def _reference(x: Tensor, weight: Tensor, bias: Tensor | None, _: ConvolutionMethod) -> Tensors:
     return (plain_convolution(x, weight, bias),)
 
 

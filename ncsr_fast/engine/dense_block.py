@@ -12,46 +12,57 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ncsr_fast.engine.convolution import convolution_backward, plain_convolution
+from ncsr_fast.engine.convolution import (
+    ConvolutionMethod,
+    convolution_backward,
+    convolve,
+    convolve_into,
+    plain_convolution,
+)
 from ncsr_fast.engine.function import Piece, Tensors
 from ncsr_fast.layout import is_channels_last
 from ncsr_fast.precision import convolution_precision
 
 
 def dense_block(
-    x: Tensor, convolutions: list[tuple[Tensor, Tensor]], slope: float, residual: float, precision: str | None
+    x: Tensor, convolutions: list[tuple[Tensor, Tensor]], slope: float, residual: float, method: ConvolutionMethod | None
 ) -> Tensor:
     """y (B, C, H, W) of x; `convolutions` are the (weight, bias) of the n 3×3 convolutions.
 
-    `precision` as for `convolution`; None is the definition, as autograd differentiates it.
+    `method` as for `convolution`; None is the definition, as autograd differentiates it.
     """
     tensors = (x, *(tensor for pair in convolutions for tensor in pair))
-    if precision is None:
+    if method is None:
         return _reference(*tensors, slope, residual, None)[0]
-    return _dense_block(tensors, slope, residual, precision)[0]
+    return _dense_block(tensors, slope, residual, method)[0]
 
 
-def _forward(tensors: Tensors, slope: float, residual: float, precision: str) -> tuple[Tensors, Tensors]:
+def _forward(tensors: Tensors, slope: float, residual: float, method: ConvolutionMethod) -> tuple[Tensors, Tensors]:
     x, pairs = tensors[0], _pairs(tensors)
     layout = torch.channels_last if is_channels_last(x) else torch.contiguous_format
     channels = pairs[-1][0].shape[1]
     buffer = torch.empty((x.shape[0], channels, *x.shape[2:]), dtype=x.dtype, device=x.device, memory_format=layout)
     buffer[:, : x.shape[1]] = x
-    with convolution_precision(precision):
+    with convolution_precision(method.precision):
         for weight, bias in pairs[:-1]:
             read, added = weight.shape[1], weight.shape[0]
-            growth = plain_convolution(buffer[:, :read], weight, bias)
-            torch.ops.aten.leaky_relu.out(growth, slope, out=buffer[:, read : read + added])
-        y = plain_convolution(buffer, *pairs[-1])
+            convolve_into(buffer[:, read : read + added], buffer[:, :read], weight, bias, slope, method)
+        y = convolve(buffer, *pairs[-1], method)
     return (torch.add(x, y, alpha=residual),), (buffer,)
 
 
 def _backward(
-    grads: Tensors, inputs: Tensors, kept: Tensors, needed: tuple[bool, ...], slope: float, residual: float, precision: str
+    grads: Tensors,
+    inputs: Tensors,
+    kept: Tensors,
+    needed: tuple[bool, ...],
+    slope: float,
+    residual: float,
+    method: ConvolutionMethod,
 ) -> Tensors:
     (dy,), (buffer,), pairs = grads, kept, _pairs(inputs)
     found: list[Tensor | None] = []
-    with convolution_precision(precision):
+    with convolution_precision(method.precision):
         dbuffer = None
         for index in reversed(range(len(pairs))):
             weight, bias = pairs[index]
@@ -62,17 +73,15 @@ def _backward(
                 after = slice(read, read + added)
                 gradient = torch.ops.aten.leaky_relu_backward(dbuffer[:, after], buffer[:, after], slope, True)
             wanted = (index > 0 or needed[0], needed[1 + 2 * index], needed[2 + 2 * index])
-            dread, dweight, dbias = convolution_backward(gradient, buffer[:, :read], weight, wanted)
+            before = None if dbuffer is None else dbuffer[:, :read]
+            dread, dweight, dbias = convolution_backward(gradient, buffer[:, :read], weight, wanted, method, before)
             found = [None if d is None else d.to(p.dtype) for d, p in ((dweight, weight), (dbias, bias))] + found
-            if dbuffer is None:
-                dbuffer = dread
-            elif dread is not None:
-                dbuffer[:, :read] += dread
+            dbuffer = dread if dbuffer is None else dbuffer
     dx = dbuffer[:, : inputs[0].shape[1]] + dy if needed[0] else None
     return dx, *found
 
 
-def _reference(x: Tensor, *arguments: Tensor | float | str | None) -> Tensors:
+def _reference(x: Tensor, *arguments: Tensor | float | ConvolutionMethod | None) -> Tensors:
     *parameters, slope, residual, _ = arguments
     features, pairs = [x], _pairs((x, *parameters))
     for weight, bias in pairs[:-1]:

@@ -21,7 +21,7 @@ from ncsr_fast.engine.conditioning import (
     level_of,
     mix_level,
 )
-from ncsr_fast.engine.convolution import convolution
+from ncsr_fast.engine.convolution import ConvolutionMethod, convolution
 from ncsr_fast.engine.folding import LOG_SCALE
 from ncsr_fast.engine.level import Settings, steps
 from ncsr_fast.engine.level_gradient import level_pass
@@ -85,7 +85,7 @@ def _all_steps(
 ) -> Callable[[Tensor, Peaks], tuple[Tensor, Tensor]]:
     """The steps of a level, transitions included, as a function of the squeezed state."""
     like, own = level.actnorm_bias, features.own
-    settings = Settings(level.eps, inverse, ops.resolve_backend("engine", options.backend, like), options.precision)
+    settings = Settings(level.eps, inverse, ops.resolve_backend("engine", options.backend, like), options.method)
     dtype = options.network_dtype(like.dtype)
     pixels = own.shape[2] * own.shape[3]
 
@@ -117,4 +117,4 @@ def _all_steps(
 def _prior(level: FlowLevel, z1: Tensor) -> Tensor:
     """Mean and log-deviation of what the split takes out: Glow's zero-initialised convolution of z1."""
     scale = torch.exp(LOG_SCALE * level.split_logs)
-    return convolution(z1, level.split_weight * scale[:, None, None, None], level.split_bias * scale, "fp32")
+    return convolution(z1, level.split_weight * scale[:, None, None, None], level.split_bias * scale, ConvolutionMethod())

@@ -18,13 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ncsr_fast.engine.convolution import convolution, convolution_backward, plain_convolution
+from ncsr_fast.engine.convolution import ConvolutionMethod, convolution, convolution_backward, convolve, plain_convolution
 from ncsr_fast.engine.function import Piece, Tensors
 from ncsr_fast.precision import convolution_precision
 
 
 def hoisted_convolution(
-    own: Tensor, stacked: Tensor | None, weight: Tensor, bias: Tensor, precision: str, subpixel: bool = True
+    own: Tensor, stacked: Tensor | None, weight: Tensor, bias: Tensor, method: ConvolutionMethod, subpixel: bool = True
 ) -> Tensor:
     """`weight ∗ [own, resized stacked] + bias`.
 
@@ -34,30 +34,30 @@ def hoisted_convolution(
     returns  (B, N, h, w) in the layout and dtype of own
     """
     if stacked is None:
-        return convolution(own, weight, bias, precision)
+        return convolution(own, weight, bias, method)
     if subpixel and own.shape[2] > stacked.shape[2]:
-        return _enlarged((own, stacked, weight, bias), precision)[0]
-    return convolution(_joined(own, stacked), weight, bias, precision)
+        return _enlarged((own, stacked, weight, bias), method)[0]
+    return convolution(_joined(own, stacked), weight, bias, method)
 
 
 def _joined(own: Tensor, stacked: Tensor) -> Tensor:
     return torch.cat([own, F.interpolate(stacked, size=own.shape[2:], mode="nearest")], dim=1)
 
 
-def _reference(own: Tensor, stacked: Tensor, weight: Tensor, bias: Tensor, _: str) -> Tensors:
+def _reference(own: Tensor, stacked: Tensor, weight: Tensor, bias: Tensor, _: ConvolutionMethod) -> Tensors:
     return (plain_convolution(_joined(own, stacked), weight, bias),)
 
 
-def _forward(tensors: Tensors, precision: str) -> tuple[Tensors, Tensors]:
+def _forward(tensors: Tensors, method: ConvolutionMethod) -> tuple[Tensors, Tensors]:
     own, stacked, weight, bias = tensors
     split = own.shape[1]
-    with convolution_precision(precision):
-        y = plain_convolution(own, weight[:, :split], bias)
+    with convolution_precision(method.precision):
+        y = convolve(own, weight[:, :split], bias, method)
         cells = _Cells(own, stacked)
         rows = _combinations(weight[:, split:].to(own.dtype))
         # along a row first: what is added to the first, the inner and the last columns of a cell
         for i in range(3):
-            products = [plain_convolution(cells.difference(i, j), rows[i][j]) for j in range(3)]
+            products = [convolve(cells.difference(i, j), rows[i][j], None, method) for j in range(3)]
             for q in range(cells.factor):
                 line = products[0] + products[_side(q, cells.factor)] if _side(q, cells.factor) else products[0]
                 for p in cells.rows(i):
@@ -65,13 +65,13 @@ def _forward(tensors: Tensors, precision: str) -> tuple[Tensors, Tensors]:
     return (y,), ()
 
 
-def _backward(grads: Tensors, inputs: Tensors, _: Tensors, needed: tuple[bool, ...], precision: str) -> Tensors:
+def _backward(grads: Tensors, inputs: Tensors, _: Tensors, needed: tuple[bool, ...], method: ConvolutionMethod) -> Tensors:
     (dy,), (own, stacked, weight, bias) = grads, inputs
     split = own.shape[1]
     dstacked = torch.zeros_like(stacked) if needed[1] else None
     dweight = torch.empty_like(weight, memory_format=torch.contiguous_format) if needed[2] else None
-    with convolution_precision(precision):
-        down, dfirst, dbias = convolution_backward(dy, own, weight[:, :split], (needed[0], needed[2], needed[3]))
+    with convolution_precision(method.precision):
+        down, dfirst, dbias = convolution_backward(dy, own, weight[:, :split], (needed[0], needed[2], needed[3]), method)
         cells = _Cells(own, stacked)
         rows = _combinations(weight[:, split:].to(own.dtype))
         dcombined = [[None] * 3 for _ in range(3)]
@@ -80,7 +80,7 @@ def _backward(grads: Tensors, inputs: Tensors, _: Tensors, needed: tuple[bool, .
             for j in range(3):
                 dproduct = lines[0] if j == 1 else lines[-1] if j == 2 else sum(lines[1:], lines[0])
                 dx, dcombined[i][j], _ = convolution_backward(
-                    dproduct, cells.difference(i, j), rows[i][j], (needed[1], needed[2], False)
+                    dproduct, cells.difference(i, j), rows[i][j], (needed[1], needed[2], False), method
                 )
                 if dx is not None:
                     dstacked += _difference_backward(_difference_backward(dx, j, 3), i, 2)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ncsr_fast.engine import network
+from ncsr_fast.engine.convolution import ConvolutionMethod
 from ncsr_fast.engine.folding import Networks
 from ncsr_fast.engine.network import Network
 from ncsr_fast.engine.step import mixed_step
@@ -29,7 +30,7 @@ class Settings(NamedTuple):
     eps: float
     inverse: bool
     backend: str  # resolved
-    precision: str
+    method: ConvolutionMethod
 
 
 class Conditions(NamedTuple):
@@ -126,7 +127,7 @@ def _couple(x: Tensor, values: Tensor, settings: Settings) -> tuple[Tensor, Tens
 
 
 def _evaluate(net: Network, z1: Tensor | None, pre: Tensor, settings: Settings) -> Tensor:
-    return network.evaluate(net, z1, pre, settings.backend, settings.precision)
+    return network.evaluate(net, z1, pre, settings.backend, settings.method)
 
 
 def _record(x: Tensor, states: list[Tensor] | None, peaks: list[Tensor] | None) -> None:

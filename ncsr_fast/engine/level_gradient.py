@@ -65,7 +65,7 @@ def _forward(tensors: Tensors, settings: Settings) -> tuple[Tensors, Tensors]:
 
 def _backward(grads: Tensors, inputs: Tensors, kept: Tensors, needed: tuple[bool, ...], settings: Settings) -> Tensors:
     walk = _Walk(inputs, kept, needed, settings)
-    with convolution_precision(settings.precision):
+    with convolution_precision(settings.method.precision):
         dx = walk.decoding(*grads) if settings.inverse else walk.encoding(*grads)
     found = (dx, walk.dhoisted, walk.dpre_noise, walk.dmix, walk.doffset)
     return *found, *(gradient for networks in walk.dnetworks for gradient in networks)
@@ -137,7 +137,7 @@ class _Walk:
     def _layers(self, k: int) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Hidden layers and output of the step's coupling network, then of its noise coupling's where it has one."""
         z1 = _z1(self.read[k])
-        return [network.layers(net, z1, pre, self.settings.precision) for net, pre in self.nets[k]]
+        return [network.layers(net, z1, pre, self.settings.method) for net, pre in self.nets[k]]
 
     def _couple(self, x: Tensor, h: Tensor) -> Tensor:
         return self.kernels.affine_fwd(x, h, x.shape[1] // 2, self.settings.eps, self.settings.inverse)[0]
@@ -160,7 +160,7 @@ class _Walk:
     ) -> Tensor:
         """dx with what the step's networks add to it, they too having read z1."""
         for index, ((net, _), (h1, h2, _), dh) in enumerate(zip(self.nets[k], layers, dheads)):
-            dz1, dpre, dnet = network.gradients(net, _z1(x), h1, h2, dh, self.weights)
+            dz1, dpre, dnet = network.gradients(net, _z1(x), h1, h2, dh, self.weights, self.settings.method)
             _z1(dx).add_(dz1)
             self.dpres[k][index].copy_(dpre)
             # the noise couplings are those of the last steps
@@ -170,8 +170,8 @@ class _Walk:
 
     def _injector_backward(self, k: int, draw: Tensor) -> None:
         net, pre = self.injectors[k]
-        h1, h2 = network.hidden(net, None, pre, self.settings.precision)
-        _, dpre, dnet = network.gradients(net, None, h1, h2, draw, self.weights)
+        h1, h2 = network.hidden(net, None, pre, self.settings.method)
+        _, dpre, dnet = network.gradients(net, None, h1, h2, draw, self.weights, self.settings.method)
         self.dpre_injectors[k].copy_(dpre)
         _store(self.dnetworks[0], dnet, k)
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ncsr_fast.engine.convolution import convolution, convolution_backward
+from ncsr_fast.engine.convolution import ConvolutionMethod, convolution, convolution_backward
 from ncsr_fast.ops._backends import implementation
 
 
@@ -25,7 +25,7 @@ class Network(NamedTuple):
     b3: Tensor
 
 
-def evaluate(network: Network, z1: Tensor | None, pre: Tensor, backend: str, precision: str) -> Tensor:
+def evaluate(network: Network, z1: Tensor | None, pre: Tensor, backend: str, method: ConvolutionMethod) -> Tensor:
     """h (B, outputs, H, W) in the dtype of pre. Differentiable.
 
     z1       (B, kept, H, W) of any dtype, None for an injector
@@ -35,34 +35,40 @@ def evaluate(network: Network, z1: Tensor | None, pre: Tensor, backend: str, pre
     recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (z1, pre, *network))
     fused = backend == "native" and pre.device.type == "cpu" and pre.dtype in (torch.float32, torch.float64)
     if not fused or recorded or torch.compiler.is_compiling():
-        return layers(network, z1, pre, precision)[2]
+        return layers(network, z1, pre, method)[2]
     if z1 is not None:
         pre = pre.expand(z1.shape[0], -1, -1, -1)
     return implementation("native").network_fwd(z1, pre, *network)
 
 
-def layers(network: Network, z1: Tensor | None, pre: Tensor, precision: str) -> tuple[Tensor, Tensor, Tensor]:
+def layers(network: Network, z1: Tensor | None, pre: Tensor, method: ConvolutionMethod) -> tuple[Tensor, Tensor, Tensor]:
     """h1, h2 and h by PyTorch's convolutions. Differentiable."""
-    h1, h2 = hidden(network, z1, pre, precision)
-    return h1, h2, convolution(h2, network.w3, network.b3, precision)
+    h1, h2 = hidden(network, z1, pre, method)
+    return h1, h2, convolution(h2, network.w3, network.b3, method)
 
 
-def hidden(network: Network, z1: Tensor | None, pre: Tensor, precision: str) -> tuple[Tensor, Tensor]:
+def hidden(network: Network, z1: Tensor | None, pre: Tensor, method: ConvolutionMethod) -> tuple[Tensor, Tensor]:
     """h1 and h2."""
-    h1 = F.relu(pre if z1 is None else convolution(z1.to(pre.dtype), network.w1, None, precision) + pre)
-    return h1, F.relu(convolution(h1, network.w2, network.b2, precision))
+    h1 = F.relu(pre if z1 is None else convolution(z1.to(pre.dtype), network.w1, None, method) + pre)
+    return h1, F.relu(convolution(h1, network.w2, network.b2, method))
 
 
 def gradients(
-    network: Network, z1: Tensor | None, h1: Tensor, h2: Tensor, dh: Tensor, weights: bool
+    network: Network,
+    z1: Tensor | None,
+    h1: Tensor,
+    h2: Tensor,
+    dh: Tensor,
+    weights: bool,
+    method: ConvolutionMethod,
 ) -> tuple[Tensor | None, Tensor, Network | None]:
     """The gradients of z1 (in the dtype of the network), of pre, and with `weights` of the network's tensors."""
     dh = dh.to(h2.dtype)
-    dh2, dw3, db3 = convolution_backward(dh, h2, network.w3, (True, weights, weights))
+    dh2, dw3, db3 = convolution_backward(dh, h2, network.w3, (True, weights, weights), method)
     dh2 = torch.ops.aten.threshold_backward(dh2, h2, 0)
-    dh1, dw2, db2 = convolution_backward(dh2, h1, network.w2, (True, weights, weights))
+    dh1, dw2, db2 = convolution_backward(dh2, h1, network.w2, (True, weights, weights), method)
     dpre = torch.ops.aten.threshold_backward(dh1, h1, 0)
     dz1, dw1 = None, None
     if z1 is not None:
-        dz1, dw1, _ = convolution_backward(dpre, z1.to(h1.dtype), network.w1, (True, weights, False))
+        dz1, dw1, _ = convolution_backward(dpre, z1.to(h1.dtype), network.w1, (True, weights, False), method)
     return dz1, dpre, Network(dw1, dw2, db2, dw3, db3) if weights else None

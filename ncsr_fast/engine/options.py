@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ncsr_fast.engine.convolution import ConvolutionMethod
 from ncsr_fast.ops._backends import BACKENDS
 
 ENGINES = ("fused", "plain")
@@ -25,6 +26,7 @@ class EngineOptions:
                    False: their activations are kept, which takes several times the memory
     backend        of the operators between the networks (`ncsr_fast.ops`)
     subpixel       False: features enlarged to a level are convolved as the enlarged tensors they are; for comparison
+    winograd       False: 3×3 convolutions on a CPU by the definition, as PyTorch has them; for comparison
     channels_last  False: NCHW inside the levels and the encoder; for comparison
     samples_at_once  how many samples of an image are decoded together; None: as many as an eighth of the memory holds
     """
@@ -34,6 +36,7 @@ class EngineOptions:
     checkpoint: bool = True
     backend: str = "auto"
     subpixel: bool = True
+    winograd: bool = True
     channels_last: bool = True
     samples_at_once: int | None = None
 
@@ -43,6 +46,11 @@ class EngineOptions:
                 raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, not {getattr(self, name)!r}")
         if self.samples_at_once is not None and self.samples_at_once < 1:
             raise ValueError(f"samples_at_once must be at least 1, not {self.samples_at_once!r}")
+
+    @property
+    def method(self) -> ConvolutionMethod:
+        """How the networks are convolved."""
+        return ConvolutionMethod(self.precision, self.winograd and self.backend in ("auto", "native"))
 
     @property
     def memory_format(self) -> torch.memory_format:

@@ -13,11 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ncsr_fast import files
-from ncsr_fast.engine.convolution import convolution
+from ncsr_fast.engine.convolution import ConvolutionMethod, convolution
 from ncsr_fast.engine.dense_block import dense_block
 from ncsr_fast.nn import published
 
 SLOPE = 0.2  # of every LeakyReLU
+ENGINE = ConvolutionMethod()
 RESIDUAL = 0.2  # weight of a dense block's, and of a block's, residual branch
 
 
@@ -40,9 +41,9 @@ class DenseBlock(nn.Module):
             setattr(self, f"conv{index}", conv3x3(channels + (index - 1) * growth, growth, scale=0.1))
         self.conv5 = conv3x3(channels + 4 * growth, channels, scale=0.1)
 
-    def forward(self, x: Tensor, precision: str | None = "fp32") -> Tensor:
+    def forward(self, x: Tensor, method: ConvolutionMethod | None = ENGINE) -> Tensor:
         convolutions = (self.conv1, self.conv2, self.conv3, self.conv4, self.conv5)
-        return dense_block(x, [(conv.weight, conv.bias) for conv in convolutions], SLOPE, RESIDUAL, precision)
+        return dense_block(x, [(conv.weight, conv.bias) for conv in convolutions], SLOPE, RESIDUAL, method)
 
 
 class ResidualBlock(nn.Module):
@@ -52,10 +53,10 @@ class ResidualBlock(nn.Module):
         super().__init__()
         self.rdb1, self.rdb2, self.rdb3 = (DenseBlock(channels, growth) for _ in range(3))
 
-    def forward(self, x: Tensor, precision: str | None = "fp32") -> Tensor:
+    def forward(self, x: Tensor, method: ConvolutionMethod | None = ENGINE) -> Tensor:
         y = x
         for dense in (self.rdb1, self.rdb2, self.rdb3):
-            y = dense(y, precision)
+            y = dense(y, method)
         return torch.add(x, y, alpha=RESIDUAL)
 
 
@@ -131,51 +132,51 @@ class RRDB(nn.Module):
 
     # -- images and features ---------------------------------------------------------------------------------
 
-    def forward(self, lr: Tensor, precision: str | None = "fp32") -> Tensor:
-        fea, _ = self._trunk(lr, precision)
+    def forward(self, lr: Tensor, method: ConvolutionMethod | None = ENGINE) -> Tensor:
+        fea, _ = self._trunk(lr, method)
         for conv in self.conv_up:
-            fea = self._upsample(fea, conv, precision)
-        return self._conv(F.leaky_relu(self._conv(fea, self.conv_hr, precision), SLOPE), self.conv_last, precision)
+            fea = self._upsample(fea, conv, method)
+        return self._conv(F.leaky_relu(self._conv(fea, self.conv_hr, method), SLOPE), self.conv_last, method)
 
     def features(self, lr: Tensor) -> list[Tensor]:
         """Conditioning features u of the levels, from the HR side.
 
         Level ℓ (from 1) gets (B, channels · (1 + stacked blocks), s·H/2^ℓ, s·W/2^ℓ): the features of that
         resolution, then the stacked block outputs resized to it by nearest neighbour. H and W must be even. This is
-        the definition, without the engine, as `pyramid` with `precision=None` is.
+        the definition, without the engine, as `pyramid` with `method=None` is.
         """
-        pyramid, stacked = self.pyramid(lr, precision=None)
+        pyramid, stacked = self.pyramid(lr, method=None)
         if stacked is None:
             return pyramid
         return [torch.cat([own, F.interpolate(stacked, size=own.shape[2:], mode="nearest")], dim=1) for own in pyramid]
 
-    def pyramid(self, lr: Tensor, precision: str | None = "fp32") -> tuple[list[Tensor], Tensor | None]:
+    def pyramid(self, lr: Tensor, method: ConvolutionMethod | None = ENGINE) -> tuple[list[Tensor], Tensor | None]:
         """The features of each level's own resolution, from the HR side, and the stacked block outputs at LR resolution.
 
         At LR size the former are the trunk's output, above it they are *after* the LeakyReLU (the published encoder
         applies it in place), and at half the LR size they are its 2×2 averages. In the dtype and layout of lr.
-        `precision` as in `EngineOptions`.
+        `method` as for `ncsr_fast.engine.convolution.convolution`.
         """
-        trunk, stacked = self._trunk(lr, precision)
+        trunk, stacked = self._trunk(lr, method)
         pyramid = [F.avg_pool2d(trunk, 2), trunk]
         for conv in self.conv_up[:-1]:
-            pyramid.append(self._upsample(pyramid[-1], conv, precision))
+            pyramid.append(self._upsample(pyramid[-1], conv, method))
         return pyramid[::-1], stacked
 
-    def _trunk(self, lr: Tensor, precision: str | None) -> tuple[Tensor, Tensor | None]:
-        fea = self._conv(lr, self.conv_first, precision)
+    def _trunk(self, lr: Tensor, method: ConvolutionMethod | None) -> tuple[Tensor, Tensor | None]:
+        fea = self._conv(lr, self.conv_first, method)
         outputs = {}
         for index, block in enumerate(self.body):
-            fea = block(fea, precision)
+            fea = block(fea, method)
             if index in self.stacked_blocks:
                 outputs[index] = fea
         stacked = torch.cat([outputs[index] for index in self.stacked_blocks], dim=1) if outputs else None
-        return fea + self._conv(fea, self.conv_body, precision), stacked
+        return fea + self._conv(fea, self.conv_body, method), stacked
 
     @staticmethod
-    def _conv(x: Tensor, conv: nn.Conv2d, precision: str | None) -> Tensor:
-        return convolution(x, conv.weight, conv.bias, precision)
+    def _conv(x: Tensor, conv: nn.Conv2d, method: ConvolutionMethod | None) -> Tensor:
+        return convolution(x, conv.weight, conv.bias, method)
 
     @classmethod
-    def _upsample(cls, fea: Tensor, conv: nn.Conv2d, precision: str | None) -> Tensor:
-        return F.leaky_relu(cls._conv(F.interpolate(fea, scale_factor=2, mode="nearest"), conv, precision), SLOPE)
+    def _upsample(cls, fea: Tensor, conv: nn.Conv2d, method: ConvolutionMethod | None) -> Tensor:
+        return F.leaky_relu(cls._conv(F.interpolate(fea, scale_factor=2, mode="nearest"), conv, method), SLOPE)

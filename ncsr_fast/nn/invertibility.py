@@ -77,7 +77,8 @@ def check_invertibility(model: NCSR, lr: Tensor, temperature: float, generator: 
     for index in reversed(range(len(model.levels))):
         level, u = model.levels[index], features[index]
         noise = model.noise_at(index, None, u, filled=True)
-        z, _ = level.undo_split(z, latents.pop() if level.split_channels else None)
+        if level.split_channels:
+            z, _ = level.undo_split(z, latents.pop())
         for number, step in reversed(list(enumerate(level.unbind()))):
             scale, of = _smallest_scale(level, step, z, u, noise)
             y, (z, _) = z, level.decode_step(step, z, u, noise)

@@ -94,8 +94,10 @@ class FlowLevel(nn.Module):
         self, z: Tensor, latent: Tensor | None, u: Tensor, v: Tensor | None, backend: str = "auto"
     ) -> tuple[Tensor, Tensor]:
         """The inverse of `encode`: state of the next level and the split's latent → z and logdet (B,)."""
-        z, density = self.undo_split(z, latent, backend)
-        logdets = [density]
+        logdets = []
+        if self.split_channels:
+            z, logdet = self.undo_split(z, latent, backend)
+            logdets.append(logdet)
         for step in reversed(self.unbind()):
             z, logdet = self.decode_step(step, z, u, v, backend)
             logdets.append(logdet)
@@ -131,10 +133,8 @@ class FlowLevel(nn.Module):
         z, logdet = ops.actnorm_invconv(z, step.bias, step.logs, step.weight, inverse=True, backend=backend)
         return z, torch.stack([*logdets, logdet]).sum(dim=0)
 
-    def undo_split(self, z: Tensor, latent: Tensor | None, backend: str = "auto") -> tuple[Tensor, Tensor]:
-        """The state before the split, and the log-det (B,) of undoing it; z and zeros where the level has none."""
-        if not self.split_channels:
-            return z, z.new_zeros(z.shape[0])
+    def undo_split(self, z: Tensor, latent: Tensor, backend: str = "auto") -> tuple[Tensor, Tensor]:
+        """The state before the split, and the log-det (B,) of undoing it."""
         return ops.gaussian_split(torch.cat([z, latent], dim=1), self._prior(z), inverse=True, backend=backend)
 
     def unbind(self) -> list[Step]:

@@ -128,6 +128,60 @@ def network_fwd(x: Tensor | None, pre: Tensor, w1: Tensor | None, w2: Tensor, b2
     return y
 
 
+def conv3x3_fwd(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    slope: float = 1.0,
+    out: Tensor | None = None,
+    accumulate: bool = False,
+) -> Tensor:
+    """leaky_relu(conv3x3(x, weight) + bias) of CPU tensors, zeros around x; added to what `out` holds with `accumulate`.
+
+    All of float32 or all of float64. x and out lie as they like, best with the channels of a pixel adjacent, and may be
+    different channels of one tensor; weight (outputs, inputs, 3, 3) and bias are dense.
+    """
+    return _convolution(x, weight, bias, weight.shape[0], slope, False, out, accumulate)
+
+
+def conv3x3_bwd_input(dy: Tensor, weight: Tensor, *, out: Tensor | None = None, accumulate: bool = False) -> Tensor:
+    """The gradient of x of `conv3x3_fwd` without leaky relu."""
+    return _convolution(dy, weight, None, weight.shape[1], 1.0, True, out, accumulate)
+
+
+def conv3x3_bwd_weight(dy: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of weight and bias of `conv3x3_fwd` without leaky relu."""
+    (batch, outputs, rows, columns), inputs = dy.shape, x.shape[1]
+    dweight, dbias = dy.new_empty((outputs, inputs, 3, 3)), dy.new_empty(outputs)
+    _run(
+        native.convolution_gradient, dy, lambda: 0, (batch, rows, columns, inputs, outputs), _tensor(dy), _tensor(x),
+        dweight.data_ptr(), dbias.data_ptr(),
+    )  # fmt: skip
+    return dweight, dbias
+
+
+def _convolution(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    outputs: int,
+    slope: float,
+    transposed: bool,
+    out: Tensor | None,
+    accumulate: bool,
+) -> Tensor:
+    batch, inputs, rows, columns = x.shape
+    if out is None:
+        make = torch.zeros if accumulate else torch.empty
+        out = make((batch, outputs, rows, columns), dtype=x.dtype).to(memory_format=torch.channels_last)
+    _run(
+        native.convolution_forward, x, lambda: 0, (batch, rows, columns, inputs, outputs), _tensor(x), weight.data_ptr(),
+        0 if bias is None else bias.data_ptr(), slope, transposed, accumulate, _tensor(out),
+    )  # fmt: skip
+    return out
+
+
 def fold(
     op: str, bias: Tensor, logs: Tensor, weight: Tensor, inverse: bool, dtype: torch.dtype, with_logdet: bool = True
 ) -> tuple[Tensor, Tensor, float]:

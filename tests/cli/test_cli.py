@@ -113,7 +113,8 @@ def test_sample_reports_samples_that_are_not_finite(photos, tmp_path, capsys):
         "--n",
         "2",
     ]
-    assert main(arguments) == 1
+    with pytest.warns(RuntimeWarning, match="2 of 2 samples.*level 1, step 0"):
+        assert main(arguments) == 1
     assert "2 of 2 samples of" in capsys.readouterr().err
 
 

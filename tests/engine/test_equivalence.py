@@ -111,20 +111,6 @@ def test_gradients_of_gradients():
         assert torch.allclose(fused, plain, rtol=1e-9, atol=1e-9 * float(plain.abs().max()))
 
 
-def test_the_encoder_keeps_what_it_needs():
-    """Kept for the backward pass of a dense block: its input, parameters, and each of its features once."""
-    from ncsr_fast.nn.encoder import DenseBlock
-
-    block = DenseBlock(8, 4).double()
-    x = image(1, 8, 6, 6).requires_grad_()
-    kept: dict[int, int] = {}
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.update({t.data_ptr(): t.numel()}) or t, lambda t: t):
-        block(x)
-    parameters = {parameter.data_ptr() for parameter in block.parameters()} | {x.data_ptr()}
-    activations = sum(numel for pointer, numel in kept.items() if pointer not in parameters)
-    assert activations == (8 + 4 * 4) * 36
-
-
 def test_compiled_in_one_graph():
     model = tiny_model(dtype=torch.float32, **VARIANTS["noise"])
     hr, lr, noise = (tensor.float() for tensor in inputs(model))

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from support import image
 
+from ncsr_fast.engine.convolution import ConvolutionMethod
 from ncsr_fast.engine.hoisting import hoisted_convolution
 
 
@@ -22,11 +23,26 @@ def test_enlarged_features(factor, size, layout):
     expected = F.conv2d(joined, weight, bias, padding=1)
     cotangent = image(*expected.shape, seed=4)
     gradients = torch.autograd.grad(expected, leaves, cotangent)
-    y = hoisted_convolution(own, stacked, weight, bias, "fp32")
+    y = hoisted_convolution(own, stacked, weight, bias, ConvolutionMethod())
     assert y.is_contiguous(memory_format=layout)
     assert torch.allclose(y, expected, rtol=0, atol=1e-12)
     for found, value in zip(torch.autograd.grad(y, leaves, cotangent), gradients):
         assert torch.allclose(found, value, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("factor", [0.5, 1, 2])
+def test_wide_enough_for_winograd(factor):
+    """Where a CPU has Winograd's kernel: levels at, above and below LR resolution, gradients included."""
+    own = image(2, 32, int(6 * factor), int(10 * factor), seed=1).contiguous(memory_format=torch.channels_last)
+    stacked = image(2, 5, 6, 10, seed=2).contiguous(memory_format=torch.channels_last)
+    weight, bias = (image(*shape, seed=3).sub(0.5) for shape in ((40, 37, 3, 3), (40,)))
+    leaves = [tensor.requires_grad_() for tensor in (own, stacked, weight, bias)]
+    results = []
+    for method, subpixel in ((ConvolutionMethod(), True), (ConvolutionMethod(winograd=False), False)):
+        y = hoisted_convolution(*leaves, method, subpixel)
+        results.append([y.detach(), *torch.autograd.grad(y.sin().sum(), leaves)])
+    for found, expected in zip(*results):
+        assert torch.allclose(found, expected, rtol=0, atol=1e-11 * float(expected.abs().max()))
 
 
 def test_float32_is_as_exact_as_the_convolution_it_replaces():
@@ -36,5 +52,5 @@ def test_float32_is_as_exact_as_the_convolution_it_replaces():
     joined = torch.cat([own, F.interpolate(stacked, scale_factor=2, mode="nearest")], dim=1)
     exact = F.conv2d(joined, weight, bias, padding=1)
     direct = F.conv2d(joined.float(), weight.float(), bias.float(), padding=1)
-    found = hoisted_convolution(own.float(), stacked.float(), weight.float(), bias.float(), "fp32")
+    found = hoisted_convolution(own.float(), stacked.float(), weight.float(), bias.float(), ConvolutionMethod())
     assert (found - exact).abs().max() < 4 * (direct - exact).abs().max()

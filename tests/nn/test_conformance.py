@@ -92,6 +92,22 @@ def test_gradients(name):
     assert ((torch.stack(dots) - vectors.tensor("grad_dot")).abs() <= GRADIENT * norms * count).all()
 
 
+def test_gradients_of_the_engine_at_full_depth():
+    """With and without stored activations, against the plain path step by step: every parameter and both images."""
+    vectors, model = case("ncsr_x4_full"), loaded("ncsr_x4_full", torch.float64)
+    hr, lr, noise = vectors.batch("eval")
+    found = {}
+    for name, options in {"plain": {"engine": "plain"}, "fused": {}, "stored": {"checkpoint": False}}.items():
+        model.options = type(model.options)(**options)
+        model.zero_grad()
+        images = [image.clone().requires_grad_() for image in (hr, lr)]
+        model.nll(*images, noise).mean().backward()
+        found[name] = [image.grad for image in images] + [p.grad for p in model.parameters() if p.grad is not None]
+    for name in ("fused", "stored"):
+        for gradient, expected in zip(found[name], found["plain"], strict=True):
+            assert relative_error(gradient, expected) < 1e-6
+
+
 def published_gradients(model: NCSR) -> dict[str, torch.Tensor]:
     """The gradient of every parameter that has one, by published name: exported from a model that has it as weights."""
     holder = NCSR(model.config).to(torch.float64)

@@ -1,0 +1,99 @@
+"""What the engine keeps for the backward pass, and what it computes how often."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from support import image, tiny_model
+
+from ncsr_fast import NCSR
+from ncsr_fast.engine.convolution import ConvolutionMethod
+from ncsr_fast.nn.encoder import DenseBlock
+
+
+def kept_for_backward(function) -> dict[int, int]:
+    """Elements of every memory that autograd keeps during a call."""
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes() // tensor.element_size()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        results.append(function())
+    return kept
+
+
+results: list[torch.Tensor] = []  # alive, so that no memory is used twice
+
+
+def activations(model: NCSR, checkpoint: bool) -> int:
+    model.checkpoint = checkpoint
+    lr, hr = image(1, 3, 8, 8), image(1, 3, 32, 32)
+    kept = kept_for_backward(lambda: model.nll(hr, lr))
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    return sum(elements for pointer, elements in kept.items() if pointer not in weights)
+
+
+def test_activations_of_the_small_networks_are_not_kept():
+    """For each step: its state, what its injector said, and its share of the pre-activations; not the hidden layers."""
+    sizes = {"hidden_channels": 16, "transition_steps": 0}
+    two, four = (tiny_model(steps=steps, noise_steps=(0, 0, 0), **sizes) for steps in (2, 4))
+    stored = activations(four, False) - activations(two, False)
+    recomputed = activations(four, True) - activations(two, True)
+    per_level = [(channels, 16 * 16 >> 2 * index) for index, channels in enumerate(two.config.level_channels())]
+    folded = sum(sum(p[0].numel() for p in level.parameters() if len(p) == 2) for level in two.levels)
+    minimum = sum(2 * pixels * (channels + 2 * channels + 2 * 16) for channels, pixels in per_level)
+    assert minimum <= recomputed <= minimum + 4 * 2 * folded  # folded weights, their factors and scales
+    hidden = sum(2 * pixels * 16 * 3 for _, pixels in per_level)
+    assert stored > recomputed + hidden
+
+
+def test_the_encoder_keeps_what_it_needs():
+    """Kept for the backward pass of a dense block: its input, parameters, and each of its features once."""
+    block = DenseBlock(8, 4).double()
+    x = image(1, 8, 6, 6).requires_grad_()
+    kept = kept_for_backward(lambda: block(x))
+    known = {tensor.untyped_storage().data_ptr() for tensor in (*block.parameters(), x)}
+    assert sum(elements for pointer, elements in kept.items() if pointer not in known) == (8 + 4 * 4) * 36
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "channels-last"])
+@pytest.mark.parametrize("channels, growth", [(3, 5), (32, 32)])
+def test_a_dense_block_is_its_definition(channels, growth, layout):
+    block = DenseBlock(channels, growth).double()
+    x = image(2, channels, 5, 6).contiguous(memory_format=layout).requires_grad_()
+    results_of = []
+    for method in (ConvolutionMethod(), None):
+        y = block(x, method)
+        results_of.append([y.detach(), *torch.autograd.grad(y.sin().sum(), [x, *block.parameters()])])
+    for found, expected in zip(*results_of):
+        assert torch.allclose(found, expected, rtol=0, atol=1e-12 * float(expected.abs().max()))
+
+
+class Count(torch.utils._python_dispatch.TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.calls[function.name().split("::")[1].split(".")[0]] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def test_one_determinant_and_one_inverse_a_level():
+    model = tiny_model(steps=3, noise_steps=(0, 2, 3), transition_steps=2)
+    lr, hr = image(1, 3, 4, 4), image(1, 3, 16, 16)
+    with Count() as forward:
+        model.nll(hr, lr)
+    assert forward.calls["_linalg_slogdet"] == 3 and forward.calls["linalg_inv_ex"] == 0
+    with torch.no_grad():
+        with Count() as first:
+            model.sample(lr, n=4, on_nonfinite="ignore")
+        assert first.calls["linalg_inv_ex"] == 2 * 3  # of all maps of a level, and of its weights to see whether they have one
+        with Count() as second:
+            model.sample(lr, n=4, on_nonfinite="ignore")
+    assert second.calls["linalg_inv_ex"] == second.calls["_linalg_slogdet"] == 0

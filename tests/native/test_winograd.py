@@ -1,0 +1,288 @@
+"""3x3 convolutions by Winograd's algorithm and their gradients: against torch's convolutions in float64."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from operator_cases import assert_close
+from torch import Tensor
+
+from ncsr_fast import ops
+
+if not ops.backends("cpu")["native"].available:
+    pytest.skip(ops.backends("cpu")["native"].reason, allow_module_level=True)
+
+from ncsr_fast import _native
+from ncsr_fast.ops._native import conv3x3_bwd_input, conv3x3_bwd_weight, conv3x3_fwd
+
+LAST = torch.channels_last
+dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+
+
+@pytest.fixture(params=_native.instruction_sets())
+def instruction_set(request):
+    before = _native.instruction_set()
+    _native.use_instruction_set(request.param)
+    yield request.param
+    _native.use_instruction_set(before)
+
+
+@pytest.fixture
+def threads():
+    """Sets torch's number of threads, for the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def case(inputs: int, outputs: int, size=(5, 7), batch: int = 2, dtype=torch.float64) -> list[Tensor]:
+    """x, weight, bias and dy, where conv(x) is of about 1."""
+    generator = torch.Generator().manual_seed(inputs + 100 * outputs)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    weight = normal(outputs, inputs, 3, 3) / (9 * inputs) ** 0.5
+    return [normal(batch, inputs, *size), weight, normal(outputs), normal(batch, outputs, *size)]
+
+
+def forward_tolerance(dtype: torch.dtype, inputs: int) -> float:
+    """What the sums over so many inputs may be wrong by, beside the largest result.
+
+    Each of n additions rounds a partial sum by half an eps at most, up or down as it comes: some ½√n eps in all, for
+    sums whose sum has 3·3 terms of 2/3 of the result's magnitude (four times x's variance, at most once the weights',
+    against nine times both); 4 for the transforms. float64: two results, of sums in different orders.
+    """
+    return 1e-13 if dtype == torch.float64 else (inputs**0.5 / 2 * 9**0.5 * 2 / 3 + 4) * torch.finfo(dtype).eps
+
+
+def weight_tolerance(dtype: torch.dtype, tiles: int) -> float:
+    """As `forward_tolerance`, for sums over tiles of 2x2 pixels.
+
+    A product there has 16 times the variance of dy·x, a sum over tiles twice the magnitude of the result, which is over
+    four times as many products; Gᵀ and G add nine of them with factors whose squares sum up to 2.25.
+    """
+    return 1e-13 if dtype == torch.float64 else (tiles**0.5 / 2 * 2 * 2.25**0.5 + 4) * torch.finfo(dtype).eps
+
+
+def gradients(dy: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    rest = [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [True, True, True]
+    tensors = [tensor.double().contiguous() for tensor in (dy, x, weight)]
+    return torch.ops.aten.convolution_backward(*tensors, [weight.shape[0]], *rest)
+
+
+def assert_like_torch(x: Tensor, weight: Tensor, bias: Tensor, dy: Tensor) -> None:
+    (batch, inputs, rows, columns), outputs = x.shape, weight.shape[0]
+    value = conv3x3_fwd(x, weight, bias)
+    assert value.dtype == x.dtype
+    assert value.is_contiguous(memory_format=LAST)
+    expected = F.conv2d(x.double(), weight.double(), bias.double(), padding=1)
+    assert_close(value, expected, forward_tolerance(x.dtype, inputs), "y")
+    dx, dw, db = gradients(dy, x, weight)
+    value = conv3x3_bwd_input(dy, weight)
+    assert value.is_contiguous(memory_format=LAST)
+    assert_close(value, dx, forward_tolerance(x.dtype, outputs), "dx")
+    dweight, dbias = conv3x3_bwd_weight(dy, x)
+    tolerance = weight_tolerance(x.dtype, batch * ((rows + 1) // 2) * ((columns + 1) // 2))
+    assert dweight.is_contiguous()
+    assert_close(dweight, dw, tolerance, "dweight")
+    assert_close(dbias, db, tolerance, "dbias")
+
+
+@dtypes
+@pytest.mark.parametrize("size", [(1, 1), (1, 7), (5, 1), (2, 2), (6, 6), (9, 13), (3, 98), (20, 21)], ids=str)
+def test_sizes(instruction_set, dtype, size):
+    """Tiles half outside the image, and blocks of 24 and 96 tiles, all of a height and not."""
+    assert_like_torch(*case(16, 32, size, dtype=dtype))
+
+
+@dtypes
+@pytest.mark.parametrize("inputs, outputs", [(1, 1), (3, 64), (64, 3), (5, 7), (16, 33), (31, 32), (66, 130), (192, 64)])
+def test_channels(instruction_set, dtype, inputs, outputs):
+    """Whole vectors and panels, parts of them, and the next group of panels."""
+    assert_like_torch(*case(inputs, outputs, (4, 9), dtype=dtype))
+
+
+@dtypes
+@pytest.mark.parametrize(
+    "inputs, outputs, size, batch",
+    # the weights are too many for one thread's cache, by their outputs, by their inputs, and so are those of dx; the tiles
+    # are too many for what the threads share
+    [(90, 400, (6, 8), 3), (700, 40, (5, 8), 1), (90, 400, (52, 54), 1), (700, 24, (61, 60), 1)],
+    ids=str,
+)
+def test_pieces(instruction_set, dtype, inputs, outputs, size, batch):
+    assert_like_torch(*case(inputs, outputs, size, batch, dtype))
+
+
+def sliced(x: Tensor) -> Tensor:
+    """Some of the channels of a channels-last tensor, NaN around them."""
+    batch, channels, *size = x.shape
+    around = torch.full((batch, channels + 10, *size), float("nan"), dtype=x.dtype).to(memory_format=LAST)
+    around[:, 3 : 3 + channels] = x
+    return around[:, 3 : 3 + channels]
+
+
+LAYOUTS = {
+    "nchw": lambda x: x.contiguous(),
+    "channels-last": lambda x: x.contiguous(memory_format=LAST),
+    "slice of channels-last": sliced,
+    "crop": lambda x: F.pad(x, (2, 3, 1, 2), value=float("nan"))[:, :, 1:-2, 2:-3],
+    "turned": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
+}
+
+
+def memory(x: Tensor) -> Tensor:
+    """All that a tensor is a part of."""
+    return torch.as_strided(x, (x.untyped_storage().nbytes() // x.element_size(),), (1,), 0)
+
+
+@dtypes
+@pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.parametrize("of_out", LAYOUTS)
+@pytest.mark.parametrize("of_x", LAYOUTS)
+def test_layouts(instruction_set, dtype, of_x, of_out, accumulate):
+    """x is read and out written as they lie, each in its own way, and nothing beside them."""
+    x, weight, bias, before = case(33, 35, (5, 6), dtype=dtype)
+    x, out = LAYOUTS[of_x](x), LAYOUTS[of_out](before.clone())
+    beside = torch.full_like(memory(out), 1, dtype=torch.bool)
+    torch.as_strided(beside, out.shape, out.stride(), out.storage_offset()).fill_(False)
+    around = memory(out)[beside].clone()
+    assert conv3x3_fwd(x, weight, bias, out=out, accumulate=accumulate) is out
+    expected = F.conv2d(x.double().contiguous(), weight.double(), bias.double(), padding=1) + before.double() * accumulate
+    assert_close(out, expected, forward_tolerance(dtype, 33), "y")
+    assert torch.equal(memory(out)[beside].nan_to_num(7.5), around.nan_to_num(7.5))
+    dy = LAYOUTS[of_out](before)
+    _, dw, db = gradients(dy, x, weight)
+    for value, expected in zip(conv3x3_bwd_weight(dy, x), (dw, db)):
+        assert_close(value, expected, weight_tolerance(dtype, 18), "weight gradient")
+
+
+@dtypes
+@pytest.mark.parametrize("inputs, outputs, channels", [(64, 32, 192), (160, 32, 192), (5, 7, 23), (70, 260, 340)])
+def test_out_beside_x(instruction_set, dtype, inputs, outputs, channels):
+    """The next channels of the same tensor, as in a dense block, and its gradient added to the channels before."""
+    _, weight, bias, _ = case(inputs, outputs, dtype=dtype)
+    before = case(channels, 1, (7, 8), dtype=dtype)[0].to(memory_format=LAST)
+    together = before.clone()
+    x, out = together[:, :inputs], together[:, inputs : inputs + outputs]
+    conv3x3_fwd(x, weight, bias, slope=0.2, out=out)
+    expected = F.leaky_relu(F.conv2d(x.double(), weight.double(), bias.double(), padding=1), 0.2)
+    assert_close(out, expected, forward_tolerance(dtype, inputs), "y")
+    assert torch.equal(x, before[:, :inputs])
+    assert torch.equal(together[:, inputs + outputs :], before[:, inputs + outputs :])
+    together.copy_(before)
+    conv3x3_bwd_input(out, weight, out=x, accumulate=True)
+    expected = before[:, :inputs].double() + F.conv_transpose2d(out.double(), weight.double(), padding=1)
+    assert_close(x, expected, forward_tolerance(dtype, outputs), "dx")
+    assert torch.equal(together[:, inputs:], before[:, inputs:])
+
+
+@dtypes
+@pytest.mark.parametrize("inputs, outputs", [(16, 32), (5, 7), (400, 40)])
+@pytest.mark.parametrize("slope", [0.0, 0.2, 1.0])
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("accumulate", [False, True])
+def test_what_follows_the_sums(instruction_set, dtype, inputs, outputs, slope, with_bias, accumulate):
+    x, weight, bias, before = case(inputs, outputs, dtype=dtype)
+    out = before.contiguous(memory_format=LAST)
+    conv3x3_fwd(x, weight, bias if with_bias else None, slope=slope, out=out, accumulate=accumulate)
+    sums = F.conv2d(x.double(), weight.double(), bias.double() * with_bias, padding=1)
+    assert_close(out, F.leaky_relu(sums, slope) + before.double() * accumulate, forward_tolerance(dtype, inputs), "y")
+
+
+@dtypes
+def test_accumulation_without_out_starts_at_zero(dtype):
+    x, weight, bias, dy = case(5, 7, dtype=dtype)
+    assert torch.equal(conv3x3_fwd(x, weight, bias, accumulate=True), conv3x3_fwd(x, weight, bias))
+    assert torch.equal(conv3x3_bwd_input(dy, weight, accumulate=True), conv3x3_bwd_input(dy, weight))
+
+
+@dtypes
+@pytest.mark.parametrize("shape", [(0, 5, 7), (2, 0, 7), (2, 5, 0)])
+def test_empty(instruction_set, dtype, shape):
+    batch, *size = shape
+    x, weight, bias, dy = case(5, 7, size, batch, dtype)
+    assert conv3x3_fwd(x, weight, bias).shape == (batch, 7, *size)
+    assert conv3x3_bwd_input(dy, weight).shape == (batch, 5, *size)
+    conv3x3_bwd_weight(*reversed(case(5, 7, dtype=dtype)[::3]))  # leaves sums behind
+    dweight, dbias = conv3x3_bwd_weight(dy, x)
+    assert torch.equal(dweight, torch.zeros_like(weight))
+    assert torch.equal(dbias, torch.zeros_like(bias))
+
+
+@dtypes
+@pytest.mark.parametrize(
+    "inputs, outputs, size, batch", [(64, 32, (20, 20), 1), (5, 7, (17, 9), 3), (90, 400, (10, 10), 2), (700, 40, (9, 9), 1)]
+)
+def test_the_same_bits_whatever_the_number_of_threads(instruction_set, threads, dtype, inputs, outputs, size, batch):
+    x, weight, bias, dy = (t.to(memory_format=LAST) if t.dim() == 4 else t for t in case(inputs, outputs, size, batch, dtype))
+    weight = weight.contiguous()
+
+    def results() -> list[Tensor]:
+        return [conv3x3_fwd(x, weight, bias, slope=0.2), conv3x3_bwd_input(dy, weight), *conv3x3_bwd_weight(dy, x)]
+
+    threads(1)
+    alone = results()
+    for count in (1, 2, 3, 7, 64):
+        threads(count)
+        assert all(map(torch.equal, results(), alone)), count
+
+
+@dtypes
+@pytest.mark.parametrize("inputs, outputs", [(16, 32), (90, 400), (700, 40)])
+def test_nan_stays_in_its_tiles(instruction_set, dtype, inputs, outputs):
+    """Those of 2x2 outputs whose 4x4 inputs hold it; none is left behind in a buffer for the next call."""
+    x, weight, bias, dy = case(inputs, outputs, (11, 12), dtype=dtype)
+    expected, gradient = conv3x3_fwd(x, weight, bias), conv3x3_bwd_weight(dy, x)
+    broken = x.clone()
+    broken[0, 2, 4, 5] = float("nan")
+    reached = torch.zeros(2, outputs, 11, 12, dtype=torch.bool)
+    reached[0, :, 2:6, 4:8] = True
+    value = conv3x3_fwd(broken, weight, bias)
+    assert value[0, :, 3:6, 4:7].isnan().all()
+    assert torch.equal(value[~reached], expected[~reached])
+    assert conv3x3_bwd_weight(dy, broken)[0].isnan().any()
+    assert torch.equal(conv3x3_fwd(x, weight, bias), expected)
+    assert all(map(torch.equal, conv3x3_bwd_weight(dy, x), gradient))
+
+
+def test_nothing_is_read_or_written_beyond_a_tensor(tmp_path):
+    """Every tensor begins or ends where the memory does, in a process of its own: it would not survive."""
+    code = """
+import ctypes, math, mmap, torch
+from ncsr_fast import _native
+from ncsr_fast.ops._native import conv3x3_bwd_input, conv3x3_bwd_weight, conv3x3_fwd
+libc, kept_alive, page = ctypes.CDLL(None, use_errno=True), [], mmap.PAGESIZE
+def at_the_edge(end, *shape, last=False):
+    size = 4 * math.prod(shape)
+    pages = -(-size // page) * page
+    memory = mmap.mmap(-1, pages + 2 * page)
+    kept_alive.append(memory)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    offset = page + pages - size if end else page
+    flat = torch.frombuffer(memory, dtype=torch.float32, count=size // 4, offset=offset).normal_()
+    for edge in (start, start + page + pages):
+        assert libc.mprotect(ctypes.c_void_p(edge), page, 0) == 0
+    batch, channels, *rest = shape if last else (0, 0)
+    return flat.view(batch, *rest, channels).permute(0, 3, 1, 2) if last else flat.view(shape)
+for instruction_set in _native.instruction_sets():
+    _native.use_instruction_set(instruction_set)
+    for inputs, outputs in ((16, 32), (3, 33), (2, 1), (90, 400), (700, 40)):
+        for end in (False, True):
+            weight, bias = at_the_edge(end, outputs, inputs, 3, 3), at_the_edge(end, outputs)
+            for last in (False, True):
+                x, y, dx = (at_the_edge(end, 2, n, 5, 7, last=last) for n in (inputs, outputs, inputs))
+                assert conv3x3_fwd(x, weight, bias, out=y).isfinite().all()
+                assert conv3x3_bwd_input(y, weight, out=dx, accumulate=True).isfinite().all()
+                assert all(value.isfinite().all() for value in conv3x3_bwd_weight(y, x))
+print("survived")
+"""
+    if not sys.platform.startswith("linux"):
+        pytest.skip("protects pages by libc")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.stdout.strip() == "survived", (done.returncode, done.stderr)
