@@ -220,7 +220,8 @@ def measure(
             allowed = (ALLOWED_GRADIENT if what == "gradient" else ALLOWED)[precision]
             if not error <= allowed:
                 raise ValueError(f"{task.name}: the {what} of {name!r} is off by {error:.1e}, allowed {allowed:.0e}")
-    times = side_by_side({name: runner.run for name, runner in runners.items()}, device, 0.0, rounds)
+    # warm: the results were computed once, and a first call is timed to see how long it is
+    times = side_by_side({name: runner.run for name, runner in runners.items()}, device, 0.0, rounds, warm_up=0)
     peaks = {name: runner.peak_bytes(device) if with_memory else None for name, runner in runners.items()}
     flops = _flops(runners)
     rows = []

@@ -175,7 +175,9 @@ def _compiled(case: Case) -> Function:
     return function
 
 
-def side_by_side(arms: dict[str, Callable[[], Any]], device: str, seconds: float, rounds: int) -> dict[str, list[float]]:
+def side_by_side(
+    arms: dict[str, Callable[[], Any]], device: str, seconds: float, rounds: int, warm_up: int = 3
+) -> dict[str, list[float]]:
     """Seconds of one call of every arm in each of at least `rounds` rounds, and as many more as fit into `seconds`.
 
     The arms take turns within a round, and another one begins the next: what disturbs the machine disturbs all alike.
@@ -183,7 +185,7 @@ def side_by_side(arms: dict[str, Callable[[], Any]], device: str, seconds: float
     elapsed = _cuda_timer(device) if torch.device(device).type == "cuda" else _cpu_seconds
     calls = {}
     for name, arm in arms.items():
-        for _ in range(3):
+        for _ in range(warm_up):
             arm()
         calls[name] = math.ceil(_BATCH_SECONDS / elapsed(arm, 1))
     times: dict[str, list[float]] = {name: [] for name in arms}

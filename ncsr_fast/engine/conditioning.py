@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 
 import torch
@@ -10,11 +9,12 @@ from torch import Tensor
 
 from ncsr_fast.engine.convolution import convolution
 from ncsr_fast.engine.folding import Hoisted, Mixing, Networks, Parameters, fold_mixing, fold_networks
-from ncsr_fast.engine.hoisting import hoisted_convolution
+from ncsr_fast.engine.hoisting import combinations, enlarged_convolution, hoisted_convolution
 from ncsr_fast.engine.level import Conditions, Level, Settings, inject
 from ncsr_fast.engine.options import EngineOptions
 
-_INJECTORS_AT_ONCE = 4  # steps whose injectors' hidden layers exist together where nothing is kept for a backward pass
+# Bytes of the injectors' pre-activations that exist together where nothing is kept for a backward pass.
+_INJECTORS_AT_ONCE = 256 * 2**20
 
 
 class LevelParameters(Protocol):
@@ -46,6 +46,11 @@ class Features(NamedTuple):
     own: Tensor  # (B, c, h, w) of the encoder at the level's resolution
     stacked: Tensor | None  # (B, s, h', w') block outputs at LR resolution
 
+    @property
+    def enlarged(self) -> bool:
+        """Whether the level is larger than LR."""
+        return self.stacked is not None and self.own.shape[2] > self.stacked.shape[2]
+
 
 def fold_level(parameters: LevelParameters, dtype: torch.dtype) -> FoldedNetworks:
     """The networks of a level, in `dtype`."""
@@ -54,8 +59,15 @@ def fold_level(parameters: LevelParameters, dtype: torch.dtype) -> FoldedNetwork
     noise, of_noise = None, None
     if parameters.noise_couplings is not None:
         noise, of_noise = fold_networks(parameters.noise_couplings, parameters.kept, dtype)
-    hoisted = Hoisted(*(torch.cat(pair) for pair in zip(of_injectors, of_couplings)))
+    hoisted = Hoisted(*(torch.cat(pair) for pair in zip(of_injectors[:2], of_couplings[:2])))
     return FoldedNetworks(injectors, couplings, noise, hoisted, of_noise)
+
+
+def prepare(networks: FoldedNetworks, split: int) -> FoldedNetworks:
+    """The same for a level larger than LR, without gradients: the enlarged features are those from channel `split` on."""
+    weight, bias, _ = networks.hoisted
+    hoisted = Hoisted(weight[:, :split].contiguous(), bias, combinations(weight[:, split:]))
+    return networks._replace(hoisted=hoisted)
 
 
 def mix_level(parameters: LevelParameters, inverse: bool) -> Mixing:
@@ -70,7 +82,7 @@ def level_of(networks: FoldedNetworks, mixing: Mixing) -> Level:
 
 def hoist(networks: FoldedNetworks, features: Features, options: EngineOptions) -> Tensor:
     """The pre-activations (B, 2K·hidden, h, w) of all injectors and couplings. Differentiable."""
-    weight, bias = networks.hoisted
+    weight, bias, _ = networks.hoisted
     return hoisted_convolution(*features, weight, bias, options.method, options.subpixel)
 
 
@@ -78,7 +90,7 @@ def hoist_noise(networks: FoldedNetworks, noise: Tensor | None, like: Tensor, op
     """The pre-activations (B, K'·hidden, h, w) of the noise couplings, None without any; a None noise is zero everywhere."""
     if networks.hoisted_noise is None:
         return None
-    weight, bias = networks.hoisted_noise
+    weight, bias, _ = networks.hoisted_noise
     if noise is None:
         return bias[None, :, None, None].expand(like.shape[0], -1, *like.shape[2:])
     return convolution(noise.to(like.dtype).contiguous(memory_format=options.memory_format), weight, bias, options.method)
@@ -88,18 +100,23 @@ def conditions(
     networks: FoldedNetworks, features: Features, noise: Tensor | None, settings: Settings, options: EngineOptions
 ) -> Conditions:
     """What the steps need, without gradients: a few injectors at a time, so that their hidden layers are never all there."""
-    half = len(networks.hoisted.bias) // 2
-    weight, bias = networks.hoisted
+    count, half = len(networks.injectors.w2), len(networks.hoisted.bias) // 2
+    hidden = half // count
+    together = max(1, _INJECTORS_AT_ONCE // (features.own[:, :1].numel() * hidden * features.own.element_size()))
     raws: list[Tensor] = []
-    for part, hoisted in _some_at_once(networks.injectors, Hoisted(weight[:half], bias[:half])):
-        raws += inject(part, hoisted_convolution(*features, *hoisted, options.method, options.subpixel), settings)
-    pre = hoisted_convolution(*features, weight[half:], bias[half:], options.method, options.subpixel)
+    for first in range(0, count, together):
+        some = slice(first, min(first + together, count))
+        part = Networks(*(None if tensor is None else tensor[some] for tensor in networks.injectors))
+        pre = _of_outputs(networks.hoisted, features, some.start * hidden, some.stop * hidden, options)
+        raws += inject(part, pre, settings)
+    pre = _of_outputs(networks.hoisted, features, half, 2 * half, options)
     return Conditions(raws, pre, hoist_noise(networks, noise, features.own, options))
 
 
-def _some_at_once(networks: Networks, hoisted: Hoisted) -> Iterator[tuple[Networks, Hoisted]]:
-    count, hidden = networks.w2.shape[:2]
-    for first in range(0, count, _INJECTORS_AT_ONCE):
-        last = min(first + _INJECTORS_AT_ONCE, count)
-        part = Networks(*(None if tensor is None else tensor[first:last] for tensor in networks))
-        yield part, Hoisted(*(tensor[first * hidden : last * hidden] for tensor in hoisted))
+def _of_outputs(hoisted: Hoisted, features: Features, first: int, last: int, options: EngineOptions) -> Tensor:
+    """Some of the pre-activations."""
+    weight, bias = hoisted.weight[first:last], hoisted.bias[first:last]
+    if hoisted.combinations is None:
+        return hoisted_convolution(*features, weight, bias, options.method, options.subpixel)
+    products = [[part[first:last] for part in row] for row in hoisted.combinations]
+    return enlarged_convolution(*features, weight, bias, products, options.method)

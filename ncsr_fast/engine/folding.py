@@ -43,8 +43,9 @@ class Networks(NamedTuple):
 class Hoisted(NamedTuple):
     """The rest of the first layers, of all K networks: pre = weight ∗ condition + bias."""
 
-    weight: Tensor  # (K·hidden, condition, 3, 3)
+    weight: Tensor  # (K·hidden, condition, 3, 3), or its part of the level's own features where there are combinations
     bias: Tensor  # (K·hidden,)
+    combinations: list[list[Tensor]] | None = None  # of the part of enlarged features: see `hoisting.combinations`
 
 
 class Mixing(NamedTuple):

@@ -14,6 +14,11 @@ Tensors = tuple[Tensor | None, ...]
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
+def traced() -> bool:
+    """Whether tensors may have no memory, under `torch.compile` or a `torch.func` transform: kernels cannot run then."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
 class Piece:
     """A map (tensors, *settings) → tensors; a tensor may be None.
 
@@ -37,9 +42,7 @@ class Piece:
 
     def __call__(self, tensors: Tensors, *settings: Any) -> Tensors:
         given = [tensor for tensor in tensors if tensor is not None]
-        if torch.compiler.is_compiling() or any(type(tensor) not in _PLAIN for tensor in given):
-            return self.reference(*tensors, *settings)
-        if torch._C._are_functorch_transforms_active():
+        if traced() or any(type(tensor) not in _PLAIN for tensor in given):
             return self.reference(*tensors, *settings)
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given):
             return self._function.apply(len(tensors), *tensors, *settings)

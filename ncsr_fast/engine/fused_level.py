@@ -13,6 +13,7 @@ from ncsr_fast import ops
 from ncsr_fast.engine.cache import Cache
 from ncsr_fast.engine.conditioning import (
     Features,
+    FoldedNetworks,
     LevelParameters,
     conditions,
     fold_level,
@@ -20,9 +21,11 @@ from ncsr_fast.engine.conditioning import (
     hoist_noise,
     level_of,
     mix_level,
+    prepare,
 )
 from ncsr_fast.engine.convolution import ConvolutionMethod, convolution
 from ncsr_fast.engine.folding import LOG_SCALE
+from ncsr_fast.engine.function import traced
 from ncsr_fast.engine.level import Settings, steps
 from ncsr_fast.engine.level_gradient import level_pass
 from ncsr_fast.engine.options import EngineOptions
@@ -103,7 +106,13 @@ def _all_steps(
 
     mixers = (level.actnorm_bias, level.actnorm_logs, level.invconv)
     mixing = level.cache.get(("mixing", inverse), mixers, lambda: mix_level(level, inverse))
-    networks = level.cache.get(("networks", dtype), level.parameters(), lambda: fold_level(level, dtype))
+    enlarged = options.subpixel and features.enlarged and not traced()
+
+    def fold() -> FoldedNetworks:
+        networks = fold_level(level, dtype)
+        return prepare(networks, own.shape[1]) if enlarged else networks
+
+    networks = level.cache.get(("networks", dtype, enlarged), level.parameters(), fold)
     steps_of = level_of(networks, mixing)
     given = conditions(networks, features, noise, settings, options)
 

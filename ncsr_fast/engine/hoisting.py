@@ -51,10 +51,17 @@ def _reference(own: Tensor, stacked: Tensor, weight: Tensor, bias: Tensor, _: Co
 def _forward(tensors: Tensors, method: ConvolutionMethod) -> tuple[Tensors, Tensors]:
     own, stacked, weight, bias = tensors
     split = own.shape[1]
+    return (enlarged_convolution(own, stacked, weight[:, :split], bias, combinations(weight[:, split:]), method),), ()
+
+
+def enlarged_convolution(
+    own: Tensor, stacked: Tensor, weight: Tensor, bias: Tensor, rows: list[list[Tensor]], method: ConvolutionMethod
+) -> Tensor:
+    """`hoisted_convolution` of enlarged features, not differentiable; `weight` is that of own, `rows` are `combinations` of
+    the other."""
     with convolution_precision(method.precision):
-        y = convolve(own, weight[:, :split], bias, method)
+        y = convolve(own, weight, bias, method)
         cells = _Cells(own, stacked)
-        rows = _combinations(weight[:, split:].to(own.dtype))
         # along a row first: what is added to the first, the inner and the last columns of a cell
         for i in range(3):
             products = [convolve(cells.difference(i, j), rows[i][j], None, method) for j in range(3)]
@@ -62,7 +69,7 @@ def _forward(tensors: Tensors, method: ConvolutionMethod) -> tuple[Tensors, Tens
                 line = products[0] + products[_side(q, cells.factor)] if _side(q, cells.factor) else products[0]
                 for p in cells.rows(i):
                     cells.of(y, p, q).add_(line)
-    return (y,), ()
+    return y
 
 
 def _backward(grads: Tensors, inputs: Tensors, _: Tensors, needed: tuple[bool, ...], method: ConvolutionMethod) -> Tensors:
@@ -73,7 +80,7 @@ def _backward(grads: Tensors, inputs: Tensors, _: Tensors, needed: tuple[bool, .
     with convolution_precision(method.precision):
         down, dfirst, dbias = convolution_backward(dy, own, weight[:, :split], (needed[0], needed[2], needed[3]), method)
         cells = _Cells(own, stacked)
-        rows = _combinations(weight[:, split:].to(own.dtype))
+        rows = combinations(weight[:, split:])
         dcombined = [[None] * 3 for _ in range(3)]
         for i in range(3):
             lines = [sum(cells.of(dy, p, q) for p in cells.rows(i)) for q in range(cells.factor)]
@@ -131,10 +138,15 @@ def _difference_backward(dy: Tensor, kind: int, axis: int) -> Tensor:
     return _difference(dy, (0, 2, 1)[kind], axis)
 
 
-def _combinations(weight: Tensor) -> list[list[Tensor]]:
-    """The 1×1 weights (N, s, 1, 1) of the nine products: sums over the window, or its first or last row or column."""
-    rows = [weight.sum(dim=2), weight[:, :, 0], weight[:, :, 2]]
-    return [[part[:, :, None, None] for part in (row.sum(dim=2), row[:, :, 0], row[:, :, 2])] for row in rows]
+def combinations(weight: Tensor) -> list[list[Tensor]]:
+    """The 1×1 weights (N, s, 1, 1) of the nine products, dense: sums over the window, or its first or last row or column."""
+    return [[part.contiguous()[:, :, None, None] for part in _sum_and_ends(row)] for row in _sum_and_ends(weight)]
+
+
+def _sum_and_ends(weight: Tensor) -> list[Tensor]:
+    """Along dimension 2, of three elements: their sum (by additions, ten times faster than `sum`), the first, the last."""
+    first, middle, last = weight.unbind(2)
+    return [first + middle + last, first, last]
 
 
 def _combinations_backward(grads: list[list[Tensor]]) -> Tensor:

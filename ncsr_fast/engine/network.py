@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ncsr_fast.engine.convolution import ConvolutionMethod, convolution, convolution_backward
+from ncsr_fast.engine.function import traced
 from ncsr_fast.ops._backends import implementation
 
 
@@ -34,7 +35,7 @@ def evaluate(network: Network, z1: Tensor | None, pre: Tensor, backend: str, met
     """
     recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (z1, pre, *network))
     fused = backend == "native" and pre.device.type == "cpu" and pre.dtype in (torch.float32, torch.float64)
-    if not fused or recorded or torch.compiler.is_compiling():
+    if not fused or recorded or traced():
         return layers(network, z1, pre, method)[2]
     if z1 is not None:
         pre = pre.expand(z1.shape[0], -1, -1, -1)
