@@ -89,8 +89,11 @@ class TrainingStep:
             parameter.grad = None  # so that a replay writes the gradients instead of adding to them
         loss = self.loss(self.model, hr, lr, noise)
         loss.backward()
-        limit = float("inf") if self.max_grad_norm is None else self.max_grad_norm
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, limit)
+        if self.max_grad_norm is None:
+            gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+            norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(gradient) for gradient in gradients]))
+        else:
+            norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
         if self.optimizer is not None:
             self.optimizer.step()
         return loss.detach(), norm

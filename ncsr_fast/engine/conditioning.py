@@ -10,11 +10,11 @@ from torch import Tensor
 from ncsr_fast.engine.convolution import convolution
 from ncsr_fast.engine.folding import Hoisted, Mixing, Networks, Parameters, fold_mixing, fold_networks
 from ncsr_fast.engine.hoisting import combinations, enlarged_convolution, hoisted_convolution
-from ncsr_fast.engine.level import Conditions, Level, Settings, inject
+from ncsr_fast.engine.level import Conditions, Level, Settings, inject, parts
 from ncsr_fast.engine.options import EngineOptions
 
-# Bytes of the injectors' pre-activations that exist together where nothing is kept for a backward pass.
-_INJECTORS_AT_ONCE = 256 * 2**20
+# Bytes of pre-activations computed together where nothing is kept for a backward pass.
+_AT_ONCE = 256 * 2**20
 
 
 class LevelParameters(Protocol):
@@ -99,18 +99,24 @@ def hoist_noise(networks: FoldedNetworks, noise: Tensor | None, like: Tensor, op
 def conditions(
     networks: FoldedNetworks, features: Features, noise: Tensor | None, settings: Settings, options: EngineOptions
 ) -> Conditions:
-    """What the steps need, without gradients: a few injectors at a time, so that their hidden layers are never all there."""
+    """What the steps need, without gradients: some steps at a time, so that the injectors' hidden layers are not all there."""
     count, half = len(networks.injectors.w2), len(networks.hoisted.bias) // 2
     hidden = half // count
-    together = max(1, _INJECTORS_AT_ONCE // (features.own[:, :1].numel() * hidden * features.own.element_size()))
+    together = max(1, _AT_ONCE // (features.own[:, :1].numel() * hidden * features.own.element_size()))
     raws: list[Tensor] = []
+    pres: list[Tensor] = []
     for first in range(0, count, together):
-        some = slice(first, min(first + together, count))
-        part = Networks(*(None if tensor is None else tensor[some] for tensor in networks.injectors))
-        pre = _of_outputs(networks.hoisted, features, some.start * hidden, some.stop * hidden, options)
+        last = min(first + together, count)
+        part = Networks(*(None if tensor is None else tensor[first:last] for tensor in networks.injectors))
+        pre = _of_outputs(networks.hoisted, features, first * hidden, last * hidden, options)
         raws += inject(part, pre, settings)
-    pre = _of_outputs(networks.hoisted, features, half, 2 * half, options)
-    return Conditions(raws, pre, hoist_noise(networks, noise, features.own, options))
+    for first in range(0, count, together):
+        last = min(first + together, count)
+        pre = _of_outputs(networks.hoisted, features, half + first * hidden, half + last * hidden, options)
+        # dense: read for every sample, and the pixels of a slice lie pages apart
+        pres += [of_step.contiguous(memory_format=options.memory_format) for of_step in parts(pre, networks.couplings)]
+    noise_pre = hoist_noise(networks, noise, features.own, options)
+    return Conditions(raws, pres, parts(noise_pre, networks.noise_couplings))
 
 
 def _of_outputs(hoisted: Hoisted, features: Features, first: int, last: int, options: EngineOptions) -> Tensor:

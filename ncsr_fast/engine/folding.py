@@ -10,7 +10,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ncsr_fast.ops._contract import check_weight
+from ncsr_fast.ops._contract import check_weight, compute_dtype
 from ncsr_fast.synchronization import reading_is_free
 
 LOG_SCALE = 3.0  # factor of `logs` in a zero-initialised convolution (Glow)
@@ -86,7 +86,7 @@ def fold_mixing(bias: Tensor, logs: Tensor, weight: Tensor, transitions: int, in
     inverse  the inverse maps and the log-det of applying them; ValueError for a singular weight on the CPU. On a GPU the
              check would make the host wait: there the images are flagged as not finite instead.
     """
-    dtype = weight.dtype
+    dtype = compute_dtype(weight)
     bias, logs, weight = bias.double(), logs.double(), weight.double()
     mix = weight * torch.exp(logs)[:, None, :]
     offset = (mix @ bias[:, :, None])[:, :, 0]

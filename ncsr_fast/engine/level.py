@@ -11,6 +11,7 @@ first half of the state's channels, which the couplings leave alone; of the cond
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -37,8 +38,8 @@ class Conditions(NamedTuple):
     """What does not depend on the state, of one batch or of one image whose samples share it."""
 
     raws: list[Tensor]  # of each step: what its injector shifts and scales by, (B, 2C, h, w)
-    pre: Tensor  # (B, K·hidden, h, w) of the couplings
-    pre_noise: Tensor | None  # (B, K'·hidden, h, w) of the noise couplings of the last K' steps
+    pre: Sequence[Tensor]  # of each step's coupling, (B, hidden, h, w)
+    pre_noise: Sequence[Tensor]  # of the noise couplings of the last steps, likewise
 
 
 class Level(NamedTuple):
@@ -139,9 +140,9 @@ def _record(x: Tensor, states: list[Tensor] | None, peaks: list[Tensor] | None) 
 
 def networks_of_steps(level: Level, conditions: Conditions) -> list[list[tuple[Network, Tensor]]]:
     """For every step its coupling network with the pre-activation, then the noise coupling's where it has one."""
-    nets = [[pair] for pair in zip(unbind(level.couplings), parts(conditions.pre, level.couplings))]
+    nets = [[pair] for pair in zip(unbind(level.couplings), conditions.pre)]
     if level.noise_couplings is not None:
-        noise = list(zip(unbind(level.noise_couplings), parts(conditions.pre_noise, level.noise_couplings)))
+        noise = list(zip(unbind(level.noise_couplings), conditions.pre_noise))
         for own, pair in zip(nets[-len(noise) :], noise):
             own.append(pair)
     return nets
@@ -153,6 +154,6 @@ def unbind(networks: Networks) -> list[Network]:
     return [Network(*tensors) for tensors in zip(*([None] * count if t is None else t.unbind() for t in networks))]
 
 
-def parts(pre: Tensor, networks: Networks) -> tuple[Tensor, ...]:
-    """The pre-activations (B, K·hidden, h, w) of stacked networks one by one, as views."""
-    return pre.split(networks.w2.shape[1], dim=1)
+def parts(pre: Tensor | None, networks: Networks | None) -> tuple[Tensor, ...]:
+    """The pre-activations (B, K·hidden, h, w) of stacked networks one by one, as views; none of no networks."""
+    return () if networks is None else pre.split(networks.w2.shape[1], dim=1)

@@ -54,7 +54,8 @@ def _run(tensors: Tensors, settings: Settings) -> tuple[Tensors, list[Tensor], l
     level, states = _level(tensors), []
     of_injectors, of_couplings = hoisted.chunk(2, dim=1)
     raws = inject(level.injectors, of_injectors, settings)
-    return steps(x, Conditions(raws, of_couplings, pre_noise), level, settings, states), states, raws
+    given = Conditions(raws, parts(of_couplings, level.couplings), parts(pre_noise, level.noise_couplings))
+    return steps(x, given, level, settings, states), states, raws
 
 
 def _forward(tensors: Tensors, settings: Settings) -> tuple[Tensors, Tensors]:
@@ -81,7 +82,8 @@ class _Walk:
         self.read, self.raws, self.y = kept[: self.count], kept[self.count : -1], kept[-1]
         self.weights = any(needed[5:])
         of_injectors, of_couplings = hoisted.chunk(2, dim=1)
-        self.nets = networks_of_steps(self.level, Conditions([], of_couplings, pre_noise))
+        pres = parts(of_couplings, self.level.couplings), parts(pre_noise, self.level.noise_couplings)
+        self.nets = networks_of_steps(self.level, Conditions([], *pres))
         self.injectors = list(zip(unbind(self.level.injectors), parts(of_injectors, self.level.injectors)))
 
         self.dhoisted = torch.empty_like(hoisted)

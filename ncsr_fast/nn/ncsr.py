@@ -75,7 +75,7 @@ class NCSR(Checkpoints, nn.Module):
 
     @property
     def engine(self) -> str:
-        """ "fused", or "plain": step by step, the oracle."""
+        """What evaluates the model: "fused", or "plain", step by step as it is defined."""
         return self.options.engine
 
     @engine.setter

@@ -98,6 +98,18 @@ def test_bfloat16_networks_and_a_float32_state():
         assert (model.decode(latents, lr) - hr).abs().max() < 1e-4
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_models_of_half_precision(dtype):
+    """`model.to(dtype)`: the state is stored in it, the operators compute in float32; likelihoods are as far off as that."""
+    model = tiny_model(dtype=torch.float32)
+    lr, hr = image(1, 3, 4, 4, dtype=torch.float32), image(1, 3, 16, 16, dtype=torch.float32)
+    exact = model.nll(hr, lr).detach()
+    model = model.to(dtype)
+    assert relative_error(model.nll(hr.to(dtype), lr.to(dtype)).detach(), exact) < 3e-2
+    with torch.no_grad():
+        assert model.sample(lr.to(dtype), n=2, temperature=0.5).isfinite().all()
+
+
 def test_refused():
     model = tiny_model()
     model.precision = "bf16"

@@ -91,6 +91,22 @@ def test_sampler_draws_what_the_model_draws(model):
         model.levels[0].actnorm_bias.data.add_(0.1)  # the next number of samples is drawn with other weights
 
 
+def test_gradients_alone(model):
+    hr, lr, noise = batch(model)
+    step = graphs.TrainingStep(model, None, graph=CUDA)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    loss, norm = step(hr, lr, noise)
+    found = [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+    model.zero_grad()
+    expected = model.nll(hr, lr, noise).mean()
+    expected.backward()
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    assert torch.allclose(loss, expected)
+    assert torch.allclose(norm, torch.cat([gradient.flatten() for gradient in gradients]).norm())
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(found, gradients, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
+
+
 def train(model: NCSR, graph: bool) -> list[torch.Tensor]:
     optimizer = graphs.adam(model, 1e-2)
     step = graphs.TrainingStep(model, optimizer, max_grad_norm=10.0, graph=graph)
