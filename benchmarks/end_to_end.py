@@ -10,6 +10,7 @@ what each contributes can be read off. Weights are random: time does not depend 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -325,11 +326,15 @@ def main() -> None:
     where["command"] = "python -m benchmarks.end_to_end " + " ".join(
         "PATH" if argument == str(args.published) else argument for argument in sys.argv[1:]
     )
+    tasks = [task for task in TASKS if task.name in (args.tasks or (ON_GPU if cuda else ON_CPU))]
+    stored = args.out / f"end_to_end-{args.device}.json"
+    others = json.loads(stored.read_text()) if stored.exists() else []
+    others = [row for row in others if row["task"] not in {task.name for task in tasks}]  # what is not measured now is kept
     rows: list[dict[str, Any]] = []
-    for task in (task for task in TASKS if task.name in (args.tasks or (ON_GPU if cuda else ON_CPU))):
+    for task in tasks:
         rows += [row | where for row in measure(task, model, arms, args.device, args.rounds, not args.no_memory, args.tf32)]
-        with atomic_write(args.out / f"end_to_end-{args.device}.json") as path:  # after every task: a stopped run keeps it
-            path.write_text(to_json(rows))
+        with atomic_write(stored) as path:  # after every task: a stopped run keeps it
+            path.write_text(to_json(others + rows))
     print(end_to_end_table(rows))
 
 

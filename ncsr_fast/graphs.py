@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from ncsr_fast.engine.cache import weights_state
 from ncsr_fast.nn.ncsr import NCSR
 from ncsr_fast.nn.sampling import decode_samples, draw_latents
 
@@ -119,7 +118,8 @@ class Sampler:
     first_bad  (B, n): the number of the decoding step after which a state was first beyond bounds or not finite, at least
                `sampler.sound` where none was; it stays on the device
 
-    Captured at the first call, and anew when a weight or an option of the model has changed.
+    Captured at the first call, and anew when an option of the model has changed. The graph begins with the weights as they
+    are when it is replayed.
 
     raises  ValueError for a model on the CPU with graph=True
     """
@@ -136,7 +136,7 @@ class Sampler:
         padded = self.model.padded(lr)
         shapes = self.model.latent_shapes(*lr.shape[2:])
         latents = draw_latents(shapes, lr.shape[0], self.n, temperature, lr, generator)
-        key = (lr.shape, self.model.options, weights_state(self.model.parameters()))
+        key = lr.shape, self.model.options
         if not self.graph:
             images, first_bad = self._run(padded, *latents)
         else:

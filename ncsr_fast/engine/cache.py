@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 import torch
@@ -17,28 +18,42 @@ _BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16}  # by the size of an el
 class Cache:
     """Values by name, each with the weights it was made of.
 
-    A weight counts as changed when it is another tensor or memory, dtype or device, when PyTorch counted an in-place
-    operation on it, and on the CPU also when its bits sum up to something else, which sees edits through `.data`, that PyTorch
-    does not count; on a GPU that sum would make the host wait.
+    On a CPU a weight counts as changed when it is another tensor or memory, dtype or device, when PyTorch counted an in-place
+    operation on it, or when its bits sum up to something else. The count alone would not do: fused optimizers, replays of a
+    CUDA graph and edits through `.data` escape it. On a GPU, where reading the sum would make the host wait, values are
+    therefore made anew by every pass, and kept during it alone (`held`).
     """
 
     def __init__(self) -> None:
-        self._entries: dict[object, tuple[tuple, object]] = {}
+        self._entries: dict[object, tuple[tuple | None, object]] = {}
+        self._sound: set[object] | None = None  # while held: what was made or compared since
 
     def get(self, name: object, weights: Iterable[Tensor], build: Callable[[], Built]) -> Built:
         """The value called `name`, built when there is none or a weight changed since. Never recorded by autograd."""
+        if self._sound is not None and name in self._sound:
+            return self._entries[name][1]
         weights = list(weights)
         if torch.compiler.is_compiling() or not all(map(_is_tracked, weights)):
             return build()
-        state = weights_state(weights)
+        state = tuple(map(_state, weights)) if all(map(reading_is_free, weights)) else None
         entry = self._entries.get(name)
-        if entry is None or entry[0] != state:
-            entry = self._entries[name] = (state, build())
+        if entry is None or state is None or entry[0] != state:
+            entry = state, build()
+        if state is not None or self._sound is not None:
+            self._entries[name] = entry
+        if self._sound is not None:
+            self._sound.add(name)
         return entry[1]
 
-    def clear(self) -> None:
-        """Forget everything."""
-        self._entries.clear()
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Inside, weights do not change: every value is made or compared once."""
+        self._sound = set()
+        try:
+            yield
+        finally:
+            self._sound = None
+            self._entries = {name: entry for name, entry in self._entries.items() if entry[0] is not None}
 
     def __deepcopy__(self, memo: dict) -> Cache:
         return Cache()
@@ -47,19 +62,12 @@ class Cache:
         return Cache, ()
 
 
-def weights_state(weights: Iterable[Tensor]) -> tuple:
-    """What is equal as long as no weight changed."""
-    return tuple(map(_state, weights))
-
-
 def _is_tracked(weight: Tensor) -> bool:
     """Whether it has memory, and a count of the operations on it."""
     return type(weight) in (Tensor, torch.nn.Parameter) and not weight.is_inference()
 
 
 def _state(weight: Tensor) -> tuple:
-    bits = 0
-    if reading_is_free(weight):
-        integers = weight.detach().contiguous().view(_BITS[weight.element_size()])
-        bits = int(integers.sum(dtype=integers.dtype))  # 40 times faster than widened to int64: 1 ms for 41 M weights
+    integers = weight.detach().contiguous().view(_BITS[weight.element_size()])
+    bits = int(integers.sum(dtype=integers.dtype))  # 40 times faster than widened to int64: 1 ms for 41 M weights
     return weight.data_ptr(), weight._version, weight.dtype, weight.device, tuple(weight.shape), bits

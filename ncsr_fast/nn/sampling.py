@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
@@ -74,21 +75,27 @@ def decode_samples(model: NCSR, features: list[Features], latents: list[Tensor],
     With one sample an image, the images are one batch. Otherwise the samples of an image are, and share what its LR image
     decides. Without a host synchronisation.
     """
+    with contextlib.ExitStack() as stack:
+        for level in model.levels:
+            stack.enter_context(level.cache.held())
+        images, peaks = _decode_all(model, features, latents, watch)
+        return images, _first_bad(model, images, peaks) if watch else None
+
+
+def _decode_all(model: NCSR, features: list[Features], latents: list[Tensor], watch: bool) -> tuple[Tensor, list[Tensor]]:
     batch, n = latents[0].shape[:2]
     if model.engine == "plain":
         samples = [model.decode_features([latent[:, i] for latent in latents], features, None)[0] for i in range(n)]
-        images, peaks = torch.stack(samples, dim=1), []
-    elif n == 1:
+        return torch.stack(samples, dim=1), []
+    if n == 1:
         images, peaks = _decode_group(model, features, [latent[:, 0] for latent in latents], watch)
-        images, peaks = images[:, None], [peak[:, None] for peak in peaks]
-    else:
-        groups = []
-        for index in range(batch):
-            own_features = [Features(*(None if f is None else f[index : index + 1] for f in level)) for level in features]
-            groups.append(_decode_group(model, own_features, [latent[index] for latent in latents], watch))
-        images = torch.stack([images for images, _ in groups])
-        peaks = [torch.stack(peak) for peak in zip(*(peaks for _, peaks in groups))]
-    return images, _first_bad(model, images, peaks) if watch else None
+        return images[:, None], [peak[:, None] for peak in peaks]
+    groups = []
+    for index in range(batch):
+        own_features = [Features(*(None if f is None else f[index : index + 1] for f in level)) for level in features]
+        groups.append(_decode_group(model, own_features, [latent[index] for latent in latents], watch))
+    images = torch.stack([images for images, _ in groups])
+    return images, [torch.stack(peak) for peak in zip(*(peaks for _, peaks in groups))]
 
 
 def _decode_group(model: NCSR, features: list[Features], latents: list[Tensor], watch: bool) -> tuple[Tensor, list[Tensor]]:

@@ -82,7 +82,10 @@ def results(model: NCSR) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
-def test_never_stale(change):
+@pytest.mark.parametrize("values_are_read", [True, False], ids=["cpu", "as-on-a-gpu"])
+def test_never_stale(change, values_are_read, monkeypatch):
+    if not values_are_read:
+        monkeypatch.setattr("ncsr_fast.engine.cache.reading_is_free", lambda tensor: False)
     model = tiny_model()
     before = results(model)
     model = change(model)
@@ -108,6 +111,18 @@ def test_computed_once():
         model.encode(image(1, 3, 16, 16), lr)
         assert (folded.call_count, inverted.call_count) == (3, 6)  # the maps of the other direction
     assert model.nll(image(1, 3, 16, 16), lr).requires_grad  # what was kept has no history, and is not used here
+
+
+def test_kept_during_a_pass_alone_where_values_are_not_read(monkeypatch):
+    """On a GPU a fused optimizer or the replay of a graph changes weights that PyTorch does not count as changed."""
+    monkeypatch.setattr("ncsr_fast.engine.cache.reading_is_free", lambda tensor: False)
+    model = tiny_model()
+    invert = mock.patch.object(fused_level, "mix_level", side_effect=conditioning.mix_level)
+    with torch.no_grad(), invert as inverted:
+        for passes in (1, 2):
+            model.sample(image(2, 3, 4, 4), n=3)  # two images, a level decoded for one after the other
+            assert inverted.call_count == 3 * passes
+    assert not any(level.cache._entries for level in model.levels)
 
 
 def test_copies_and_pickles_without_it():

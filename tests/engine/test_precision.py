@@ -42,6 +42,17 @@ def test_global_flags_do_not_reach_the_state(backend, request):
         assert relative_error(found, value) < 1e-5
 
 
+@pytest.mark.parametrize("checkpoint", [True, False])
+def test_no_matrix_product_of_the_state_can_be_rounded(checkpoint, low_precision_flags):
+    """Whether PyTorch rounds a float32 product depends on its size and the processor; so none may be float32."""
+    model = tiny_model(dtype=torch.float32, steps=2, noise_steps=(0, 2, 2))
+    model.options = type(model.options)(backend="reference", checkpoint=checkpoint)
+    dtypes: list[torch.dtype] = []
+    with _Watch(("mm", "bmm", "addmm", "baddbmm"), lambda tensors: dtypes.extend(t.dtype for t in tensors)):
+        results(model)
+    assert len(dtypes) > 50 and set(dtypes) == {torch.float64}
+
+
 def test_flags_are_seen(low_precision_flags):
     assert products_are_rounded("cpu")
     torch.set_float32_matmul_precision("highest")
@@ -54,7 +65,7 @@ def test_convolutions_run_at_the_stated_precision(precision, expected):
     """Forward and backward, wherever the engine convolves; and the flags are as they were afterwards."""
     flag = torch.backends.cudnn.conv
     before, seen = flag.fp32_precision, []
-    mode = _Watch(lambda: seen.append(flag.fp32_precision))
+    mode = _Watch(("convolution", "convolution_backward"), lambda _: seen.append(flag.fp32_precision))
     model = tiny_model(dtype=torch.float32)
     model.precision = precision
     with mode:
@@ -69,15 +80,15 @@ def test_convolutions_run_at_the_stated_precision(precision, expected):
 
 
 class _Watch(torch.utils._python_dispatch.TorchDispatchMode):
-    """Calls a function at every convolution."""
+    """Calls a function with the tensors of every call of some operators."""
 
-    def __init__(self, call) -> None:
+    def __init__(self, names: tuple[str, ...], call) -> None:
         super().__init__()
-        self.call = call
+        self.names, self.call = names, call
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if "convolution" in str(function):
-            self.call()
+        if function.name().split("::")[1].split(".")[0] in self.names:
+            self.call([argument for argument in args if isinstance(argument, torch.Tensor)])
         return function(*args, **(kwargs or {}))
 
 
