@@ -10,6 +10,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from ncsr_fast.engine.function import Piece, Tensors
+from ncsr_fast.ops._backends import implementation, resolve_backend
 from ncsr_fast.ops._contract import check_weight, compute_dtype
 from ncsr_fast.synchronization import reading_is_free
 
@@ -86,26 +88,53 @@ def fold_mixing(bias: Tensor, logs: Tensor, weight: Tensor, transitions: int, in
     inverse  the inverse maps and the log-det of applying them; ValueError for a singular weight on the CPU. On a GPU the
              check would make the host wait: there the images are flagged as not finite instead.
     """
+    native = reading_is_free(weight) and resolve_backend("engine", "auto", weight) == "native"
+    maps = _native_maps((bias, logs, weight), inverse) if native else _maps(bias, logs, weight, inverse)
+    mix, offset, logdet = maps
+    first, *others = range(transitions + 1)[::-1] if inverse else range(transitions + 1)
+    composed, composed_offset = mix[first], offset[first]
+    for index in others:
+        composed, composed_offset = mix[index] @ composed, mix[index] @ composed_offset + offset[index]
+    mix = torch.cat([composed[None], mix[transitions + 1 :]])
+    offset = torch.cat([composed_offset[None], offset[transitions + 1 :]])
     dtype = compute_dtype(weight)
-    bias, logs, weight = bias.double(), logs.double(), weight.double()
-    mix = weight * torch.exp(logs)[:, None, :]
-    offset = (mix @ bias[:, :, None])[:, :, 0]
-    logdet = logs.sum() + torch.linalg.slogdet(weight)[1].sum()
-    first, first_offset = mix[0], offset[0]
-    for index in range(1, transitions + 1):
-        first, first_offset = mix[index] @ first, mix[index] @ first_offset + offset[index]
-    mix = torch.cat([first[None], mix[transitions + 1 :]])
-    offset = torch.cat([first_offset[None], offset[transitions + 1 :]])
-    if inverse:
-        if reading_is_free(weight):
-            _check_weights(weight.detach())
-        mix = torch.linalg.inv_ex(mix)[0]
-        offset, logdet = -(mix @ offset[:, :, None])[:, :, 0], -logdet
     return Mixing(mix.to(dtype).contiguous(), offset.to(dtype), logdet)  # kernels read the matrices row by row
 
 
-def _check_weights(weight: Tensor) -> None:
-    inverse = torch.linalg.inv_ex(weight)[0]
-    conditions = torch.linalg.matrix_norm(weight, torch.inf) * torch.linalg.matrix_norm(inverse, torch.inf)
-    for step, condition in enumerate(conditions.tolist()):
-        check_weight(f"1×1 convolution of step {step}", condition, weight.shape[-1])
+def _maps(bias: Tensor, logs: Tensor, weight: Tensor, inverse: bool) -> Tensors:
+    """mix (N, C, C) and offset (N, C) of every map, and the log-det () of a pixel through all, in float64."""
+    bias, logs, weight = bias.double(), logs.double(), weight.double()
+    logdet = logs.sum() + torch.linalg.slogdet(weight)[1].sum()
+    if not inverse:
+        mix = weight * torch.exp(logs)[:, None, :]
+        return mix, (mix @ bias[:, :, None])[:, :, 0], logdet
+    inverses = torch.linalg.inv_ex(weight)[0]
+    if reading_is_free(weight):
+        conditions = torch.linalg.matrix_norm(weight, torch.inf) * torch.linalg.matrix_norm(inverses, torch.inf)
+        for step, condition in enumerate(conditions.detach().tolist()):
+            check_weight(_name(step), condition, weight.shape[-1])
+    return torch.exp(-logs)[:, :, None] * inverses, -bias, -logdet
+
+
+def _native_forward(tensors: Tensors, inverse: bool) -> tuple[Tensors, Tensors]:
+    """By our own elimination. MKL's, which PyTorch's is on x86, was seen to be wrong: for 192 channels, without an error,
+    once `torch.set_num_threads` had been called (torch 2.13, AMD)."""
+    fold = implementation("native").fold
+    folded = [fold(_name(i), *one, inverse, torch.float64) for i, one in enumerate(zip(*(t.unbind() for t in tensors)))]
+    mixes, offsets, logdets = zip(*folded)
+    return (torch.stack(mixes), torch.stack(offsets), tensors[2].new_tensor(sum(logdets), dtype=torch.float64)), ()
+
+
+def _native_backward(grads: Tensors, inputs: Tensors, _: Tensors, needed: tuple[bool, ...], inverse: bool) -> Tensors:
+    dmix, doffset, dlogdet = grads
+    backward = implementation("native").fold_backward
+    each = zip(*(tensor.unbind() for tensor in inputs), dmix.contiguous().unbind(), doffset.contiguous().unbind())
+    found = [backward(bias, logs, weight, inverse, dm, do, dlogdet) for bias, logs, weight, dm, do in each]
+    return tuple(torch.stack(gradients) for gradients in zip(*found))
+
+
+def _name(step: int) -> str:
+    return f"1×1 convolution of step {step}"
+
+
+_native_maps = Piece("Maps", forward=_native_forward, backward=_native_backward, reference=_maps)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 from support import image, tiny_model
 
 from ncsr_fast import NCSR
 from ncsr_fast.engine.convolution import ConvolutionMethod
+from ncsr_fast.engine.folding import fold_mixing
 from ncsr_fast.nn.encoder import DenseBlock
 
 
@@ -84,7 +86,9 @@ class Count(torch.utils._python_dispatch.TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_one_determinant_and_one_inverse_a_level():
+def test_one_determinant_and_one_inverse_a_level(monkeypatch):
+    """Where it is PyTorch that finds them, as on a GPU."""
+    monkeypatch.setattr("ncsr_fast.engine.folding.reading_is_free", lambda tensor: False)
     model = tiny_model(steps=3, noise_steps=(0, 2, 3), transition_steps=2)
     lr, hr = image(1, 3, 4, 4), image(1, 3, 16, 16)
     with Count() as forward:
@@ -93,7 +97,39 @@ def test_one_determinant_and_one_inverse_a_level():
     with torch.no_grad():
         with Count() as first:
             model.sample(lr, n=4, on_nonfinite="ignore")
-        assert first.calls["linalg_inv_ex"] == 2 * 3  # of all maps of a level, and of its weights to see whether they have one
+        assert first.calls["linalg_inv_ex"] == first.calls["_linalg_slogdet"] == 3
         with Count() as second:
             model.sample(lr, n=4, on_nonfinite="ignore")
     assert second.calls["linalg_inv_ex"] == second.calls["_linalg_slogdet"] == 0
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+def test_determinants_and_inverses_of_two_kinds_agree(inverse, monkeypatch):
+    """Our elimination on the CPU, and PyTorch's; gradients included."""
+    bias, logs, weight = (image(5, *shape, seed=i) - 0.5 for i, shape in enumerate(((6,), (6,), (6, 6))))
+    leaves = [tensor.requires_grad_() for tensor in (bias, logs, weight + 2 * torch.eye(6))]
+    found = []
+    for free in (True, False):
+        monkeypatch.setattr("ncsr_fast.engine.folding.reading_is_free", lambda tensor, free=free: free)
+        mixing = fold_mixing(*leaves, 2, inverse)
+        loss = mixing.mix.sin().sum() + mixing.offset.sin().sum() + mixing.logdet
+        found.append([*(part.detach() for part in mixing), *torch.autograd.grad(loss, leaves)])
+    for own, torchs in zip(*found):
+        assert torch.allclose(own, torchs, rtol=1e-10, atol=1e-10)
+
+
+def test_determinants_after_a_change_of_the_number_of_threads():
+    """With MKL, elimination of 192 channels was wrong from then on."""
+    before = torch.get_num_threads()
+    weight = torch.stack([torch.eye(192, dtype=torch.float64) + 0.02 * (image(192, 192, seed=i) - 0.5) for i in range(3)])
+    expected = sum(np.linalg.slogdet(matrix.numpy())[1] for matrix in weight)
+    zeros = torch.zeros(3, 192, dtype=torch.float64)
+    try:
+        for threads in (1, 2, before):
+            torch.set_num_threads(threads)
+            mixing = fold_mixing(zeros, zeros, weight, 0, False)
+            assert abs(float(mixing.logdet) - expected) < 1e-9
+            inverses = fold_mixing(zeros, zeros, weight, 0, True).mix
+            assert torch.allclose(inverses @ weight, torch.eye(192, dtype=torch.float64).expand(3, -1, -1), atol=1e-10)
+    finally:
+        torch.set_num_threads(before)
