@@ -64,8 +64,9 @@ def inverse_weight(op: str, weight: Tensor) -> Tensor:
 
 # The check reads a value, which a compiled graph cannot: there it is one opaque operator.
 LIBRARY.define("inverse_weight(str op, Tensor weight) -> Tensor")
-LIBRARY.impl("inverse_weight", inverse_weight, "CompositeExplicitAutograd")
-torch.library.register_fake("ncsr_fast::inverse_weight", lambda op, weight: torch.empty_like(weight), lib=LIBRARY)
+# LAPACK's inverse is column-major, a GPU's is not: the operator's is row-major, as compiled graphs are told.
+LIBRARY.impl("inverse_weight", lambda op, weight: inverse_weight(op, weight).contiguous(), "CompositeExplicitAutograd")
+torch.library.register_fake("ncsr_fast::inverse_weight", lambda op, weight: weight.new_empty(weight.shape), lib=LIBRARY)
 torch.library.register_autograd(
     "ncsr_fast::inverse_weight",
     lambda ctx, grad: (None, -ctx.saved_tensors[0].T @ grad @ ctx.saved_tensors[0].T),
