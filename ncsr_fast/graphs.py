@@ -6,109 +6,143 @@ without capture on any device (`graph=False`), for machines without a GPU and fo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ncsr_fast.nn.ncsr import NCSR
 from ncsr_fast.nn.sampling import decode_samples, draw_latents
 
 _WARM_UP = 3  # runs before a capture: plans of cuDNN, compilation of Triton, lazy loading of modules
-NllLoss = Callable[[NCSR, Tensor, Tensor, Tensor | None], Tensor]
+Loss = Callable[..., Tensor]
 
 
-def mean_nll(model: NCSR, hr: Tensor, lr: Tensor, noise: Tensor | None) -> Tensor:
+def mean_nll(model: NCSR, hr: Tensor, lr: Tensor, noise: Tensor | None = None) -> Tensor:
     """The loss of NCSR: the mean of `nll` over the batch, in bits per pixel position."""
     return model.nll(hr, lr, noise).mean()
 
 
-def adam(model: NCSR, lr: float, betas: tuple[float, float] = (0.9, 0.99)) -> torch.optim.Adam:
-    """An Adam that a graph can hold: fused, and on a GPU capturable with its learning rate in a tensor.
+def adam(
+    parameters: nn.Module | Iterable[Any], lr: float, betas: tuple[float, float] = (0.9, 0.99), weight_decay: float = 0.0
+) -> torch.optim.Adam:
+    """An Adam that a graph can hold: fused, on a GPU capturable, and with the learning rate of every group in a tensor.
 
-    A schedule writes to that tensor: `optimizer.param_groups[0]["lr"].fill_(value)`.
+    parameters  a model, for those that are trained; or what torch.optim takes: parameters, or groups with their own "lr"
+
+    A schedule writes to the tensors: `optimizer.param_groups[0]["lr"].fill_(value)`.
     """
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if not parameters[0].is_cuda:
-        return torch.optim.Adam(parameters, lr=lr, betas=betas, fused=True)
-    rate = torch.tensor(lr, device=parameters[0].device)
-    return torch.optim.Adam(parameters, lr=rate, betas=betas, fused=True, capturable=True)
+    if isinstance(parameters, nn.Module):
+        parameters = [parameter for parameter in parameters.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.Adam(parameters, lr=lr, betas=betas, weight_decay=weight_decay, fused=True)
+    device = optimizer.param_groups[0]["params"][0].device
+    for group in optimizer.param_groups:
+        group["lr"] = torch.tensor(float(group["lr"]), device=device)
+        group["capturable"] = device.type == "cuda"
+    return optimizer
 
 
 class TrainingStep:
-    """Forward, backward, clipping and optimizer step of one batch shape: `loss, norm = step(hr, lr, noise)`.
+    """Forward, backward, clipping and optimizer step of one batch shape: `result, norm = step(hr, lr, noise)`.
 
-    optimizer         as `adam` makes it; one that a graph cannot hold is refused. None: gradients alone, which stay where
-                      they are from call to call, to be reduced over processes before a step
+    model             whatever `loss` takes: an NCSR, or a module around one
+    optimizer         as `adam` makes it, or another fused one. None: gradients alone, which stay where they are from call to
+                      call, to be reduced over processes before a step
     max_grad_norm     gradients are clipped to it; None leaves them
-    loss              (model, hr, lr, noise) → scalar; it must not wait for the device
+    loss              (model, *inputs) → a scalar, or a vector whose first element is minimised; it must not wait for the
+                      device. Inputs are tensors or None.
     graph             capture at the first call. Weights, optimizer state and gradients are then as a step without capture
                       leaves them: the runs before the capture are undone. A batch of another shape is captured anew.
-    returns           loss and gradient norm, tensors on the device that the next call overwrites
+    backoff           what `rate` is multiplied by at a skipped step
+    reduce            called with what `loss` returned, detached, to make it that of all processes, in place
+    returns           what `loss` returned and the gradient norm, tensors on the device that the next call overwrites
 
-    raises  ValueError for a model on the CPU with graph=True, or for an optimizer that is not capturable
+    A step whose loss or gradient norm is not finite is skipped: weights and optimizer stay as they were. On the device,
+    `counters` (int64: steps, skipped ones, skipped in a row, number of the last skipped one or -1) says so, and `rate`, a
+    factor for a schedule to apply, falls by `backoff`. Reading either on a GPU waits for it.
+
+    raises  ValueError for a model on the CPU with graph=True, or for an optimizer that is not fused or cannot be captured
     """
 
     def __init__(
         self,
-        model: NCSR,
+        model: nn.Module,
         optimizer: torch.optim.Optimizer | None,
         *,
         max_grad_norm: float | None = None,
-        loss: NllLoss = mean_nll,
+        loss: Loss = mean_nll,
         graph: bool = True,
+        backoff: float = 1.0,
+        reduce: Callable[[Tensor], None] | None = None,
     ) -> None:
         self.model, self.optimizer, self.max_grad_norm, self.loss, self.graph = model, optimizer, max_grad_norm, loss, graph
+        self.backoff, self.reduce = backoff, reduce
         if optimizer is None:
             self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         else:
             self.parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         if graph:
             _check_on_gpu(model)
-            _check_capturable(optimizer)
+        if optimizer is not None:
+            _check_optimizer(optimizer, graph)
+        device = self.parameters[0].device
+        self.counters = torch.tensor([0, 0, 0, -1], device=device)
+        self.rate = torch.ones((), device=device)
         self._captured: dict[object, tuple[_Captured, list[Tensor | None]]] = {}
 
-    def __call__(self, hr: Tensor, lr: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def __call__(self, *inputs: Tensor | None) -> tuple[Tensor, Tensor]:
         if not self.graph:
-            return self._run(hr, lr, noise)
-        key = (hr.shape, lr.shape, None if noise is None else noise.shape, self.model.options)
+            return self._run(*inputs)
+        key = (*(None if tensor is None else tensor.shape for tensor in inputs), getattr(self.model, "options", None))
         if key not in self._captured:
             saved = list(_copies(self._state()))
-            captured = _Captured(self._run, (hr, lr, noise))
+            captured = _Captured(self._run, inputs)
             self._captured[key] = captured, [parameter.grad for parameter in self.parameters]
             self._restore(saved)
         captured, gradients = self._captured[key]
-        results = captured(hr, lr, noise)
+        results = captured(*inputs)
         for parameter, gradient in zip(self.parameters, gradients):
             parameter.grad = gradient  # where the graph wrote it, whatever was there since
         return results
 
-    def _run(self, hr: Tensor, lr: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _run(self, *inputs: Tensor | None) -> tuple[Tensor, Tensor]:
         for parameter in self.parameters:
             parameter.grad = None  # so that a replay writes the gradients instead of adding to them
-        loss = self.loss(self.model, hr, lr, noise)
-        loss.backward()
-        if self.max_grad_norm is None:
-            gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
-            norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(gradient) for gradient in gradients]))
-        else:
-            norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
+        result = self.loss(self.model, *inputs)
+        (result if result.dim() == 0 else result[0]).backward()
+        result = result.detach()
+        if self.reduce is not None:
+            self.reduce(result)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, math.inf if self.max_grad_norm is None else self.max_grad_norm)
+        self._count(~(result.isfinite().all() & norm.isfinite()))
         if self.optimizer is not None:
             self.optimizer.step()
-        return loss.detach(), norm
+        return result, norm
+
+    def _count(self, bad: Tensor) -> None:
+        """Note a step, and have the optimizer skip a `bad` one: it reads that on the device."""
+        if self.optimizer is not None:
+            self.optimizer.found_inf = bad.float()
+        done, skipped, in_a_row, last = self.counters.unbind()
+        last.copy_(torch.where(bad, done, last))
+        in_a_row.add_(1).mul_(bad)
+        skipped.add_(bad)
+        done.add_(1)
+        self.rate.mul_(torch.where(bad, self.backoff, 1.0))
 
     def _state(self) -> Iterator[Tensor]:
+        yield from (self.counters, self.rate)
         yield from self.parameters
         for parameter in self.parameters if self.optimizer is not None else ():
             yield from (value for value in self.optimizer.state.get(parameter, {}).values() if isinstance(value, Tensor))
 
     @torch.no_grad()
     def _restore(self, saved: list[Tensor]) -> None:
-        """Weights and optimizer state as before; what the optimizer had not yet starts from zero, as Adam does."""
-        state = list(self._state())
-        fresh = len(saved) == len(self.parameters)
-        for index, tensor in enumerate(state):
-            tensor.zero_() if fresh and index >= len(saved) else tensor.copy_(saved[index])
+        """As before the capture; what the optimizer had not yet starts from zero, as Adam does."""
+        for index, tensor in enumerate(self._state()):
+            tensor.copy_(saved[index]) if index < len(saved) else tensor.zero_()
 
 
 class Sampler:
@@ -176,15 +210,19 @@ def _copies(tensors: Iterator[Tensor]) -> Iterator[Tensor]:
     return (tensor.detach().clone() for tensor in tensors)
 
 
-def _check_on_gpu(model: NCSR) -> None:
+def _check_on_gpu(model: nn.Module) -> None:
     device = next(model.parameters()).device
     if device.type != "cuda":
         raise ValueError(f"a CUDA graph needs a model on a GPU, not on {device}; graph=False runs the same without one")
 
 
-def _check_capturable(optimizer: torch.optim.Optimizer | None) -> None:
-    for group in optimizer.param_groups if optimizer is not None else ():
-        if not group.get("capturable") or not isinstance(group["lr"], Tensor):
+def _check_optimizer(optimizer: torch.optim.Optimizer, graph: bool) -> None:
+    for group in optimizer.param_groups:
+        if not group.get("fused"):
+            raise ValueError(
+                "the optimizer must be fused, so that it can skip a step on the device: use ncsr_fast.graphs.adam(model, lr)"
+            )
+        if graph and not (group.get("capturable") and isinstance(group["lr"], Tensor)):
             raise ValueError(
                 "the optimizer must be capturable, with its learning rate in a tensor, so that a graph can hold it: "
                 "use ncsr_fast.graphs.adam(model, lr)"

@@ -102,10 +102,9 @@ def _smallest_scale(level: FlowLevel, step: Step, y: Tensor, u: Tensor, noise: T
     """The smallest scale of a step and what has it; y is the state after it, whose first half its networks read."""
     found = [(float(torch.exp(step.logs.min())), "actnorm")]
     if step.injector is not None:
-        nets = couplings(step, u, noise)
-        outputs = [step.injector(u), *(network(level.joined(y, condition)) for network, condition in nets)]
-        names = ["injector", "noise coupling", "coupling"] if len(nets) == 2 else ["injector", "coupling"]
-        found += [(float(torch.sigmoid(h[:, 1::2] + 2).min() + level.eps), name) for h, name in zip(outputs, names)]
+        outputs = [("injector", step.injector(u))]
+        outputs += [(name, network(level.joined(y, condition))) for name, network, condition in couplings(step, u, noise)]
+        found += [(float(torch.sigmoid(h[:, 1::2] + 2).min() + level.eps), name) for name, h in outputs]
     return min(found)
 
 

@@ -25,6 +25,15 @@ class Step(NamedTuple):
     coupling: Network | None = None
 
 
+class Part(NamedTuple):
+    """A part of a step that was encoded."""
+
+    name: str
+    h: Tensor | None  # what its network, if it has one, made of the state before
+    z: Tensor  # the state after it
+    logdet: Tensor  # (B,)
+
+
 class FlowLevel(nn.Module):
     """`transition_steps` plain steps (actnorm + 1×1 convolution), then `steps` conditional ones, then a split.
 
@@ -107,24 +116,33 @@ class FlowLevel(nn.Module):
         self, step: Step, z: Tensor, u: Tensor, v: Tensor | None, initialize: bool = False, backend: str = "auto"
     ) -> tuple[Tensor, Tensor]:
         """One step of the squeezed state z (B, C, h, w)."""
+        parts = self.encode_parts(step, z, u, v, initialize, backend)
+        return parts[-1].z, torch.stack([part.logdet for part in parts]).sum(dim=0)
+
+    def encode_parts(
+        self, step: Step, z: Tensor, u: Tensor, v: Tensor | None, initialize: bool = False, backend: str = "auto"
+    ) -> list[Part]:
+        """The parts of one step, in encoding order."""
         if initialize:
             initialize_actnorm(step.bias, step.logs, z)
         z, logdet = ops.actnorm_invconv(z, step.bias, step.logs, step.weight, backend=backend)
+        parts = [Part("actnorm and 1×1 convolution", None, z, logdet)]
         if step.injector is None:
-            return z, logdet
-        logdets = [logdet]
-        z, logdet = ops.affine_injector(z, step.injector(u, initialize), self.eps, backend=backend)
-        logdets.append(logdet)
-        for network, condition in couplings(step, u, v):
-            z, logdet = ops.affine_coupling(z, network(self.joined(z, condition), initialize), self.eps, backend=backend)
-            logdets.append(logdet)
-        return z, torch.stack(logdets).sum(dim=0)
+            return parts
+        h = step.injector(u, initialize)
+        z, logdet = ops.affine_injector(z, h, self.eps, backend=backend)
+        parts.append(Part("injector", h, z, logdet))
+        for name, network, condition in couplings(step, u, v):
+            h = network(self.joined(z, condition), initialize)
+            z, logdet = ops.affine_coupling(z, h, self.eps, backend=backend)
+            parts.append(Part(name, h, z, logdet))
+        return parts
 
     def decode_step(self, step: Step, z: Tensor, u: Tensor, v: Tensor | None, backend: str = "auto") -> tuple[Tensor, Tensor]:
         """The inverse of `encode_step`."""
         logdets = []
         if step.injector is not None:
-            for network, condition in reversed(couplings(step, u, v)):
+            for _, network, condition in reversed(couplings(step, u, v)):
                 h = network(self.joined(z, condition))
                 z, logdet = ops.affine_coupling(z, h, self.eps, inverse=True, backend=backend)
                 logdets.append(logdet)
@@ -155,10 +173,10 @@ class FlowLevel(nn.Module):
         return zeros_conv(z1, self.split_weight, self.split_bias, self.split_logs)
 
 
-def couplings(step: Step, u: Tensor, v: Tensor | None) -> list[tuple[Network, Tensor]]:
-    """The couplings of a step with what each is conditioned on, in encoding order."""
-    noise = [] if step.noise_coupling is None else [(step.noise_coupling, v)]
-    return [*noise, (step.coupling, u)]
+def couplings(step: Step, u: Tensor, v: Tensor | None) -> list[tuple[str, Network, Tensor]]:
+    """The couplings of a step: the name of each, its network and what that is conditioned on, in encoding order."""
+    noise = [] if step.noise_coupling is None else [("noise coupling", step.noise_coupling, v)]
+    return [*noise, ("coupling", step.coupling, u)]
 
 
 def _random_rotation(channels: int) -> Tensor:

@@ -62,7 +62,7 @@ def test_the_check_sees_what_waits():
 def test_training_step(model, checkpoint):
     model.checkpoint = checkpoint
     hr, lr, noise = batch(model)
-    step = graphs.TrainingStep(model, torch.optim.SGD(model.parameters(), lr=0.01), max_grad_norm=1.0, graph=False)
+    step = graphs.TrainingStep(model, torch.optim.SGD(model.parameters(), lr=0.01, fused=True), max_grad_norm=1.0, graph=False)
     step(hr, lr, noise)  # kernels are chosen and loaded
     with no_waiting():
         step(hr, lr, noise)
