@@ -1,65 +1,82 @@
-"""Random crops of a folder of images, such that crop number n is the same in every run."""
+"""Random crops of images, such that crop number n is the same in every run."""
 
 from __future__ import annotations
 
 import os
 import random
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
-from ncsr_fast.data.images import ImageError, image_size, list_images, pair_up, read_image
+from ncsr_fast.data.cache import ImageCache
+from ncsr_fast.data.degradation import load_degradation
+from ncsr_fast.data.images import ImageError
+from ncsr_fast.data.sources import Source, list_sources, read_source, source_size
+from ncsr_fast.data.workers import leave_signals
 
 _NAMED = 5  # broken files a warning spells out
+_PREFETCHED = 4  # batches each worker keeps ready: enough to outlast a few large images being decoded
+
+Place = str | os.PathLike
 
 
 class RandomCrops(Dataset):
-    """Item n is a random crop, flipped and turned at random, of an image of the n-th place in an endless shuffle.
+    """Item n is a random crop of an image of the n-th place in an endless shuffle.
 
-    hr       folder of HR images, searched recursively
-    lr       folder of their LR counterparts; None when the LR images are to be computed from the crops
-    scale    of the pair; crops start at multiples of it
-    crop     side of an HR crop, a multiple of 2·scale
-    seed     with the item's number it decides everything: a run resumed at item n goes on as it would have
-    cache    bytes of decoded images kept in memory (in each worker process)
+    images        places of HR images, one or several: folders, searched recursively, and published `.pklv4` files
+    lr_images     places of their LR counterparts, one for each of `images` and of its kind; () where there are none
+    scale         of the pair; crops start at multiples of it
+    crop          side of an HR crop, a multiple of 2·scale
+    seed          with the item's number it decides everything: a run resumed at item n goes on as it would have
+    degradation   makes the LR crop: what `load_degradation` takes. "bicubic" is left to `to_pair`, on the device.
+    cache_folder, cache_bytes   where decoded image files are kept, and how many bytes of them: see `ImageCache`.
+                  None or 0: each is decoded every time.
 
-    An item is {"hr": uint8 (3, crop, crop)} and, with `lr`, {"lr": uint8 (3, crop/scale, crop/scale)}.
+    An item is {"hr": uint8 (3, crop, crop)}, with {"lr": uint8 (3, crop/scale, crop/scale)} if there are `lr_images` or
+    there is a degradation of one's own.
 
     Files that cannot be read and images smaller than a crop are left out with a warning that counts and names
     them, at the start for what the header tells, later (by each worker process) for the rest; ValueError when none
     is left.
+    raises  FileNotFoundError for a folder or file that is not there, ValueError for arguments that do not fit together
     """
 
     def __init__(
         self,
-        hr: str | os.PathLike,
-        lr: str | os.PathLike | None = None,
+        images: Place | Sequence[Place],
+        lr_images: Place | Sequence[Place] = (),
         *,
         scale: int,
         crop: int = 160,
         seed: int = 0,
-        augment: bool = True,
-        cache: int = 2**30,
+        degradation: str | Callable[[Tensor, int, torch.Generator], Tensor] = "bicubic",
+        cache_folder: str | os.PathLike | None = None,
+        cache_bytes: int = 0,
     ) -> None:
         if crop < 1 or crop % (2 * scale):
             raise ValueError(f"crop must be a positive multiple of 2·scale = {2 * scale}, not {crop!r}")
-        self.scale, self.crop, self.seed, self.augment = scale, crop, seed, augment
+        self.scale, self.crop, self.seed = scale, crop, seed
+        self.degradation = load_degradation(degradation)
         self.broken: dict[str, str] = {}
-        self._cache: dict[Path, Tensor] = {}
-        self._room = cache
         self._order: tuple[int, list[int]] | None = None
-        paths: list[tuple[Path, ...]] = [(path,) for path in list_images(hr)]
-        if lr is not None:
-            paths = list(pair_up([path for (path,) in paths], Path(hr), list_images(lr), Path(lr)))
-        self.files = [files for files in paths if self._usable(files)]
+        listed = list_sources(_places(images), _places(lr_images))
+        if lr_images and self.degradation is not None:
+            raise ValueError(
+                f"degradation {degradation!r} makes the LR images that lr_images names already: give one of the two"
+            )
+        sizes: dict[Source, tuple[int, int]] = {}
+        self.files = [files for files in listed if self._usable(files, sizes)]
         if self.broken:
-            self._warn(list(self.broken.values()), len(paths))
+            self._warn(list(self.broken.values()), len(listed))
         if not self.files:
-            raise ValueError(f"no usable image is left in {str(hr)!r}")
+            raise ValueError(f"no usable image is left in {', '.join(repr(str(place)) for place in _places(images))}")
+        of_files = {image: size for image, size in sizes.items() if isinstance(image, Path)}
+        wanted = cache_folder is not None and cache_bytes > 0 and of_files
+        self._cache = ImageCache(cache_folder, cache_bytes, of_files) if wanted else None
 
     def __len__(self) -> int:
         """Number of images; items go on without end."""
@@ -71,15 +88,26 @@ class RandomCrops(Dataset):
         side, (height, width) = self.crop, images[0].shape[1:]
         top = draw.randint(0, (height - side) // self.scale) * self.scale
         left = draw.randint(0, (width - side) // self.scale) * self.scale
-        turns, flip = (draw.randrange(4), draw.random() < 0.5) if self.augment else (0, False)
-        crops = []
-        for image, ratio in zip(images, (1, self.scale)):
+        item = {}
+        for name, image, ratio in zip(("hr", "lr"), images, (1, self.scale)):
             window = image[:, top // ratio : (top + side) // ratio, left // ratio : (left + side) // ratio]
-            window = torch.rot90(window, turns, dims=(1, 2))
-            crops.append((window.flip(2) if flip else window).contiguous())
-        return dict(zip(("hr", "lr"), crops))
+            # copied, also where it is contiguous: it may be a view of the cache
+            item[name] = window.clone(memory_format=torch.contiguous_format)
+        if self.degradation is not None:
+            generator = torch.Generator().manual_seed(draw.getrandbits(63))
+            item["lr"] = self.degradation(item["hr"], self.scale, generator)
+        return item
 
-    def _images(self, number: int) -> tuple[Tensor, ...]:
+    def batch(self, step: int, batch: int) -> dict[str, Tensor]:
+        """The whole batch of a training step, over all processes, stacked."""
+        return default_collate([self[number] for number in range(step * batch, (step + 1) * batch)])
+
+    def forget(self) -> None:
+        """Delete the decoded images on disk."""
+        if self._cache is not None:
+            self._cache.remove()
+
+    def _images(self, number: int) -> list[Tensor]:
         """The image (pair) that `number` falls on, or the next readable one after it."""
         start = self._shuffled(number)
         for offset in range(len(self.files)):
@@ -87,7 +115,7 @@ class RandomCrops(Dataset):
             if str(files[0]) in self.broken:
                 continue
             try:
-                images = tuple(self._read(path) for path in files)
+                images = [self._read(image) for image in files]
                 self._check_pair(files, [tuple(image.shape[1:]) for image in images])
                 return images
             except (ImageError, FileNotFoundError) as error:
@@ -103,24 +131,23 @@ class RandomCrops(Dataset):
             self._order = (epoch, order)
         return self._order[1][position]
 
-    def _read(self, path: Path) -> Tensor:
-        image = self._cache.get(path)
-        if image is None:
-            image = read_image(path)
-            if image.numel() <= self._room:
-                self._room -= image.numel()
-                self._cache[path] = image
-        return image
+    def _read(self, image: Source) -> Tensor:
+        if self._cache is None or not isinstance(image, Path):
+            return read_source(image)
+        return self._cache.read(image)
 
-    def _usable(self, files: tuple[Path, ...]) -> bool:
+    def _usable(self, files: tuple[Source, ...], sizes: dict[Source, tuple[int, int]]) -> bool:
+        """Whether the headers of an image (pair) fit; their sizes are added to `sizes`."""
         try:
-            self._check_pair(files, [image_size(path) for path in files])
-            return True
+            found = [source_size(image) for image in files]
+            self._check_pair(files, found)
         except ImageError as error:
             self.broken[str(files[0])] = str(error)
             return False
+        sizes.update(zip(files, found))
+        return True
 
-    def _check_pair(self, files: tuple[Path, ...], sizes: list[tuple[int, int]]) -> None:
+    def _check_pair(self, files: tuple[Source, ...], sizes: list[tuple[int, int]]) -> None:
         height, width = sizes[0]
         if min(height, width) < self.crop:
             raise ImageError(f"{str(files[0])!r} is {height}×{width}, smaller than a {self.crop}×{self.crop} crop")
@@ -135,26 +162,45 @@ class RandomCrops(Dataset):
         warnings.warn(f"{len(errors)} of {total} images are skipped:\n  {named}", stacklevel=3)
 
 
-class CountingSampler(Sampler[int]):
-    """The item numbers start, start + 1, … stop - 1."""
+class _Share(Sampler[int]):
+    """A process's contiguous share of the item numbers of the batches of steps first … stop - 1."""
 
-    def __init__(self, start: int, stop: int) -> None:
-        self.start, self.stop = start, stop
+    def __init__(self, batch: int, first: int, stop: int, rank: int, world: int) -> None:
+        self._batch, self._steps = batch, range(first, stop)
+        self._share = range(rank * batch // world, (rank + 1) * batch // world)
 
     def __iter__(self) -> Iterator[int]:
-        return iter(range(self.start, self.stop))
+        return (step * self._batch + place for step in self._steps for place in self._share)
 
     def __len__(self) -> int:
-        return max(0, self.stop - self.start)
+        return len(self._steps) * len(self._share)
 
 
-def crop_loader(crops: RandomCrops, batch: int, first_step: int, steps: int, workers: int = 0) -> DataLoader:
-    """The batches of training steps first_step … steps - 1, the same ones whatever `first_step` is."""
+def crop_loader(
+    crops: RandomCrops, batch: int, first_step: int, stop_step: int, workers: int = 0, rank: int = 0, world: int = 1
+) -> DataLoader:
+    """The batches of training steps first_step … stop_step - 1, the same ones whatever `first_step` is.
+
+    batch    crops a step over all `world` processes together; each reads batch / world of them, those of `rank` in turn,
+             so that a step's crops are the same for any number of processes
+    workers  processes that read images; 0 reads them when they are asked for. They leave SIGINT and SIGTERM to the
+             main process, and have one thread each.
+    raises   ValueError for a batch that `world` does not divide, or a rank outside it
+    """
+    if not 0 <= rank < world:
+        raise ValueError(f"rank must be one of the {world} of world, 0 … {world - 1}, not {rank!r}")
+    if batch < 1 or batch % world:
+        raise ValueError(f"batch must be a positive multiple of the number of processes, {world}, not {batch!r}")
     return DataLoader(
         crops,
-        batch_size=batch,
-        sampler=CountingSampler(first_step * batch, steps * batch),
+        batch_size=batch // world,
+        sampler=_Share(batch, first_step, stop_step, rank, world),
         num_workers=workers,
-        persistent_workers=workers > 0,
+        prefetch_factor=_PREFETCHED if workers else None,
+        worker_init_fn=leave_signals() if workers else None,
         pin_memory=torch.cuda.is_available(),
     )
+
+
+def _places(places: Place | Sequence[Place]) -> list[Path]:
+    return [Path(place) for place in ([places] if isinstance(places, (str, os.PathLike)) else places)]

@@ -23,22 +23,35 @@ def to_pair(batch: dict[str, Tensor], scale: int, device: torch.device | str) ->
 
 def perturb(
     hr: Tensor, lr: Tensor, max_std: float, generator: torch.Generator | None = None, *, noise_channels: int = 3
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """Add NCSR's noise: `v ~ N(0, c²I)` with `c ~ U(0, max_std)` for each image, and its LR counterpart.
 
     hr, lr          (B, 3, sH, sW) and (B, 3, H, W) on one device
     generator       of that device; None is torch's default one
     noise_channels  what the model is conditioned on (`NCSRConfig.noise_channels`)
-    returns         hr + v, lr + imresize(v, 1/s), and the condition: v (B, 3, sH, sW), or c (B, 1, 1, 1) when
-                    noise_channels is 1
+    returns         hr + v, lr + imresize(v, 1/s), and the condition: v (B, 3, sH, sW), c (B, 1, 1, 1) when
+                    noise_channels is 1, None when it is 0
     raises          ValueError for a pair whose sizes are no integer scale apart, or a negative max_std
     source          Kim & Son 2021; the resize is MATLAB's bicubic, as in the published program
     """
     if not max_std >= 0:
         raise ValueError(f"max_std must not be negative, not {max_std!r}")
+    options = {"generator": generator, "dtype": hr.dtype, "device": hr.device}
+    std = max_std * torch.rand(hr.shape[0], 1, 1, 1, **options)
+    return perturbed(hr, lr, std, torch.randn(hr.shape, **options), noise_channels=noise_channels)
+
+
+def perturbed(
+    hr: Tensor, lr: Tensor, std: Tensor, normal: Tensor, *, noise_channels: int = 3
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """`perturb` with given random numbers: std c (B, 1, 1, 1) and `normal` (B, 3, sH, sW), v = c · normal.
+
+    returns  hr + v, lr + imresize(v, 1/s), and v, c, or None, as noise_channels is 3, 1 or 0
+    raises   ValueError for a pair whose sizes are no integer scale apart
+    """
     scale = hr.shape[-1] // lr.shape[-1]
     if tuple(hr.shape) != (lr.shape[0], lr.shape[1], lr.shape[2] * scale, lr.shape[3] * scale):
         raise ValueError(f"hr {tuple(hr.shape)} is not an integer multiple of lr {tuple(lr.shape)}")
-    std = max_std * torch.rand(hr.shape[0], 1, 1, 1, generator=generator, dtype=hr.dtype, device=hr.device)
-    noise = std * torch.randn(hr.shape, generator=generator, dtype=hr.dtype, device=hr.device)
-    return hr + noise, lr + imresize(noise, 1 / scale), std if noise_channels == 1 else noise
+    noise = std * normal
+    condition = {3: noise, 1: std, 0: None}[noise_channels]
+    return hr + noise, lr + imresize(noise, 1 / scale), condition
