@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -37,7 +38,16 @@ def pytest_report_header() -> list[str]:
 @pytest.fixture
 def photos(tmp_path):
     """A folder of three smooth 96×120 pictures, one of them in a folder of its own."""
-    folder = tmp_path / "photos"
+    return draw_photos(tmp_path / "photos")
+
+
+@pytest.fixture(scope="module")
+def kept_photos(tmp_path_factory):
+    """The same, for all tests of a file."""
+    return draw_photos(tmp_path_factory.mktemp("kept") / "photos")
+
+
+def draw_photos(folder: Path) -> Path:
     (folder / "nested").mkdir(parents=True)
     y, x = np.mgrid[0:96, 0:120] / 30
     for index, name in enumerate(("a.png", "b.png", "nested/c.png")):

@@ -118,3 +118,27 @@ def weights_module():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def tiny_settings(images: Path | str, **changes):
+    """Settings of a run of seconds: three steps of the encoder, six of the flow."""
+    from ncsr_fast.training import TrainSettings
+
+    values = dict(
+        model=tiny_config(), images=(str(images),), crop=32, batch=2, encoder_steps=3, steps=6, encoder_lr=1e-3, lr=1e-3,
+        log_every=2, save_every=2, validate_every=3, validation_size=64, seed=7, workers=0, cache_gib=0,
+    )  # fmt: skip
+    return TrainSettings(**{**values, **changes})
+
+
+def log_rows(run: Path, timeless: bool = False) -> list[dict]:
+    """The lines of a run's log; `timeless` without what depends on how fast it was."""
+    rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    times = ("steps_per_s", "images_per_s", "data_wait") if timeless else ()
+    return [{key: value for key, value in row.items() if key not in times} for row in rows]
+
+
+def assert_same_weights(first: NCSR, second: NCSR) -> None:
+    """Bit for bit."""
+    other = second.state_dict()
+    assert all(torch.equal(value, other[name]) for name, value in first.state_dict().items())

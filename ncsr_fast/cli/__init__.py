@@ -1,1 +1,1 @@
-"""The command line: `ncsr-fast demo | sample | train | evaluate | bench | doctor`, one subcommand a file."""
+"""The command line: `ncsr-fast demo | sample | train | plot | evaluate | bench | doctor`, one subcommand a file."""

@@ -27,6 +27,10 @@ _PACKAGES = {
     "triton": "for the Triton kernels; PyTorch's CUDA builds bring it",
     "scikit-image": "for `demo` and SSIM: pip install 'ncsr_fast[eval]'",
     "lpips": "for LPIPS: pip install 'ncsr_fast[eval]'",
+    "pyyaml": "for `train`: pip install 'ncsr_fast[train]'",
+    "pydantic": "for `train`: pip install 'ncsr_fast[train]'",
+    "tensorboard": "for `train --tensorboard`: pip install 'ncsr_fast[train]'",
+    "matplotlib": "for curves of a run: pip install 'ncsr_fast[train]'",
 }
 
 

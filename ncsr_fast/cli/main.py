@@ -8,7 +8,7 @@ import sys
 
 from ncsr_fast import __version__
 
-COMMANDS = ("demo", "sample", "train", "evaluate", "bench", "doctor")
+COMMANDS = ("demo", "sample", "train", "plot", "evaluate", "bench", "doctor")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -32,14 +32,13 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     try:
-        args.function(args)
+        return args.function(args) or 0
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    except (ValueError, ArithmeticError, OSError, ImportError) as error:
+    except (ValueError, ArithmeticError, MemoryError, OSError, ImportError) as error:
         print(f"ncsr-fast {args.command}: {error}", file=sys.stderr)
         return 1
-    return 0
 
 
 if __name__ == "__main__":

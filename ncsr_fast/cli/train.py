@@ -1,53 +1,126 @@
-"""`ncsr-fast train`: train a model on a folder of images, or resume a run."""
+"""`ncsr-fast train`: train a model on folders of images, or resume a run."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import inspect
+import os
+import sys
+import textwrap
+import typing
+from pathlib import Path
+from typing import Any
 
 from ncsr_fast.cli._common import add_device, pick_device
-from ncsr_fast.config import PRESETS, NCSRConfig
+from ncsr_fast.config import PRESETS
+from ncsr_fast.files import atomic_write
+from ncsr_fast.training.configuration import VARIANTS, Configuration, configure
+from ncsr_fast.training.settings import TrainSettings
 
-HELP = "train a model on a folder of images"
-EXAMPLE = """\
+HELP = "train a model on folders of images, or resume a run"
+_HINTS = typing.get_type_hints(TrainSettings)
+
+
+def _word(value: object) -> str:
+    return " ".join(map(_word, value)) if isinstance(value, tuple) else str(value).lower()
+
+
+_DEFAULTS = ", ".join(
+    f"{field.name} {_word(field.default)}"
+    for field in dataclasses.fields(TrainSettings)
+    if field.default not in (dataclasses.MISSING, None, ())
+)
+
+# the settings are explained where they are defined, and nowhere else
+EXAMPLE = f"""\
 example:
-  ncsr-fast train photos/ --run runs/mine --preset ncsr-compact-x4 --validation more_photos/
+  ncsr-fast train --preset ncsr-compact-x4 --images photos/ --run runs/mine
+  ncsr-fast train mine.yml --steps 50000 --model steps=8 hidden_channels=32
+  ncsr-fast train -opt 4X.yml --images photos/
 
-Two stages: the encoder by L1, then the flow by its negative log-likelihood, with the encoder frozen for the
-first half of it. The same command again resumes a run that was stopped. The model ends up in RUN/model, for
-`ncsr-fast sample --model RUN/model` or NCSR.from_pretrained("RUN/model")."""
+The same command again resumes a run that was stopped. The model ends up in RUN/model, for
+`ncsr-fast sample --model RUN/model` or NCSR.from_pretrained("RUN/model").
+
+A YAML has a line `name: value` for each setting, and `preset`, `variant`, `run` and `model` beside them; each of them
+can be given here as `--name value`, with _ or -, which goes before the YAML. Lists have spaces between their values
+(commas in --model), true and false are written out, and none stands for None.
+
+{inspect.cleandoc(TrainSettings.__doc__ or "")}
+
+Defaults, where the preset has no other:
+{textwrap.fill(_DEFAULTS, 118, initial_indent="    ", subsequent_indent="    ", break_on_hyphens=False)}"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("images", help="folder of HR images (png, jpg, webp, bmp), searched recursively")
-    parser.add_argument("--run", required=True, help="folder of the run: log, checkpoints, samples, model")
-    parser.add_argument("--preset", default="ncsr-x4", choices=PRESETS, help="architecture, and the settings that go with it")
-    parser.add_argument("--lr-images", help="folder of the LR counterparts (default: MATLAB bicubic of the crops)")
-    parser.add_argument("--validation", help="folder of HR images to validate on (default: look at training images)")
+    parser.usage = "ncsr-fast train [CONFIG.yml] [--run RUN] [--SETTING VALUE ...]"
+    parser.add_argument("config", nargs="?", help="YAML of settings, or a YAML of the published NCSR and SRFlow programs")
+    parser.add_argument("-opt", metavar="YAML", help="the same, as the published programs call it")
+    parser.add_argument("--run", help="folder of the run: log, checkpoints, samples, model (default: runs/NAME of the YAML)")
+    parser.add_argument("--preset", help=f"architecture, and the settings that go with it: {', '.join(PRESETS)}")
+    parser.add_argument("--variant", help=f"which of the paper's noise-conditional layers: {', '.join(VARIANTS)}")
     parser.add_argument(
-        "--encoder-weights", help="what the encoder starts from: a published RRDB or ESRGAN .pth, or RUN/encoder"
+        "--model", nargs="+", action="extend", metavar="KEY=VALUE", help="fields of NCSRConfig, over the preset's: steps=8"
     )
-    parser.add_argument("--start-from", help="fine-tune this model: a directory, published .pth or shipped name")
-    parser.add_argument("--encoder-steps", type=int, help="steps of the first stage, 0 to skip it")
-    parser.add_argument("--steps", type=int, help="steps of the second stage")
-    parser.add_argument("--batch", type=int, help="crops a step")
-    parser.add_argument("--crop", type=int, help="side of an HR crop")
-    parser.add_argument("--encoder-lr", type=float, help="learning rate of the first stage")
-    parser.add_argument("--lr", type=float, help="learning rate of the second stage")
-    parser.add_argument("--max-std", type=float, help="M: noise of standard deviation U(0, M) is added")
-    parser.add_argument("--l1-weight", type=float, help="weight of the L1 error of temperature-0 samples beside the NLL")
-    parser.add_argument("--unfreeze", type=float, help="fraction of the second stage after which the encoder is trained too")
-    parser.add_argument("--seed", type=int, help="of weights, crops and noise")
-    parser.add_argument("--validate-every", type=int, help="steps between validations")
-    parser.add_argument("--save-every", type=int, help="steps between checkpoints")
-    parser.add_argument("--workers", type=int, default=0, help="processes that read images (default 0: this one)")
+    parser.add_argument("--estimate", action="store_true", help="say how much memory the run would need, and stop")
     add_device(parser)
+    for name, hint in _HINTS.items():
+        if name != "model":
+            flags = dict.fromkeys((f"--{name.replace('_', '-')}", f"--{name}"))
+            parser.add_argument(*flags, dest=name, help=argparse.SUPPRESS, **_values(hint))
 
 
-def run(args: argparse.Namespace) -> None:
-    from ncsr_fast.training.loop import train
-    from ncsr_fast.training.settings import PUBLISHED, TrainSettings
+def _values(hint: object) -> dict[str, Any]:
+    """How many values a flag takes; what they may be is for `configure` to say."""
+    if typing.get_origin(hint) is tuple:
+        return {"nargs": "*"}
+    return {"nargs": "?", "const": "true"} if bool in (hint, *typing.get_args(hint)) else {}
 
-    given = {key: value for key, value in vars(args).items() if key in TrainSettings.__dataclass_fields__ and value is not None}
-    settings = TrainSettings(config=NCSRConfig.preset(args.preset), **{**PUBLISHED[args.preset], **given})
-    train(settings, args.run, device=pick_device(args.device), workers=args.workers)
-    print(f"the model is in {args.run}/model")
+
+def run(args: argparse.Namespace) -> int | None:
+    configuration = _configuration(args)
+    first = os.environ.get("RANK", "0") == "0"  # torchrun's processes all come through here
+    if first:
+        for line in configuration.report:
+            print(line, file=sys.stderr)
+    if args.estimate:
+        from ncsr_fast.training.memory import estimate
+
+        if first:
+            print(estimate(configuration.settings))
+        return None
+    if configuration.run is None:
+        raise ValueError("--run: should be the folder of the run, which only a YAML can leave out")
+    if args.device != "auto":
+        pick_device(args.device)
+    from ncsr_fast.training import TrainingStopped, train
+
+    if first and configuration.report:
+        with atomic_write(Path(configuration.run) / "published_options.txt") as path:
+            path.write_text("\n".join(configuration.report) + "\n")
+    try:
+        train(configuration.settings, configuration.run, device=args.device)
+    except TrainingStopped as stopped:
+        if first:
+            print(f"ncsr-fast train: {stopped}", file=sys.stderr)
+        return stopped.exit_status
+    if first:
+        print(f"the model is in {configuration.run}/model")
+    return None
+
+
+def _configuration(args: argparse.Namespace) -> Configuration:
+    if args.config and args.opt:
+        raise ValueError(f"-opt: {args.opt!r} is a second YAML beside {args.config!r}; give one")
+    names = ("preset", "variant", "run", *(name for name in _HINTS if name != "model"))
+    overrides = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    if args.model:
+        overrides["model"] = dict(map(_pair, args.model))
+    return configure(args.config or args.opt, overrides)
+
+
+def _pair(text: str) -> tuple[str, str | list[str]]:
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise ValueError(f"--model: should be KEY=VALUE, not {text!r}")
+    return key, value.split(",") if "," in value else value

@@ -1,6 +1,7 @@
 """Training: the encoder by L1, then the flow by its likelihood."""
 
-from ncsr_fast.training.loop import TrainingDiverged, train
+from ncsr_fast.training.loop import TrainingDiverged, TrainingOutOfMemory, train
+from ncsr_fast.training.processes import TrainingStopped
 from ncsr_fast.training.settings import TrainSettings
 
-__all__ = ["TrainSettings", "TrainingDiverged", "train"]
+__all__ = ["TrainSettings", "TrainingDiverged", "TrainingOutOfMemory", "TrainingStopped", "train"]

@@ -8,87 +8,159 @@ from dataclasses import dataclass
 from typing import Any
 
 from ncsr_fast.config import NCSRConfig
+from ncsr_fast.engine.options import PRECISIONS
+
+_AT_LEAST_ONE = (
+    "batch", "log_every", "validate_every", "save_every", "keep", "validation_images", "validation_size", "max_skipped",
+)  # fmt: skip
+_NOT_NEGATIVE = (
+    "encoder_steps", "steps", "max_std", "nll_weight", "l1_weight", "unfreeze", "weight_decay", "workers", "cache_gib",
+)  # fmt: skip
+_POSITIVE = ("encoder_lr", "lr", "unfrozen_lr", "max_grad_norm", "gamma", "backoff")
 
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """Settings of the two stages: the encoder by L1 (SRFlow's generator pre-training), then the flow by NLL.
+    """Settings of the two stages: the encoder by L1 (SRFlow's generator pre-training), then the flow by its likelihood.
 
-    images             folder of HR training images; lr_images the folder of their LR counterparts, None to compute
-                       them by MATLAB bicubic
-    validation         folder of HR images to validate on, None to look at training images instead
-    crop, batch        side of an HR crop, and crops a step
-    encoder_steps      steps of the first stage; 0 skips it (give `encoder_weights`)
-    encoder_weights    what the encoder starts from: a published RRDB or ESRGAN file, or RUN/encoder of another run
-    steps              steps of the second stage
+    What is trained
+    model              its architecture
     start_from         model directory, published .pth or shipped name whose weights, actnorms included, both stages start
                        from, to fine-tune it; None for random weights and data-dependent actnorms
-    encoder_lr, lr     Adam's learning rates of the stages
-    milestones, gamma  fractions of a stage at which its learning rate is multiplied by gamma
-    betas              of Adam, as the paper configures them
+    encoder_weights    what the encoder starts from: a published RRDB or ESRGAN file, or RUN/encoder of another run
+
+    Data
+    images             folders of HR images, and published .pklv4 files, taken together
+    lr_images          LR counterparts, one for each of `images`; () to degrade the crops
+    degradation        "bicubic" (MATLAB's), or the "module:function" of one's own (`ncsr_fast.data.degradation`)
+    validation         folder of HR images to validate on, None to look at training images instead; validation_lr their LR
+                       images, None to degrade them
+    crop, batch        side of an HR crop, and crops a step, over all processes together
+    flip, rotate       crops are mirrored, and turned by a multiple of 90°, at random
+    workers            processes that read images, for each training process; 0 reads them between steps
+    cache_gib          decoded images are kept on disk in RUN/cache, at most so many GiB of them, while the run lasts
+
+    The encoder's stage
+    encoder_steps      0 skips it
+    encoder_lr         its learning rate
+
+    The flow's stage
+    steps, lr          how long, and Adam's learning rate
+    unfreeze           fraction of the stage after which the encoder is trained too (0: from the start, 1: never)
+    unfrozen_lr        the encoder's learning rate then, None for `lr`
     max_std            M of NCSR's noise, c ~ U(0, M)
-    l1_weight          weight of `mean |temperature-0 sample - hr|` beside the NLL (the published `weight_l1`), 0 for none
-    unfreeze           fraction of the second stage after which the encoder is trained too (1: never)
-    max_grad_norm      gradients are clipped to this norm
+    lr_noise           whether the LR image gets the noise too, downsampled
+    nll_weight, l1_weight   loss = nll_weight · NLL + l1_weight · mean |temperature-0 sample - hr| (published `weight_fl`,
+                       `weight_l1`)
+
+    Both stages
+    milestones, gamma  where the learning rate is multiplied by gamma: steps, or below 1 fractions of a stage
+    betas, weight_decay  of Adam
+    max_grad_norm      gradients are clipped to this norm, None for never
+    max_skipped        a step whose loss or gradient is not finite is skipped; so many in a row end the run
+    backoff            the learning rate is multiplied by it at each skipped step (1: never)
     seed               of weights, crops and noise
+
+    How it is computed (none of it but precision changes a result by more than rounding)
+    precision          of the networks: "fp32", "tf32", "bf16"
+    checkpoint         compute small networks anew in the backward pass instead of keeping their activations
+    graph              steps as CUDA graphs; None: on a GPU, where one process trains
+
+    What is seen and kept
     log_every, validate_every, save_every   in steps
-    validation_images  how many of the validation folder are used
+    keep               checkpoints kept of each stage
+    validation_images  how many of the validation folder are used, each cut to its middle of validation_size pixels a side
     temperatures       of the samples drawn at each validation
+    tensorboard        write scalars and samples to RUN/tensorboard
     """
 
-    config: NCSRConfig
-    images: str
-    lr_images: str | None = None
+    model: NCSRConfig
+    images: tuple[str, ...]
+    lr_images: tuple[str, ...] = ()
+    degradation: str = "bicubic"
     validation: str | None = None
+    validation_lr: str | None = None
+    start_from: str | None = None
+    encoder_weights: str | None = None
     crop: int = 160
     batch: int = 18
+    flip: bool = True
+    rotate: bool = True
+    workers: int = 4
+    cache_gib: float = 32.0
     encoder_steps: int = 200_000
-    encoder_weights: str | None = None
-    steps: int = 220_000
-    start_from: str | None = None
     encoder_lr: float = 2e-4
+    steps: int = 220_000
     lr: float = 2e-4
+    unfreeze: float = 0.5
+    unfrozen_lr: float | None = None
+    max_std: float = 0.05
+    lr_noise: bool = True
+    nll_weight: float = 1.0
+    l1_weight: float = 0.0
     milestones: tuple[float, ...] = (0.5, 0.75, 0.9, 0.95)
     gamma: float = 0.5
     betas: tuple[float, float] = (0.9, 0.99)
-    max_std: float = 0.05
-    l1_weight: float = 0.0
-    unfreeze: float = 0.5
-    max_grad_norm: float = 100.0
+    weight_decay: float = 0.0
+    max_grad_norm: float | None = 100.0
+    max_skipped: int = 10
+    backoff: float = 1.0
     seed: int = 0
+    precision: str = "fp32"
+    checkpoint: bool = True
+    graph: bool | None = None
     log_every: int = 20
     validate_every: int = 1000
     save_every: int = 1000
+    keep: int = 3
     validation_images: int = 8
+    validation_size: int = 512
     temperatures: tuple[float, ...] = (0.0, 0.8)
+    tensorboard: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("batch", "log_every", "validate_every", "save_every", "validation_images"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)!r}")
-        for name in ("encoder_steps", "steps", "max_std", "l1_weight"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, not {getattr(self, name)!r}")
-        for name in ("encoder_lr", "lr", "max_grad_norm"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, not {getattr(self, name)!r}")
-        for name in ("milestones", "betas", "temperatures"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
+        for name in ("images", "lr_images", "milestones", "betas", "temperatures"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
+        if not self.images:
+            raise ValueError("images must name at least one folder of HR images or .pklv4 file")
+        if self.lr_images and len(self.lr_images) != len(self.images):
+            raise ValueError(f"lr_images must name one place for each of the {len(self.images)} of images: {self.lr_images}")
+        if self.lr_images and self.degradation != "bicubic":
+            raise ValueError("degradation makes the LR images that lr_images names already: give one of the two")
+        for names, sound, what in (
+            (_AT_LEAST_ONE, lambda value: value >= 1, "at least 1"),
+            (_NOT_NEGATIVE, lambda value: value >= 0, "0 or more"),
+            (_POSITIVE, lambda value: value > 0, "positive"),
+        ):
+            for name in names:
+                value = getattr(self, name)
+                if value is not None and not sound(value):
+                    raise ValueError(f"{name} must be {what}, not {value!r}")
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, not {self.precision!r}")
+        if self.backoff > 1:
+            raise ValueError(f"backoff must be at most 1, not {self.backoff!r}")
+        if self.crop < 1 or self.crop % (2 * self.model.scale):
+            raise ValueError(f"crop must be a positive multiple of 2·scale = {2 * self.model.scale}, not {self.crop!r}")
+        if not all(0 <= beta < 1 for beta in self.betas) or len(self.betas) != 2:
+            raise ValueError(f"betas must be two numbers in [0, 1), not {self.betas}")
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready values."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        values["config"] = self.config.to_dict()
+        values["model"] = self.model.to_dict()
         return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainSettings:
         """The inverse of `to_dict`."""
-        return cls(**{**values, "config": NCSRConfig.from_dict(values["config"])})
+        return cls(**{**values, "model": NCSRConfig.from_dict(values["model"])})
 
     def learning_rate(self, base: float, step: int, steps: int) -> float:
         """The learning rate of `step` (from 0) of a stage of `steps`: base · gamma^(milestones passed)."""
-        return base * self.gamma ** sum(step >= fraction * steps for fraction in self.milestones)
+        passed = sum(step >= (place * steps if place < 1 else place) for place in self.milestones)
+        return base * self.gamma**passed
 
 
 # What differs between the published models: the paper's noise, batch and number of steps.
@@ -99,6 +171,6 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "srflow-x8": {"max_std": 0.0, "batch": 16, "lr": 5e-4, "steps": 200_000},
     "ncsr-compact-x4": {
         "max_std": 0.05, "batch": 16, "crop": 96, "encoder_steps": 2000, "steps": 3600, "encoder_lr": 1e-3, "lr": 7e-4,
-        "validate_every": 500, "save_every": 250,
+        "validate_every": 500, "save_every": 250, "workers": 1,
     },
 }  # fmt: skip

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from ncsr_fast.data.perturb import perturb
-from ncsr_fast.metrics.fidelity import lr_psnr, psnr
+from ncsr_fast.metrics.fidelity import psnr
 from ncsr_fast.nn.ncsr import NCSR
+from ncsr_fast.training.batch import Draws, prepare
+from ncsr_fast.training.diagnose import first_nonfinite
 from ncsr_fast.training.settings import TrainSettings
+from ncsr_fast.training.watch import health, sample_metrics
 
 
 class Stage(Protocol):
@@ -18,90 +21,144 @@ class Stage(Protocol):
 
     name: str
     steps: int
-    lr: float
+    parts: tuple[str, ...]  # what `objective` returns
+    objective: nn.Module  # (hr, lr, *draws) → its parts, the first of which is minimised
 
-    def parameters(self) -> list[nn.Parameter]:
-        """What the optimizer holds, from the first step on."""
+    def groups(self) -> list[dict[str, Any]]:
+        """The parameters of the optimizer from the first step on, with their learning rates."""
 
-    def begin(self, hr: Tensor, lr: Tensor, generator: torch.Generator) -> None:
-        """Called once, with the first batch, when a stage starts and not when it is resumed."""
+    def phase(self, step: int) -> int:
+        """A number that differs where other parameters are trained."""
 
-    def loss(self, hr: Tensor, lr: Tensor, step: int, generator: torch.Generator) -> Tensor:
-        """The loss (a scalar) of a step."""
+    def begin_phase(self, phase: int) -> None:
+        """Make those of `phase` trainable."""
+
+    def initialize(self, hr: Tensor, lr: Tensor | None, draws: Draws) -> None:
+        """Called once, with the first batch of all processes, when a stage starts and not when it is resumed."""
+
+    def diagnose(self, *inputs: Tensor | None) -> str | None:
+        """What is first not finite in a step on these inputs, None when nothing is."""
 
     def validate(self, hr: Tensor, lr: Tensor, generator: torch.Generator) -> tuple[dict[str, float], list[Tensor]]:
         """Metrics of one image (1, 3, sH, sW), and images (3, sH, sW) to look at."""
+
+    def examine(self, hr: Tensor, lr: Tensor, generator: torch.Generator) -> dict[str, float]:
+        """What is looked at in one image only, since it takes long."""
 
 
 class EncoderStage:
     """Pre-train the RRDB encoder as a generator: `loss = mean |encoder(lr) - hr|` (SRFlow's first stage)."""
 
-    name = "encoder"
+    name, parts = "encoder", ("loss",)
 
     def __init__(self, model: NCSR, settings: TrainSettings) -> None:
-        self.model, self.steps, self.lr = model, settings.encoder_steps, settings.encoder_lr
-        model.encoder.requires_grad_(True)
+        self.model, self.settings, self.steps = model, settings, settings.encoder_steps
+        self.objective = EncoderObjective(model, settings)
 
-    def parameters(self) -> list[nn.Parameter]:
-        return list(self.model.encoder.parameters())
+    def groups(self) -> list[dict[str, Any]]:
+        return [{"params": list(self.model.encoder.parameters()), "lr": self.settings.encoder_lr}]
 
-    def begin(self, hr: Tensor, lr: Tensor, generator: torch.Generator) -> None:
+    def phase(self, step: int) -> int:
+        return 0
+
+    def begin_phase(self, phase: int) -> None:
+        self.model.encoder.requires_grad_(True)
+
+    def initialize(self, hr: Tensor, lr: Tensor | None, draws: Draws) -> None:
         pass  # nothing depends on the data
 
-    def loss(self, hr: Tensor, lr: Tensor, step: int, generator: torch.Generator) -> Tensor:
-        return (self.model.encoder(lr) - hr).abs().mean()
+    def diagnose(self, *inputs: Tensor | None) -> str | None:
+        return first_nonfinite(self.model, self.objective, inputs)
 
     def validate(self, hr: Tensor, lr: Tensor, generator: torch.Generator) -> tuple[dict[str, float], list[Tensor]]:
         sr = self.model.encoder(lr).clamp(0, 1)
         return {"l1": float((sr - hr).abs().mean()), "psnr": float(psnr(sr, hr))}, [sr[0]]
 
+    def examine(self, hr: Tensor, lr: Tensor, generator: torch.Generator) -> dict[str, float]:
+        return {}
+
+
+class EncoderObjective(nn.Module):
+    """mean |encoder(lr) - hr|, as (1,)."""
+
+    def __init__(self, model: NCSR, settings: TrainSettings) -> None:
+        super().__init__()
+        self.encoder, self.settings = model.encoder, settings
+
+    def forward(self, hr: Tensor, lr: Tensor | None, *draws: Tensor) -> Tensor:
+        batch = prepare(hr, lr, Draws(*draws), self.settings)
+        return (self.encoder(batch.lr) - batch.hr).abs().mean()[None]
+
 
 class FlowStage:
-    """Train the flow by `loss = mean nll(hr + v, lr + v_lr; v)` (Kim & Son 2021), in bits per pixel.
-
-    With `l1_weight`, plus that weight times `mean |decode(0, lr + v_lr; v) - hr|`, as the published program does.
-    """
+    """Train the flow, and from `unfreeze` on the encoder with it: see `FlowObjective`."""
 
     name = "flow"
 
     def __init__(self, model: NCSR, settings: TrainSettings) -> None:
-        self.model, self.settings, self.steps, self.lr = model, settings, settings.steps, settings.lr
+        self.model, self.settings, self.steps = model, settings, settings.steps
+        self.objective = FlowObjective(model, settings)
+        self.parts = ("loss", "nll", "l1") if settings.l1_weight else ("loss", "nll")
         # What the flow uses of the encoder: its HR end has no gradient here.
         unused = {id(parameter) for module in model.encoder.head() for parameter in module.parameters()}
         self._encoder = [parameter for parameter in model.encoder.parameters() if id(parameter) not in unused]
         model.encoder.requires_grad_(False)
 
-    def parameters(self) -> list[nn.Parameter]:
-        return [*self.model.levels.parameters(), *self._encoder]
+    def groups(self) -> list[dict[str, Any]]:
+        settings = self.settings
+        unfrozen_lr = settings.lr if settings.unfrozen_lr is None else settings.unfrozen_lr
+        return [
+            {"params": list(self.model.levels.parameters()), "lr": settings.lr},
+            {"params": self._encoder, "lr": unfrozen_lr},
+        ]
 
-    def begin(self, hr: Tensor, lr: Tensor, generator: torch.Generator) -> None:
-        if self.settings.start_from is None:
-            self.model.initialize(*self._perturbed(hr, lr, generator))
+    def phase(self, step: int) -> int:
+        return int(step >= self.settings.unfreeze * self.steps)
 
-    def loss(self, hr: Tensor, lr: Tensor, step: int, generator: torch.Generator) -> Tensor:
-        trained = step >= self.settings.unfreeze * self.steps
+    def begin_phase(self, phase: int) -> None:
         for parameter in self._encoder:
-            parameter.requires_grad_(trained)
-        noisy_hr, noisy_lr, noise = self._perturbed(hr, lr, generator)
-        loss = self.model.nll(noisy_hr, noisy_lr, noise).mean()
-        if self.settings.l1_weight:
-            shapes = self.model.latent_shapes(*lr.shape[2:])
-            likely = self.model.decode([lr.new_zeros(len(lr), *shape) for shape in shapes], noisy_lr, noise)
-            loss = loss + self.settings.l1_weight * (likely - hr).abs().mean()
-        return loss
+            parameter.requires_grad_(bool(phase))
+
+    def initialize(self, hr: Tensor, lr: Tensor | None, draws: Draws) -> None:
+        if self.settings.start_from is None:
+            batch = prepare(hr, lr, draws, self.settings)
+            self.model.initialize(batch.noisy_hr, batch.noisy_lr, batch.noise)
+
+    def diagnose(self, *inputs: Tensor | None) -> str | None:
+        hr, lr, *draws = inputs
+        return first_nonfinite(self.model, self.objective, inputs, prepare(hr, lr, Draws(*draws), self.settings))
 
     def validate(self, hr: Tensor, lr: Tensor, generator: torch.Generator) -> tuple[dict[str, float], list[Tensor]]:
-        metrics = {"nll": float(self.model.nll(*self._perturbed(hr, lr, generator)))}
-        images = []
+        channels = self.model.config.noise_channels
+        noisy = perturb(hr, lr, self.settings.max_std, generator, noise_channels=channels)
+        metrics, images = {"nll": float(self.model.nll(*noisy))}, []
         for temperature in self.settings.temperatures:
-            # overflow shows in the metrics
-            sr = self.model.sample(lr, n=1, temperature=temperature, generator=generator, on_nonfinite="ignore")[:, 0]
-            metrics[f"psnr@{temperature:g}"] = float(psnr(sr, hr))
-            metrics[f"lr_psnr@{temperature:g}"] = float(lr_psnr(sr, lr, self.model.config.scale))
-            images.append(sr[0])
+            found, sr = sample_metrics(self.model, hr, lr, temperature, generator)
+            metrics |= {f"{name}@{temperature:g}": value for name, value in found.items()}
+            images.append(sr)
         return metrics, images
 
-    def _perturbed(self, hr: Tensor, lr: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor | None]:
-        channels = self.model.config.noise_channels
-        hr, lr, noise = perturb(hr, lr, self.settings.max_std, generator, noise_channels=channels)
-        return hr, lr, noise if channels else None
+    def examine(self, hr: Tensor, lr: Tensor, generator: torch.Generator) -> dict[str, float]:
+        return health(self.model, lr, max(self.settings.temperatures, default=0.0), generator)
+
+
+class FlowObjective(nn.Module):
+    """`nll_weight · mean nll(hr + v, lr + v_lr; v) + l1_weight · mean |decode(0, lr + v_lr; v) - hr|` (Kim & Son 2021).
+
+    Returns the sum, the mean NLL in bits per pixel position and, where it has a weight, the mean L1 error.
+    """
+
+    def __init__(self, model: NCSR, settings: TrainSettings) -> None:
+        super().__init__()
+        self.model, self.settings = model, settings
+
+    def forward(self, hr: Tensor, lr: Tensor | None, *draws: Tensor) -> Tensor:
+        batch = prepare(hr, lr, Draws(*draws), self.settings)
+        nll = self.model.nll(batch.noisy_hr, batch.noisy_lr, batch.noise).mean()
+        loss = self.settings.nll_weight * nll
+        if not self.settings.l1_weight:
+            return torch.stack([loss, nll])
+        shapes = self.model.latent_shapes(*batch.lr.shape[2:])
+        latents = [batch.lr.new_zeros(len(batch.lr), *shape) for shape in shapes]
+        l1 = (self.model.decode(latents, batch.noisy_lr, batch.noise) - batch.hr).abs().mean()
+        return torch.stack([loss + self.settings.l1_weight * l1, nll, l1])

@@ -7,9 +7,11 @@ from unittest import mock
 
 import pytest
 import torch
-from support import image, tiny_model
+from support import image, tiny_model, tiny_settings
 
 from ncsr_fast import NCSR, graphs
+from ncsr_fast.training.batch import Draws
+from ncsr_fast.training.stages import FlowObjective
 
 CUDA = torch.cuda.is_available()
 # what reads a value, or has a size that depends on values
@@ -66,6 +68,21 @@ def test_training_step(model, checkpoint):
     step(hr, lr, noise)  # kernels are chosen and loaded
     with no_waiting():
         step(hr, lr, noise)
+
+
+@pytest.mark.parametrize("l1_weight", [0.0, 1.0])
+def test_a_step_of_the_trainer(model, l1_weight):
+    """From bytes and a seed: augmentation, bicubic, noise, both losses, clipping, Adam, and the look for NaN."""
+    settings = tiny_settings("unused", model=model.config, l1_weight=l1_weight)
+    device = model.levels[0].actnorm_bias.device
+    generator, hr = torch.Generator(device), torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8, device=device)
+    step = graphs.TrainingStep(
+        FlowObjective(model, settings), graphs.adam(model, 1e-3), max_grad_norm=1.0, loss=lambda o, *i: o(*i), graph=False
+    )
+    step(hr, None, *Draws.of_step(0, settings, generator))
+    with no_waiting():
+        step(hr, None, *Draws.of_step(1, settings, generator))
+    assert step.counters[:2].tolist() == [2, 0]
 
 
 def test_sampling_and_likelihood(model):

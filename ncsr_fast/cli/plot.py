@@ -1,0 +1,24 @@
+"""`ncsr-fast plot`: the log of a training run as a picture."""
+
+from __future__ import annotations
+
+import argparse
+
+HELP = "plot the log of a training run"
+EXAMPLE = """\
+example:
+  ncsr-fast plot runs/mine --out mine.png
+
+Losses, learning rate, gradient norm and skipped steps, quality at each temperature and the health of the inverse: what of
+it RUN/log.jsonl has. Works while the run goes on. Needs matplotlib."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", help="folder of the run")
+    parser.add_argument("--out", metavar="PNG", help="(default: RUN/training.png)")
+
+
+def run(args: argparse.Namespace) -> None:
+    from ncsr_fast.training.plot import plot
+
+    print(plot(args.run, args.out))

@@ -1,0 +1,48 @@
+"""Scalars and images of a run for TensorBoard."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+
+class Board:
+    """Writes to a folder that `tensorboard --logdir` shows, each stage to a folder of its own: they count their own steps.
+
+    The first thing written of a stage says where its curves go on: what a run that was stopped wrote of that step and of
+    later ones is not shown, since the resumed run writes it again.
+
+    raises  ImportError when TensorBoard is not installed
+    """
+
+    def __init__(self, folder: str | os.PathLike) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ImportError(f"tensorboard=true needs TensorBoard ({error}): pip install 'ncsr_fast[train]'") from error
+        self._make, self.folder = SummaryWriter, Path(folder)
+        self._writers: dict[str, Any] = {}
+
+    def scalars(self, step: int, stage: str, values: Mapping[str, float]) -> None:
+        """Points of the curves `stage`/name."""
+        for name, value in values.items():
+            self._writer(stage, step).add_scalar(f"{stage}/{name}", value, step)
+
+    def image(self, step: int, stage: str, name: str, image: Tensor) -> None:
+        """`image` is (3, H, W) in [0, 1]; a NaN is black."""
+        self._writer(stage, step).add_image(f"{stage}/{name}", image.detach().float().nan_to_num(0).clamp(0, 1).cpu(), step)
+
+    def close(self) -> None:
+        """Write what is left."""
+        for writer in self._writers.values():
+            writer.close()
+        self._writers.clear()
+
+    def _writer(self, stage: str, step: int) -> Any:
+        if stage not in self._writers:
+            self._writers[stage] = self._make(self.folder / stage, purge_step=step, flush_secs=10)
+        return self._writers[stage]

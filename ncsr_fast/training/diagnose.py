@@ -1,0 +1,86 @@
+"""Where a loss or a gradient that is not finite began: which level, step and tensor."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ncsr_fast.nn.level import FlowLevel
+from ncsr_fast.nn.ncsr import NCSR
+from ncsr_fast.training.batch import Batch
+
+
+def first_nonfinite(
+    model: NCSR, objective: nn.Module, inputs: tuple[Tensor | None, ...], batch: Batch | None = None
+) -> str | None:
+    """The first tensor that is not finite in a step of `objective` on `inputs`, as the weights are now; None if all are.
+
+    In the order of computation: weights, the likelihood of `batch` if it is given, the loss, gradients from the end. Slow,
+    and it waits for the device. The gradients there were are dropped.
+    """
+    with torch.no_grad():
+        found = _in_weights(model) or (_in_likelihood(model, batch) if batch is not None else None)
+    if found is None:
+        found = _in_gradients(model, objective(*inputs))
+    model.zero_grad()
+    return found
+
+
+def _in_weights(model: NCSR) -> str | None:
+    for name, weight in model.named_parameters():
+        if not _finite(weight):
+            return f"weight {_place(model, name, weight)}"
+    return None
+
+
+def _in_likelihood(model: NCSR, batch: Batch) -> str | None:
+    z = batch.noisy_hr
+    for index, (level, features) in enumerate(zip(model.levels, model.features(batch.noisy_lr, plain=True))):
+        u = features.own
+        if not _finite(u):
+            return f"the encoder's features for level {index + 1}"
+        noise = model.noise_at(index, batch.noise, u, filled=True)
+        z = torch.nn.functional.pixel_unshuffle(z, 2)
+        for number, step in enumerate(level.unbind()):
+            for part in level.encode_parts(step, z, u, noise):
+                for what, tensor in (("network of", part.h), ("state after", part.z), ("log-determinant of", part.logdet)):
+                    if tensor is not None and not _finite(tensor):
+                        return f"level {index + 1}, {_step(level, number)}: {what} the {part.name}"
+                z = part.z
+        if level.split_channels:
+            z = z[:, : -level.split_channels]
+    return None
+
+
+def _in_gradients(model: NCSR, parts: Tensor) -> str | None:
+    if not _finite(parts):
+        return f"the loss, {parts.tolist()}"
+    model.zero_grad()
+    parts[0].backward()
+    bad = [(name, p.grad) for name, p in model.named_parameters() if p.grad is not None and not _finite(p.grad)]
+    if bad:
+        name, gradient = bad[-1]  # backward comes to the last level first
+        return f"gradient of {_place(model, name, gradient, last=True)}"
+    return None
+
+
+def _place(model: NCSR, name: str, tensor: Tensor, last: bool = False) -> str:
+    """A parameter by name; one of a level by level and step as well, the first or the last of its steps that are not finite."""
+    kind, index, *rest = name.split(".")
+    if kind != "levels" or rest[0].startswith("split"):
+        return name
+    level = model.levels[int(index)]
+    bad = (~tensor.isfinite()).flatten(1).any(dim=1).nonzero().flatten().tolist()
+    count = level.transition_steps + level.steps
+    number = bad[-1 if last else 0] + count - len(tensor)  # networks have no transition steps; noise networks the last only
+    return f"{'.'.join(rest)} of level {int(index) + 1}, {_step(level, number)}"
+
+
+def _step(level: FlowLevel, number: int) -> str:
+    """Of all steps of a level, counted from 0, as `Origin` and `InvertibilityReport` count them."""
+    step = number - level.transition_steps
+    return f"step {step}" if step >= 0 else f"transition step {number}"
+
+
+def _finite(tensor: Tensor) -> bool:
+    return bool(tensor.isfinite().all())

@@ -1,0 +1,38 @@
+"""Watching the samples of a flow in training: its likelihood does not show that its inverse explodes."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+from torch import Tensor
+
+from ncsr_fast.metrics.fidelity import lr_psnr, psnr, ssim
+from ncsr_fast.nn.ncsr import NCSR
+from ncsr_fast.nn.sampling import decode_samples, draw_latents
+
+_EXAMINED = 32  # side of the LR image looked at step by step
+
+
+def sample_metrics(
+    model: NCSR, hr: Tensor, lr: Tensor, temperature: float, generator: torch.Generator
+) -> tuple[dict[str, float], Tensor]:
+    """Of one sample of an image (1, 3, H, W): psnr, lr_psnr and, with scikit-image, ssim; shares of its pixels that are
+    nonfinite, and saturated: beyond [0, 1] before they are clipped. And the sample (3, sH, sW)."""
+    padded = model.padded(lr)
+    latents = draw_latents(model.latent_shapes(*lr.shape[2:]), 1, 1, temperature, padded, generator)
+    images, _ = decode_samples(model, model.features(padded), latents, watch=False)
+    raw, sr = images[:, 0, :, : hr.shape[2], : hr.shape[3]], model.shown(images[:, 0], lr)
+    metrics = {"psnr": float(psnr(sr, hr)), "lr_psnr": float(lr_psnr(sr, lr, model.config.scale))}
+    if importlib.util.find_spec("skimage"):
+        metrics["ssim"] = float(ssim(sr, hr))
+    finite = raw.isfinite()
+    metrics["nonfinite"] = float((~finite).double().mean())
+    metrics["saturated"] = float((finite & ((raw < 0) | (raw > 1))).double().mean())
+    return metrics, sr[0]
+
+
+def health(model: NCSR, lr: Tensor, temperature: float, generator: torch.Generator) -> dict[str, float]:
+    """Of the top left of an LR image: the smallest scale that decoding divides by, and the round-trip error of a sample."""
+    report = model.check_invertibility(lr[..., :_EXAMINED, :_EXAMINED], temperature, generator)
+    return {"smallest_scale": report.worst.smallest_scale, "round_trip": report.round_trip}

@@ -1,0 +1,117 @@
+"""Several processes, started by torchrun, do to a batch what one would."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from support import log_rows, tiny_settings
+
+from ncsr_fast import NCSR
+from ncsr_fast.data.crops import RandomCrops
+from ncsr_fast.training import TrainSettings, train
+from ncsr_fast.training.processes import Processes
+
+PROGRAM = """
+import json, sys
+from pathlib import Path
+from ncsr_fast.training import TrainSettings, TrainingStopped, train
+settings = TrainSettings.from_dict(json.loads(Path(sys.argv[1]).read_text()))
+try:
+    train(settings, sys.argv[2], "cpu")
+except TrainingStopped as stopped:
+    print(stopped, file=sys.stderr)
+    sys.exit(stopped.exit_status)
+"""
+
+
+@pytest.fixture
+def settings(photos):
+    # the encoder's phases and the L1 term too; no milestone, so that rounding is all that can differ
+    return tiny_settings(photos, batch=4, l1_weight=1.0, unfreeze=0.5, milestones=(), validation_images=3)
+
+
+def launch(settings: TrainSettings, folder: Path, processes: int = 2) -> subprocess.Popen:
+    program, stored = folder.parent / "program.py", folder.parent / f"{folder.name}.json"
+    program.write_text(PROGRAM)
+    stored.write_text(json.dumps(settings.to_dict()))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", str(program)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([*command, str(stored), str(folder)], stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def run_together(settings: TrainSettings, folder: Path, processes: int = 2) -> None:
+    process = launch(settings, folder, processes)
+    _, complaints = process.communicate(timeout=300)
+    assert process.returncode == 0, complaints
+
+
+@pytest.mark.parametrize("changes", [{}, {"checkpoint": False}, {"precision": "bf16"}], ids=["fp32", "stored", "bf16"])
+def test_two_processes_train_as_one_does(settings, tmp_path, changes):
+    settings = replace(settings, **changes)
+    one = train(settings, tmp_path / "one", "cpu")
+    run_together(settings, tmp_path / "two")
+    rounding = 3e-2 if settings.precision == "bf16" else 1e-4
+    for first, second in zip(log_rows(tmp_path / "one"), log_rows(tmp_path / "two"), strict=True):
+        assert first.keys() == second.keys()
+        for key in first.keys() & {"loss", "nll", "l1", "grad_norm"}:
+            assert second[key] == pytest.approx(first[key], rel=rounding), (first["step"], key)
+    two = NCSR.from_pretrained(tmp_path / "two" / "model")
+    moved, apart = distance(start(settings), one), distance(one, two)
+    assert apart < rounding * moved, (apart, moved)
+
+
+def start(settings: TrainSettings) -> NCSR:
+    torch.manual_seed(settings.seed)
+    return NCSR(settings.model)
+
+
+def distance(first: NCSR, second: NCSR) -> float:
+    pairs = zip(first.parameters(), second.parameters())
+    return float(torch.stack([(a - b).detach().double().square().sum() for a, b in pairs]).sum().sqrt())
+
+
+def test_actnorms_see_the_global_batch(settings, tmp_path):
+    """Bit for bit as one process sets them; so they are the same in all."""
+    settings = replace(settings, encoder_steps=0, steps=1, lr=1e-30)  # a step that moves nothing but zeros
+    run_together(settings, tmp_path / "one", processes=1)  # with the threads that each of the two has
+    run_together(settings, tmp_path / "two")
+    one, two = (NCSR.from_pretrained(tmp_path / name / "model").state_dict() for name in ("one", "two"))
+    assert all(torch.allclose(one[name], two[name], rtol=0, atol=1e-29) for name in one)
+    assert one["actnorm_initialized"] and one["levels.1.actnorm_logs"].abs().min() > 0
+
+
+def test_a_stop_signal_to_one_stops_all_and_the_run_resumes(settings, tmp_path):
+    settings = replace(settings, encoder_steps=0, steps=400, validate_every=400, save_every=400, unfreeze=0.0)
+    process = launch(settings, tmp_path / "run")
+    log, deadline = tmp_path / "run" / "log.jsonl", time.monotonic() + 120
+    while not log.exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True).stdout.split()
+    os.kill(int(workers[-1]), signal.SIGTERM)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode != 0 and "stopped by signal 15 after step" in said
+    (saved,) = (tmp_path / "run" / "checkpoints").glob("flow-*.pt")
+    step = torch.load(saved, weights_only=True)["step"]
+    assert 0 < step < 400
+
+
+def test_shares_make_up_the_batch():
+    shares = [Processes(torch.device("cpu"), rank, 3).share(12) for rank in range(3)]
+    assert [list(range(12))[share] for share in shares] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
+
+
+def test_a_batch_that_cannot_be_shared_is_refused(settings, photos):
+    from ncsr_fast.data.crops import crop_loader
+
+    crops = RandomCrops(photos, scale=4, crop=32)
+    with pytest.raises(ValueError, match="multiple of the number of processes, 3, not 4"):
+        crop_loader(crops, 4, 0, 1, rank=0, world=3)

@@ -1,0 +1,87 @@
+"""What is looked at in validation: the right images, and signs of an inverse that explodes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from support import image, tiny_model, tiny_settings
+
+from ncsr_fast.data import degrade, read_image, write_image
+from ncsr_fast.training.validation import validation_pairs
+from ncsr_fast.training.watch import health, sample_metrics
+
+
+@pytest.fixture
+def model():
+    return tiny_model(dtype=torch.float32).eval()
+
+
+def look(model, temperature: float = 0.5):
+    lr = image(1, 3, 6, 7, dtype=torch.float32)
+    hr = image(1, 3, 24, 28, seed=1, dtype=torch.float32)
+    return sample_metrics(model, hr, lr, temperature, torch.Generator().manual_seed(3)), hr, lr
+
+
+def test_of_a_sound_sample(model):
+    (metrics, sr), hr, lr = look(model)
+    expected = model.sample(lr, n=1, temperature=0.5, generator=torch.Generator().manual_seed(3))[0, 0]
+    assert torch.equal(sr, expected)
+    assert metrics["nonfinite"] == 0
+    latents = [torch.zeros(1, *shape) for shape in model.latent_shapes(6, 7)]
+    raw = model.decode(latents, lr)
+    (calm, _), *_ = look(model, 0.0)
+    assert calm["saturated"] == pytest.approx(float(((raw < 0) | (raw > 1)).float().mean()))
+
+
+def test_of_one_that_overflows(model):
+    with torch.no_grad():
+        model.levels[0].actnorm_logs[1, 0] = -100.0  # decoding divides by exp(-100)
+    (metrics, sr), *_ = look(model)
+    assert 0.1 < metrics["nonfinite"] <= 1
+    assert metrics["nonfinite"] == pytest.approx(float((~sr.isfinite()).float().mean()))
+
+
+def test_of_one_that_is_far_too_bright(model):
+    with torch.no_grad():
+        model.levels[0].actnorm_bias[0] -= 5.0
+    (metrics, _), *_ = look(model)
+    assert metrics["saturated"] > 0.9 and metrics["nonfinite"] == 0
+
+
+def test_health_names_the_smallest_scale(model):
+    lr, generator = image(1, 3, 6, 6, dtype=torch.float32), torch.Generator()
+    sound = health(model, lr, 0.5, generator)
+    assert sound["smallest_scale"] > 0.1 and sound["round_trip"] < 1e-4
+    with torch.no_grad():
+        model.levels[1].actnorm_logs[0, 0] = -7.0
+    assert 0 < health(model, lr, 0.5, generator)["smallest_scale"] <= 1.001 * math.exp(-7)
+
+
+def test_pairs_are_the_middles_of_validation_images(photos):
+    settings = tiny_settings("elsewhere", validation=str(photos), validation_images=2, validation_size=70)
+    pairs = validation_pairs(settings, slice(None))
+    assert list(pairs) == [0, 1]
+    hr, lr = pairs[0]
+    assert torch.equal(hr, read_image(photos / "a.png")[:, 16:80, 24:88]), "64 of 96 and 120, from a multiple of 8"
+    assert torch.equal(lr, degrade(hr, 4))
+
+
+def test_pairs_of_given_lr_images_lie_at_the_same_place(photos, tmp_path):
+    for path in photos.rglob("*.png"):
+        write_image(tmp_path / "lr" / path.relative_to(photos), read_image(path)[:, ::4, ::4])
+    settings = tiny_settings(photos, lr_images=(str(tmp_path / "lr"),), validation_size=40)
+    for hr, lr in validation_pairs(settings, slice(None)).values():
+        assert torch.equal(lr, hr[:, ::4, ::4])
+    both = replace(settings, images=("a",), lr_images=(), validation=str(photos), validation_lr=str(tmp_path / "lr"))
+    assert torch.equal(validation_pairs(both, slice(None))[2][1], lr)
+
+
+def test_processes_share_them(photos):
+    settings = tiny_settings(photos)
+    whole = validation_pairs(settings, slice(None))
+    shares = [validation_pairs(settings, slice(rank, None, 2)) for rank in range(2)]
+    assert [list(share) for share in shares] == [[0, 2], [1]]
+    assert all(torch.equal(pair[0], whole[number][0]) for share in shares for number, pair in share.items())
