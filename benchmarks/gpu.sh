@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Everything this library can check and measure on a machine with a GPU, in calls of less than 10 minutes each.
-#   benchmarks/gpu.sh build|tests|operators|sampling|training|demo RESULTS_FOLDER [CHECKOUT_OF_THE_PUBLISHED_NCSR]
+#   benchmarks/gpu.sh build|tests|operators|sampling|training|trainer|demo RESULTS_FOLDER [CHECKOUT_OF_THE_PUBLISHED_NCSR]
+# `trainer` reads the photographs in NCSR_IMAGES.
 # `build` installs the package with its CUDA kernels; each of the others needs it to have run on that machine before.
 # Needs torch with CUDA, triton, nvcc, pybind11, ninja, pytest, scikit-image, safetensors and tqdm; fetches nothing. No
 # figure of it is in the README until it has been run.
@@ -30,6 +31,10 @@ case $what in
     python3 -m ncsr_fast.benchmarks.end_to_end $published --device cuda --tasks train train-batch-18 --out . | tee training.txt
     python3 -m ncsr_fast.benchmarks.end_to_end $published --device cuda --tasks train-batch-18 --tf32 --out tf32 | tee tf32.txt
     ;;
+  trainer) # the published one needs natsort and imageio too
+    python3 -m ncsr_fast.benchmarks.training "$NCSR_IMAGES" $published --device cuda --tasks steps loader resume --batch 18 \
+      --rounds 20 --out . | tee trainer.txt
+    ;;
   demo) ncsr-fast demo --device cuda --out demo | tee demo.txt ;;
-  *) echo "gpu.sh: $what is none of build, tests, operators, sampling, training, demo" >&2; exit 2 ;;
+  *) echo "gpu.sh: $what is none of build, tests, operators, sampling, training, trainer, demo" >&2; exit 2 ;;
 esac

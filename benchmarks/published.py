@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import sys
 from pathlib import Path
 from unittest import mock
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from ncsr_fast import NCSR, NCSRConfig
 
@@ -23,19 +26,63 @@ OPTIONS = {  # the part of the published 4X.yml that decides the architecture
         },
     },
 }  # fmt: skip
-_NOT_NEEDED = ("cv2", "natsort", "yaml", "torchvision", "torchvision.utils")  # its utilities import them, a network does not
+_NOT_NEEDED = ("cv2", "yaml", "torchvision", "torchvision.utils", "natsort", "imageio")  # what is not installed of it
+
+
+TRAIN = {  # and the part that decides a training step; what is left out reads as None
+    "lr_G": 2e-4, "weight_decay_G": 0, "beta1": 0.9, "beta2": 0.99, "lr_scheme": "MultiStepLR", "lr_steps": [10**6],
+    "lr_gamma": 0.5, "restarts": None, "restart_weights": None, "clear_state": None, "niter": 10**6,
+}  # fmt: skip
+
+
+def _importable(checkout: Path) -> None:
+    sys.path.insert(0, str(checkout / "code"))
+    for name in _NOT_NEEDED:
+        try:
+            __import__(name)
+        except (ImportError, RuntimeError):
+            sys.modules[name] = mock.MagicMock()
+
+
+class PublishedTrainer:
+    """Its training program's parts: the data set of a folder of PNG files, `feed_data` and `optimize_parameters`.
+
+    Its model class cannot be built without a GPU, so it is filled in by hand; its steps are its own. Needs natsort, imageio.
+    """
+
+    def __init__(self, checkout: Path, device: str, batch: int, crop: int, max_std: float) -> None:
+        _importable(checkout)
+        from data.LRHR_IMG_dataset import LRHR_IMGDataset
+        from models.modules.NCSRNet_arch import NCSRNet
+        from models.NCSR_model import NCSRModel
+
+        self._dataset, self.batch, self.crop = LRHR_IMGDataset, batch, crop
+        self.model = object.__new__(NCSRModel)
+        network = NCSRNet(3, 3, 64, 23, gc=32, scale=4, K=16, opt=OPTIONS).to(device)
+        state = {
+            "opt": {**OPTIONS, "train": TRAIN}, "device": torch.device(device), "netG": torch.nn.DataParallel(network),
+            "max_std": max_std, "LRnoise": True, "scale": 4, "mode": "softflow", "std_channels": 3, "optimizers": [],
+            "schedulers": [], "is_train": True,
+        }  # fmt: skip
+        self.model.__dict__.update(state)
+        with contextlib.redirect_stdout(io.StringIO()):
+            self.model.init_optimizer_and_scheduler(TRAIN)
+
+    def loader(self, folder: Path, workers: int) -> DataLoader:
+        """As its `create_dataloader` makes it."""
+        options = {"dataroot_GT": str(folder), "dataroot_y_labels": None, "GT_size": self.crop, "scale": 4, "use_flip": True}
+        return DataLoader(self._dataset(options), self.batch, shuffle=True, num_workers=workers, drop_last=True)
+
+    def step(self, batch: dict[str, Tensor]) -> float:
+        self.model.feed_data(batch)
+        return self.model.optimize_parameters(1)
 
 
 class PublishedNCSR:
     """Its ×4 network with the given weights."""
 
     def __init__(self, checkout: Path, state: dict[str, Tensor], device: str) -> None:
-        sys.path.insert(0, str(checkout / "code"))
-        for name in _NOT_NEEDED:
-            try:
-                __import__(name)
-            except (ImportError, RuntimeError):
-                sys.modules[name] = mock.MagicMock()
+        _importable(checkout)
         from models.modules.NCSRNet_arch import NCSRNet
 
         self.network = NCSRNet(3, 3, 64, 23, gc=32, scale=4, K=16, opt=OPTIONS).eval()

@@ -142,3 +142,14 @@ def end_to_end_table(rows: list[Row]) -> str:
             lines.append(f"| {' | '.join(cells)} |")
         blocks.append("\n".join(lines))
     return "\n\n".join(blocks)
+
+
+def training_table(rows: list[Row]) -> str:
+    """Markdown of the rows of `benchmarks.training`, a table a task."""
+    provenance = {*_SETTING, "command", "task"}
+    blocks = []
+    for task in dict.fromkeys(row["task"] for row in rows):
+        own = [{key: value for key, value in row.items() if key not in provenance} for row in rows if row["task"] == task]
+        lines = [tuple(own[0]), *(tuple(str(value) for value in row.values()) for row in own)]
+        blocks.append(f"{task}\n\n{_markdown(lines)}")
+    return "\n\n".join(blocks)
