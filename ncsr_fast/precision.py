@@ -38,6 +38,12 @@ def convolution_precision(precision: str) -> Iterator[None]:
             setattr(module, name, value)
 
 
+def convolutions_are_rounded() -> bool:
+    """Whether the global flags let cuDNN round the operands of a float32 convolution to TF32, as they do by default."""
+    module, name, (_, rounded) = _FLAGS[0]
+    return getattr(module, name) == rounded
+
+
 def products_are_rounded(device_type: str) -> bool:
     """Whether the global flags let PyTorch round the operands of a float32 matrix product to TF32 or bfloat16."""
     if not _PER_OPERATOR:

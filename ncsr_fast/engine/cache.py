@@ -21,15 +21,21 @@ class Cache:
     On a CPU a weight counts as changed when it is another tensor or memory, dtype or device, when PyTorch counted an in-place
     operation on it, or when its bits sum up to something else. The count alone would not do: fused optimizers, replays of a
     CUDA graph and edits through `.data` escape it. On a GPU, where reading the sum would make the host wait, values are
-    therefore made anew by every pass, and kept during it alone (`held`).
+    therefore made anew by every pass, and kept during it alone (`held`). Between `freeze` and `thaw` nothing is compared
+    anywhere: who freezes it sees to it that the weights stay as they are.
     """
 
     def __init__(self) -> None:
         self._entries: dict[object, tuple[tuple | None, object]] = {}
         self._sound: set[object] | None = None  # while held: what was made or compared since
+        self._frozen: dict[object, object] | None = None  # while frozen: what was made since
 
     def get(self, name: object, weights: Iterable[Tensor], build: Callable[[], Built]) -> Built:
         """The value called `name`, built when there is none or a weight changed since. Never recorded by autograd."""
+        if self._frozen is not None and not torch.compiler.is_compiling():
+            if name not in self._frozen:
+                self._frozen[name] = build()
+            return self._frozen[name]
         if self._sound is not None and name in self._sound:
             return self._entries[name][1]
         weights = list(weights)
@@ -55,6 +61,14 @@ class Cache:
             self._sound = None
             self._entries = {name: entry for name, entry in self._entries.items() if entry[0] is not None}
 
+    def freeze(self) -> None:
+        """From now on every value is made once, on any device, until `thaw`."""
+        self._entries, self._frozen = {}, {}
+
+    def thaw(self) -> None:
+        """Forget what was made since `freeze`, and compare weights again."""
+        self._frozen = None
+
     def __deepcopy__(self, memo: dict) -> Cache:
         return Cache()
 
@@ -68,6 +82,18 @@ def _is_tracked(weight: Tensor) -> bool:
 
 
 def _state(weight: Tensor) -> tuple:
+    return weight.data_ptr(), weight._version, weight.dtype, weight.device, tuple(weight.shape), int(_bits(weight))
+
+
+def _bits(weight: Tensor) -> Tensor:
+    """Their sum."""
     integers = weight.detach().contiguous().view(_BITS[weight.element_size()])
-    bits = int(integers.sum(dtype=integers.dtype))  # 40 times faster than widened to int64: 1 ms for 41 M weights
-    return weight.data_ptr(), weight._version, weight.dtype, weight.device, tuple(weight.shape), bits
+    return integers.sum(dtype=integers.dtype)  # 40 times faster than widened to int64: 1 ms for 41 M weights
+
+
+def fingerprint(weights: list[Tensor]) -> tuple:
+    """What equals that of another time only when no weight, all of one dtype, changed between, by whatever way. Waits for the
+    device: once, for all of them.
+    """
+    kept = [(w.data_ptr(), w._version, w.dtype, w.device, tuple(w.shape)) for w in weights]
+    return kept, torch.stack([_bits(weight) for weight in weights]).tolist()

@@ -102,7 +102,8 @@ def conditions(
     """What the steps need, without gradients: some steps at a time, so that the injectors' hidden layers are not all there."""
     count, half = len(networks.injectors.w2), len(networks.hoisted.bias) // 2
     hidden = half // count
-    together = max(1, _AT_ONCE // (features.own[:, :1].numel() * hidden * features.own.element_size()))
+    size = features.own[:, :1].numel() * hidden * features.own.element_size()
+    together = count if isinstance(size, torch.SymInt) else max(1, _AT_ONCE // size)  # torch.export knows no sizes
     raws: list[Tensor] = []
     pres: list[Tensor] = []
     for first in range(0, count, together):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ncsr_fast import files
 from ncsr_fast.engine.convolution import ConvolutionMethod, convolution
 from ncsr_fast.engine.dense_block import dense_block
+from ncsr_fast.hub import find_model
 from ncsr_fast.nn import published
 
 SLOPE = 0.2  # of every LeakyReLU
@@ -93,7 +94,7 @@ class RRDB(nn.Module):
     # -- weights ---------------------------------------------------------------------------------------------
 
     def load_published(self, source: Mapping[str, Tensor] | str | os.PathLike) -> None:
-        """Load published RRDB or ESRGAN weights: a state dict or a .pth file, in SRFlow's, BasicSR's or ESRGAN's naming.
+        """Load published RRDB or ESRGAN weights: a state dict or a file, in SRFlow's, BasicSR's or ESRGAN's naming.
 
         The `RRDB.` part of a flow checkpoint will do as well. Strict: raises CheckpointError naming what does not fit,
         and then changes nothing.
@@ -105,15 +106,30 @@ class RRDB(nn.Module):
         return {name: tensor.clone() for name, tensor in published.encoder_layout(self)}
 
     @classmethod
-    def from_pretrained(cls, path: str | os.PathLike) -> RRDB:
-        """A generator from a directory written by `save_pretrained`, or from a published .pth, whose shapes tell its size.
+    def from_pretrained(
+        cls,
+        path: str | os.PathLike,
+        *,
+        revision: str | None = None,
+        cache_dir: str | os.PathLike | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+    ) -> RRDB:
+        """A generator from a directory written by `save_pretrained`, a published file, or the Hugging Face Hub.
 
-        raises  FileNotFoundError, or CheckpointError for a file that is corrupt or of another model
+        path     a directory; a .pth or .safetensors, whose shapes tell its size; or a repository "user/name" of the Hub
+        others   and what is raised: as `NCSR.from_pretrained`
         """
-        if Path(path).is_dir():
-            return files.load_directory(Path(path), "rrdb", lambda values: cls(**values))
-        state = published.read_encoder_state_dict(path)
+        path = find_model(path, revision, cache_dir, token, local_files_only)
+        if path.is_dir():
+            return files.load_directory(path, "rrdb", lambda values: cls(**values))
+        return cls.from_state_dict(published.read_encoder_state_dict(path))
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Tensor]) -> RRDB:
+        """A generator of the size that the shapes tell, from a state dict under SRFlow's names."""
         encoder = cls(**published.encoder_configuration(state))
+        files.adopt_dtype(encoder, state)
         published.load_encoder(encoder, state)
         return encoder
 

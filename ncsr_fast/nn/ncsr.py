@@ -19,6 +19,7 @@ from ncsr_fast.nn import sampling
 from ncsr_fast.nn.checkpoints import Checkpoints
 from ncsr_fast.nn.checks import check_finite, check_image, check_like, check_noise, check_pair
 from ncsr_fast.nn.encoder import RRDB
+from ncsr_fast.nn.freezing import Freezing
 from ncsr_fast.nn.invertibility import InvertibilityReport, check_invertibility
 from ncsr_fast.nn.level import FlowLevel
 from ncsr_fast.nn.padding import pad_to_even
@@ -32,7 +33,7 @@ class Encoded(NamedTuple):
     log_likelihood: Tensor  # (B,) nats
 
 
-class NCSR(Checkpoints, nn.Module):
+class NCSR(Checkpoints, Freezing, nn.Module):
     """NCSR or SRFlow super-resolution flow; `config` says which.
 
     `lr` is (B, 3, H, W) and `hr` (B, 3, sH, sW), float RGB in [0, 1], of the model's dtype and device. Both are
@@ -111,7 +112,8 @@ class NCSR(Checkpoints, nn.Module):
         raises   ValueError or TypeError naming the argument: shape, HR/LR sizes that do not fit the scale,
                  dtype, device, and (CPU tensors) NaN or infinite values
         """
-        return self._encode(*self._prepared(lr, hr, noise))
+        with self.recording():
+            return self._encode(*self._prepared(lr, hr, noise))
 
     def nll(self, hr: Tensor, lr: Tensor, noise: Tensor | None = None) -> Tensor:
         """Negative log-likelihood (B,) in bits per HR pixel *position*, `-log p / (ln 2 · H · W)`.
@@ -119,7 +121,8 @@ class NCSR(Checkpoints, nn.Module):
         As in the published programs it is not divided by the three channels. H and W are the padded size.
         """
         lr, hr, noise = self._prepared(lr, hr, noise)
-        return _bits(self._encode(lr, hr, noise), hr)
+        with self.recording():
+            return _bits(self._encode(lr, hr, noise), hr)
 
     @torch.no_grad()
     def initialize(self, hr: Tensor, lr: Tensor, noise: Tensor | None = None) -> Tensor:
@@ -128,6 +131,7 @@ class NCSR(Checkpoints, nn.Module):
         Each actnorm, those inside the networks included, makes the data that reaches it zero-mean and
         unit-variance per channel. Whatever the actnorms were is overwritten.
         """
+        self.refuse_when_frozen("initialize()")
         lr, hr, noise = self._prepared(lr, hr, noise)
         encoded = self._encode(lr, hr, noise, initialize=True)
         self.actnorm_initialized.fill_(True)
@@ -149,7 +153,8 @@ class NCSR(Checkpoints, nn.Module):
             if tuple(latent.shape) != (lr.shape[0], *shape):
                 raise ValueError(f"latents[{index}] must have shape {(lr.shape[0], *shape)}, not {tuple(latent.shape)}")
             check_like(f"latents[{index}]", latent, self._like)
-        hr, _ = self.decode_features(latents, self.features(lr_padded), noise)
+        with self.recording():
+            hr, _ = self.decode_features(latents, self.features(lr_padded), noise)
         return hr[:, :, : height * self.config.scale, : width * self.config.scale]
 
     def sample(
@@ -184,7 +189,8 @@ class NCSR(Checkpoints, nn.Module):
             raise ValueError(f"temperature must not be negative, not {temperature!r}")
         if on_nonfinite not in sampling.ON_NONFINITE:
             raise ValueError(f"on_nonfinite must be one of {', '.join(sampling.ON_NONFINITE)}, not {on_nonfinite!r}")
-        return self.shown(sampling.sample(self, self.padded(lr), n, temperature, generator, on_nonfinite), lr)
+        with self.recording():
+            return self.shown(sampling.sample(self, self.padded(lr), n, temperature, generator, on_nonfinite), lr)
 
     def check_invertibility(
         self, lr: Tensor, temperature: float = 0.9, generator: torch.Generator | None = None
@@ -221,6 +227,7 @@ class NCSR(Checkpoints, nn.Module):
 
     def _prepared(self, lr: Tensor, hr: Tensor | None, noise: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """The arguments checked and padded."""
+        self.check_frozen()
         scale, noise_channels = self.config.scale, self.config.noise_channels
         check_image("lr", lr, self._like)
         if hr is not None:
@@ -236,19 +243,9 @@ class NCSR(Checkpoints, nn.Module):
         return pad_to_even(lr), hr, noise
 
     def _encode(self, lr: Tensor, hr: Tensor, noise: Tensor | None, initialize: bool = False) -> Encoded:
-        z, latents, logdets = hr, [], []
-        plain = initialize or self.engine == "plain"
-        for index, (level, features) in enumerate(zip(self.levels, self.features(lr, plain))):
-            noise_at = self.noise_at(index, noise, features.own, plain)
-            if plain:
-                z, latent, logdet = level.encode(z, features.own, noise_at, initialize, self.options.backend)
-            else:
-                z, latent, logdet = encode_level(level, z, features, noise_at, self.options)
-            logdets.append(logdet)
-            if latent is not None:
-                latents.append(latent)
-        logdets.append(gaussian_log_density(z).sum(dim=(1, 2, 3)))
-        return Encoded((*latents, z), torch.stack(logdets).sum(dim=0))
+        features = self.features(lr, initialize or self.engine == "plain")
+        latents, logdet = self.encode_features(hr, features, noise, initialize)
+        return Encoded(latents, logdet + gaussian_log_density(latents[-1]).sum(dim=(1, 2, 3)))
 
     def padded(self, lr: Tensor) -> Tensor:
         """An LR image checked, and padded to an even size."""
@@ -269,6 +266,25 @@ class NCSR(Checkpoints, nn.Module):
         lr = lr.to(self.options.network_dtype(lr.dtype)).contiguous(memory_format=self.options.memory_format)
         pyramid, stacked = self.encoder.pyramid(lr, self.options.method)
         return [Features(own, stacked) for own in pyramid]
+
+    def encode_features(
+        self, hr: Tensor, features: list[Features], noise: Tensor | None, initialize: bool = False
+    ) -> tuple[tuple[Tensor, ...], Tensor]:
+        """The latents of an image of the padded size, and the log|det| (B,) of encoding with the density of all latents but the
+        last. Without checks.
+        """
+        z, latents, logdets = hr, [], []
+        plain = initialize or self.engine == "plain"
+        for index, level in enumerate(self.levels):
+            noise_at = self.noise_at(index, noise, features[index].own, plain)
+            if plain:
+                z, latent, logdet = level.encode(z, features[index].own, noise_at, initialize, self.options.backend)
+            else:
+                z, latent, logdet = encode_level(level, z, features[index], noise_at, self.options)
+            logdets.append(logdet)
+            if latent is not None:
+                latents.append(latent)
+        return (*latents, z), torch.stack(logdets).sum(dim=0)
 
     def decode_features(
         self, latents: Sequence[Tensor], features: list[Features], noise: Tensor | None

@@ -7,9 +7,8 @@ and splits included); ours stack the steps of a level. `layout` is the one table
 from __future__ import annotations
 
 import os
-import pickle
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -17,12 +16,11 @@ from torch import Tensor
 
 from ncsr_fast.files import CheckpointError, compare
 from ncsr_fast.nn.networks import StackedNetworks
+from ncsr_fast.nn.state_dicts import StateDict, read_named
 
 if TYPE_CHECKING:
     from ncsr_fast.nn.encoder import RRDB
     from ncsr_fast.nn.ncsr import NCSR
-
-_WRAPPERS = ("params_ema", "params", "state_dict", "model", "net_g")  # keys under which files hold a state dict
 
 
 class Entry(NamedTuple):
@@ -31,32 +29,6 @@ class Entry(NamedTuple):
     name: str
     shape: tuple[int, ...]
     tensor: Tensor | None
-
-
-# -- reading ---------------------------------------------------------------------------------------------------
-
-
-def read_state_dict(source: Mapping[str, Tensor] | str | os.PathLike) -> dict[str, Tensor]:
-    """A state dict from itself or from a .pth file, unwrapped, without a `module.` prefix.
-
-    Files are read with `weights_only=True`: nothing in them is executed. Raises FileNotFoundError, or
-    CheckpointError for a file that cannot be read or holds no tensors.
-    """
-    if isinstance(source, (str, os.PathLike)):
-        if not os.path.exists(source):
-            raise FileNotFoundError(f"no checkpoint at {os.fspath(source)!r}")
-        try:
-            state = torch.load(source, map_location="cpu", weights_only=True)
-        except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
-            raise CheckpointError(f"{os.fspath(source)!r} is not a readable PyTorch checkpoint: {error}") from error
-    else:
-        state = source
-    for key in _WRAPPERS:
-        if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
-            state = state[key]
-    if not isinstance(state, Mapping) or not state or not all(isinstance(value, Tensor) for value in state.values()):
-        raise CheckpointError("the checkpoint holds no state dict (a mapping from names to tensors)")
-    return {name.removeprefix("module."): value for name, value in state.items()}
 
 
 # -- the flow ----------------------------------------------------------------------------------------------------
@@ -125,6 +97,19 @@ def network_state_dict(model: NCSR) -> dict[str, Tensor]:
     return state
 
 
+def places(model: NCSR) -> dict[str, str | None]:
+    """For every published name, the tensor of ours that it is, as in "levels.0.invconv[3]"; None: no computation uses it."""
+    parameters = {value.untyped_storage().data_ptr(): (name, value) for name, value in model.named_parameters()}
+
+    def place(tensor: Tensor) -> str:
+        name, parameter = parameters[tensor.untyped_storage().data_ptr()]
+        if tensor.numel() == parameter.numel() and tensor.dim() == parameter.dim():
+            return name
+        return f"{name}[{tensor.storage_offset() // parameter.stride(0)}]"
+
+    return {entry.name: None if entry.tensor is None else place(entry.tensor) for entry in layout(model)}
+
+
 def _whole(name: str, tensor: Tensor) -> Entry:
     return Entry(name, tuple(tensor.shape), tensor)
 
@@ -161,19 +146,33 @@ def encoder_layout(encoder: RRDB) -> Iterator[tuple[str, Tensor]]:
 
 
 def read_encoder_state_dict(source: Mapping[str, Tensor] | str | os.PathLike) -> dict[str, Tensor]:
-    """The tensors of an RRDB generator, from a state dict or a .pth file in any of the namings, under those of SRFlow.
+    """The tensors of an RRDB generator, from a state dict or a file in any of the namings, under those of SRFlow.
 
     The namings are: the RRDB files of SRFlow and NCSR and ESRGAN's new architecture (`RRDB_trunk…`), BasicSR and
     Real-ESRGAN (`body…`), ESRGAN's old architecture (`model.…`), and the `RRDB.` part of a flow checkpoint.
     """
-    state = read_state_dict(source)
-    if any(name.startswith("RRDB.") for name in state):
-        return {name.removeprefix("RRDB."): value for name, value in state.items() if name.startswith("RRDB.")}
+    return read_named_encoder(source).tensors
+
+
+def read_named_encoder(source: Mapping[str, Tensor] | str | os.PathLike) -> StateDict:
+    """The same, with the names the tensors had."""
+    state, names = read_named(source)
+    rename = _encoder_naming(state)
+    renamed = {name: rename(name) for name in state if not _is_flow(state) or name.startswith("RRDB.")}
+    return StateDict({new: state[old] for old, new in renamed.items()}, {new: names[old] for old, new in renamed.items()})
+
+
+def _is_flow(state: Mapping[str, Tensor]) -> bool:
+    return any(name.startswith("RRDB.") for name in state)
+
+
+def _encoder_naming(state: Mapping[str, Tensor]) -> Callable[[str], str]:
+    """What makes SRFlow's names of those of this generator, or of the flow that it is part of."""
+    if _is_flow(state):
+        return lambda name: name.removeprefix("RRDB.")
     if any(name.startswith("model.1.sub.") for name in state):
-        return {_from_old_esrgan(name): value for name, value in state.items()}
-    if any(name.startswith("body.") for name in state):
-        return {_from_basicsr(name): value for name, value in state.items()}
-    return state
+        return _from_old_esrgan(state)
+    return _from_basicsr  # SRFlow's names are left as they are
 
 
 def encoder_configuration(state: Mapping[str, Tensor]) -> dict[str, int]:
@@ -203,10 +202,15 @@ def _from_basicsr(name: str) -> str:
     return re.sub(r"^conv_hr\b", "HRconv", name)
 
 
-def _from_old_esrgan(name: str) -> str:
-    name = re.sub(r"^model\.1\.sub\.(\d+)\.RDB(\d)\.conv(\d)\.0", r"RRDB_trunk.\1.RDB\2.conv\3", name)
-    name = re.sub(r"^model\.1\.sub\.\d+\.(weight|bias)$", r"trunk_conv.\1", name)
-    # ×4: model.3 and model.6 follow the two nearest-neighbour upsamplings, model.8 and model.10 end the network
-    for old, new in (("0", "conv_first"), ("3", "upconv1"), ("6", "upconv2"), ("8", "HRconv"), ("10", "conv_last")):
-        name = re.sub(rf"^model\.{old}\.(weight|bias)$", rf"{new}.\1", name)
-    return name
+def _from_old_esrgan(state: Mapping[str, Tensor]) -> Callable[[str], str]:
+    """ESRGAN's old architecture numbers all layers: model.1 are the blocks, two convolutions end the network."""
+    last = max(int(found[1]) for found in (re.match(r"model\.(\d+)\.", name) for name in state) if found)
+    doublings = (last - 4) // 3  # each is three layers: nearest neighbour, convolution, LeakyReLU
+    layers = {0: "conv_first", **{3 * n: f"upconv{n}" for n in range(1, doublings + 1)}, last - 2: "HRconv", last: "conv_last"}
+
+    def rename(name: str) -> str:
+        name = re.sub(r"^model\.1\.sub\.(\d+)\.RDB(\d)\.conv(\d)\.0", r"RRDB_trunk.\1.RDB\2.conv\3", name)
+        name = re.sub(r"^model\.1\.sub\.\d+\.(weight|bias)$", r"trunk_conv.\1", name)
+        return re.sub(r"^model\.(\d+)\.(weight|bias)$", lambda found: f"{layers.get(int(found[1]), found[1])}.{found[2]}", name)
+
+    return rename
