@@ -18,7 +18,14 @@ _LISTED = 5  # names an error spells out of each kind
 
 
 class CheckpointError(ValueError):
-    """A file or state dict that is not the model's: corrupt, or with other tensors."""
+    """A file or state dict that is not the model's: corrupt, or with other tensors.
+
+    problems  all tensors that are "missing", "unexpected" or "of the wrong shape", of which the message has the first few
+    """
+
+    def __init__(self, message: str, problems: Mapping[str, list[str]] | None = None) -> None:
+        super().__init__(message)
+        self.problems = dict(problems or {})
 
 
 @contextmanager
@@ -84,15 +91,27 @@ def load_directory(directory: Path, model_type: str, build: Callable[[dict[str, 
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{str(directory / WEIGHTS)!r} is truncated or corrupt: {error}") from error
     compare({name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}, state, f"the model of {CONFIG}")
-    floats = {tensor.dtype for tensor in state.values() if tensor.is_floating_point()}
-    if len(floats) == 1:
-        model.to(floats.pop())
+    adopt_dtype(model, state)
     model.load_state_dict(state)
     return model
 
 
+def adopt_dtype(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Make the model of the one floating dtype that `state` has, so that no value is rounded; nothing where it has several."""
+    floats = {tensor.dtype for tensor in state.values() if tensor.is_floating_point()}
+    if len(floats) == 1:
+        model.to(floats.pop())
+
+
 def compare(expected: Mapping[str, tuple[int, ...]], state: Mapping[str, Tensor], what: str) -> None:
     """Raise CheckpointError naming the tensors of `state` that are missing, unexpected or of another shape."""
+    problems = differences(expected, state)
+    if problems:
+        raise CheckpointError(f"the checkpoint is not that of {what}; {listed(problems)}", problems)
+
+
+def differences(expected: Mapping[str, tuple[int, ...]], state: Mapping[str, Tensor]) -> dict[str, list[str]]:
+    """The tensors of `state` that are not as expected, by what is wrong with them; empty when all are."""
     problems = {
         "missing": [name for name in expected if name not in state],
         "unexpected": [name for name in state if name not in expected],
@@ -102,10 +121,12 @@ def compare(expected: Mapping[str, tuple[int, ...]], state: Mapping[str, Tensor]
             if name in state and tuple(state[name].shape) != tuple(shape)
         ],
     }
-    found = [
+    return {kind: names for kind, names in problems.items() if names}
+
+
+def listed(problems: Mapping[str, list[str]]) -> str:
+    """Differences in a line: how many there are of each kind, and the first few of them."""
+    return "; ".join(
         f"{len(names)} {kind}: {', '.join(names[:_LISTED])}{', …' if len(names) > _LISTED else ''}"
         for kind, names in problems.items()
-        if names
-    ]
-    if found:
-        raise CheckpointError(f"the checkpoint is not that of {what}; " + "; ".join(found))
+    )

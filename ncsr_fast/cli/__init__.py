@@ -1,1 +1,1 @@
-"""The command line: `ncsr-fast demo | sample | train | plot | evaluate | bench | doctor`, one subcommand a file."""
+"""The command line: `ncsr-fast COMMAND`, one subcommand a file; `ncsr_fast.cli.main.COMMANDS` lists them."""

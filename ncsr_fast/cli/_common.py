@@ -15,7 +15,9 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 
 def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--model", default=DEFAULT_MODEL, help="model directory, published .pth, or shipped name (default: %(default)s)"
+        "--model",
+        default=DEFAULT_MODEL,
+        help="model directory, published .pth, shipped name, or user/name of the Hugging Face Hub (default: %(default)s)",
     )
 
 

@@ -31,6 +31,10 @@ _PACKAGES = {
     "pydantic": "for `train`: pip install 'ncsr_fast[train]'",
     "tensorboard": "for `train --tensorboard`: pip install 'ncsr_fast[train]'",
     "matplotlib": "for curves of a run: pip install 'ncsr_fast[train]'",
+    "huggingface-hub": "for models of the Hugging Face Hub: pip install 'ncsr_fast[hub]'",
+    "onnx": "for `export`: pip install 'ncsr_fast[export]'",
+    "onnxscript": "for `export`: pip install 'ncsr_fast[export]'",
+    "onnxruntime": "for the check of `export`: pip install 'ncsr_fast[export]'",
 }
 
 

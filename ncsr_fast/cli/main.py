@@ -8,7 +8,7 @@ import sys
 
 from ncsr_fast import __version__
 
-COMMANDS = ("demo", "sample", "train", "plot", "evaluate", "bench", "doctor")
+COMMANDS = ("demo", "sample", "train", "plot", "evaluate", "convert", "export", "bench", "doctor")
 
 
 def build_parser() -> argparse.ArgumentParser:

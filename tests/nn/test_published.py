@@ -6,10 +6,12 @@ import re
 
 import pytest
 import torch
-from support import image, tiny_config, tiny_model
+from safetensors.torch import save_file
+from support import assert_same_weights, image, tiny_config, tiny_model
 
 from ncsr_fast import NCSR, RRDB, CheckpointError, NCSRConfig
-from ncsr_fast.nn.published import read_state_dict
+from ncsr_fast.nn.published import read_encoder_state_dict
+from ncsr_fast.nn.state_dicts import read_state_dict
 
 
 def test_round_trip_keeps_the_function_and_the_unused_tensors():
@@ -56,13 +58,45 @@ def test_a_checkpoint_of_another_model_names_the_first_mismatches():
         tiny_model().load_published(tiny_model(blocks=3, stacked_blocks=(0, 2)).published_state_dict())
 
 
-@pytest.mark.parametrize("wrap", [None, "params", "state_dict"])
-def test_pth_files(tmp_path, wrap):
+WRAPS = {
+    "bare": lambda state: state,
+    "basicsr": lambda state: {"params": {"conv_first.weight": torch.zeros(1)}, "params_ema": state},
+    "lightning": lambda state: {"epoch": 1, "state_dict": state, "optimizer_states": [{"state": {}}], "lr_schedulers": []},
+    "ours": lambda state: {"stage": "flow", "step": 2, "model": state, "optimizer": {}, "generator": torch.zeros(8)},
+    "twice": lambda state: {"model": {"state_dict": state}},
+}
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.module."])
+@pytest.mark.parametrize("wrap", WRAPS)
+def test_files(tmp_path, wrap, prefix):
     model = tiny_model()
-    state = {f"module.{name}": tensor for name, tensor in model.published_state_dict().items()}
-    torch.save(state if wrap is None else {wrap: state}, tmp_path / "model.pth")
-    other = NCSR.from_pretrained(tmp_path / "model.pth", config=model.config).double()
-    assert all(torch.equal(a.float(), b.float()) for a, b in zip(model.parameters(), other.parameters()))
+    model.actnorm_initialized.fill_(True)
+    state = model.published_state_dict()
+    torch.save(WRAPS[wrap]({prefix + name: tensor for name, tensor in state.items()}), tmp_path / "model.pth")
+    found = read_state_dict(tmp_path / "model.pth")
+    assert list(found) == list(state) and all(torch.equal(found[name], state[name]) for name in state)
+    assert_same_weights(model, NCSR.from_pretrained(tmp_path / "model.pth", config=model.config))
+
+
+def test_a_safetensors_file(tmp_path):
+    model = tiny_model()
+    model.actnorm_initialized.fill_(True)
+    save_file(model.published_state_dict(), tmp_path / "model.safetensors")
+    assert_same_weights(model, NCSR.from_pretrained(tmp_path / "model.safetensors", config=model.config))
+    (tmp_path / "model.safetensors").write_bytes((tmp_path / "model.safetensors").read_bytes()[:-9])
+    with pytest.raises(CheckpointError, match="model.safetensors' is truncated or corrupt"):
+        read_state_dict(tmp_path / "model.safetensors")
+
+
+def test_a_training_state_without_the_network(tmp_path):
+    """What the published trainers, and BasicSR, write to N.state."""
+    adam = torch.optim.Adam([torch.nn.Parameter(torch.zeros(2))])
+    scheduler = torch.optim.lr_scheduler.MultiStepLR(adam, [5])
+    state = {"epoch": 1, "iter": 5, "schedulers": [scheduler.state_dict()], "optimizers": [adam.state_dict()]}
+    torch.save(state, tmp_path / "5.state")
+    with pytest.raises(CheckpointError, match=r"5.state' is a training state: .* no network; .* models/ITERATION_G.pth"):
+        NCSR.from_pretrained(tmp_path / "5.state")
 
 
 class Malicious:
@@ -84,6 +118,9 @@ def test_bad_pth_files(tmp_path):
     for name in ("truncated.pth", "text.pth", "malicious.pth"):
         with pytest.raises(CheckpointError, match=f"{name}' is not a readable PyTorch checkpoint"):
             read_state_dict(tmp_path / name)
+    with pytest.raises(CheckpointError, match="it holds a .*open, which is more than tensors and is not run") as caught:
+        read_state_dict(tmp_path / "malicious.pth")
+    assert "\n" not in str(caught.value)
     assert not (tmp_path / "trace").exists()
     torch.save([1, 2], tmp_path / "list.pth")
     with pytest.raises(CheckpointError, match="holds no state dict"):
@@ -106,7 +143,7 @@ def test_the_configuration_of_a_file_is_found_by_its_shapes(tmp_path, changes):
 
 def test_a_file_of_no_preset_asks_for_its_configuration(tmp_path):
     torch.save(tiny_model().published_state_dict(), tmp_path / "model.pth")
-    with pytest.raises(CheckpointError, match="of no preset .*config=NCSRConfig.from_published"):
+    with pytest.raises(CheckpointError, match="of no preset .* of the nearest, .*config=NCSRConfig.from_published"):
         NCSR.from_pretrained(tmp_path / "model.pth")
 
 
@@ -123,12 +160,23 @@ def basicsr(name: str) -> str:
     return re.sub("upconv", "conv_up", name).replace("HRconv", "conv_hr")
 
 
-def old_esrgan(name: str) -> str:
+def old_esrgan(name: str, doublings: int = 2) -> str:
     name = re.sub(r"RRDB_trunk\.(\d+)\.RDB(\d)\.conv(\d)", r"model.1.sub.\1.RDB\2.conv\3.0", name)
     name = name.replace("trunk_conv", "model.1.sub.2")
-    for new, old in {"conv_first": 0, "upconv1": 3, "upconv2": 6, "HRconv": 8, "conv_last": 10}.items():
+    places = {f"upconv{index}": 3 * index for index in range(1, doublings + 1)}
+    for new, old in {"conv_first": 0, **places, "HRconv": 3 * doublings + 2, "conv_last": 3 * doublings + 4}.items():
         name = name.replace(new, f"model.{old}")
     return name
+
+
+@pytest.mark.parametrize("doublings", [1, 2, 3])
+def test_old_esrgan_of_any_scale(doublings):
+    assert old_esrgan("HRconv.bias") == "model.8.bias" and old_esrgan("conv_last.bias") == "model.10.bias"  # ESRGAN ×4 itself
+    source = RRDB(2**doublings, channels=4, growth=2, blocks=2)
+    state = {old_esrgan(name, doublings): tensor for name, tensor in source.published_state_dict().items()}
+    again = RRDB.from_state_dict(read_encoder_state_dict(state))
+    assert again.configuration() == source.configuration()
+    assert all(torch.equal(a, b) for a, b in zip(source.parameters(), again.parameters()))
 
 
 @pytest.mark.parametrize(

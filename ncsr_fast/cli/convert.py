@@ -1,0 +1,74 @@
+"""`ncsr-fast convert`: published checkpoints to model directories, and back."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ncsr_fast.config import NCSRConfig
+
+HELP = "turn a published checkpoint into a model directory, or back"
+EXAMPLE = """\
+example:
+  ncsr-fast convert 200000_G.pth --out models/mine --report mine.txt
+  ncsr-fast convert models/mine --out mine.pth
+
+NCSR and SRFlow networks, and RRDB and ESRGAN generators in any naming; bare, with module. before their names, or wrapped.
+A name that ends in .pth or .pt is a file as the published programs load it, one in .safetensors the same tensors; any
+other is a directory, for --model and NCSR.from_pretrained. Checkpoints are read without running anything in them. When a
+tensor is missing, unexpected or of the wrong shape, all such are named, nothing is written, and the exit status is 1."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", help="published .pth or .safetensors, model directory, or name of a model")
+    parser.add_argument("--out", required=True, help="what is written, in the kind its name asks for")
+    parser.add_argument(
+        "--options", metavar="FILE", help="published YAML, or config.json, of a flow that is none of the presets"
+    )
+    parser.add_argument("--report", metavar="FILE", help="write a line for each tensor: its name before, and after")
+
+
+def run(args: argparse.Namespace) -> int | None:
+    from ncsr_fast.convert import convert
+    from ncsr_fast.files import CheckpointError, atomic_write
+
+    try:
+        conversion = convert(args.source, args.out, None if args.options is None else _config(args.options))
+    except CheckpointError as error:
+        if not error.problems:
+            raise
+        print(f"ncsr-fast convert: {error}", file=sys.stderr)
+        for kind, names in error.problems.items():
+            print(f"{kind}:", *names, sep="\n  ", file=sys.stderr)
+        return 1
+    print(conversion.summary())
+    if args.report:
+        with atomic_write(args.report) as path:
+            path.write_text(conversion.report() + "\n")
+    print(conversion.out)
+    return None
+
+
+def _config(path: str) -> NCSRConfig:
+    from ncsr_fast.config import NCSRConfig
+
+    try:
+        text = Path(path).read_text()
+        if path.endswith(".json"):
+            values = json.loads(text)
+            values.pop("model_type", None)
+            return NCSRConfig.from_dict(values)
+        import yaml
+
+        try:
+            return NCSRConfig.from_published(yaml.safe_load(text))
+        except yaml.YAMLError as error:
+            raise ValueError(" ".join(str(error).split())) from error
+    except ImportError as error:
+        raise ImportError("--options: a YAML needs pyyaml to be read: pip install 'ncsr_fast[train]'") from error
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"--options: {path!r} describes no model: {error}") from error

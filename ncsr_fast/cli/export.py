@@ -1,0 +1,41 @@
+"""`ncsr-fast export`: a model as an ONNX file."""
+
+from __future__ import annotations
+
+import argparse
+
+HELP = "write a model's decoder as an ONNX file"
+EXAMPLE = """\
+example:
+  ncsr-fast export ncsr-compact-x4 --out decoder.onnx
+  ncsr-fast export models/mine --out likely.onnx --deterministic
+
+The inputs are lr (B, 3, H, W), RGB in [0, 1], H and W even, and latent0, latent1 …, drawn by the caller from
+N(0, temperature²) in the shapes the metadata gives; the output is sr. Batch and sizes are free. The file is compared with the
+model in onnxruntime first, and not written when a pixel differs by more than 1e-4."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="model directory, published .pth, or name of a model")
+    parser.add_argument("--out", required=True, metavar="ONNX", help="file to write")
+    parser.add_argument("--deterministic", action="store_true", help="without latents: the image of temperature 0")
+    parser.add_argument("--no-clip", action="store_true", help="do not clip sr to [0, 1]")
+    parser.add_argument("--opset", type=int, default=18, help="of ONNX (default: %(default)s)")
+    parser.add_argument("--no-check", action="store_true", help="do not compare, which needs onnxruntime")
+
+
+def run(args: argparse.Namespace) -> None:
+    from ncsr_fast.export import export_onnx
+    from ncsr_fast.nn.ncsr import NCSR
+
+    model = NCSR.from_pretrained(args.model)
+    difference = export_onnx(
+        model,
+        args.out,
+        deterministic=args.deterministic,
+        clip=not args.no_clip,
+        opset=args.opset,
+        check=not args.no_check,
+    )
+    compared = "not compared" if difference is None else f"largest difference to the model {difference:.1e}"
+    print(f"{args.out}: {model.describe()}, {compared}")

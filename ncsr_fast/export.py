@@ -1,0 +1,274 @@
+"""The decoding direction of a model as a graph of plain operators, for torch.export and ONNX.
+
+Everything that depends on the weights alone is a constant of it: actnorms and exp-scales are folded into the convolutions,
+the 1×1 convolutions are inverted. What is left are convolutions, ReLUs, a sigmoid and a division a coupling.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import json
+import os
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ncsr_fast.engine.conditioning import fold_level, mix_level
+from ncsr_fast.engine.folding import LOG_SCALE
+from ncsr_fast.engine.options import EngineOptions
+from ncsr_fast.files import atomic_write
+
+if TYPE_CHECKING:
+    from ncsr_fast.nn.level import FlowLevel
+    from ncsr_fast.nn.ncsr import NCSR
+
+_OPSET = 18
+_TOLERANCE = 1e-4  # of the largest pixel, where that is more than 1
+_EXAMPLE = (2, 6, 8)  # batch, height, width: nothing alike, and none of it 1, which torch.export would take for a constant
+_CHECKED = ((1, 4, 6), (3, 10, 4))  # none of them the example's
+
+
+def export_onnx(
+    model: NCSR,
+    path: str | os.PathLike,
+    *,
+    deterministic: bool = False,
+    clip: bool = True,
+    opset: int = _OPSET,
+    check: bool = True,
+) -> float | None:
+    """Write the `Decoder` of a model as an ONNX file, in float32; what it takes and computes is said there.
+
+    deterministic, clip  as of the `Decoder`
+    opset    of ONNX, 18 or more
+    check    run the graph in onnxruntime, at sizes and batches other than it was traced with, against the model's definition
+             in float64, and write nothing when a pixel differs by more than 1e-4 (of the largest one, where that is above 1)
+    returns  the largest difference found, None without the check
+    raises   ValueError for weights that are not finite, a singular 1×1 convolution, or a graph that fails the check;
+             ImportError for a package of the extra `export` that is missing
+
+    Inputs are "lr" and, unless deterministic, "latent0" …; the output is "sr". Batch, height and width are dynamic. The file
+    is written to a temporary name and renamed. Its metadata are texts: "scale"; "latents", JSON of name, channels and scale of
+    each, which is (B, channels, scale·H, scale·W); "clip"; "deterministic"; "lr_multiple", what H and W must be multiples of;
+    "config", JSON of the `NCSRConfig`; "ncsr_fast", the version.
+
+        >>> export_onnx(NCSR.from_pretrained("ncsr-compact-x4"), "decoder.onnx")
+        >>> session = onnxruntime.InferenceSession("decoder.onnx")
+        >>> sr, = session.run(None, {"lr": lr, "latent0": 0.8 * noise0, "latent1": 0.8 * noise1})
+    """
+    for name in ("onnx", "onnxscript", *(["onnxruntime"] if check else [])):
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise ImportError(f"writing ONNX needs {name}: pip install 'ncsr_fast[export]'") from error
+    reference = copy.deepcopy(model).cpu().double().eval()
+    decoder = Decoder(reference, deterministic, clip).float()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of PyTorch about itself
+        program = torch.onnx.export(
+            export_program(decoder),
+            dynamic_shapes=decoder.dynamic_shapes(),
+            input_names=["lr", *decoder.inputs],
+            output_names=["sr"],
+            opset_version=opset,
+            verbose=False,
+        )
+    program.model.metadata_props.update(_metadata(model, decoder))
+    graph = program.model_proto.SerializeToString()
+    difference = _difference(graph, decoder, reference) if check else None
+    if difference is not None and not difference <= _TOLERANCE:
+        raise ValueError(f"the ONNX graph differs from the model by {difference:.1e}, more than {_TOLERANCE:g}; not written")
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(graph)
+    return difference
+
+
+def export_program(decoder: Decoder) -> torch.export.ExportedProgram:
+    """The decoder as torch.export has it, for any batch and any even height and width of LR from 4 on."""
+    lr, *latents = decoder.example(*_EXAMPLE)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of PyTorch about itself
+        return torch.export.export(decoder, (lr, *latents), dynamic_shapes=decoder.dynamic_shapes())
+
+
+def _metadata(model: NCSR, decoder: Decoder) -> dict[str, str]:
+    from ncsr_fast import __version__
+
+    latents = [
+        {"name": name, "channels": channels, "scale": side / 2}
+        for name, (channels, side) in zip(decoder.inputs, decoder.latents)
+    ]
+    return {
+        "ncsr_fast": __version__,
+        "scale": str(model.config.scale),
+        "latents": json.dumps(latents),
+        "clip": json.dumps(decoder.clip),
+        "deterministic": json.dumps(decoder.deterministic),
+        "lr_multiple": "2",
+        "config": json.dumps(model.config.to_dict()),
+    }
+
+
+def _difference(graph: bytes, decoder: Decoder, reference: NCSR) -> float:
+    """Between the graph in onnxruntime and the model's definition, step by step in float64."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
+    reference.options = EngineOptions(engine="plain")
+    worst = 0.0
+    for batch, height, width in _CHECKED:
+        lr, *latents = decoder.example(batch, height, width)
+        found = session.run(None, dict(zip(["lr", *decoder.inputs], (t.numpy() for t in (lr, *latents)))))[0]
+        latents = latents or [torch.zeros(batch, *shape) for shape in reference.latent_shapes(height, width)]
+        with torch.no_grad():
+            expected = reference.decode([latent.double() for latent in latents], lr.double())
+        expected = reference.shown(expected, lr) if decoder.clip else expected
+        found = torch.from_numpy(found).double()
+        gap = torch.where(found.isnan() & expected.isnan(), 0, found - expected).abs().max()
+        gap = gap / expected.nan_to_num(0).abs().max().clamp(min=1)
+        worst = max(worst, torch.inf if gap.isnan() else gap.item())
+    return worst
+
+
+class Decoder(nn.Module):
+    """`decoder(lr, *latents)` → sr (B, 3, sH, sW), what `model.decode(latents, lr)` computes: the noise condition is zero.
+
+    lr       (B, 3, H, W), RGB in [0, 1], H and W even (`NCSR` pads odd ones; here it is left to the caller)
+    latents  as `model.latent_shapes(H, W)` has them, drawn from N(0, temperature²); with `deterministic` there are none:
+             they are zero, and `decoder(lr)` is the image of temperature 0
+    clip     to [0, 1] as `model.sample` does: a pixel that overflowed is NaN. False: as `model.decode` does
+
+    It has copies of the weights, as buffers: changes of the model do not reach it. No gradients of the weights.
+
+    raises   ValueError for weights that are not finite, or a 1×1 convolution without an inverse
+    """
+
+    def __init__(self, model: NCSR, deterministic: bool = False, clip: bool = True) -> None:
+        super().__init__()
+        self.deterministic, self.clip = deterministic, clip
+        self.latents = [(channels, side) for channels, side, _ in model.latent_shapes(2, 2)]  # side to two LR pixels
+        self.inputs = [] if deterministic else [f"latent{index}" for index in range(len(self.latents))]  # beside lr
+        self.encoder = copy.deepcopy(model.encoder)
+        self.encoder.conv_up[-1] = self.encoder.conv_hr = self.encoder.conv_last = nn.Identity()  # the flow has no use for them
+        with torch.no_grad():
+            self.levels = nn.ModuleList(_Level(level) for level in model.levels)
+        self.eval().requires_grad_(False)
+        for name, value in self.state_dict().items():
+            if not value.isfinite().all():
+                raise ValueError(f"the model cannot be exported: {name}, made of its weights, is not finite")
+
+    def example(self, batch: int, height: int, width: int) -> list[Tensor]:
+        """lr and the latents, of a smooth image and temperature 0.5; always the same."""
+        like, generator = self.encoder.conv_first.weight, torch.Generator().manual_seed(0)
+        lr = F.interpolate(torch.rand(batch, 3, 2, 2, generator=generator), size=(height, width), mode="bilinear")
+        latents = [
+            0.5 * torch.randn(batch, channels, side * height // 2, side * width // 2, generator=generator)
+            for channels, side in self.latents[: len(self.inputs)]
+        ]
+        return [tensor.to(like) for tensor in (lr, *latents)]
+
+    def dynamic_shapes(self) -> dict[str, Any]:
+        """What torch.export is told: batch, and half of the height and width of LR, are free."""
+        batch, h, w = torch.export.Dim("batch", min=1), torch.export.Dim("h", min=2), torch.export.Dim("w", min=2)
+        latents = tuple({0: batch, 2: side * h, 3: side * w} for _, side in self.latents[: len(self.inputs)])
+        return {"lr": {0: batch, 2: 2 * h, 3: 2 * w}, **({"latents": latents} if latents else {})}
+
+    def forward(self, lr: Tensor, *latents: Tensor) -> Tensor:
+        if self.deterministic:
+            halves = lr.shape[2] // 2, lr.shape[3] // 2
+            latents = tuple(lr.new_zeros(lr.shape[0], c, *(side * half for half in halves)) for c, side in self.latents)
+        *taken, z = latents
+        features = self.encoder.features(lr)
+        for level, u in zip(reversed(self.levels), reversed(features)):
+            z = level(z, taken.pop() if level.split is not None else None, u)
+        return torch.where(z.isfinite(), z.clamp(0, 1), torch.nan) if self.clip else z
+
+
+class _Level(nn.Module):
+    """`FlowLevel.decode` without noise and log-determinant: state of the next level → state of this one's input."""
+
+    def __init__(self, level: FlowLevel) -> None:
+        super().__init__()
+        self.eps, self.steps = level.eps, level.steps
+        self.changed = level.channels - level.kept
+        networks, mixing = fold_level(level, level.actnorm_bias.dtype), mix_level(level, inverse=True)
+        self.split = _Convolution(*_halves(*_prior(level))) if level.split_channels else None
+        # the part of all networks' first layers that sees u, the injectors' first: one convolution
+        self.hoisted = _Convolution(networks.hoisted.weight, networks.hoisted.bias)
+        self.injectors = nn.ModuleList(_Network(networks.injectors, index) for index in range(self.steps))
+        self.couplings = nn.ModuleList(_Network(networks.couplings, index) for index in range(self.steps))
+        # of zero noise only the bias of the first layer is left
+        self.noise_couplings = nn.ModuleList(
+            _Network(networks.noise_couplings, index, bias)
+            for index, bias in enumerate(networks.hoisted_noise.bias.chunk(level.noise_steps) if level.noise_steps else ())
+        )
+        self.mixes = nn.ModuleList(
+            _Convolution(mix[:, :, None, None], offset) for mix, offset in zip(mixing.mix, mixing.offset)
+        )
+
+    def forward(self, z: Tensor, latent: Tensor | None, u: Tensor) -> Tensor:
+        if self.split is not None:
+            mean, logs = self.split(z).chunk(2, dim=1)
+            z = torch.cat([z, mean + torch.exp(logs) * latent], dim=1)
+        pre = self.hoisted(u).chunk(2 * self.steps, dim=1)
+        first_noise = self.steps - len(self.noise_couplings)
+        for step in reversed(range(self.steps)):
+            z = self._undo(self.couplings[step], z, pre[self.steps + step])
+            if step >= first_noise:
+                z = self._undo(self.noise_couplings[step - first_noise], z, None)
+            z = self.mixes[step](self._undo(self.injectors[step], z, pre[step]))
+        return F.pixel_shuffle(z, 2)
+
+    def _undo(self, network: _Network, z: Tensor, pre: Tensor | None) -> Tensor:
+        """The inverse of a coupling, or of an injector: z / scale - shift, of the channels the network has values for."""
+        kept = z.shape[1] - self.changed if network.sees_state else 0
+        z1, z2 = z[:, :kept], z[:, kept:]
+        shift, raw = network(z1 if kept else None, pre).chunk(2, dim=1)
+        z2 = z2 / (torch.sigmoid(raw) + self.eps) - shift
+        return torch.cat([z1, z2], dim=1) if kept else z2
+
+
+class _Network(nn.Module):
+    """One of the stacked networks: (z1, pre) → shift and, shifted by 2, what the scale is the sigmoid of.
+
+    bias  of the first layer, where nothing is hoisted from it
+    """
+
+    def __init__(self, networks, index: int, bias: Tensor | None = None) -> None:
+        super().__init__()
+        self.sees_state = networks.w1 is not None
+        self.first = _Convolution(networks.w1[index], bias) if self.sees_state else None
+        self.second = _Convolution(networks.w2[index], networks.b2[index])
+        weight, bias = _halves(networks.w3[index], networks.b3[index])
+        bias[len(bias) // 2 :] += 2
+        self.third = _Convolution(weight, bias)
+
+    def forward(self, z1: Tensor | None, pre: Tensor | None) -> Tensor:
+        x = pre if z1 is None else self.first(z1) if pre is None else self.first(z1) + pre
+        return self.third(F.relu(self.second(F.relu(x))))
+
+
+class _Convolution(nn.Module):
+    """A convolution that keeps the size, its weights constants."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight.detach().clone(memory_format=torch.contiguous_format))
+        self.register_buffer("bias", None if bias is None else bias.detach().clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weight, self.bias, padding=self.weight.shape[-1] // 2)
+
+
+def _halves(weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """A convolution whose even outputs come first, then the odd ones: the published order alternates shifts and scales."""
+    return torch.cat([weight[0::2], weight[1::2]]), torch.cat([bias[0::2], bias[1::2]])
+
+
+def _prior(level: FlowLevel) -> tuple[Tensor, Tensor]:
+    scale = torch.exp(LOG_SCALE * level.split_logs)
+    return level.split_weight * scale[:, None, None, None], level.split_bias * scale

@@ -1,0 +1,101 @@
+"""Models by name: the rules that tell a path from a repository, and the Hugging Face Hub, in a cache laid out here."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+from support import assert_same_weights, tiny_model
+
+from ncsr_fast import NCSR, RRDB
+from ncsr_fast.hub import find_model
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture(autouse=True)
+def empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def downloads(monkeypatch):
+    """What the Hub was asked for, in place of asking."""
+    asked = []
+
+    def snapshot_download(name, **options):
+        asked.append((name, options))
+        return str(tiny_model().save_pretrained(Path("downloaded")))
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    return asked
+
+
+def lay_out_cache(save, name: str = "user/model", branch: str = "main") -> Path:
+    """The Hub's cache with one repository, as huggingface_hub leaves it."""
+    repository = Path("cache") / f"models--{name.replace('/', '--')}"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / branch).write_text(COMMIT)
+    save(repository / "snapshots" / COMMIT)
+    return Path("cache")
+
+
+def test_a_repository_from_the_cache():
+    model = tiny_model()
+    cache = lay_out_cache(model.save_pretrained)
+    again = NCSR.from_pretrained("user/model", cache_dir=cache, local_files_only=True, engine="plain")
+    assert_same_weights(model, again)
+    assert again.engine == "plain"
+    assert_same_weights(model, NCSR.from_pretrained("user/model", cache_dir=cache, local_files_only=True, revision=COMMIT))
+    for absent in ({"revision": "other"}, {"cache_dir": "empty"}):
+        with pytest.raises(FileNotFoundError, match="at 'user/model', and none of that name from the Hugging Face Hub: "):
+            NCSR.from_pretrained("user/model", **({"cache_dir": cache, "local_files_only": True} | absent))
+
+
+def test_a_generator_from_the_cache():
+    model = tiny_model()
+    cache = lay_out_cache(model.encoder.save_pretrained)
+    assert_same_weights(model.encoder, RRDB.from_pretrained("user/model", cache_dir=cache, local_files_only=True))
+
+
+def test_what_the_hub_is_asked_for(downloads):
+    assert_same_weights(tiny_model(), NCSR.from_pretrained("user/model", revision="v1", cache_dir="c", token="hf_x"))
+    ((name, options),) = downloads
+    assert name == "user/model" and options["allow_patterns"] == ["config.json", "model.safetensors"]
+    assert (options["revision"], options["cache_dir"], options["token"]) == ("v1", "c", "hf_x")
+
+
+def test_what_is_here_comes_first(downloads):
+    tiny_model().save_pretrained("user/model")
+    NCSR.from_pretrained("user/model")
+    NCSR.from_pretrained("ncsr-compact-x4")
+    assert not downloads
+    tiny_model().save_pretrained("ncsr-compact-x4")
+    assert_same_weights(tiny_model(), NCSR.from_pretrained("ncsr-compact-x4"))
+    with pytest.raises(ValueError, match="revision='v1' is for models of the Hugging Face Hub, and 'user/model' is here"):
+        NCSR.from_pretrained("user/model", revision="v1")
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "name", "./user/model", "/user/model", "~/model", "../model", "a/b/c", "user/model/", "user/net.pth",
+        "user/x.safetensors", "runs/model", "user\\model", "user/m odel", Path("user/model"),
+    ],
+    ids=repr,
+)  # fmt: skip
+def test_paths_that_are_not_there_are_never_downloaded(path, downloads):
+    Path("runs").mkdir()
+    with pytest.raises(FileNotFoundError, match="no model at "):
+        find_model(path)
+    assert not downloads
+
+
+def test_without_huggingface_hub(monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(ImportError, match=r"no model at 'user/model'; .* pip install 'ncsr_fast\[hub\]'"):
+        NCSR.from_pretrained("user/model")
+    with pytest.raises(FileNotFoundError):
+        NCSR.from_pretrained("model")
