@@ -31,7 +31,8 @@ from .report import end_to_end_table, to_json
 
 RESULTS = Path(__file__).parent / "results"
 SCALE = OPTIONS["scale"]
-PUBLISHED, COMPILED, OURS = "published", "plain, torch.compile", "ncsr_fast"
+PUBLISHED, ACCELERATED = "published", "published, accelerated"
+COMPILED, OURS = "plain, torch.compile", "ncsr_fast"
 _PLAIN = EngineOptions(engine="plain", backend="reference")
 _BARE = EngineOptions(backend="reference", checkpoint=False, subpixel=False, channels_last=False, winograd=False)
 _FUSED = replace(_BARE, subpixel=True, channels_last=True, backend="auto")
@@ -260,7 +261,7 @@ def _flops(runners: dict[str, Arm]) -> dict[str, int]:
     """Of convolutions and matrix products. The fused operators of a CPU do not show: ours is counted with the reference's."""
     counted = {}
     for name, runner in runners.items():
-        if name == COMPILED or isinstance(runner.model, Captured):
+        if name in (ACCELERATED, COMPILED) or isinstance(runner.model, Captured):
             continue
         options = getattr(runner.model, "options", None)
         if options is not None:
@@ -293,7 +294,7 @@ def main() -> None:
     parser.add_argument("--published", type=Path, help="checkout of the published NCSR repository; left out without one")
     parser.add_argument("--tasks", nargs="+", choices=[task.name for task in TASKS], help="default: what the device can do")
     parser.add_argument(
-        "--arms", nargs="+", help=f"of {', '.join([PUBLISHED, COMPILED, *LADDER])}; default: all but the second"
+        "--arms", nargs="+", help=f"of {', '.join([PUBLISHED, ACCELERATED, *LADDER])}; default: all, but {COMPILED!r}"
     )
     parser.add_argument("--compile", action="store_true", help="torch.compile of the plain path too: minutes a task")
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds (default: %(default)s)")
@@ -310,10 +311,12 @@ def main() -> None:
     torch.backends.cudnn.allow_tf32 = args.tf32
 
     model = random_model(args.device)
-    wanted = args.arms or [PUBLISHED, *LADDER]
+    wanted = args.arms or [PUBLISHED, ACCELERATED, *LADDER]
     arms: dict[str, Any] = {}
     if args.published:
-        arms[PUBLISHED] = PublishedNCSR(args.published, model.published_state_dict(), args.device)
+        for name in (PUBLISHED, ACCELERATED):
+            accelerated = name == ACCELERATED
+            arms[name] = PublishedNCSR(args.published, model.published_state_dict(), args.device, accelerated)
     arms |= {name: Ours(model, options) for name, options in LADDER.items() if cuda or not name.endswith("tf32")}
     if args.compile:
         arms[COMPILED] = Ours(model, _PLAIN, compiled=True)

@@ -14,12 +14,28 @@ from ncsr_fast.config import NCSRConfig
 from ncsr_fast.nn import NCSR, RRDB, CheckpointError
 
 __version__ = "0.1.0"
-__all__ = ["NCSR", "NCSRConfig", "RRDB", "CheckpointError", "__version__", "data", "graphs", "metrics", "ops", "training"]
+__all__ = [
+    "NCSR",
+    "NCSRConfig",
+    "RRDB",
+    "CheckpointError",
+    "__version__",
+    "accelerate",
+    "data",
+    "graphs",
+    "metrics",
+    "ops",
+    "restore",
+    "training",
+]
 
 _LAZY = ("data", "graphs", "metrics", "training")  # need more than torch, or are not always needed
+_COMPAT = ("accelerate", "restore")
 
 
 def __getattr__(name: str):
     if name in _LAZY:
         return importlib.import_module(f"ncsr_fast.{name}")
+    if name in _COMPAT:
+        return getattr(importlib.import_module("ncsr_fast.compat"), name)
     raise AttributeError(f"module 'ncsr_fast' has no attribute {name!r}")

@@ -1,0 +1,5 @@
+"""Other people's networks on our engine: whole published networks and single Glow layers, in place."""
+
+from ncsr_fast.compat.accelerate import AccelerationReport, accelerate, restore
+
+__all__ = ["AccelerationReport", "accelerate", "restore"]

@@ -1,0 +1,103 @@
+"""`accelerate` and `restore`."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from ncsr_fast.compat import layers
+from ncsr_fast.compat.network import NetworkForward
+from ncsr_fast.compat.replacement import Replacement, Unsupported
+from ncsr_fast.compat.structure import disagreement, recognise, resembles_network, skeleton_of
+from ncsr_fast.engine.options import EngineOptions
+
+
+@dataclass(frozen=True)
+class AccelerationReport:
+    """What `accelerate` did; `print(report)` says it in words."""
+
+    replaced: dict[str, str]  # name of the module ("" is the one given) → what it was recognised as
+    left: dict[str, str]  # name → why it is left as it was
+    handed_over: Counter[str] = field(default_factory=Counter)  # reason → calls so far that ran the module's own code
+
+    def __str__(self) -> str:
+        lines = [f"replaced {len(self.replaced)}, left {len(self.left)} as they were"]
+        lines += [f"  + {_shown(name)}: {what}" for name, what in self.replaced.items()]
+        lines += [f"  - {_shown(name)}: {why}" for name, why in self.left.items()]
+        lines += [f"  {count} calls ran the module's own code: {reason}" for reason, count in self.handed_over.items()]
+        return "\n".join(lines)
+
+
+def accelerate(module: nn.Module, **options: Any) -> AccelerationReport:
+    """Let the published NCSR and SRFlow networks, and the Glow layers, in `module` run on the engine and the fused operators.
+
+    module   a network, or anything that holds one: DataParallel, DistributedDataParallel, a module of your own
+    options  of `EngineOptions`, for whole networks: `precision="bf16"`, … `checkpoint` is False unless given: what the
+             published network keeps for its backward pass is more than the engine does without
+
+    In place: modules and Parameter objects stay the same objects, so optimizers, `state_dict`, checkpoints, hooks of the
+    network and wrappers around it do not notice. Calls, and what they return, are as before, and equal up to rounding;
+    seeded samples are the same samples. A network is recognised by its structure, and the formulas of its code by running a
+    copy of it once on a small image. Where a later call cannot be served (actnorms not yet initialised, hooks on inner
+    modules, `torch.autocast`, …) the network's own code runs, and `report.handed_over` counts why. Of the RRDB encoder what
+    only the super-resolved image uses is not evaluated.
+
+    returns  a report of what was replaced and of what was not, and why
+    raises   ValueError when nothing in `module` could be replaced
+
+    See `ncsr_fast.compat.layers` for the layers. `restore(module)` undoes it.
+    """
+    if EngineOptions(**options).engine != "fused":
+        raise ValueError("accelerate is the fused engine; engine='plain' is what restore(module) brings back")
+    restore(module)
+    report = AccelerationReport({}, {})
+    _visit(module, "", options, report)
+    if not report.replaced:
+        reasons = "; ".join(f"{_shown(name)}: {why}" for name, why in report.left.items())
+        raise ValueError(f"nothing in this {type(module).__name__} could be accelerated: {reasons or 'no part is recognised'}")
+    return report
+
+
+def restore(module: nn.Module) -> None:
+    """Undo `accelerate`: everything runs its own code again. Nothing happens where nothing was accelerated."""
+    for part in module.modules():
+        replacement = Replacement.of(part)
+        if replacement is not None:
+            replacement.remove()
+
+
+def _visit(module: nn.Module, name: str, options: dict[str, Any], report: AccelerationReport) -> None:
+    """Replace the forward of a module, or of what is in it."""
+    kind = layers.candidate(module)
+    passed_over: tuple[str, ...] = ()
+    try:
+        if "forward" in module.__dict__:
+            raise Unsupported("its forward was replaced already")
+        if resembles_network(module):
+            report.replaced[name] = _replace_network(module, options, report.handed_over)
+        elif kind is not None:
+            layers.check_layer(kind, module)
+            kind(module, report.handed_over).install()
+            report.replaced[name], passed_over = kind.described(), kind.passed_over or ()
+    except Unsupported as reason:
+        report.left[name] = str(reason)
+    if not resembles_network(module):
+        for key, child in module.named_children():
+            if key not in passed_over:
+                _visit(child, f"{name}.{key}" if name else key, options, report)
+
+
+def _replace_network(net: nn.Module, options: dict[str, Any], handed_over: Counter[str]) -> str:
+    config = recognise(net)
+    found = disagreement(net, config, lambda trial: NetworkForward(trial, config, {**options, "precision": "fp32"}))
+    if found is not None:
+        raise Unsupported(found)
+    NetworkForward(net, config, options, handed_over).install()
+    return skeleton_of(config).describe()
+
+
+def _shown(name: str) -> str:
+    return name or "the module itself"

@@ -1,0 +1,169 @@
+"""A whole published NCSR or SRFlow network on our engine: the same call, the same results."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ncsr_fast.compat.engine import Engine
+from ncsr_fast.compat.replacement import Replacement, Unsupported, check_tensor, expect
+from ncsr_fast.compat.structure import Call, flow_attributes
+from ncsr_fast.config import NCSRConfig
+from ncsr_fast.ops.gaussian_split import gaussian_log_density
+
+
+class NetworkForward(Replacement):
+    """The forward of a published network.
+
+    `net(gt=…, lr=…)` → (z, or the list `epses` with all latents; nll (B,) in bits per pixel position; logdet (B,)), and with
+    `reverse=True` → (image, logdet). What is drawn inside comes from the same generators in the same order.
+
+    options  of `EngineOptions`; without `precision`, float32 convolutions on a GPU are rounded to TF32 when PyTorch's flags
+             say so, as those of the published network are
+    """
+
+    def __init__(
+        self, module: nn.Module, config: NCSRConfig, options: dict[str, Any], handed_over: Counter[str] | None = None
+    ) -> None:
+        super().__init__(module, handed_over)
+        self.config, self.options = config, options
+        self._engines: dict[bool, Engine] = {}  # with and without the noise couplings
+        self._attributes: list[tuple[str, nn.Module, dict[str, Any]]] | None = None
+
+    def for_replica(self, replica: nn.Module) -> NetworkForward:
+        return NetworkForward(replica, self.config, self.options, self.handed_over)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_engines": {}}  # a copy has its own
+
+    def forward(self, *arguments: Any, **options: Any) -> tuple:
+        try:
+            call = Call.of(*arguments, **options)
+            self.check()
+            engine = self._engine(call.std is not None)
+            weights = engine.weights.read()
+            self._check_call(call, engine, weights[0])
+        except Unsupported as reason:
+            return self.hand_over(str(reason), "forward", *arguments, **options)
+        recorded = torch.is_grad_enabled() and (not call.reverse or call.reverse_with_grad)
+        with torch.set_grad_enabled(recorded), engine.filled(weights, recorded):
+            return self._decode(call, engine) if call.reverse else self._encode(call, engine)
+
+    def _engine(self, conditioned: bool) -> Engine:
+        if conditioned not in self._engines:
+            config = self.config if conditioned else replace(self.config, noise_steps=())
+            self._engines[conditioned] = Engine(self.module, config, self.options)
+        return self._engines[conditioned]
+
+    # -- what is served ----------------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        super().check()
+        if self._attributes is None:
+            self._attributes = list(flow_attributes(self.module, self.config))
+        for name, layer, attributes in self._attributes:
+            expect(layer, name, **attributes)
+
+    def _check_call(self, call: Call, engine: Engine, like: Tensor) -> None:
+        """Raise Unsupported unless the arguments are those of a published training or test program, and the actnorms set."""
+        for module in engine.weights.modules:
+            if module.training and not getattr(module, "inited", True):
+                raise Unsupported("actnorms are not initialised, which the network's own forward does")
+        if call.y_label is not None:
+            raise Unsupported("y_label is given")
+        batch, height, width = self._check_images(call, like)
+        shapes = [(batch, *shape) for shape in engine.model.latent_shapes(height, width)]
+        if call.reverse and isinstance(call.epses, list):
+            if len(call.epses) != len(shapes):
+                raise Unsupported(f"epses has {len(call.epses)} latents instead of {len(shapes)}")
+            for latent, shape in zip(call.epses, shapes):
+                check_tensor("a latent of epses", latent, shape, like, anywhere=True)
+        elif call.reverse:
+            check_tensor("z", call.z, shapes[-1], like)
+        if call.std is not None:
+            self._check_noise(call.std, batch, like)
+
+    def _check_images(self, call: Call, like: Tensor) -> tuple[int, int, int]:
+        """Batch and size of the LR image."""
+        scale = self.config.scale
+        if call.lr_enc is not None and not call.reverse:
+            check_tensor("gt", call.gt, (None, 3, None, None), like)
+            batch, height, width = (call.gt.shape[0], *(side // scale for side in call.gt.shape[2:]))
+        else:
+            check_tensor("lr", call.lr, (None, 3, None, None), like)
+            batch, height, width = call.lr.shape[0], *call.lr.shape[2:]
+        if not batch or not height or not width or height % 2 or width % 2:
+            raise Unsupported("there is no LR image of an even size")
+        if not call.reverse:
+            check_tensor("gt", call.gt, (batch, 3, scale * height, scale * width), like)
+        if call.lr_enc is not None:
+            channels = self.config.condition_channels
+            for level, features in enumerate(self._given_features(call), start=1):
+                shape = (batch, channels, scale * height >> level, scale * width >> level)
+                check_tensor("a feature map of lr_enc", features, shape, like)
+        return batch, height, width
+
+    def _check_noise(self, std: Tensor, batch: int, like: Tensor) -> None:
+        if not self.config.noise_channels:
+            raise Unsupported("std is given to a network without a noise condition")
+        check_tensor("std", std, (batch, None, None, None), like)
+        image = self.config.noise_channels == 3 and std.shape[1] == 3
+        if not image and tuple(std.shape[1:]) != (1, 1, 1):
+            raise Unsupported("std is neither a noise image nor one number for each image")
+
+    def _given_features(self, call: Call) -> list[Tensor]:
+        """Of `lr_enc`, those that the levels are conditioned on, from the HR side; None where one is missing."""
+        return [call.lr_enc.get(f"fea_up{self.config.scale >> level}") for level in range(1, self.config.levels + 1)]
+
+    # -- both directions ---------------------------------------------------------------------------------------
+
+    def _encode(self, call: Call, engine: Engine) -> tuple[Tensor | list[Tensor], Tensor, Tensor]:
+        z, pixels = call.gt, call.gt.shape[2] * call.gt.shape[3]
+        if call.add_gt_noise and self._dequantises():
+            z = z + (torch.rand(z.shape, device=z.device) - 0.5) / self.module.quant
+        latents, logdet = engine.encode(z, self._condition(call, engine), self._noise(call))
+        if call.add_gt_noise:
+            logdet = logdet - math.log(self.module.quant) * pixels
+        nll = (logdet + gaussian_log_density(latents[-1]).sum(dim=(1, 2, 3))) / (-math.log(2) * pixels)
+        if not isinstance(call.epses, list):
+            return latents[-1], nll, logdet
+        call.epses.extend(latents)
+        return call.epses, nll, logdet
+
+    def _decode(self, call: Call, engine: Engine) -> tuple[Tensor, Tensor]:
+        latents = self._latents(call, engine)
+        image, logdet = engine.decode(latents, self._condition(call, engine), self._noise(call))
+        if call.add_gt_noise:
+            logdet = logdet + math.log(self.module.quant) * call.lr.shape[2] * call.lr.shape[3] * self.config.scale**2
+        return image, logdet
+
+    def _latents(self, call: Call, engine: Engine) -> list[Tensor]:
+        """In encoding order. Those of the splits that are not given are drawn as the network draws them: on the default device,
+        in the default dtype, those nearest to the top first."""
+        if isinstance(call.epses, list):
+            return [latent.to(call.lr) for latent in call.epses]
+        *shapes, _ = engine.model.latent_shapes(*call.lr.shape[2:])
+        drawn = []
+        for shape in reversed(shapes):
+            size = (call.lr.shape[0], *shape)
+            drawn.append(torch.normal(mean=torch.zeros(size), std=torch.ones(size) * call.eps_std).to(call.lr))
+        return [*reversed(drawn), call.z]
+
+    def _condition(self, call: Call, engine: Engine) -> Any:
+        return engine.given(self._given_features(call)) if call.lr_enc is not None else engine.features(call.lr)
+
+    def _noise(self, call: Call) -> Tensor | None:
+        if call.std is None or self.config.noise_channels == call.std.shape[1]:
+            return call.std
+        return call.std.expand(-1, self.config.noise_channels, -1, -1)
+
+    def _dequantises(self) -> bool:
+        section: Any = self.module.opt
+        for key in ("network_G", "flow", "augmentation", "noiseQuant"):
+            section = section.get(key) if section is not None else None
+        return section is None or bool(section)

@@ -1,0 +1,144 @@
+"""What stands in place of a module's `forward`, and when it steps aside for the module's own."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ncsr_fast.engine.function import traced
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_REPLICATE = "_replicate_for_data_parallel"  # what DataParallel calls to copy a module to another device
+
+
+class Unsupported(ValueError):
+    """Why something is left to the code it came with."""
+
+
+class Replacement:
+    """In place of the `methods` of one module: attributes of the instance, so that hooks of the module, wrappers around it and
+    its class stay as they are.
+
+    Parameters stay where they are too: every call reads them from the module. What it cannot serve it hands over to the
+    module's own method, and counts the reason in `handed_over`. A copy or a pickle of the module, and the replicas that
+    DataParallel makes of it, have a replacement of their own.
+    """
+
+    methods: tuple[str, ...] = ("forward",)
+    passed_over: tuple[str, ...] | None = None  # children whose own forward does not run; None: that of no submodule does
+
+    def __init__(self, module: nn.Module, handed_over: Counter[str] | None = None) -> None:
+        self.module, self.handed_over = module, Counter() if handed_over is None else handed_over
+        self._tree: Tree | None = None
+
+    def install(self) -> None:
+        for method in self.methods:
+            self.module.__dict__[method] = getattr(self, method)
+        self.module.__dict__[_REPLICATE] = self._replicate
+        self._tree = Tree(self.module, self.passed_over)
+
+    def remove(self) -> None:
+        for method in (*self.methods, _REPLICATE):
+            self.module.__dict__.pop(method, None)
+
+    @staticmethod
+    def of(module: nn.Module) -> Replacement | None:
+        """The replacement that is installed in a module."""
+        owner = getattr(module.__dict__.get(_REPLICATE), "__self__", None)
+        return owner if isinstance(owner, Replacement) else None
+
+    def own(self, method: str, *arguments: Any, **options: Any) -> Any:
+        """What the module itself does."""
+        return getattr(type(self.module), method)(self.module, *arguments, **options)
+
+    def hand_over(self, reason: str, method: str, *arguments: Any, **options: Any) -> Any:
+        self.handed_over[reason] += 1
+        return self.own(method, *arguments, **options)
+
+    def for_replica(self, replica: nn.Module) -> Replacement:
+        """One that reads the parameters of `replica`."""
+        return type(self)(replica, self.handed_over)
+
+    def check(self) -> None:
+        """Raise Unsupported where no call can be served, now or because the module was changed."""
+        check_context()
+        if self._tree is None:
+            self._tree = Tree(self.module, self.passed_over)
+        self._tree.check()
+
+    def _replicate(self) -> nn.Module:
+        replica = self.own(_REPLICATE)
+        replacement = self.for_replica(replica)
+        replacement.install()
+        replacement._tree = None  # made in its first call: its children are not there yet
+        return replica
+
+
+class _Edge(NamedTuple):
+    name: str
+    parent: nn.Module
+    key: str
+    child: nn.Module
+
+
+class Tree:
+    """The submodules of a module, or of some of its children, as they were when it was made."""
+
+    def __init__(self, module: nn.Module, children: tuple[str, ...] | None) -> None:
+        self._edges = [edge for edge in _edges(module) if children is None or edge.name.split(".")[0] in children]
+        self._parents = [(parent, len(parent._modules)) for parent in [module, *(edge.child for edge in self._edges)]]
+
+    def check(self) -> None:
+        """Raise Unsupported when a submodule was exchanged, added or removed, or has what only its own call would run."""
+        if any(len(parent._modules) != count for parent, count in self._parents):
+            raise Unsupported("submodules were added or removed")
+        for name, parent, key, child in self._edges:
+            if parent._modules.get(key) is not child:
+                raise Unsupported(f"{name} was exchanged for another module")
+            attributes = child.__dict__
+            if any(attributes.get(hooks) for hooks in _HOOKS):
+                raise Unsupported(f"{name} has hooks, which would not run")
+            if "forward" in attributes and Replacement.of(child) is None:
+                raise Unsupported(f"the forward of {name} was replaced")
+
+
+def _edges(module: nn.Module, prefix: str = "") -> Iterator[_Edge]:
+    for key, child in module._modules.items():
+        if child is not None:
+            yield _Edge(prefix + key, module, key, child)
+            yield from _edges(child, f"{prefix}{key}.")
+
+
+def check_context() -> None:
+    """Raise Unsupported where the module's own code has to be seen or would compute something else."""
+    if traced():
+        raise Unsupported("torch.compile or torch.func traces it")
+    if torch.jit.is_tracing():
+        raise Unsupported("torch.jit traces it")
+    if torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu"):
+        raise Unsupported("torch.autocast is on")
+    if torch.nn.modules.module._has_any_global_hook():
+        raise Unsupported("there are global module hooks, which would not run")
+
+
+def check_tensor(name: str, tensor: Any, shape: tuple[int | None, ...], like: Tensor, anywhere: bool = False) -> None:
+    """Raise Unsupported unless it is a plain tensor of that shape (None: any) and of the dtype and device of `like`, or
+    `anywhere`."""
+    if type(tensor) not in (Tensor, nn.Parameter):
+        raise Unsupported(f"{name} is not a plain tensor")
+    if tensor.dim() != len(shape) or any(size not in (None, there) for size, there in zip(shape, tensor.shape)):
+        raise Unsupported(f"{name} has another shape than the network's")
+    if tensor.dtype != like.dtype or not (anywhere or tensor.device == like.device):
+        raise Unsupported(f"{name} has another dtype or device than the parameters")
+
+
+def expect(module: nn.Module, name: str, **attributes: Any) -> None:
+    """Raise Unsupported where an attribute that the module has is another than is served."""
+    for attribute, expected in attributes.items():
+        value = getattr(module, attribute, expected)
+        if value != expected:
+            raise Unsupported(f"{name}.{attribute} is {value!r}, and only {expected!r} is served")

@@ -1,0 +1,222 @@
+"""Recognising a network of the published NCSR and SRFlow programs: by its module tree, parameters and attributes."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, fields, replace
+from functools import lru_cache
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from ncsr_fast.compat.replacement import Replacement, Unsupported, expect
+from ncsr_fast.config import NCSRConfig
+from ncsr_fast.engine.folding import LOG_SCALE
+from ncsr_fast.nn.encoder import SLOPE
+from ncsr_fast.nn.ncsr import NCSR
+from ncsr_fast.nn.published import Entry, layout
+from ncsr_fast.precision import convolution_precision
+
+
+@dataclass
+class Call:
+    """The arguments of a published network's forward."""
+
+    gt: Tensor | None = None
+    lr: Tensor | None = None
+    z: Tensor | None = None
+    eps_std: float | None = None
+    reverse: bool = False
+    epses: Any = None
+    reverse_with_grad: bool = False
+    lr_enc: Mapping[str, Tensor] | None = None
+    add_gt_noise: bool = False
+    step: Any = None  # ignored, as it is there
+    y_label: Any = None
+    std: Tensor | None = None  # NCSR's alone
+
+    @classmethod
+    def of(cls, *arguments: Any, **options: Any) -> Call:
+        """Raises Unsupported for other arguments, of which the network will say itself what is wrong."""
+        try:
+            return cls(*arguments, **options)
+        except TypeError as error:
+            raise Unsupported(f"its arguments are others: {error}") from error
+
+
+def resembles_network(module: nn.Module) -> bool:
+    """Whether it has the parts of a published network."""
+    layers = getattr(getattr(module, "flowUpsamplerNet", None), "layers", None)
+    return isinstance(getattr(module, "RRDB", None), nn.Module) and isinstance(layers, nn.ModuleList)
+
+
+def recognise(net: nn.Module) -> NCSRConfig:
+    """Which network it is; raises Unsupported saying what about it is not served.
+
+    The options it was built with tell the architecture, and everything that shows is compared with what they say: the names
+    and shapes of all parameters, the attributes of the layers, the arguments of `forward`.
+    """
+    names = [field.name for field in fields(Call)]
+    arguments = list(inspect.signature(type(net).forward).parameters)[1:]
+    if arguments not in (names, names[:-1]):
+        raise Unsupported(f"its forward takes ({', '.join(arguments)}) instead of ({', '.join(names)})")
+    if not isinstance(getattr(net, "opt", None), Mapping):
+        raise Unsupported("it has no options `opt`, which tell the architecture")
+    try:
+        config = NCSRConfig.from_published(net.opt)
+    except (ValueError, TypeError) as error:
+        raise Unsupported(f"option {error}") from error
+    if bool(config.noise_channels) != ("std" in arguments):
+        raise Unsupported("its options and its forward do not agree on a noise condition")
+    config = replace(config, noise_steps=_noise_steps(net, config))
+    _compare_parameters(net, config)
+    _check_layers(net, config)
+    return config
+
+
+def _noise_steps(net: nn.Module, config: NCSRConfig) -> tuple[int, ...]:
+    """How many of the last steps of each level use their noise coupling."""
+    if not config.noise_channels:
+        return ()
+    conditional = (layer for layer in net.flowUpsamplerNet.layers if hasattr(layer, "affine"))
+    counts = []
+    for level in range(config.levels):
+        used = [bool(getattr(layer.affine, "stdmode", False)) for layer in islice(conditional, config.steps)]
+        if used != sorted(used):
+            raise Unsupported(f"in level {level + 1} the steps with a noise coupling are not the last ones")
+        counts.append(sum(used))
+    return tuple(counts)
+
+
+def _compare_parameters(net: nn.Module, config: NCSRConfig) -> None:
+    expected = {entry.name: entry.shape for entry in entries_of(skeleton_of(config))}
+    found = {name: tuple(parameter.shape) for name, parameter in net.named_parameters()}
+    for name in [*expected, *found]:
+        if expected.get(name) != found.get(name):
+            raise Unsupported(
+                f"parameter {name} has shape {found.get(name, 'none: it is missing')}, "
+                f"expected {expected.get(name, 'none: it is unknown')}"
+            )
+    if any(True for _ in net.buffers()):
+        raise Unsupported("it has buffers, which published networks have not")
+
+
+def _check_layers(net: nn.Module, config: NCSRConfig) -> None:
+    for name, module in net.named_modules():
+        if isinstance(module, nn.Conv2d):
+            padding = tuple(size // 2 for size in module.kernel_size)
+            expect(module, name, stride=(1, 1), dilation=(1, 1), groups=1, padding_mode="zeros", logscale_factor=LOG_SCALE)
+            if module.padding not in (padding, "same"):
+                raise Unsupported(f"{name}.padding is {module.padding!r}, and only {padding!r} is served")
+        elif isinstance(module, nn.LeakyReLU):
+            expect(module, name, negative_slope=SLOPE)
+    for name, module, attributes in flow_attributes(net, config):
+        expect(module, name, **attributes)
+
+
+def flow_attributes(net: nn.Module, config: NCSRConfig) -> Iterator[tuple[str, nn.Module, dict[str, Any]]]:
+    """(name, layer, attributes) of every layer of the flow, and what the attributes have to be; layers may lack them."""
+    first = [config.steps - count for count in config.noise_steps]  # that use their noise coupling
+    used = iter([bool(config.noise_channels) and k >= start for start in first for k in range(config.steps)])
+    for index, layer in enumerate(net.flowUpsamplerNet.layers):
+        name = f"flowUpsamplerNet.layers.{index}"
+        if hasattr(layer, "invconv"):
+            yield name, layer, {"flow_permutation": "invconv", "norm_type": "ActNorm2d"}
+            yield f"{name}.invconv", layer.invconv, {"LU": False}
+        elif hasattr(layer, "conv"):
+            yield name, layer, {"logs_eps": 0, "position": None}
+        else:
+            yield name, layer, {"factor": 2}
+        if hasattr(layer, "affine"):
+            yield f"{name}.affine", layer.affine, {"affine_eps": config.eps, "need_features": True, "stdmode": next(used)}
+
+
+@lru_cache(maxsize=4)
+def skeleton_of(config: NCSRConfig) -> NCSR:
+    """The model without weights; one for all who do not fill it."""
+    with torch.device("meta"), _Uninitialised():
+        return NCSR(config)
+
+
+def entries_of(model: NCSR) -> list[Entry]:
+    """`layout` of a model without weights."""
+    with _Uninitialised():
+        return list(layout(model))
+
+
+class _Uninitialised(TorchFunctionMode):
+    """Inside, nothing is computed of new parameters: without memory, that would take seconds, and import PyTorch's compiler."""
+
+    _UNCHANGED = (Tensor.normal_, Tensor.uniform_, Tensor.mul, Tensor.__mul__, Tensor.mul_)
+
+    def __torch_function__(self, function: Any, types: Any, arguments: tuple = (), options: dict | None = None) -> Any:
+        if function in self._UNCHANGED:
+            return arguments[0]
+        if function is torch.linalg.qr:
+            return arguments[0], arguments[0]
+        if function is torch.stack:
+            return torch.empty(len(arguments[0]), *arguments[0][0].shape)
+        return (torch.empty if function is torch.randn else function)(*arguments, **(options or {}))
+
+
+# -- a trial -------------------------------------------------------------------------------------------------------
+
+_TOLERANCE = 1e-4  # of the largest element: float32 rounding is below 1e-5, a formula that differs somewhere is far above
+_SIZE = 8  # of the LR image: the published encoder needs that many pixels
+# By how much parameters are moved, so that no zero-initialised layer hides what it computes. Inverses explode when it is more.
+_STEPS = {"encode": 3e-3, "decode": 3e-4}
+
+
+@torch.no_grad()
+def disagreement(net: nn.Module, config: NCSRConfig, ours: Callable[[nn.Module], Replacement]) -> str | None:
+    """What a copy of `net` and its replacement `ours(copy)` compute differently of a small image; None: nothing.
+
+    A class may look the same and compute something else. Neither the network nor a random generator is touched.
+    """
+    for direction, step in _STEPS.items():
+        try:
+            trial, generator = copy.deepcopy(net).float(), torch.Generator().manual_seed(0)
+            for parameter in trial.parameters():
+                parameter.add_(step * torch.randn(parameter.shape, generator=generator).to(parameter))
+            images = _trial_images(config, next(trial.parameters()), generator)
+            replacement = ours(trial)
+            with convolution_precision("fp32"):
+                trial.train()
+                replacement.own("forward", **images)  # sets the actnorms that are not: inverses explode without
+                trial.eval()
+                found = _differences(replacement, direction, images)
+        except Exception as error:  # of code we do not know
+            return f"it fails for a small image: {type(error).__name__}: {error}"
+        reason = next(iter(replacement.handed_over), found)
+        if reason is not None:
+            return reason
+    return None
+
+
+def _trial_images(config: NCSRConfig, like: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+    inputs = {"lr": (3, _SIZE, _SIZE), "gt": (3, config.scale * _SIZE, config.scale * _SIZE)}
+    if config.noise_channels:
+        inputs["std"] = inputs["gt"] if config.noise_channels == 3 else (1, 1, 1)
+    return {name: torch.rand(1, *shape, generator=generator).to(like) for name, shape in inputs.items()}
+
+
+def _differences(replacement: Replacement, direction: str, images: dict[str, Tensor]) -> str | None:
+    latents, *likelihood = replacement.own("forward", **images, epses=[])
+    if direction == "encode":
+        found, *found_likelihood = replacement.forward(**images, epses=[])
+        pairs, inaccuracy = [*zip(latents, found), *zip(likelihood, found_likelihood)], 0.0
+    else:
+        gt = images.pop("gt")
+        arguments = {**images, "epses": latents, "reverse": True}
+        image, found = replacement.own("forward", **arguments), replacement.forward(**arguments)
+        pairs, inaccuracy = [*zip(image, found)], float((found[0] - gt).abs().max())  # of inverting in float32
+    for theirs, own in pairs:
+        allowed = _TOLERANCE * float(theirs.abs().max()) + 10 * inaccuracy
+        if not float((theirs - own).abs().max()) <= allowed:
+            return f"it {direction}s to something else than a network of this structure does"
+    return None

@@ -1,0 +1,77 @@
+"""The parameters of a published network as our model has them: stacked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ncsr_fast.compat.replacement import Unsupported
+from ncsr_fast.compat.structure import entries_of
+from ncsr_fast.engine.cache import fingerprint
+from ncsr_fast.nn.ncsr import NCSR
+
+
+class Slot(NamedTuple):
+    """A parameter of ours, and the published ones it consists of."""
+
+    module: nn.Module
+    name: str
+    shape: torch.Size
+    sources: slice  # of all sources
+
+
+class StackedWeights:
+    """Fills the parameters of a model without weights from the modules of a published network.
+
+    `ncsr_fast.nn.published.layout` says which belongs where: its entries are views of the parameters.
+    """
+
+    def __init__(self, model: NCSR, net: nn.Module) -> None:
+        pieces: dict[int, list[tuple[int, str]]] = {}  # by the memory of a parameter: (position in it, published name)
+        for entry in entries_of(model):
+            if entry.tensor is not None:
+                key = entry.tensor.untyped_storage()._cdata
+                pieces.setdefault(key, []).append((entry.tensor.storage_offset(), entry.name))
+        self._sources: list[tuple[nn.Module, str]] = []
+        self._slots: list[Slot] = []
+        for module in model.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                first = len(self._sources)
+                for _, published in sorted(pieces[parameter.untyped_storage()._cdata]):
+                    path, _, attribute = published.rpartition(".")
+                    self._sources.append((net.get_submodule(path), attribute))
+                self._slots.append(Slot(module, name, parameter.shape, slice(first, len(self._sources))))
+        self._empty = [slot.module._parameters[slot.name] for slot in self._slots]
+        self.modules = list(dict.fromkeys(module for module, _ in self._sources))
+
+    def read(self) -> list[Tensor]:
+        """The published parameters as they are now; raises Unsupported unless they are plain tensors of one kind."""
+        tensors = [getattr(module, name) for module, name in self._sources]
+        dtype, device = tensors[0].dtype, tensors[0].device
+        if dtype not in (torch.float32, torch.float64) or device.type == "meta":
+            raise Unsupported(f"its parameters are {dtype} on {device}")
+        if any(tensor.dtype != dtype or tensor.device != device for tensor in tensors):
+            raise Unsupported("its parameters are not all of one dtype and device")
+        if any(type(tensor) not in (Tensor, nn.Parameter) for tensor in tensors):
+            raise Unsupported("its parameters are not plain tensors")
+        return tensors
+
+    def fill(self, tensors: list[Tensor]) -> None:
+        """Stack what was read, differentiably."""
+        for slot in self._slots:
+            parts = tensors[slot.sources]
+            whole = parts[0] if len(parts) == 1 else torch.stack(parts)
+            slot.module._parameters[slot.name] = whole.reshape(slot.shape)
+
+    def clear(self) -> None:
+        for slot, empty in zip(self._slots, self._empty):
+            slot.module._parameters[slot.name] = empty
+
+
+def state_of(tensors: Iterable[Tensor]) -> object | None:
+    """What two lists of parameters share only when none of them changed; None where that cannot be told."""
+    tensors = list(tensors)
+    return None if any(tensor.is_inference() for tensor in tensors) else fingerprint(tensors)
