@@ -8,7 +8,8 @@
 set -euo pipefail
 what=$1
 results=$(mkdir -p "$2" && cd "$2" && pwd)
-published=${3:+--published $(cd "$3" && pwd)}
+checkout=${3:+$(cd "$3" && pwd)}
+published=${checkout:+--published $checkout}
 repository=$(cd "$(dirname "$0")/.." && pwd)
 cd "$results" # so that what is imported is what was installed
 case $what in
@@ -21,7 +22,7 @@ case $what in
     # no host synchronisation, capture in CUDA graphs, the same results as without
     python3 -m pytest -q -c "$repository/pyproject.toml" "$repository/tests/engine/test_synchronization.py" | tee graphs.txt
     ;;
-  tests) python3 -m pytest -c "$repository/pyproject.toml" "$repository/tests" | tee tests.txt ;;
+  tests) NCSR_PUBLISHED=$checkout python3 -m pytest -c "$repository/pyproject.toml" "$repository/tests" | tee tests.txt ;;
   operators) ncsr-fast bench --device cuda --out . | tee operators.txt ;;
   sampling)
     python3 -m ncsr_fast.benchmarks.end_to_end $published --device cuda --tasks sample --out . | tee sampling.txt
@@ -32,7 +33,7 @@ case $what in
     python3 -m ncsr_fast.benchmarks.end_to_end $published --device cuda --tasks train-batch-18 --tf32 --out tf32 | tee tf32.txt
     ;;
   trainer) # the published one needs natsort and imageio too
-    python3 -m ncsr_fast.benchmarks.training "$NCSR_IMAGES" $published --device cuda --tasks steps loader resume --batch 18 \
+    python3 -m ncsr_fast.benchmarks.training "$NCSR_IMAGES" $published --device cuda --bf16 --tasks steps loader resume --batch 18 \
       --rounds 20 --out . | tee trainer.txt
     ;;
   demo) ncsr-fast demo --device cuda --out demo | tee demo.txt ;;

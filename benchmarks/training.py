@@ -76,6 +76,8 @@ def steps(images: Path, scratch: Path, args: argparse.Namespace) -> Iterator[Row
         trainer = PublishedTrainer(args.published, args.device, args.batch, args.crop, 0.05)
         arms["published"] = _forever(lambda: trainer.loader(images, 0)), lambda batch, number: trainer.step(batch)
     for name, changes in _OURS.items():
+        if changes and not args.bf16:
+            continue
         # no worker: whatever reads, reads in the arm's own time
         settings = settings_of(images, batch=args.batch, crop=args.crop, workers=0, **changes)
         loop = stage_loop(settings, scratch / name, args.device)
@@ -190,6 +192,7 @@ def main() -> None:
     parser.add_argument("--crop", type=int, default=160, help="side of an HR crop (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="timed steps of each arm (default: %(default)s)")
     parser.add_argument("--warm-up", type=int, default=2, help="steps before that (default: %(default)s)")
+    parser.add_argument("--bf16", action="store_true", help="an arm with bf16 networks too, slow on a CPU that has no bf16")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads (default: %(default)s)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON rows (default: %(default)s)")

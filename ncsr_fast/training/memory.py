@@ -1,8 +1,9 @@
 """How much memory a training step takes, known before it is run, and what to do when it was too much.
 
 The step is run on PyTorch's "meta" device, whose tensors have sizes but neither memory nor values: at the crop and batch of
-the run, in a second, on any machine. There the operators are those in plain PyTorch, which keep more: without checkpointing
-a step of ncsr-x4 takes up to 4 % less than is said here, with it as much as is said; small models up to a fifth less.
+the run, in less than a minute, on any machine. There the operators are those in plain PyTorch, which keep more: without
+checkpointing a step of ncsr-x4 takes up to 4 % less than is said here, with it as much as is said; small models up to a fifth
+less.
 """
 
 from __future__ import annotations
