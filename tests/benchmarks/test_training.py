@@ -12,7 +12,7 @@ from ncsr_fast.benchmarks import report, training
 
 @pytest.fixture
 def args():
-    return argparse.Namespace(published=None, device="cpu", batch=2, crop=32, rounds=2, warm_up=1, threads=1)
+    return argparse.Namespace(published=None, device="cpu", batch=2, crop=32, rounds=2, warm_up=1, threads=1, bf16=True)
 
 
 @pytest.fixture(autouse=True)
