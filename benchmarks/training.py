@@ -172,7 +172,7 @@ def processes(images: Path, scratch: Path, args: argparse.Namespace) -> Iterator
     for name, (start, threads) in arms.items():
         run = scratch / name
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-        command = [*start, *flags, "--run", str(run), "--device", args.device]
+        command = [*start, *flags, "--run-dir", str(run), "--device", args.device]
         subprocess.run(command, check=True, env=environment, cwd=scratch, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
         rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
         rates = [row["images_per_s"] for row in rows if "images_per_s" in row][1:]  # the first includes the start

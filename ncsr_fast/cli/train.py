@@ -56,7 +56,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = "ncsr-fast train [CONFIG.yml] [--run RUN] [--SETTING VALUE ...]"
     parser.add_argument("config", nargs="?", help="YAML of settings, or a YAML of the published NCSR and SRFlow programs")
     parser.add_argument("-opt", metavar="YAML", help="the same, as the published programs call it")
-    parser.add_argument("--run", help="folder of the run: log, checkpoints, samples, model (default: runs/NAME of the YAML)")
+    parser.add_argument(
+        "--run",
+        "--run-dir",  # torchrun takes a plain --run for one of its own options
+        help="folder of the run: log, checkpoints, samples, model (default: runs/NAME of the YAML); under torchrun --run-dir",
+    )
     parser.add_argument("--preset", help=f"architecture, and the settings that go with it: {', '.join(PRESETS)}")
     parser.add_argument("--variant", help=f"which of the paper's noise-conditional layers: {', '.join(VARIANTS)}")
     parser.add_argument(

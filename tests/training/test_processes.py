@@ -104,6 +104,17 @@ def test_a_stop_signal_to_one_stops_all_and_the_run_resumes(settings, tmp_path):
     assert 0 < step < 400
 
 
+def test_the_command_line_under_torchrun(photos, tmp_path):
+    """Its own options must not take ours for theirs, as it does with --run."""
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "ncsr_fast.cli.main"]
+    flags = "--preset ncsr-compact-x4 --encoder-steps 0 --steps 1 --batch 2 --crop 32 --validation-images 1 --device cpu"
+    command = [*start, "train", *flags.split(), "--images", str(photos), "--run-dir", str(tmp_path / "run")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=environment, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert NCSR.from_pretrained(tmp_path / "run" / "model").actnorm_initialized
+
+
 def test_shares_make_up_the_batch():
     shares = [Processes(torch.device("cpu"), rank, 3).share(12) for rank in range(3)]
     assert [list(range(12))[share] for share in shares] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
