@@ -138,6 +138,13 @@ def log_rows(run: Path, timeless: bool = False) -> list[dict]:
     return [{key: value for key, value in row.items() if key not in times} for row in rows]
 
 
+def as_a_worker(target, *arguments) -> None:
+    """Call `target` in a process of its own with one thread, as DataLoader's workers do: a forked process has none of its
+    parent's OpenMP threads, and would wait for them for ever."""
+    torch.set_num_threads(1)
+    target(*arguments)
+
+
 def assert_same_weights(first: NCSR, second: NCSR) -> None:
     """Bit for bit."""
     other = second.state_dict()

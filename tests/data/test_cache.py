@@ -13,6 +13,7 @@ import warnings
 import pytest
 import torch
 from PIL import Image
+from support import as_a_worker
 
 from ncsr_fast.data import RandomCrops, list_images, read_image
 from ncsr_fast.data.cache import ImageCache
@@ -51,11 +52,14 @@ def read_all(cache, sizes) -> None:
         assert torch.equal(cache.read(path), read_image(path))
 
 
-def in_process(context, target, *arguments) -> int:
-    process = context.Process(target=target, args=arguments)
-    process.start()
-    process.join(60)
-    return process.exitcode
+def in_processes(context, target, *arguments, count: int = 1) -> list[int]:
+    """The exit status of each of `count` processes that did target(*arguments) at once."""
+    processes = [context.Process(target=as_a_worker, args=(target, *arguments), daemon=True) for _ in range(count)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    return [process.exitcode for process in processes]
 
 
 def test_images_are_decoded_once(sizes, folder, decoded):
@@ -70,7 +74,7 @@ def test_images_are_decoded_once(sizes, folder, decoded):
 @pytest.mark.parametrize("context", [FORK, SPAWN], ids=["fork", "spawn"])
 def test_what_other_processes_decode_is_there(sizes, folder, decoded, context):
     cache = ImageCache(folder, 2**30, sizes)
-    assert in_process(context, cache.read, list(sizes)[1]) == 0
+    assert in_processes(context, cache.read, list(sizes)[1]) == [0]
     read_all(cache, sizes)
     assert decoded == ["a.png", "c.png"]
 
@@ -87,12 +91,7 @@ def _start_and_read(barrier, folder, sizes) -> None:
 def test_processes_that_start_and_fill_a_cache_at_once(sizes, folder, decoded):
     for _ in range(5):
         barrier = FORK.Barrier(4)
-        processes = [FORK.Process(target=_start_and_read, args=(barrier, folder, sizes)) for _ in range(4)]
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join(60)
-        assert [process.exitcode for process in processes] == [0] * 4
+        assert in_processes(FORK, _start_and_read, barrier, folder, sizes, count=4) == [0] * 4
         cache = ImageCache(folder, 2**30, sizes)
         read_all(cache, sizes)
         assert decoded == []
@@ -114,7 +113,7 @@ def _die_half_way(folder, sizes) -> None:
 
 
 def test_a_writer_that_was_killed(sizes, folder, decoded):
-    assert in_process(FORK, _die_half_way, folder, sizes) == -signal.SIGKILL
+    assert in_processes(FORK, _die_half_way, folder, sizes) == [-signal.SIGKILL]
     cache = ImageCache(folder, 2**30, sizes)
     assert (folder / "flags").read_bytes() == b"\1\0\0"
     for _ in range(2):
@@ -129,7 +128,7 @@ def _die_making(folder, sizes) -> None:
 
 def test_a_maker_that_was_killed(sizes, folder, decoded):
     ImageCache(folder, 2**20, sizes)
-    assert in_process(FORK, _die_making, folder, sizes) == -signal.SIGKILL
+    assert in_processes(FORK, _die_making, folder, sizes) == [-signal.SIGKILL]
     cache = ImageCache(folder, 2**30, sizes)
     for _ in range(2):
         read_all(cache, sizes)
