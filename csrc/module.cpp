@@ -133,9 +133,9 @@ void flow_step_backward(SizesTuple size, double eps, bool inverse, TensorTuple d
 
 // sizes: batch, rows, columns, kept, hidden, outputs; weights: w1 (or 0), w2, b2, w3, b3. On the CPU only.
 void network_forward(std::array<int64_t, 6> sizes, TensorTuple x, TensorTuple pre, std::array<int64_t, 5> weights,
-                     TensorTuple y, bool float64, WhereTuple where) {
+                     TensorTuple h1, TensorTuple h2, TensorTuple y, bool float64, WhereTuple where) {
     const auto [batch, rows, columns, kept, hidden, outputs] = sizes;
-    Network p{batch, rows, columns, kept, hidden, outputs, tensor(x), tensor(pre), tensor(y)};
+    Network p{batch, rows, columns, kept, hidden, outputs, tensor(x), tensor(pre), tensor(y), tensor(h1), tensor(h2)};
     p.w1 = pointer(weights[0]), p.w2 = pointer(weights[1]), p.b2 = pointer(weights[2]);
     p.w3 = pointer(weights[3]), p.b3 = pointer(weights[4]);
     py::gil_scoped_release release;

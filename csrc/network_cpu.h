@@ -216,6 +216,10 @@ class NetworkKernel {
             for (int64_t column = 0; column < p_.columns; column += wide_) {
                 const Run run{sample, row, column, std::min(wide_, p_.columns - column)};
                 hidden(run, rows, above, buffers);
+                if (row >= begin && row < end) {  // those of the rows around a band are another band's to write
+                    write_hidden(run, rows, buffers.h1, p_.h1);
+                    write_hidden(run, rows, buffers.h2, p_.h2);
+                }
                 above = wide_ == p_.columns ? rows : 0;
                 const int64_t pixels = rows * run.pixels;
                 Product<T>{{buffers.h2, hidden_row_, 1}, w3_, buffers.products, product_row_}.run(pixels, from, to);
@@ -251,6 +255,13 @@ class NetworkKernel {
         Product<T> product{{buffers.h1, hidden_row_, 1}, w2_, buffers.h2, hidden_row_, b2_};
         product.relu = true;
         product.run(pixels);
+    }
+
+    void write_hidden(const Run& run, int64_t rows, const T* from, const Tensor& h) const {
+        for (int64_t r = 0; r < rows && h.data; ++r, from += run.pixels * hidden_row_) {
+            T* to = address<T>(h, Run{run.sample, run.row + r, run.column, run.pixels}, 0);
+            move(to, h.column, h.channel, from, hidden_row_, 1, run.pixels, p_.hidden);
+        }
     }
 
     // x of a piece with a pixel around it, zeros outside the image. The last two rows of the piece above are its first.

@@ -77,6 +77,7 @@ struct FlowStep {
 struct Network {
     int64_t batch, rows, columns, kept, hidden, outputs;
     Tensor x, pre, y;                  // x may be null, kept then being 0
+    Tensor h1, h2;                     // written too, unless null
     const char *w1, *w2, *b2, *w3, *b3;  // dense, in the dtype of the arithmetic
 };
 

@@ -65,15 +65,15 @@ def fold_networks(parameters: Parameters, kept: int, dtype: torch.dtype) -> tupl
     """Networks whose first `kept` input channels are z1 and whose others are the condition, in `dtype`."""
     scale1, scale2 = torch.exp(parameters.norm1_logs), torch.exp(parameters.norm2_logs)
     scale3 = torch.exp(LOG_SCALE * parameters.logs3)
-    w1 = (parameters.conv1[:, :, :kept] * _filters(scale1)).to(dtype) if kept else None
+    conv1 = (parameters.conv1 * _filters(scale1)).to(dtype)
+    first, weight = conv1.split((kept, conv1.shape[2] - kept), dim=2)
     networks = Networks(
-        w1,
+        first.contiguous() if kept else None,
         (parameters.conv2 * _filters(scale2)).to(dtype),
         (parameters.norm2_bias * scale2).to(dtype),
         (parameters.conv3 * _filters(scale3)).to(dtype),
         (parameters.bias3 * scale3).to(dtype),
     )
-    weight = (parameters.conv1[:, :, kept:] * _filters(scale1)).to(dtype)
     return networks, Hoisted(weight.flatten(0, 1), (parameters.norm1_bias * scale1).to(dtype).flatten())
 
 

@@ -52,9 +52,15 @@ class Level(NamedTuple):
     noise_couplings: Networks | None
 
 
-def inject(injectors: Networks, pre: Tensor, settings: Settings) -> list[Tensor]:
-    """The outputs of all injector networks, from their pre-activations (B, K·hidden, h, w)."""
-    return [_evaluate(net, None, part, settings) for net, part in zip(unbind(injectors), parts(pre, injectors))]
+Layers = tuple[Tensor, Tensor, Tensor]  # of a network: see `network.layers`
+
+
+def inject(injectors: Networks, pre: Tensor, settings: Settings, layers: list[Layers] | None = None) -> list[Tensor]:
+    """The outputs of all injector networks, from their pre-activations (B, K·hidden, h, w).
+
+    layers  is appended those of each network, which are computed then without recording gradients
+    """
+    return [_evaluate(net, None, part, settings, layers) for net, part in zip(unbind(injectors), parts(pre, injectors))]
 
 
 def steps(
@@ -64,15 +70,17 @@ def steps(
     settings: Settings,
     states: list[Tensor] | None = None,
     peaks: list[Tensor] | None = None,
+    layers: list[list[Layers]] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The state after the steps (of the inverse: before them), and the log|det| (B,) of injectors and couplings.
 
     x           (B, C, h, w); a batch of 1 of the conditions is shared by all of it
     states      is appended the state that each step's networks read
     peaks       is appended the largest magnitude (B,) of the state after each step, NaN where it holds one
+    layers      is appended for each step those of its networks, computed then without recording gradients
     """
     run = _decode if settings.inverse else _encode
-    return run(x, conditions, level, settings, states, peaks)
+    return run(x, conditions, level, settings, states, peaks, layers)
 
 
 def _encode(
@@ -82,6 +90,7 @@ def _encode(
     settings: Settings,
     states: list[Tensor] | None,
     peaks: list[Tensor] | None,
+    layers: list[list[Layers]] | None,
 ) -> tuple[Tensor, Tensor]:
     h, logdets, last = None, [], len(level.mix) - 1
     for k, nets in enumerate(networks_of_steps(level, conditions)):
@@ -89,7 +98,7 @@ def _encode(
         x, logdet = mixed_step(x, level.mix[k], level.offset[k], h, raw, settings.eps, False, settings.backend)
         _record(x, states, peaks)
         logdets.append(logdet)
-        h, *noise = _heads(nets, x, settings)
+        h, *noise = _heads(nets, x, settings, layers)
         for values in [*noise, h] if k == last else noise:  # the next step applies the coupling of this one
             x, logdet = _couple(x, values, settings)
             logdets.append(logdet)
@@ -103,12 +112,13 @@ def _decode(
     settings: Settings,
     states: list[Tensor] | None,
     peaks: list[Tensor] | None,
+    layers: list[list[Layers]] | None,
 ) -> tuple[Tensor, Tensor]:
     logdets = []
     nets = networks_of_steps(level, conditions)
     for k in reversed(range(len(level.mix))):
         _record(x, states, None)
-        for values in _heads(nets[k], x, settings):
+        for values in _heads(nets[k], x, settings, layers):
             x, logdet = _couple(x, values, settings)
             logdets.append(logdet)
         raw = conditions.raws[k].expand(x.shape[0], -1, -1, -1)
@@ -118,17 +128,24 @@ def _decode(
     return x, torch.stack(logdets).sum(dim=0)
 
 
-def _heads(nets: list[tuple[Network, Tensor]], x: Tensor, settings: Settings) -> list[Tensor]:
-    z1 = x[:, : x.shape[1] // 2]
-    return [_evaluate(net, z1, pre, settings) for net, pre in nets]
+def _heads(
+    nets: list[tuple[Network, Tensor]], x: Tensor, settings: Settings, layers: list[list[Layers]] | None
+) -> list[Tensor]:
+    z1, of_step = x[:, : x.shape[1] // 2], None if layers is None else []
+    if layers is not None:
+        layers.append(of_step)
+    return [_evaluate(net, z1, pre, settings, of_step) for net, pre in nets]
 
 
 def _couple(x: Tensor, values: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
     return affine(x, values, x.shape[1] // 2, settings.eps, settings.inverse, settings.backend)
 
 
-def _evaluate(net: Network, z1: Tensor | None, pre: Tensor, settings: Settings) -> Tensor:
-    return network.evaluate(net, z1, pre, settings.backend, settings.method)
+def _evaluate(net: Network, z1: Tensor | None, pre: Tensor, settings: Settings, layers: list[Layers] | None) -> Tensor:
+    if layers is None:
+        return network.evaluate(net, z1, pre, settings.backend, settings.method)
+    layers.append(network.layers(net, z1, pre, settings.backend, settings.method))
+    return layers[-1][2]
 
 
 def _record(x: Tensor, states: list[Tensor] | None, peaks: list[Tensor] | None) -> None:

@@ -1,20 +1,22 @@
-"""The steps of a level as one differentiable piece, which keeps little and computes the small networks anew.
+"""The steps of a level as one differentiable piece, which can keep little and compute the small networks anew.
 
-The forward pass keeps the state at every step, the hoisted pre-activations and the injectors' outputs. The backward pass
-walks the steps in the opposite order, computes the hidden layers of one step's networks at a time, and writes the gradients
-of the pre-activations into one tensor, so that the large convolution before them has one backward pass. It does not invert
-the flow: a network whose forward pass is healthy can have an inverse that amplifies rounding by 1e15.
+The forward pass keeps the state at every step, the hoisted pre-activations and the injectors' outputs, and without
+checkpointing the hidden layers of the networks. The backward pass walks the steps in the opposite order, with checkpointing
+computes the hidden layers of one step's networks at a time, and writes the gradients of the pre-activations into one tensor,
+so that the large convolution before them has one backward pass. It does not invert the flow: a network whose forward pass is
+healthy can have an inverse that amplifies rounding by 1e15.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ncsr_fast.engine import network
 from ncsr_fast.engine.folding import Networks
 from ncsr_fast.engine.function import Piece, Tensors
-from ncsr_fast.engine.level import Conditions, Level, Settings, inject, networks_of_steps, parts, steps, unbind
+from ncsr_fast.engine.level import Conditions, Layers, Level, Settings, inject, networks_of_steps, parts, steps, unbind
 from ncsr_fast.engine.network import Network
 from ncsr_fast.ops._backends import implementation
 from ncsr_fast.precision import convolution_precision
@@ -28,11 +30,11 @@ def level_pass(
     x           (B, C, h, w)
     hoisted     (B, 2K·hidden, h, w) pre-activations: of all injectors, then of all couplings
     pre_noise   (B, K'·hidden, h, w) or None
-    checkpoint  False: autograd keeps what it finds, instead of the backward pass of this file
+    checkpoint  False: the hidden layers of the networks are kept, not computed anew in the backward pass
     """
     noise = level.noise_couplings or Networks(None, None, None, None, None)
     tensors = (x, hoisted, pre_noise, level.mix, level.offset, *level.injectors, *level.couplings, *noise)
-    return _level_pass(tensors, settings) if checkpoint else _steps(*tensors, settings)
+    return _level_pass(tensors, settings, checkpoint)
 
 
 def _level(tensors: Tensors) -> Level:
@@ -40,31 +42,40 @@ def _level(tensors: Tensors) -> Level:
     return Level(tensors[3], tensors[4], injectors, couplings, None if noise.w2 is None else noise)
 
 
-def _steps(*arguments: Tensor | None | Settings) -> Tensors:
-    *tensors, settings = arguments
-    return _run(tuple(tensors), settings)[0]
+def _reference(*arguments: Tensor | None | Settings | bool) -> Tensors:
+    *tensors, settings, _ = arguments
+    return _run(tuple(tensors), settings._replace(backend="reference"))[0]
 
 
-def _reference(*arguments: Tensor | None | Settings) -> Tensors:
-    return _steps(*arguments[:-1], arguments[-1]._replace(backend="reference"))
-
-
-def _run(tensors: Tensors, settings: Settings) -> tuple[Tensors, list[Tensor], list[Tensor]]:
+def _run(
+    tensors: Tensors,
+    settings: Settings,
+    states: list[Tensor] | None = None,
+    of_injectors: list[Layers] | None = None,
+    of_couplings: list[list[Layers]] | None = None,
+) -> tuple[Tensors, list[Tensor]]:
+    """The outputs of the steps, and those of the injectors; the lists are appended what `steps` and `inject` say."""
     x, hoisted, pre_noise = tensors[:3]
-    level, states = _level(tensors), []
-    of_injectors, of_couplings = hoisted.chunk(2, dim=1)
-    raws = inject(level.injectors, of_injectors, settings)
-    given = Conditions(raws, parts(of_couplings, level.couplings), parts(pre_noise, level.noise_couplings))
-    return steps(x, given, level, settings, states), states, raws
+    level = _level(tensors)
+    injectors, couplings = hoisted.chunk(2, dim=1)
+    raws = inject(level.injectors, injectors, settings, of_injectors)
+    given = Conditions(raws, parts(couplings, level.couplings), parts(pre_noise, level.noise_couplings))
+    return steps(x, given, level, settings, states, layers=of_couplings), raws
 
 
-def _forward(tensors: Tensors, settings: Settings) -> tuple[Tensors, Tensors]:
-    outputs, states, raws = _run(tensors, settings)
-    read = states[::-1] if settings.inverse else states  # in the order of encoding
-    return outputs, (*read, *raws, outputs[0] if settings.inverse else None)
+def _forward(tensors: Tensors, settings: Settings, checkpoint: bool) -> tuple[Tensors, Tensors]:
+    states: list[Tensor] = []
+    of_injectors, of_couplings = (None, None) if checkpoint else ([], [])
+    outputs, raws = _run(tensors, settings, states, of_injectors, of_couplings)
+    encoding = -1 if settings.inverse else 1  # the steps from first to last, whatever was first here
+    kept = [*states[::encoding], *raws, outputs[0] if settings.inverse else None]
+    if not checkpoint:
+        kept += [h2 for _, h2, _ in of_injectors]
+        kept += [tensor for of_step in of_couplings[::encoding] for layers in of_step for tensor in layers]
+    return outputs, tuple(kept)
 
 
-def _backward(grads: Tensors, inputs: Tensors, kept: Tensors, needed: tuple[bool, ...], settings: Settings) -> Tensors:
+def _backward(grads: Tensors, inputs: Tensors, kept: Tensors, needed: tuple[bool, ...], settings: Settings, _: bool) -> Tensors:
     walk = _Walk(inputs, kept, needed, settings)
     with convolution_precision(settings.method.precision):
         dx = walk.decoding(*grads) if settings.inverse else walk.encoding(*grads)
@@ -79,12 +90,15 @@ class _Walk:
         self.x, hoisted, pre_noise = inputs[:3]
         self.level, self.settings, self.kernels = _level(inputs), settings, implementation(settings.backend)
         self.count = len(self.level.mix)
-        self.read, self.raws, self.y = kept[: self.count], kept[self.count : -1], kept[-1]
+        self.read, self.raws = kept[: self.count], kept[self.count : 2 * self.count]
+        self.y, *hidden = kept[2 * self.count :]
         self.weights = any(needed[5:])
         of_injectors, of_couplings = hoisted.chunk(2, dim=1)
         pres = parts(of_couplings, self.level.couplings), parts(pre_noise, self.level.noise_couplings)
         self.nets = networks_of_steps(self.level, Conditions([], *pres))
         self.injectors = list(zip(unbind(self.level.injectors), parts(of_injectors, self.level.injectors)))
+        self.h2_of_injectors, others = hidden[: self.count], iter(hidden[self.count :])  # kept, or none
+        self.layers = [[(next(others), next(others), next(others)) for _ in nets] for nets in self.nets] if hidden else []
 
         self.dhoisted = torch.empty_like(hoisted)
         self.dpre_noise = None if pre_noise is None else torch.empty_like(pre_noise)
@@ -136,10 +150,12 @@ class _Walk:
             dy = self._networks_backward(k, self.read[k], layers, dheads, dstate)
         return dy
 
-    def _layers(self, k: int) -> list[tuple[Tensor, Tensor, Tensor]]:
+    def _layers(self, k: int) -> list[Layers]:
         """Hidden layers and output of the step's coupling network, then of its noise coupling's where it has one."""
+        if self.layers:
+            return self.layers[k]
         z1 = _z1(self.read[k])
-        return [network.layers(net, z1, pre, self.settings.method) for net, pre in self.nets[k]]
+        return [network.layers(net, z1, pre, self.settings.backend, self.settings.method) for net, pre in self.nets[k]]
 
     def _couple(self, x: Tensor, h: Tensor) -> Tensor:
         return self.kernels.affine_fwd(x, h, x.shape[1] // 2, self.settings.eps, self.settings.inverse)[0]
@@ -157,9 +173,7 @@ class _Walk:
         self.dmix[k], self.doffset[k] = dmix, doffset
         return dx, dpre, dpost
 
-    def _networks_backward(
-        self, k: int, x: Tensor, layers: list[tuple[Tensor, Tensor, Tensor]], dheads: list[Tensor], dx: Tensor
-    ) -> Tensor:
+    def _networks_backward(self, k: int, x: Tensor, layers: list[Layers], dheads: list[Tensor], dx: Tensor) -> Tensor:
         """dx with what the step's networks add to it, they too having read z1."""
         for index, ((net, _), (h1, h2, _), dh) in enumerate(zip(self.nets[k], layers, dheads)):
             dz1, dpre, dnet = network.gradients(net, _z1(x), h1, h2, dh, self.weights, self.settings.method)
@@ -172,7 +186,10 @@ class _Walk:
 
     def _injector_backward(self, k: int, draw: Tensor) -> None:
         net, pre = self.injectors[k]
-        h1, h2 = network.hidden(net, None, pre, self.settings.method)
+        if self.h2_of_injectors:
+            h1, h2 = F.relu(pre), self.h2_of_injectors[k]
+        else:
+            h1, h2 = network.hidden(net, None, pre, self.settings.method)
         _, dpre, dnet = network.gradients(net, None, h1, h2, draw, self.weights, self.settings.method)
         self.dpre_injectors[k].copy_(dpre)
         _store(self.dnetworks[0], dnet, k)

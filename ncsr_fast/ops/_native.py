@@ -114,17 +114,28 @@ def step_bwd(
     return dx, dmix, doffset, dh_pre, dh_post
 
 
-def network_fwd(x: Tensor | None, pre: Tensor, w1: Tensor | None, w2: Tensor, b2: Tensor, w3: Tensor, b3: Tensor) -> Tensor:
+def network_fwd(
+    x: Tensor | None,
+    pre: Tensor,
+    w1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor,
+    w3: Tensor,
+    b3: Tensor,
+    *,
+    hidden: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
     """A coupling or injector network of CPU tensors: conv3x3(relu(conv1x1(relu(pre + conv3x3(x))))), channels-last.
 
     x may be None, and w1 then is too. x and pre lie as they like, of float32 or float64 as everything else; the weights
-    are those of `torch.nn.Conv2d`, dense.
+    are those of `torch.nn.Conv2d`, dense. To `hidden`, like pre, what follows the first and the second relu is written.
     """
-    (batch, hidden, rows, columns), outputs = pre.shape, w3.shape[0]
+    (batch, width, rows, columns), outputs = pre.shape, w3.shape[0]
+    h1, h2 = hidden or (None, None)
     y = torch.empty((batch, outputs, rows, columns), dtype=pre.dtype, memory_format=torch.channels_last)
     weights = [0 if weight is None else weight.data_ptr() for weight in (w1, w2, b2, w3, b3)]
-    sizes = (batch, rows, columns, 0 if x is None else x.shape[1], hidden, outputs)
-    _run(native.network_forward, pre, lambda: 0, sizes, _tensor(x), _tensor(pre), weights, _tensor(y))
+    sizes = (batch, rows, columns, 0 if x is None else x.shape[1], width, outputs)
+    _run(native.network_forward, pre, lambda: 0, sizes, _tensor(x), _tensor(pre), weights, _tensor(h1), _tensor(h2), _tensor(y))
     return y
 
 
@@ -173,8 +184,9 @@ def _convolution(
 ) -> Tensor:
     batch, inputs, rows, columns = x.shape
     if out is None:
-        make = torch.zeros if accumulate else torch.empty
-        out = make((batch, outputs, rows, columns), dtype=x.dtype).to(memory_format=torch.channels_last)
+        out = torch.empty((batch, outputs, rows, columns), dtype=x.dtype, memory_format=torch.channels_last)
+        if accumulate:
+            out.zero_()
     _run(
         native.convolution_forward, x, lambda: 0, (batch, rows, columns, inputs, outputs), _tensor(x), weight.data_ptr(),
         0 if bias is None else bias.data_ptr(), slope, transposed, accumulate, _tensor(out),

@@ -53,9 +53,15 @@ def network(kept: int, hidden: int, outputs: int, size=(5, 7), batch: int = 2, d
     return [x, normal(batch, hidden, *size), w1, w2, b2, w3, b3]
 
 
-def formula(x, pre, w1, w2, b2, w3, b3) -> Tensor:
+def layers(x, pre, w1, w2, b2, w3, b3) -> tuple[Tensor, Tensor, Tensor]:
+    """What follows the first relu, the second and the last convolution, by the formula."""
     h1 = F.relu(pre if x is None else pre + F.conv2d(x, w1, padding=1))
-    return F.conv2d(F.relu(F.conv2d(h1, w2[:, :, None, None], b2)), w3, b3, padding=1)
+    h2 = F.relu(F.conv2d(h1, w2[:, :, None, None], b2))
+    return h1, h2, F.conv2d(h2, w3, b3, padding=1)
+
+
+def formula(*tensors) -> Tensor:
+    return layers(*tensors)[2]
 
 
 def assert_like_the_formula(tensors: list[Tensor | None], name: str = "h") -> None:
@@ -63,15 +69,18 @@ def assert_like_the_formula(tensors: list[Tensor | None], name: str = "h") -> No
     value = network_fwd(*tensors)
     assert value.dtype == pre.dtype
     assert value.is_contiguous(memory_format=LAST)
-    expected = formula(*(None if tensor is None else tensor.double() for tensor in tensors))
-    if pre.dtype == torch.float64:
-        # two float64 results, of sums in different orders
-        assert_close(value, expected, 1e-13, name)
-        return
-    # Each of n additions rounds a partial sum, which is no larger than the largest result, by half an eps at most, up or
-    # down as it comes: some ½√n eps in all. Twice that, for three sums after one another.
-    longest = max(9 * w3.shape[1], 9 * (0 if x is None else x.shape[1]), 9)
-    assert_close(value, expected, longest**0.5 * torch.finfo(torch.float32).eps, name)
+    hidden = tuple(torch.full_like(pre, float("nan"), memory_format=layout) for layout in (LAST, torch.contiguous_format))
+    assert torch.equal(network_fwd(*tensors, hidden=hidden), value)
+    # two float64 results, of sums in different orders
+    allowed = 1e-13
+    if pre.dtype == torch.float32:
+        # Each of n additions rounds a partial sum, which is no larger than the largest result, by half an eps at most, up or
+        # down as it comes: some ½√n eps in all. Twice that, for three sums after one another.
+        longest = max(9 * w3.shape[1], 9 * (0 if x is None else x.shape[1]), 9)
+        allowed = longest**0.5 * torch.finfo(torch.float32).eps
+    expected = layers(*(None if tensor is None else tensor.double() for tensor in tensors))
+    for what, found, right in zip(("h1", "h2", "h"), (*hidden, value), expected):
+        assert_close(found, right, allowed, f"{name}: {what}")
 
 
 @dtypes
