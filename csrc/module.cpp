@@ -144,12 +144,13 @@ void network_forward(std::array<int64_t, 6> sizes, TensorTuple x, TensorTuple pr
 
 // sizes: batch, rows, columns, inputs, outputs; bias may be 0. On the CPU only.
 void convolution_forward(std::array<int64_t, 5> sizes, TensorTuple x, int64_t weight, int64_t bias, double slope,
-                         bool transposed, bool accumulate, TensorTuple y, bool float64, WhereTuple where) {
+                         TensorTuple gate, int64_t gated, bool transposed, bool accumulate, TensorTuple y, bool float64,
+                         WhereTuple where) {
     const auto [batch, rows, columns, inputs, outputs] = sizes;
     Convolution p{};
     p.batch = batch, p.rows = rows, p.columns = columns, p.inputs = inputs, p.outputs = outputs;
     p.x = tensor(x), p.y = tensor(y), p.weight = pointer(weight), p.bias = pointer(bias);
-    p.slope = slope, p.transposed = transposed, p.accumulate = accumulate;
+    p.slope = slope, p.gate = tensor(gate), p.gated = gated, p.transposed = transposed, p.accumulate = accumulate;
     py::gil_scoped_release release;
     cpu->convolution_forward(p, float64, Where(where).threads);
 }

@@ -88,6 +88,8 @@ struct Convolution {
     const char* weight;  // (outputs, inputs, 3, 3), or (inputs, outputs, 3, 3) when transposed; dense, as are the others
     const char* bias;    // may be null
     double slope;        // of the leaky relu; 1: none
+    Tensor gate;         // null, or what a leaky relu made of the last channels of y: y is its gradient there
+    int64_t gated;       // how many
     bool transposed, accumulate;
     Tensor dy;                // weight gradient: read, beside x
     char *dweight, *dbias;    // weight gradient: written

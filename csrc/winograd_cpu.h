@@ -285,11 +285,14 @@ class WinogradKernel {
     void write(int64_t panel, int64_t first, int64_t count, const T* m) const {
         constexpr int64_t position = width * block + L;
         const int64_t outputs = std::min(width, p_.outputs - panel * width);
-        const T slope = T(p_.slope);
+        const int64_t first_gated = panel * width - (p_.outputs - p_.gated);  // of this panel, in the gate; may be below 0
+        const bool gated = p_.gated && first_gated + outputs > 0;
         alignas(64) T bias[width] = {};
         if (p_.bias) std::copy_n(reinterpret_cast<const T*>(p_.bias) + panel * width, outputs, bias);
         tiles_.each(first, count, [&](int64_t tile, int64_t sample, int64_t row, int64_t column) {
-            T* at = address<T>(p_.y, Run{sample, row, column, 0}, panel * width);
+            const Run corner{sample, row, column, 0};
+            T* at = address<T>(p_.y, corner, panel * width);
+            const T* gate_at = gated ? address<const T>(p_.gate, corner, first_gated) : nullptr;
             for (int64_t c = 0; c < outputs; c += L) {
                 const T* from = m + tile * width + c;
                 V t[2][4];
@@ -304,17 +307,27 @@ class WinogradKernel {
                 for (int i = 0; i < 2; ++i) {
                     if (row + i >= p_.rows) continue;
                     T* to = at + i * p_.y.row + c * p_.y.channel;
-                    store_output(t[i][0] + (t[i][1] + t[i][2]) + offset, slope, to, outputs - c);
-                    if (column + 1 < p_.columns)
-                        store_output(t[i][1] - t[i][2] - t[i][3] + offset, slope, to + p_.y.column, outputs - c);
+                    const T* gate = gated ? gate_at + i * p_.gate.row + c * p_.gate.channel : nullptr;
+                    store_output(t[i][0] + (t[i][1] + t[i][2]) + offset, to, gate, -first_gated - c, outputs - c);
+                    if (column + 1 == p_.columns) continue;
+                    if (gated) gate += p_.gate.column;
+                    store_output(t[i][1] - t[i][2] - t[i][3] + offset, to + p_.y.column, gate, -first_gated - c, outputs - c);
                 }
             }
         });
     }
 
-    NCSR_FUNCTION void store_output(V value, T slope, T* to, int64_t channels) const {
-        if (slope != T(1)) value = value < V{} ? slope * value : value;
+    // The gate, if there is one, holds from lane `open` on.
+    NCSR_FUNCTION void store_output(V value, T* to, const T* gate, int64_t open, int64_t channels) const {
+        const T slope = T(p_.slope);
+        if (slope != T(1) && !p_.gated) value = value < V{} ? slope * value : value;
         if (p_.accumulate) value += load_channels(to, p_.y.channel, channels);
+        if (gate && open <= 0) {
+            value = load_channels(gate, p_.gate.channel, channels) > V{} ? value : slope * value;
+        } else if (gate) {
+            for (int64_t i = open; i < std::min(channels, L); ++i)
+                if (!(gate[i * p_.gate.channel] > T(0))) value[i] *= slope;
+        }
         if (p_.y.channel == 1 && channels >= L) {
             *reinterpret_cast<V*>(to) = value;
             return;

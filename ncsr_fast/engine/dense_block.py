@@ -67,14 +67,12 @@ def _backward(
         for index in reversed(range(len(pairs))):
             weight, bias = pairs[index]
             read, added = weight.shape[1], weight.shape[0]
-            if dbuffer is None:
-                gradient = dy * residual
-            else:
-                after = slice(read, read + added)
-                gradient = torch.ops.aten.leaky_relu_backward(dbuffer[:, after], buffer[:, after], slope, True)
+            gradient = dy * residual if dbuffer is None else dbuffer[:, read : read + added]
             wanted = (index > 0 or needed[0], needed[1 + 2 * index], needed[2 + 2 * index])
             before = None if dbuffer is None else dbuffer[:, :read]
-            dread, dweight, dbias = convolution_backward(gradient, buffer[:, :read], weight, wanted, method, before)
+            # what convolution index - 1 added is read by none before this: the gradient is complete there, but for its lrelu
+            gate = (buffer[:, pairs[index - 1][0].shape[1] : read], slope) if index else None
+            dread, dweight, dbias = convolution_backward(gradient, buffer[:, :read], weight, wanted, method, before, gate)
             found = [None if d is None else d.to(p.dtype) for d, p in ((dweight, weight), (dbias, bias))] + found
             dbuffer = dread if dbuffer is None else dbuffer
     dx = dbuffer[:, : inputs[0].shape[1]] + dy if needed[0] else None

@@ -83,9 +83,9 @@ def _backward(grads: Tensors, inputs: Tensors, _: Tensors, needed: tuple[bool, .
         rows = combinations(weight[:, split:])
         dcombined = [[None] * 3 for _ in range(3)]
         for i in range(3):
-            lines = [sum(cells.of(dy, p, q) for p in cells.rows(i)) for q in range(cells.factor)]
+            lines = [_sum([cells.of(dy, p, q) for p in cells.rows(i)]) for q in range(cells.factor)]
             for j in range(3):
-                dproduct = lines[0] if j == 1 else lines[-1] if j == 2 else sum(lines[1:], lines[0])
+                dproduct = lines[0] if j == 1 else lines[-1] if j == 2 else _sum(lines)
                 dx, dcombined[i][j], _ = convolution_backward(
                     dproduct, cells.difference(i, j), rows[i][j], (needed[1], needed[2], False), method
                 )
@@ -114,6 +114,14 @@ class _Cells:
     def difference(self, i: int, j: int) -> Tensor:
         """What product (i, j) multiplies: b, a - b or c - b along the rows, and the same of that along the columns."""
         return _difference(_difference(self._stacked, i, 2), j, 3)
+
+
+def _sum(parts: list[Tensor]) -> Tensor:
+    """Dense; `sum` would add the first to 0."""
+    total = parts[0].clone() if len(parts) == 1 else parts[0] + parts[1]
+    for part in parts[2:]:
+        total += part
+    return total
 
 
 def _side(q: int, factor: int) -> int:

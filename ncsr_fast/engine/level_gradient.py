@@ -176,9 +176,9 @@ class _Walk:
     def _networks_backward(self, k: int, x: Tensor, layers: list[Layers], dheads: list[Tensor], dx: Tensor) -> Tensor:
         """dx with what the step's networks add to it, they too having read z1."""
         for index, ((net, _), (h1, h2, _), dh) in enumerate(zip(self.nets[k], layers, dheads)):
-            dz1, dpre, dnet = network.gradients(net, _z1(x), h1, h2, dh, self.weights, self.settings.method)
+            dpre = self.dpres[k][index]
+            dz1, dnet = network.gradients(net, _z1(x), h1, h2, dh, self.weights, self.settings.method, dpre)
             _z1(dx).add_(dz1)
-            self.dpres[k][index].copy_(dpre)
             # the noise couplings are those of the last steps
             position = k if index == 0 else k - self.count + len(self.level.noise_couplings.w2)
             _store(self.dnetworks[1 + index], dnet, position)
@@ -190,8 +190,8 @@ class _Walk:
             h1, h2 = F.relu(pre), self.h2_of_injectors[k]
         else:
             h1, h2 = network.hidden(net, None, pre, self.settings.method)
-        _, dpre, dnet = network.gradients(net, None, h1, h2, draw, self.weights, self.settings.method)
-        self.dpre_injectors[k].copy_(dpre)
+        dpre = self.dpre_injectors[k]
+        _, dnet = network.gradients(net, None, h1, h2, draw, self.weights, self.settings.method, dpre)
         _store(self.dnetworks[0], dnet, k)
 
 

@@ -72,14 +72,15 @@ def gradients(
     dh: Tensor,
     weights: bool,
     method: ConvolutionMethod,
-) -> tuple[Tensor | None, Tensor, Network | None]:
-    """The gradients of z1 (in the dtype of the network), of pre, and with `weights` of the network's tensors."""
+    dpre: Tensor,
+) -> tuple[Tensor | None, Network | None]:
+    """The gradients of z1 (in the dtype of the network), and with `weights` of the network's tensors; that of pre to `dpre`."""
     dh = dh.to(h2.dtype)
-    dh2, dw3, db3 = convolution_backward(dh, h2, network.w3, (True, weights, weights), method)
-    dh2 = torch.ops.aten.threshold_backward(dh2, h2, 0)
+    relu = h2, 0.0
+    dh2, dw3, db3 = convolution_backward(dh, h2, network.w3, (True, weights, weights), method, gate=relu)
     dh1, dw2, db2 = convolution_backward(dh2, h1, network.w2, (True, weights, weights), method)
-    dpre = torch.ops.aten.threshold_backward(dh1, h1, 0)
+    torch.ops.aten.threshold_backward.grad_input(dh1, h1, 0, grad_input=dpre)
     dz1, dw1 = None, None
     if z1 is not None:
         dz1, dw1, _ = convolution_backward(dpre, z1.to(h1.dtype), network.w1, (True, weights, False), method)
-    return dz1, dpre, Network(dw1, dw2, db2, dw3, db3) if weights else None
+    return dz1, Network(dw1, dw2, db2, dw3, db3) if weights else None

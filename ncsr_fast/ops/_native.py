@@ -153,12 +153,24 @@ def conv3x3_fwd(
     All of float32 or all of float64. x and out lie as they like, best with the channels of a pixel adjacent, and may be
     different channels of one tensor; weight (outputs, inputs, 3, 3) and bias are dense.
     """
-    return _convolution(x, weight, bias, weight.shape[0], slope, False, out, accumulate)
+    return _convolution(x, weight, bias, weight.shape[0], slope, None, False, out, accumulate)
 
 
-def conv3x3_bwd_input(dy: Tensor, weight: Tensor, *, out: Tensor | None = None, accumulate: bool = False) -> Tensor:
-    """The gradient of x of `conv3x3_fwd` without leaky relu."""
-    return _convolution(dy, weight, None, weight.shape[1], 1.0, True, out, accumulate)
+def conv3x3_bwd_input(
+    dy: Tensor,
+    weight: Tensor,
+    *,
+    gate: Tensor | None = None,
+    slope: float = 1.0,
+    out: Tensor | None = None,
+    accumulate: bool = False,
+) -> Tensor:
+    """The gradient of x of `conv3x3_fwd` without leaky relu, added to what `out` holds with `accumulate`.
+
+    Where x ends with the channels of `gate`, which a leaky relu of this slope made, of them it is the sum's gradient of what
+    was before the leaky relu.
+    """
+    return _convolution(dy, weight, None, weight.shape[1], slope, gate, True, out, accumulate)
 
 
 def conv3x3_bwd_weight(dy: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -178,6 +190,7 @@ def _convolution(
     bias: Tensor | None,
     outputs: int,
     slope: float,
+    gate: Tensor | None,
     transposed: bool,
     out: Tensor | None,
     accumulate: bool,
@@ -189,7 +202,8 @@ def _convolution(
             out.zero_()
     _run(
         native.convolution_forward, x, lambda: 0, (batch, rows, columns, inputs, outputs), _tensor(x), weight.data_ptr(),
-        0 if bias is None else bias.data_ptr(), slope, transposed, accumulate, _tensor(out),
+        0 if bias is None else bias.data_ptr(), slope, _tensor(gate), 0 if gate is None else gate.shape[1], transposed,
+        accumulate, _tensor(out),
     )  # fmt: skip
     return out
 

@@ -196,6 +196,23 @@ def test_what_follows_the_sums(instruction_set, dtype, inputs, outputs, slope, w
 
 
 @dtypes
+@pytest.mark.parametrize(
+    "inputs, outputs, gated", [(96, 32, 32), (64, 32, 64), (5, 7, 2), (33, 40, 32), (70, 40, 53), (40, 700, 17)]
+)
+@pytest.mark.parametrize("of_gate", LAYOUTS)
+@pytest.mark.parametrize("accumulate", [False, True])
+def test_a_gradient_through_a_gate(instruction_set, dtype, inputs, outputs, gated, of_gate, accumulate):
+    """Of the last channels of x, a leaky relu's: whole vectors of them, and some that begin within one."""
+    _, weight, _, dy = case(inputs, outputs, dtype=dtype)
+    before, gate = case(inputs, 1, dtype=dtype)[0], LAYOUTS[of_gate](case(gated, 1, dtype=dtype)[0])
+    out = before.contiguous(memory_format=LAST)
+    conv3x3_bwd_input(dy, weight, gate=gate, slope=0.2, out=out, accumulate=accumulate)
+    expected = F.conv_transpose2d(dy.double(), weight.double(), padding=1) + before.double() * accumulate
+    expected[:, -gated:] = torch.where(gate > 0, expected[:, -gated:], 0.2 * expected[:, -gated:])
+    assert_close(out, expected, forward_tolerance(dtype, outputs), "dx")
+
+
+@dtypes
 def test_accumulation_without_out_starts_at_zero(dtype):
     x, weight, bias, dy = case(5, 7, dtype=dtype)
     assert torch.equal(conv3x3_fwd(x, weight, bias, accumulate=True), conv3x3_fwd(x, weight, bias))
