@@ -14,7 +14,7 @@ demo: $(BIN)/python
 # the tests run against what was installed, not against the checkout
 test: $(BIN)/python
 	$(BIN)/pip install --quiet '$(TORCH)' '.[test]'
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto --maxprocesses 4 --dist worksteal
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

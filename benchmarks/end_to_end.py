@@ -43,7 +43,7 @@ LADDER = {
     "+ channels-last": replace(_BARE, subpixel=True, channels_last=True),
     "+ fused operators": _FUSED,
     "+ winograd": replace(_FUSED, winograd=True),
-    OURS: EngineOptions(),  # + level backward
+    OURS: EngineOptions(),  # + checkpointing
     "ncsr_fast, tf32": EngineOptions(precision="tf32"),
     "ncsr_fast, bf16": EngineOptions(precision="bf16"),
 }

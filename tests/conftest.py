@@ -15,6 +15,9 @@ import ncsr_fast
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported: its kernels run on the CPU, slowly
 
+# processes of pytest-xdist share the cores
+torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
+
 _REPORT = pytest.StashKey[list]()
 
 
@@ -22,6 +25,16 @@ _REPORT = pytest.StashKey[list]()
 def compiler_report(pytestconfig) -> list[str]:
     """Lines about compiled kernels, printed at the end of the run."""
     return pytestconfig.stash.setdefault(_REPORT, [])
+
+
+def pytest_sessionfinish(session) -> None:
+    if hasattr(session.config, "workeroutput"):  # a process of pytest-xdist: its lines are printed by the one that started it
+        session.config.workeroutput["compiler_report"] = session.config.stash.get(_REPORT, [])
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node) -> None:
+    node.config.stash.setdefault(_REPORT, []).extend(getattr(node, "workeroutput", {}).get("compiler_report", []))
 
 
 def pytest_terminal_summary(terminalreporter, config) -> None:

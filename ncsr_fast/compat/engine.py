@@ -15,11 +15,9 @@ from ncsr_fast.compat.weights import StackedWeights, state_of
 from ncsr_fast.config import NCSRConfig
 from ncsr_fast.engine.conditioning import Features
 from ncsr_fast.engine.fused_level import Decoder, level_decoder
+from ncsr_fast.engine.memory import spare_bytes
 from ncsr_fast.engine.options import EngineOptions
 from ncsr_fast.precision import convolutions_are_rounded
-
-_MEMORY_SHARE = 8  # what is kept of an image takes at most one in this many parts of the memory
-_CPU_MEMORY = 16 * 2**30  # bytes counted on of a CPU's
 
 
 class Condition(NamedTuple):
@@ -138,9 +136,7 @@ class Engine:
         for level, features in zip(self.model.levels, condition.features):
             of_step = 2 * level.channels + self.model.config.hidden_channels
             count += level.steps * of_step * features.own[:, :1].numel() * features.own.element_size()
-        own = condition.features[0].own
-        memory = torch.cuda.get_device_properties(own.device).total_memory if own.is_cuda else _CPU_MEMORY
-        return count <= memory // _MEMORY_SHARE
+        return count <= spare_bytes(condition.features[0].own.device)
 
 
 def _same(first: Tensor | None, second: Tensor | None) -> bool:

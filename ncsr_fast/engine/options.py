@@ -23,7 +23,7 @@ class EngineOptions:
                    log-determinants and the 1×1 convolutions are float32 in all of them, whatever PyTorch's global flags
                    say. A float64 model has float64 networks, and wants "fp32".
     checkpoint     True: a level keeps its state at every step and recomputes the small networks in the backward pass;
-                   False: their activations are kept, which takes several times the memory
+                   False: their activations are kept, which takes more memory and less time
     backend        of the operators between the networks (`ncsr_fast.ops`)
     subpixel       False: features enlarged to a level are convolved as the enlarged tensors they are; for comparison
     winograd       False: 3×3 convolutions on a CPU by the definition, as PyTorch has them; for comparison. By Winograd's way

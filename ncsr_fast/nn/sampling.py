@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ncsr_fast.engine.conditioning import Features
 from ncsr_fast.engine.fused_level import level_decoder
+from ncsr_fast.engine.memory import spare_bytes
 
 if TYPE_CHECKING:
     from ncsr_fast.nn.ncsr import NCSR
@@ -19,8 +20,6 @@ if TYPE_CHECKING:
 ON_NONFINITE = ("warn", "raise", "ignore", "retry")
 STATE_BOUND = 1e4  # actnorms keep a healthy state near unit variance: within ±10
 RETRIES, COOLING = 4, 0.8  # of a sample that blew up: how often, and the factor of the temperature each time
-_MEMORY_SHARE = 8  # samples decoded together take at most one in this many parts of the memory
-_CPU_MEMORY = 8 * 2**30  # bytes counted on of a CPU's
 
 
 class NonFiniteSamples(ArithmeticError):
@@ -127,8 +126,7 @@ def _samples_at_once(model: NCSR, index: int, own: Tensor) -> int:
         return model.options.samples_at_once
     channels = 2 * model.config.hidden_channels + 8 * model.levels[index].channels  # hidden layers, outputs and states
     of_sample = channels * own.shape[2] * own.shape[3] * own.element_size()
-    memory = torch.cuda.get_device_properties(own.device).total_memory if own.is_cuda else _CPU_MEMORY
-    return max(1, memory // _MEMORY_SHARE // of_sample)
+    return max(1, spare_bytes(own.device) // of_sample)
 
 
 # -- samples that blew up ----------------------------------------------------------------------------------------

@@ -168,7 +168,7 @@ def test_training_lets_go_of_what_was_kept(pair):
 
 
 def test_too_large_an_image_keeps_its_features_alone(pair, monkeypatch):
-    monkeypatch.setattr("ncsr_fast.compat.engine._CPU_MEMORY", 0)
+    monkeypatch.setattr("ncsr_fast.engine.memory._OF_CPU", 0)
     net, untouched = pair
     lr = SMALL.images()["lr"]
     assert relative_error(decode(net, in_place(lr)), decode(untouched, lr)) <= 1e-6
