@@ -15,8 +15,9 @@ import ncsr_fast
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported: its kernels run on the CPU, slowly
 
-# processes of pytest-xdist share the cores
-torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # processes of pytest-xdist share the cores
+    torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])))
+    os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())  # and what tests start has as many: bits depend on it
 
 _REPORT = pytest.StashKey[list]()
 
