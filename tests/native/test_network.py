@@ -17,6 +17,8 @@ if not ops.backends("cpu")["native"].available:
     pytest.skip(ops.backends("cpu")["native"].reason, allow_module_level=True)
 
 from ncsr_fast import _native
+from ncsr_fast.engine.convolution import ConvolutionMethod
+from ncsr_fast.engine.network import Network, evaluate
 from ncsr_fast.ops._native import network_fwd
 
 LAST = torch.channels_last
@@ -81,6 +83,17 @@ def assert_like_the_formula(tensors: list[Tensor | None], name: str = "h") -> No
     expected = layers(*(None if tensor is None else tensor.double() for tensor in tensors))
     for what, found, right in zip(("h1", "h2", "h"), (*hidden, value), expected):
         assert_close(found, right, allowed, f"{name}: {what}")
+
+
+def test_recorded_gradients_are_not_lost():
+    """The kernel has none: where they are recorded, the engine asks PyTorch."""
+    x, pre, w1, w2, b2, w3, b3 = network(6, 8, 4)
+    leaves = [tensor.requires_grad_() for tensor in (x, pre, w1, w2, b2, w3, b3)]
+    h = evaluate(Network(w1, w2[:, :, None, None], b2, w3, b3), x, pre, "native", ConvolutionMethod())
+    for found, expected in zip(
+        torch.autograd.grad(h.sin().sum(), leaves), torch.autograd.grad(formula(*leaves).sin().sum(), leaves)
+    ):
+        assert_close(found, expected, 1e-13, "gradient")
 
 
 @dtypes
