@@ -112,7 +112,7 @@ class WinogradKernel {
     // Bytes of transformed weights: of one thread, 256 KB with AVX2 and 512 KB with AVX-512, half of the second-level cache
     // there is (with 672 KB of 512 KB, 2048 -> 320 channels took 2.6 times as long); and of all that every thread reads for
     // every block of tiles, from the third. Beyond that, what the threads share of tiles, but some 400 of them at least, since
-    // the weights are transformed once more for every such chunk. With 16 MB of them, not 4, 64 -> 2048 channels and back took
+    // the weights are transformed once more for every such chunk. With 16 MB of tiles, not 4, 64 -> 2048 channels and back took
     // a sixth to a third longer on one thread of the machine it was measured on, and as long on two.
     static constexpr int64_t most_weights = 8192 * vector_bytes, most_shared_weights = 12582912;
     static constexpr int64_t most_shared = 4194304, least_blocks = 17;

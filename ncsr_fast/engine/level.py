@@ -131,9 +131,9 @@ def _decode(
 def _heads(
     nets: list[tuple[Network, Tensor]], x: Tensor, settings: Settings, layers: list[list[Layers]] | None
 ) -> list[Tensor]:
-    z1, of_step = x[:, : x.shape[1] // 2], None if layers is None else []
+    z1, of_step = x[:, : x.shape[1] // 2], None
     if layers is not None:
-        layers.append(of_step)
+        layers.append(of_step := [])
     return [_evaluate(net, z1, pre, settings, of_step) for net, pre in nets]
 
 

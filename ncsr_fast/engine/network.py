@@ -34,7 +34,7 @@ def evaluate(network: Network, z1: Tensor | None, pre: Tensor, backend: str, met
     backend  "native" has one kernel for the three layers, for CPU tensors without gradients; else PyTorch's convolutions
     """
     if not _fused(network, z1, pre, backend):
-        return convolution(hidden(network, z1, pre, method)[1], network.w3, network.b3, method)
+        return _plain_layers(network, z1, pre, method)[2]
     if z1 is not None:
         pre = pre.expand(z1.shape[0], -1, -1, -1)
     return implementation("native").network_fwd(z1, pre, *network)
@@ -45,8 +45,7 @@ def layers(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """h1, h2 and h, of a pre of as many samples as z1."""
     if not _fused(network, z1, pre, backend):
-        h1, h2 = hidden(network, z1, pre, method)
-        return h1, h2, convolution(h2, network.w3, network.b3, method)
+        return _plain_layers(network, z1, pre, method)
     h1, h2 = (torch.empty(pre.shape, dtype=pre.dtype, memory_format=torch.channels_last) for _ in range(2))
     return h1, h2, implementation("native").network_fwd(z1, pre, *network, hidden=(h1, h2))
 
@@ -56,6 +55,12 @@ def _fused(network: Network, z1: Tensor | None, pre: Tensor, backend: str) -> bo
     recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (z1, pre, *network))
     there = backend == "native" and pre.device.type == "cpu" and pre.dtype in (torch.float32, torch.float64)
     return there and not recorded and not traced()
+
+
+def _plain_layers(network: Network, z1: Tensor | None, pre: Tensor, method: ConvolutionMethod) -> tuple[Tensor, Tensor, Tensor]:
+    """The same by PyTorch's convolutions. Differentiable."""
+    h1, h2 = hidden(network, z1, pre, method)
+    return h1, h2, convolution(h2, network.w3, network.b3, method)
 
 
 def hidden(network: Network, z1: Tensor | None, pre: Tensor, method: ConvolutionMethod) -> tuple[Tensor, Tensor]:
