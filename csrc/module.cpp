@@ -142,26 +142,30 @@ void network_forward(std::array<int64_t, 6> sizes, TensorTuple x, TensorTuple pr
     cpu->network_forward(p, float64, Where(where).threads);
 }
 
-// sizes: batch, rows, columns, inputs, outputs; bias may be 0. On the CPU only.
-void convolution_forward(std::array<int64_t, 5> sizes, TensorTuple x, int64_t weight, int64_t bias, double slope,
-                         TensorTuple gate, int64_t gated, bool transposed, bool accumulate, TensorTuple y, bool float64,
-                         WhereTuple where) {
-    const auto [batch, rows, columns, inputs, outputs] = sizes;
+// sizes: batch, rows and columns of x and of y, inputs, outputs; strides: of the weight, from a 3×3 to the next
+Convolution convolution(const std::array<int64_t, 7>& sizes, bool copies, TensorTuple x, std::array<int64_t, 2> strides) {
     Convolution p{};
-    p.batch = batch, p.rows = rows, p.columns = columns, p.inputs = inputs, p.outputs = outputs;
-    p.x = tensor(x), p.y = tensor(y), p.weight = pointer(weight), p.bias = pointer(bias);
+    std::tie(p.batch, p.x_rows, p.x_columns, p.rows, p.columns, p.inputs, p.outputs) = std::tuple_cat(sizes);
+    p.copies = copies, p.x = tensor(x), p.by_output = strides[0], p.by_input = strides[1];
+    return p;
+}
+
+// bias may be 0. On the CPU only.
+void convolution_forward(const std::array<int64_t, 7>& sizes, bool copies, TensorTuple x, int64_t weight,
+                         std::array<int64_t, 2> strides, int64_t bias, double slope, TensorTuple gate, int64_t gated,
+                         bool transposed, bool accumulate, TensorTuple y, bool float64, WhereTuple where) {
+    Convolution p = convolution(sizes, copies, x, strides);
+    p.y = tensor(y), p.weight = pointer(weight), p.bias = pointer(bias);
     p.slope = slope, p.gate = tensor(gate), p.gated = gated, p.transposed = transposed, p.accumulate = accumulate;
     py::gil_scoped_release release;
     cpu->convolution_forward(p, float64, Where(where).threads);
 }
 
-// Writes dweight and dbias (dense). On the CPU only.
-void convolution_gradient(std::array<int64_t, 5> sizes, TensorTuple dy, TensorTuple x, int64_t dweight, int64_t dbias,
-                          bool float64, WhereTuple where) {
-    const auto [batch, rows, columns, inputs, outputs] = sizes;
-    Convolution p{};
-    p.batch = batch, p.rows = rows, p.columns = columns, p.inputs = inputs, p.outputs = outputs;
-    p.x = tensor(x), p.dy = tensor(dy), p.dweight = pointer(dweight), p.dbias = pointer(dbias);
+// Writes dweight and dbias. On the CPU only.
+void convolution_gradient(const std::array<int64_t, 7>& sizes, bool copies, TensorTuple x, TensorTuple dy, int64_t dweight,
+                          std::array<int64_t, 2> strides, int64_t dbias, bool float64, WhereTuple where) {
+    Convolution p = convolution(sizes, copies, x, strides);
+    p.dy = tensor(dy), p.dweight = pointer(dweight), p.dbias = pointer(dbias);
     py::gil_scoped_release release;
     cpu->convolution_gradient(p, float64, Where(where).threads);
 }

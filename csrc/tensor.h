@@ -83,10 +83,12 @@ struct Network {
 
 // 3x3 convolution with zero padding by Winograd's algorithm: winograd_cpu.h. On the CPU only.
 struct Convolution {
-    int64_t batch, rows, columns, inputs, outputs;
+    int64_t batch, x_rows, x_columns, rows, columns, inputs, outputs;
+    bool copies;         // of 2×2 copies of every pixel of x; or transposed, with the outputs of 2×2 pixels summed up
     Tensor x, y;         // y is written, or added to
-    const char* weight;  // (outputs, inputs, 3, 3), or (inputs, outputs, 3, 3) when transposed; dense, as are the others
-    const char* bias;    // may be null
+    const char* weight;  // (outputs, inputs, 3, 3), or (inputs, outputs, 3, 3) when transposed
+    int64_t by_output, by_input;  // elements from a 3×3 of it to the next, or of dweight
+    const char* bias;    // dense, as is dbias; may be null
     double slope;        // of the leaky relu; 1: none
     Tensor gate;         // null, or what a leaky relu made of the last channels of y: y is its gradient there
     int64_t gated;       // how many

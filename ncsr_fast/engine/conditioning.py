@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ncsr_fast.engine.convolution import convolution
 from ncsr_fast.engine.folding import Hoisted, Mixing, Networks, Parameters, fold_mixing, fold_networks
-from ncsr_fast.engine.hoisting import combinations, enlarged_convolution, hoisted_convolution
+from ncsr_fast.engine.hoisting import combinations, copies_suffice, enlarged_convolution, hoisted_convolution
 from ncsr_fast.engine.level import Conditions, Level, Settings, inject, parts
 from ncsr_fast.engine.options import EngineOptions
 
@@ -63,9 +63,12 @@ def fold_level(parameters: LevelParameters, dtype: torch.dtype) -> FoldedNetwork
     return FoldedNetworks(injectors, couplings, noise, hoisted, of_noise)
 
 
-def prepare(networks: FoldedNetworks, split: int) -> FoldedNetworks:
-    """The same for a level larger than LR, without gradients: the enlarged features are those from channel `split` on."""
+def prepare(networks: FoldedNetworks, features: Features, options: EngineOptions) -> FoldedNetworks:
+    """The same for a level larger than LR, without gradients."""
     weight, bias, _ = networks.hoisted
+    split = features.own.shape[1]
+    if copies_suffice(*features, weight[:, split:], options.method):
+        return networks
     hoisted = Hoisted(weight[:, :split].contiguous(), bias, combinations(weight[:, split:]))
     return networks._replace(hoisted=hoisted)
 
@@ -126,4 +129,4 @@ def _of_outputs(hoisted: Hoisted, features: Features, first: int, last: int, opt
     if hoisted.combinations is None:
         return hoisted_convolution(*features, weight, bias, options.method, options.subpixel)
     products = [[part[first:last] for part in row] for row in hoisted.combinations]
-    return enlarged_convolution(*features, weight, bias, products, options.method)
+    return enlarged_convolution(*features, weight, bias, options.method, products)

@@ -22,7 +22,7 @@ class ConvolutionMethod(NamedTuple):
     """How the networks are convolved."""
 
     precision: str = "fp32"  # as in `EngineOptions`, whatever the global flags say
-    winograd: bool = True  # 3×3 convolutions of channels-last CPU tensors by Winograd's F(2×2, 3×3) where there is a kernel
+    winograd: bool = True  # 3×3 convolutions of channels-last CPU tensors by Winograd's algorithm where there is a kernel
 
 
 def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, method: ConvolutionMethod | None) -> Tensor:
@@ -44,15 +44,15 @@ def plain_convolution(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, method: ConvolutionMethod) -> Tensor:
     """The convolution."""
-    if _by_winograd(x, weight, method):
-        return implementation("native").conv3x3_fwd(x, weight.contiguous(), bias)
+    if by_winograd(x, weight, method):
+        return implementation("native").conv3x3_fwd(x, dense(weight), bias)
     return plain_convolution(x, weight, bias)
 
 
 def convolve_into(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor, slope: float, method: ConvolutionMethod) -> None:
     """Leaky ReLU of the convolution, written to `out`, which may be other channels of the memory of x."""
-    if _by_winograd(x, weight, method):
-        implementation("native").conv3x3_fwd(x, weight.contiguous(), bias, slope=slope, out=out)
+    if by_winograd(x, weight, method):
+        implementation("native").conv3x3_fwd(x, dense(weight), bias, slope=slope, out=out)
     else:
         torch.ops.aten.leaky_relu.out(plain_convolution(x, weight, bias), slope, out=out)
 
@@ -65,21 +65,23 @@ def convolution_backward(
     method: ConvolutionMethod,
     dx: Tensor | None = None,
     gate: tuple[Tensor, float] | None = None,
+    dweight: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of x, weight and bias, those `needed`, in the dtype of x; that of x is added to `dx` where one is given.
 
-    gate  the last channels of x, where a leaky relu made them, and its slope: the sum that dx is goes through it there
+    dweight  where that of weight is written to, if given: some of the inputs of a dense one
+    gate     the last channels of x, where a leaky relu made them, and its slope: the sum that dx is goes through it there
     """
     bent, slope = gate or (None, 1.0)
-    if _by_winograd(x, weight, method):
+    if by_winograd(x, weight, method):
         native = implementation("native")
         if needed[0]:
-            weight = weight.contiguous()
-            dx = native.conv3x3_bwd_input(dy, weight, gate=bent, slope=slope, out=dx, accumulate=dx is not None)
-        dweight, dbias = native.conv3x3_bwd_weight(dy, x) if needed[1] or needed[2] else (None, None)
-        return dx, dweight, dbias
+            dx = native.conv3x3_bwd_input(dy, dense(weight), gate=bent, slope=slope, out=dx, accumulate=dx is not None)
+        if not (needed[1] or needed[2]):
+            return dx, None, None
+        return dx, *native.conv3x3_bwd_weight(dy, x, out=dweight)
     padding = [weight.shape[-1] // 2] * 2
-    found, dweight, dbias = torch.ops.aten.convolution_backward(
+    found, dfound, dbias = torch.ops.aten.convolution_backward(
         dy, x, weight.to(x.dtype), [weight.shape[0]], [1, 1], padding, [1, 1], False, [0, 0], 1, needed
     )
     if dx is None or found is None:
@@ -89,10 +91,16 @@ def convolution_backward(
     if bent is not None:
         last = dx[:, -bent.shape[1] :]
         torch.ops.aten.leaky_relu_backward.grad_input(last, bent, slope, True, grad_input=last)
-    return dx, dweight, dbias
+    return dx, dfound if dweight is None or dfound is None else dweight.copy_(dfound), dbias
 
 
-def _by_winograd(x: Tensor, weight: Tensor, method: ConvolutionMethod) -> bool:
+def dense(weight: Tensor) -> Tensor:
+    """A weight whose 3×3 are as the kernels read them, be it some of the channels of another."""
+    return weight if weight.stride()[2:] == (3, 1) else weight.contiguous()
+
+
+def by_winograd(x: Tensor, weight: Tensor, method: ConvolutionMethod) -> bool:
+    """Whether a kernel does the convolution of x by Winograd's algorithm."""
     if not method.winograd or weight.shape[-1] != 3 or min(weight.shape[:2]) < _WORTH_IT:
         return False
     same = x.device.type == "cpu" and x.dtype == weight.dtype and x.dtype in (torch.float32, torch.float64)

@@ -110,7 +110,7 @@ def _all_steps(
 
     def fold() -> FoldedNetworks:
         networks = fold_level(level, dtype)
-        return prepare(networks, own.shape[1]) if enlarged else networks
+        return prepare(networks, features, options) if enlarged else networks
 
     networks = level.cache.get(("networks", dtype, enlarged), level.parameters(), fold)
     steps_of = level_of(networks, mixing)

@@ -9,7 +9,8 @@ w0, w1, w2, the outputs of the cell are
 
 and along both axes a cell needs the nine products {S, A, C} × {S, A, C}: nine 1×1 convolutions at LR resolution in place
 of 9 f² multiplications an input and output channel (f = 2: a quarter, f = 4: a sixteenth). Beyond the border a and c are 0,
-the zero padding of the enlarged image.
+the zero padding of the enlarged image. For f = 2 on a CPU there is a kernel that takes 25 products for four cells, not 36
+(csrc/winograd_transforms_cpu.h).
 """
 
 from __future__ import annotations
@@ -18,8 +19,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ncsr_fast.engine.convolution import ConvolutionMethod, convolution, convolution_backward, convolve, plain_convolution
+from ncsr_fast.engine.convolution import (
+    ConvolutionMethod,
+    by_winograd,
+    convolution,
+    convolution_backward,
+    convolve,
+    dense,
+    plain_convolution,
+)
 from ncsr_fast.engine.function import Piece, Tensors
+from ncsr_fast.ops._backends import implementation
 from ncsr_fast.precision import convolution_precision
 
 
@@ -49,18 +59,26 @@ def _reference(own: Tensor, stacked: Tensor, weight: Tensor, bias: Tensor, _: Co
 
 
 def _forward(tensors: Tensors, method: ConvolutionMethod) -> tuple[Tensors, Tensors]:
-    own, stacked, weight, bias = tensors
-    split = own.shape[1]
-    return (enlarged_convolution(own, stacked, weight[:, :split], bias, combinations(weight[:, split:]), method),), ()
+    return (enlarged_convolution(*tensors, method),), ()
 
 
 def enlarged_convolution(
-    own: Tensor, stacked: Tensor, weight: Tensor, bias: Tensor, rows: list[list[Tensor]], method: ConvolutionMethod
+    own: Tensor,
+    stacked: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    method: ConvolutionMethod,
+    rows: list[list[Tensor]] | None = None,
 ) -> Tensor:
-    """`hoisted_convolution` of enlarged features, not differentiable; `weight` is that of own, `rows` are `combinations` of
-    the other."""
+    """`hoisted_convolution` of enlarged features, not differentiable. With `rows`, the `combinations` of the weight of the
+    stacked ones, `weight` may be that of own alone."""
+    split = own.shape[1]
     with convolution_precision(method.precision):
-        y = convolve(own, weight, bias, method)
+        y = convolve(own, weight[:, :split], bias, method)
+        if rows is None and copies_suffice(own, stacked, weight[:, split:], method):
+            weight = dense(weight[:, split:])
+            return implementation("native").conv3x3_fwd(stacked, weight, None, copies=True, out=y, accumulate=True)
+        rows = rows or combinations(weight[:, split:])
         cells = _Cells(own, stacked)
         # along a row first: what is added to the first, the inner and the last columns of a cell
         for i in range(3):
@@ -72,29 +90,50 @@ def enlarged_convolution(
     return y
 
 
+def copies_suffice(own: Tensor, stacked: Tensor, weight: Tensor, method: ConvolutionMethod) -> bool:
+    """Whether the kernel for pixels that come in 2×2 copies serves, so that nobody needs `combinations` of the weight."""
+    return own.shape[2] == 2 * stacked.shape[2] and by_winograd(stacked, weight, method)
+
+
 def _backward(grads: Tensors, inputs: Tensors, _: Tensors, needed: tuple[bool, ...], method: ConvolutionMethod) -> Tensors:
     (dy,), (own, stacked, weight, bias) = grads, inputs
     split = own.shape[1]
-    dstacked = torch.zeros_like(stacked) if needed[1] else None
+    of_stacked = weight[:, split:]
     dweight = torch.empty_like(weight, memory_format=torch.contiguous_format) if needed[2] else None
+    dfirst, dlast = (None, None) if dweight is None else (dweight[:, :split], dweight[:, split:])
     with convolution_precision(method.precision):
-        down, dfirst, dbias = convolution_backward(dy, own, weight[:, :split], (needed[0], needed[2], needed[3]), method)
-        cells = _Cells(own, stacked)
-        rows = combinations(weight[:, split:])
-        dcombined = [[None] * 3 for _ in range(3)]
-        for i in range(3):
-            lines = [_sum([cells.of(dy, p, q) for p in cells.rows(i)]) for q in range(cells.factor)]
-            for j in range(3):
-                dproduct = lines[0] if j == 1 else lines[-1] if j == 2 else _sum(lines)
-                dx, dcombined[i][j], _ = convolution_backward(
-                    dproduct, cells.difference(i, j), rows[i][j], (needed[1], needed[2], False), method
-                )
-                if dx is not None:
-                    dstacked += _difference_backward(_difference_backward(dx, j, 3), i, 2)
-    if dweight is not None:
-        dweight[:, :split] = dfirst
-        dweight[:, split:] = _combinations_backward(dcombined)
+        of_own = (needed[0], needed[2], needed[3])
+        down, _, dbias = convolution_backward(dy, own, weight[:, :split], of_own, method, dweight=dfirst)
+        if copies_suffice(own, stacked, of_stacked, method):
+            native, dstacked = implementation("native"), None
+            if needed[1]:
+                dstacked = native.conv3x3_bwd_input(dy, dense(of_stacked), copies=True)
+            if dlast is not None:
+                native.conv3x3_bwd_weight(dy, stacked, copies=True, out=dlast)
+        else:
+            dstacked, dcombined = _products_backward(dy, own, stacked, combinations(of_stacked), needed[1:3], method)
+            if dlast is not None:
+                dlast.copy_(_combinations_backward(dcombined))
     return down, dstacked, dweight, None if dbias is None else dbias.to(bias.dtype)
+
+
+def _products_backward(
+    dy: Tensor, own: Tensor, stacked: Tensor, rows: list[list[Tensor]], needed: tuple[bool, ...], method: ConvolutionMethod
+) -> tuple[Tensor | None, list[list[Tensor | None]]]:
+    """Gradients of the stacked features and of the combinations."""
+    dstacked = torch.zeros_like(stacked) if needed[0] else None
+    dcombined: list[list[Tensor | None]] = [[None] * 3 for _ in range(3)]
+    cells = _Cells(own, stacked)
+    for i in range(3):
+        lines = [_sum([cells.of(dy, p, q) for p in cells.rows(i)]) for q in range(cells.factor)]
+        for j in range(3):
+            dproduct = lines[0] if j == 1 else lines[-1] if j == 2 else _sum(lines)
+            dx, dcombined[i][j], _ = convolution_backward(
+                dproduct, cells.difference(i, j), rows[i][j], (*needed, False), method
+            )
+            if dx is not None:
+                dstacked += _difference_backward(_difference_backward(dx, j, 3), i, 2)
+    return dstacked, dcombined
 
 
 class _Cells:

@@ -144,6 +144,7 @@ def conv3x3_fwd(
     weight: Tensor,
     bias: Tensor | None,
     *,
+    copies: bool = False,
     slope: float = 1.0,
     out: Tensor | None = None,
     accumulate: bool = False,
@@ -151,15 +152,17 @@ def conv3x3_fwd(
     """leaky_relu(conv3x3(x, weight) + bias) of CPU tensors, zeros around x; added to what `out` holds with `accumulate`.
 
     All of float32 or all of float64. x and out lie as they like, best with the channels of a pixel adjacent, and may be
-    different channels of one tensor; weight (outputs, inputs, 3, 3) and bias are dense.
+    different channels of one tensor; weight (outputs, inputs, 3, 3) is dense but for its first two dimensions, bias is dense.
+    With `copies` it is the convolution of x enlarged to twice its size, by 2×2 copies of every pixel.
     """
-    return _convolution(x, weight, bias, weight.shape[0], slope, None, False, out, accumulate)
+    return _convolution(x, weight, bias, copies, slope, None, False, out, accumulate)
 
 
 def conv3x3_bwd_input(
     dy: Tensor,
     weight: Tensor,
     *,
+    copies: bool = False,
     gate: Tensor | None = None,
     slope: float = 1.0,
     out: Tensor | None = None,
@@ -170,16 +173,17 @@ def conv3x3_bwd_input(
     Where x ends with the channels of `gate`, which a leaky relu of this slope made, of them it is the sum's gradient of what
     was before the leaky relu.
     """
-    return _convolution(dy, weight, None, weight.shape[1], slope, gate, True, out, accumulate)
+    return _convolution(dy, weight, None, copies, slope, gate, True, out, accumulate)
 
 
-def conv3x3_bwd_weight(dy: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients of weight and bias of `conv3x3_fwd` without leaky relu."""
-    (batch, outputs, rows, columns), inputs = dy.shape, x.shape[1]
-    dweight, dbias = dy.new_empty((outputs, inputs, 3, 3)), dy.new_empty(outputs)
+def conv3x3_bwd_weight(dy: Tensor, x: Tensor, *, copies: bool = False, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The gradients of weight and bias of `conv3x3_fwd` without leaky relu; that of weight is written to `out`, some of the
+    inputs of a dense weight, if there is one."""
+    outputs, inputs = dy.shape[1], x.shape[1]
+    dweight, dbias = dy.new_empty((outputs, inputs, 3, 3)) if out is None else out, dy.new_empty(outputs)
     _run(
-        native.convolution_gradient, dy, lambda: 0, (batch, rows, columns, inputs, outputs), _tensor(dy), _tensor(x),
-        dweight.data_ptr(), dbias.data_ptr(),
+        native.convolution_gradient, dy, lambda: 0, (*_sizes(x, dy), inputs, outputs), copies, _tensor(x), _tensor(dy),
+        dweight.data_ptr(), dweight.stride()[:2], dbias.data_ptr(),
     )  # fmt: skip
     return dweight, dbias
 
@@ -188,7 +192,7 @@ def _convolution(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    outputs: int,
+    copies: bool,
     slope: float,
     gate: Tensor | None,
     transposed: bool,
@@ -196,16 +200,26 @@ def _convolution(
     accumulate: bool,
 ) -> Tensor:
     batch, inputs, rows, columns = x.shape
+    outputs, strides = weight.shape[0], weight.stride()[:2]
+    if transposed:
+        outputs, strides = weight.shape[1], strides[::-1]
     if out is None:
+        if copies:
+            rows, columns = (rows // 2, columns // 2) if transposed else (2 * rows, 2 * columns)
         out = torch.empty((batch, outputs, rows, columns), dtype=x.dtype, memory_format=torch.channels_last)
         if accumulate:
             out.zero_()
     _run(
-        native.convolution_forward, x, lambda: 0, (batch, rows, columns, inputs, outputs), _tensor(x), weight.data_ptr(),
-        0 if bias is None else bias.data_ptr(), slope, _tensor(gate), 0 if gate is None else gate.shape[1], transposed,
-        accumulate, _tensor(out),
+        native.convolution_forward, x, lambda: 0, (*_sizes(x, out), inputs, outputs), copies, _tensor(x), weight.data_ptr(),
+        strides, 0 if bias is None else bias.data_ptr(), slope, _tensor(gate), 0 if gate is None else gate.shape[1],
+        transposed, accumulate, _tensor(out),
     )  # fmt: skip
     return out
+
+
+def _sizes(x: Tensor, y: Tensor) -> tuple[int, int, int, int, int]:
+    """Of a convolution: the batch, and the rows and columns of both."""
+    return (x.shape[0], *x.shape[2:], *y.shape[2:])
 
 
 def fold(

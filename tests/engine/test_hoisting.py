@@ -30,12 +30,12 @@ def test_enlarged_features(factor, size, layout):
         assert torch.allclose(found, value, rtol=0, atol=1e-11)
 
 
-@pytest.mark.parametrize("factor", [0.5, 1, 2])
+@pytest.mark.parametrize("factor", [0.5, 1, 2, 4])
 def test_wide_enough_for_winograd(factor):
     """Where a CPU has Winograd's kernel: levels at, above and below LR resolution, gradients included."""
     own = image(2, 32, int(6 * factor), int(10 * factor), seed=1).contiguous(memory_format=torch.channels_last)
-    stacked = image(2, 5, 6, 10, seed=2).contiguous(memory_format=torch.channels_last)
-    weight, bias = (image(*shape, seed=3).sub(0.5) for shape in ((40, 37, 3, 3), (40,)))
+    stacked = image(2, 13, 6, 10, seed=2).contiguous(memory_format=torch.channels_last)
+    weight, bias = (image(*shape, seed=3).sub(0.5) for shape in ((40, 45, 3, 3), (40,)))
     leaves = [tensor.requires_grad_() for tensor in (own, stacked, weight, bias)]
     results = []
     for method, subpixel in ((ConvolutionMethod(), True), (ConvolutionMethod(winograd=False), False)):
