@@ -57,6 +57,12 @@ struct Sums {
             }
         }
     }
+    NCSR_FUNCTION void add(const T* y, int64_t y_row) {
+#pragma GCC unroll 12
+        for (int i = 0; i < M; ++i)
+#pragma GCC unroll 8
+            for (int j = 0; j < N; ++j) sum[i][j] += *reinterpret_cast<const V*>(y + i * y_row + j * L);
+    }
     // y = sum, or relu(sum + more), where NaN stays NaN
     NCSR_FUNCTION void store(T* y, int64_t y_row) const {
 #pragma GCC unroll 8

@@ -190,10 +190,11 @@ class WinogradKernel {
     template <int rows>
     static void multiply_rows(int64_t row, int64_t inner, const T* v, int64_t chunk, const T* u, T* z, bool add) {
         Sums<rows, 2, T> sums;
-        sums.start(add ? Start::add : Start::zero, z + row * width, width, nullptr);
+        sums.start(Start::zero, nullptr, 0, nullptr);
         v += row * L;
         for (; inner >= L; inner -= L, v += chunk, u += L * width) sums.add(L, {v, L, 1}, u, width);
         if (inner) sums.add(inner, {v, L, 1}, u, width);
+        if (add) sums.add(z + row * width, width);  // last: fewer roundings than one sum of all
         sums.store(z + row * width, width);
     }
 

@@ -50,23 +50,30 @@ def case(inputs: int, outputs: int, size=(5, 7), batch: int = 2, dtype=torch.flo
     return [normal(batch, inputs, *size), weight, normal(outputs), normal(batch, outputs, *size)]
 
 
-def forward_tolerance(dtype: torch.dtype, inputs: int) -> float:
+def large_tiles(rows: int, columns: int) -> bool:
+    """Whether F(4x4, 3x3) has fewer products than F(2x2, 3x3)."""
+    return 36 * -(-rows // 4) * -(-columns // 4) <= 16 * -(-rows // 2) * -(-columns // 2)
+
+
+def forward_tolerance(dtype: torch.dtype, inputs: int, y: Tensor) -> float:
     """What the sums over so many inputs may be wrong by, beside the largest result.
 
-    Each of n additions rounds a partial sum by half an eps at most, up or down as it comes: some ½√n eps in all, for
-    sums whose sum has 3·3 terms of 2/3 of the result's magnitude (four times x's variance, at most once the weights',
-    against nine times both); 4 for the transforms. float64: two results, of sums in different orders.
+    Each of n additions rounds a partial sum by half an eps at most, up or down as it comes: some ½√n eps in all, and 4 for
+    the transforms. The sums at the positions are larger than the results, whose variance is that of 3·3 products: along a
+    line by Σ A² |B|² |G|² over the positions, at the output where it is largest 5 in F(2x2, 3x3) and 24.5 in F(4x4, 3x3).
+    float64: two results, of sums in different orders.
     """
-    return 1e-13 if dtype == torch.float64 else (inputs**0.5 / 2 * 9**0.5 * 2 / 3 + 4) * torch.finfo(dtype).eps
+    larger = 24.5 / 3 if large_tiles(*y.shape[2:]) else 5 / 3
+    return 1e-13 if dtype == torch.float64 else (inputs**0.5 / 2 + 4) * larger * torch.finfo(dtype).eps
 
 
-def weight_tolerance(dtype: torch.dtype, tiles: int) -> float:
-    """As `forward_tolerance`, for sums over tiles of 2x2 pixels.
-
-    A product there has 16 times the variance of dy·x, a sum over tiles twice the magnitude of the result, which is over
-    four times as many products; Gᵀ and G add nine of them with factors whose squares sum up to 2.25.
+def weight_tolerance(dtype: torch.dtype, y: Tensor) -> float:
+    """As `forward_tolerance`, for sums over tiles: m·m products are in a tile's part of the result, and along a line the sums
+    at the positions add up to Σ G² |A|² |B|² of their variance, at most 4 of 2 in F(2x2, 3x3) and 26.3 of 4 in F(4x4, 3x3).
     """
-    return 1e-13 if dtype == torch.float64 else (tiles**0.5 / 2 * 2 * 2.25**0.5 + 4) * torch.finfo(dtype).eps
+    side, larger = (4, 26.3 / 4) if large_tiles(*y.shape[2:]) else (2, 4 / 2)
+    tiles = len(y) * -(-y.shape[2] // side) * -(-y.shape[3] // side)
+    return 1e-13 if dtype == torch.float64 else (tiles**0.5 / 2 + 4) * larger * torch.finfo(dtype).eps
 
 
 def gradients(dy: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -76,27 +83,27 @@ def gradients(dy: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Te
 
 
 def assert_like_torch(x: Tensor, weight: Tensor, bias: Tensor, dy: Tensor) -> None:
-    (batch, inputs, rows, columns), outputs = x.shape, weight.shape[0]
+    outputs, inputs = weight.shape[:2]
     value = conv3x3_fwd(x, weight, bias)
     assert value.dtype == x.dtype
     assert value.is_contiguous(memory_format=LAST)
     expected = F.conv2d(x.double(), weight.double(), bias.double(), padding=1)
-    assert_close(value, expected, forward_tolerance(x.dtype, inputs), "y")
+    assert_close(value, expected, forward_tolerance(x.dtype, inputs, dy), "y")
     dx, dw, db = gradients(dy, x, weight)
     value = conv3x3_bwd_input(dy, weight)
     assert value.is_contiguous(memory_format=LAST)
-    assert_close(value, dx, forward_tolerance(x.dtype, outputs), "dx")
+    assert_close(value, dx, forward_tolerance(x.dtype, outputs, dy), "dx")
     dweight, dbias = conv3x3_bwd_weight(dy, x)
-    tolerance = weight_tolerance(x.dtype, batch * ((rows + 1) // 2) * ((columns + 1) // 2))
+    tolerance = weight_tolerance(x.dtype, dy)
     assert dweight.is_contiguous()
     assert_close(dweight, dw, tolerance, "dweight")
     assert_close(dbias, db, tolerance, "dbias")
 
 
 @dtypes
-@pytest.mark.parametrize("size", [(1, 1), (1, 7), (5, 1), (2, 2), (6, 6), (9, 13), (3, 98), (20, 21)], ids=str)
+@pytest.mark.parametrize("size", [(1, 1), (1, 7), (5, 1), (2, 2), (6, 6), (9, 13), (3, 98), (20, 21), (45, 46)], ids=str)
 def test_sizes(instruction_set, dtype, size):
-    """Tiles half outside the image, and blocks of 24 and 96 tiles, all of a height and not."""
+    """Tiles of both sizes, partly outside the image, and blocks of 24 and 192 tiles, all of a height and not."""
     assert_like_torch(*case(16, 32, size, dtype=dtype))
 
 
@@ -154,12 +161,12 @@ def test_layouts(instruction_set, dtype, of_x, of_out, accumulate):
     around = memory(out)[beside].clone()
     assert conv3x3_fwd(x, weight, bias, out=out, accumulate=accumulate) is out
     expected = F.conv2d(x.double().contiguous(), weight.double(), bias.double(), padding=1) + before.double() * accumulate
-    assert_close(out, expected, forward_tolerance(dtype, 33), "y")
+    assert_close(out, expected, forward_tolerance(dtype, 33, out), "y")
     assert torch.equal(memory(out)[beside].nan_to_num(7.5), around.nan_to_num(7.5))
     dy = LAYOUTS[of_out](before)
     _, dw, db = gradients(dy, x, weight)
     for value, expected in zip(conv3x3_bwd_weight(dy, x), (dw, db)):
-        assert_close(value, expected, weight_tolerance(dtype, 18), "weight gradient")
+        assert_close(value, expected, weight_tolerance(dtype, dy), "weight gradient")
 
 
 @dtypes
@@ -172,13 +179,13 @@ def test_out_beside_x(instruction_set, dtype, inputs, outputs, channels):
     x, out = together[:, :inputs], together[:, inputs : inputs + outputs]
     conv3x3_fwd(x, weight, bias, slope=0.2, out=out)
     expected = F.leaky_relu(F.conv2d(x.double(), weight.double(), bias.double(), padding=1), 0.2)
-    assert_close(out, expected, forward_tolerance(dtype, inputs), "y")
+    assert_close(out, expected, forward_tolerance(dtype, inputs, out), "y")
     assert torch.equal(x, before[:, :inputs])
     assert torch.equal(together[:, inputs + outputs :], before[:, inputs + outputs :])
     together.copy_(before)
     conv3x3_bwd_input(out, weight, out=x, accumulate=True)
     expected = before[:, :inputs].double() + F.conv_transpose2d(out.double(), weight.double(), padding=1)
-    assert_close(x, expected, forward_tolerance(dtype, outputs), "dx")
+    assert_close(x, expected, forward_tolerance(dtype, outputs, out), "dx")
     assert torch.equal(together[:, inputs:], before[:, inputs:])
 
 
@@ -192,7 +199,7 @@ def test_what_follows_the_sums(instruction_set, dtype, inputs, outputs, slope, w
     out = before.contiguous(memory_format=LAST)
     conv3x3_fwd(x, weight, bias if with_bias else None, slope=slope, out=out, accumulate=accumulate)
     sums = F.conv2d(x.double(), weight.double(), bias.double() * with_bias, padding=1)
-    assert_close(out, F.leaky_relu(sums, slope) + before.double() * accumulate, forward_tolerance(dtype, inputs), "y")
+    assert_close(out, F.leaky_relu(sums, slope) + before.double() * accumulate, forward_tolerance(dtype, inputs, out), "y")
 
 
 @dtypes
@@ -209,7 +216,66 @@ def test_a_gradient_through_a_gate(instruction_set, dtype, inputs, outputs, gate
     conv3x3_bwd_input(dy, weight, gate=gate, slope=0.2, out=out, accumulate=accumulate)
     expected = F.conv_transpose2d(dy.double(), weight.double(), padding=1) + before.double() * accumulate
     expected[:, -gated:] = torch.where(gate > 0, expected[:, -gated:], 0.2 * expected[:, -gated:])
-    assert_close(out, expected, forward_tolerance(dtype, outputs), "dx")
+    assert_close(out, expected, forward_tolerance(dtype, outputs, out), "dx")
+
+
+def enlarged(x: Tensor) -> Tensor:
+    return F.interpolate(x.double().contiguous(), scale_factor=2, mode="nearest")
+
+
+@dtypes
+@pytest.mark.parametrize("size", [(1, 1), (1, 4), (3, 2), (8, 5), (31, 30)], ids=str)
+@pytest.mark.parametrize("inputs, outputs", [(16, 32), (5, 7), (70, 130), (200, 1100), (700, 40)])
+def test_copies(instruction_set, dtype, size, inputs, outputs):
+    """The convolution of 2x2 copies of every pixel and its gradients, as those of the enlarged image."""
+    x, weight, bias, _ = case(inputs, outputs, size, dtype=dtype)
+    dy = case(outputs, 1, (2 * size[0], 2 * size[1]), dtype=dtype)[0]
+    expected = F.conv2d(enlarged(x), weight.double(), bias.double(), padding=1)
+    assert_close(conv3x3_fwd(x, weight, bias, copies=True), expected, forward_tolerance(dtype, inputs, dy), "y")
+    dx, dw, db = gradients(dy, enlarged(x), weight)
+    value = conv3x3_bwd_input(dy, weight, copies=True)
+    assert_close(value, 4 * F.avg_pool2d(dx, 2), forward_tolerance(dtype, outputs, dy), "dx")
+    dweight, dbias = conv3x3_bwd_weight(dy, x, copies=True)
+    assert_close(dweight, dw, weight_tolerance(dtype, dy), "dweight")
+    assert_close(dbias, db, weight_tolerance(dtype, dy), "dbias")
+
+
+@dtypes
+@pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.parametrize("of_x", LAYOUTS)
+@pytest.mark.parametrize("of_out", LAYOUTS)
+def test_layouts_of_copies(instruction_set, dtype, of_x, of_out, accumulate):
+    x, weight, _, _ = case(33, 35, (5, 6), dtype=dtype)
+    x, before = LAYOUTS[of_x](x), case(35, 1, (10, 12), dtype=dtype)[0]
+    out = LAYOUTS[of_out](before.clone())
+    conv3x3_fwd(x, weight, None, copies=True, out=out, accumulate=accumulate)
+    expected = F.conv2d(enlarged(x), weight.double(), padding=1) + before.double() * accumulate
+    assert_close(out, expected, forward_tolerance(dtype, 33, out), "y")
+    dx, dw, _ = gradients(before, enlarged(x), weight)
+    dy, start = LAYOUTS[of_out](before), x.double().clone()
+    assert_close(conv3x3_bwd_weight(dy, x, copies=True)[0], dw, weight_tolerance(dtype, dy), "dweight")
+    conv3x3_bwd_input(dy, weight, copies=True, out=x, accumulate=accumulate)
+    expected = 4 * F.avg_pool2d(dx, 2) + start * accumulate
+    assert_close(x, expected, forward_tolerance(dtype, 35, dy), "dx")
+
+
+@dtypes
+@pytest.mark.parametrize("copies", [False, True])
+def test_some_inputs_of_a_weight(instruction_set, dtype, copies):
+    """Read and written where they lie, and nothing beside them."""
+    x, _, bias, dy = case(21, 19, (6, 8), dtype=dtype)
+    dy = case(19, 1, (12, 16), dtype=dtype)[0] if copies else dy
+    weight = case(50, 19, dtype=dtype)[1]
+    some, alone = weight[:, 17:38], weight[:, 17:38].contiguous()
+    for call in (conv3x3_fwd, conv3x3_bwd_input):
+        arguments = (x, bias) if call is conv3x3_fwd else (dy,)
+        found, expected = (call(arguments[0], w, *arguments[1:], copies=copies) for w in (some, alone))
+        assert torch.equal(found, expected)
+    dweight = weight.clone()
+    conv3x3_bwd_weight(dy, x, copies=copies, out=dweight[:, 17:38])
+    assert torch.equal(dweight[:, 17:38], conv3x3_bwd_weight(dy, x, copies=copies)[0])
+    assert torch.equal(dweight[:, :17], weight[:, :17])
+    assert torch.equal(dweight[:, 38:], weight[:, 38:])
 
 
 @dtypes
@@ -240,8 +306,12 @@ def test_the_same_bits_whatever_the_number_of_threads(instruction_set, threads, 
     x, weight, bias, dy = (t.to(memory_format=LAST) if t.dim() == 4 else t for t in case(inputs, outputs, size, batch, dtype))
     weight = weight.contiguous()
 
+    twice = torch.cat([torch.cat([dy, dy], dim=2)] * 2, dim=3).to(memory_format=LAST)
+
     def results() -> list[Tensor]:
-        return [conv3x3_fwd(x, weight, bias, slope=0.2), conv3x3_bwd_input(dy, weight), *conv3x3_bwd_weight(dy, x)]
+        found = [conv3x3_fwd(x, weight, bias, slope=0.2), conv3x3_bwd_input(dy, weight), *conv3x3_bwd_weight(dy, x)]
+        found += [conv3x3_fwd(x, weight, bias, copies=True), conv3x3_bwd_input(twice, weight, copies=True)]
+        return found + list(conv3x3_bwd_weight(twice, x, copies=True))
 
     threads(1)
     alone = results()
@@ -253,13 +323,13 @@ def test_the_same_bits_whatever_the_number_of_threads(instruction_set, threads, 
 @dtypes
 @pytest.mark.parametrize("inputs, outputs", [(16, 32), (200, 1100), (700, 40)])
 def test_nan_stays_in_its_tiles(instruction_set, dtype, inputs, outputs):
-    """Those of 2x2 outputs whose 4x4 inputs hold it; none is left behind in a buffer for the next call."""
+    """Those of 4x4 outputs whose 6x6 inputs hold it; none is left behind in a buffer for the next call."""
     x, weight, bias, dy = case(inputs, outputs, (11, 12), dtype=dtype)
     expected, gradient = conv3x3_fwd(x, weight, bias), conv3x3_bwd_weight(dy, x)
     broken = x.clone()
     broken[0, 2, 4, 5] = float("nan")
     reached = torch.zeros(2, outputs, 11, 12, dtype=torch.bool)
-    reached[0, :, 2:6, 4:8] = True
+    reached[0, :, :8, 4:8] = True
     value = conv3x3_fwd(broken, weight, bias)
     assert value[0, :, 3:6, 4:7].isnan().all()
     assert torch.equal(value[~reached], expected[~reached])
@@ -297,6 +367,10 @@ for instruction_set in _native.instruction_sets():
                 assert conv3x3_fwd(x, weight, bias, out=y).isfinite().all()
                 assert conv3x3_bwd_input(y, weight, out=dx, accumulate=True).isfinite().all()
                 assert all(value.isfinite().all() for value in conv3x3_bwd_weight(y, x))
+                y = at_the_edge(end, 2, outputs, 10, 14, last=last)
+                assert conv3x3_fwd(x, weight, bias, copies=True, out=y).isfinite().all()
+                assert conv3x3_bwd_input(y, weight, copies=True, out=dx, accumulate=True).isfinite().all()
+                assert all(value.isfinite().all() for value in conv3x3_bwd_weight(y, x, copies=True))
 print("survived")
 """
     if not sys.platform.startswith("linux"):
