@@ -180,22 +180,26 @@ class WinogradKernel {
         for (int64_t i = 0; i < points; ++i, u += inner * width + L, z += width * block_ + L) {
             const T* from = v.data + i * v.position;
             int64_t row = 0;
-            for (; row + high <= rows; row += high) multiply_rows<high>(row, inner, from, v.chunk, u, z, add);
-            for (; row + high * 2 / 3 <= rows; row += high * 2 / 3)
-                multiply_rows<high * 2 / 3>(row, inner, from, v.chunk, u, z, add);
-            for (; row + high / 3 <= rows; row += high / 3) multiply_rows<high / 3>(row, inner, from, v.chunk, u, z, add);
+            for (; row + high <= rows; row += high) multiply_rows<high>(row, inner, from, v, u, z, add);
+            for (; row + high * 2 / 3 <= rows; row += high * 2 / 3) multiply_rows<high * 2 / 3>(row, inner, from, v, u, z, add);
+            for (; row + high / 3 <= rows; row += high / 3) multiply_rows<high / 3>(row, inner, from, v, u, z, add);
         }
     }
 
+    // At one position, of some tiles; those of the next position are asked for.
     template <int rows>
-    static void multiply_rows(int64_t row, int64_t inner, const T* v, int64_t chunk, const T* u, T* z, bool add) {
+    void multiply_rows(int64_t row, int64_t inner, const T* v, const Transformed<T>& all, const T* u, T* z, bool add) const {
         Sums<rows, 2, T> sums;
         sums.start(Start::zero, nullptr, 0, nullptr);
-        v += row * L;
-        for (; inner >= L; inner -= L, v += chunk, u += L * width) sums.add(L, {v, L, 1}, u, width);
+        v += row * L, z += row * width;
+        if (add) prefetch(z + width * block_ + L, bytes(rows * width));
+        for (; inner >= L; inner -= L, v += all.chunk, u += L * width) {
+            prefetch(v + all.position, bytes(rows * L));
+            sums.add(L, {v, L, 1}, u, width);
+        }
         if (inner) sums.add(inner, {v, L, 1}, u, width);
-        if (add) sums.add(z + row * width, width);  // last: fewer roundings than one sum of all
-        sums.store(z + row * width, width);
+        if (add) sums.add(z, width);  // last: fewer roundings than one sum of all
+        sums.store(z, width);
     }
 
     // Aᵀ z A, and what follows it, to y.

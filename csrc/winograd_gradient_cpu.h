@@ -134,11 +134,23 @@ class WinogradGradientKernel {
                     const T* of_panel = columns + panel * block_ * width;
                     T* to = sums + (position * panels + panel) * sums_of_panel_;
                     for (int64_t i = 0; i < chunks_ * L; i += high, to += high * width)
-                        multiply_block<high, 2, T>(here, {rows + i / L * block_ * L + i % L, 1, L}, of_panel, width, to, width,
-                                                   how, nullptr);
+                        multiply_rows(here, rows + i / L * block_ * L + i % L, of_panel, to, how);
                 }
             }
         });
+    }
+
+    // Adds the products of a block of tiles to the sums of `high` inputs. The next inputs and sums are asked for.
+    void multiply_rows(int64_t tiles, const T* v, const T* y, T* sums_of_rows, Start start) const {
+        Sums<high, 2, T> sums;
+        sums.start(start, sums_of_rows, width, nullptr);
+        prefetch(sums_of_rows + high * width, high * width * int64_t(sizeof(T)));
+        constexpr int64_t few = 8;
+        for (int64_t begin = 0; begin < tiles; begin += few, v += few * L, y += few * width) {
+            prefetch(v + block_ * L, few * vector_bytes);
+            sums.add(std::min(few, tiles - begin), {v, 1, L}, y, width);
+        }
+        sums.store(sums_of_rows, width);
     }
 
     // Gᵀ sums G to dw.
@@ -158,8 +170,11 @@ class WinogradGradientKernel {
                     for (int j = 0; j < Line::positions; ++j) {
                         V line[Line::positions], of_line[3];
 #pragma GCC unroll 6
-                        for (int r = 0; r < Line::positions; ++r)
-                            line[r] = *reinterpret_cast<const V*>(from + (Line::positions * r + j) * position);
+                        for (int r = 0; r < Line::positions; ++r) {
+                            const T* at = from + (Line::positions * r + j) * position;
+                            line[r] = *reinterpret_cast<const V*>(at);
+                            __builtin_prefetch(at + width);
+                        }
                         Line::weight_gradient(line, of_line);
 #pragma GCC unroll 3
                         for (int r = 0; r < 3; ++r) t[r][j] = of_line[r];

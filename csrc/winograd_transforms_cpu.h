@@ -215,7 +215,10 @@ void transform_input(const Convolution& p, const ImageTiles<Line>& tiles, int64_
                 V of_line[positions];
                 Line::input(t[i], of_line);
 #pragma GCC unroll 6
-                for (int j = 0; j < positions; ++j, out += to.position) *reinterpret_cast<V*>(out) = of_line[j];
+                for (int j = 0; j < positions; ++j, out += to.position) {
+                    *reinterpret_cast<V*>(out) = of_line[j];
+                    __builtin_prefetch(out + 2 * to.tile, 1);  // to write there soon
+                }
             }
         }
     });
