@@ -13,9 +13,9 @@ from ncsr_fast.layout import is_channels_last
 from ncsr_fast.ops._backends import implementation, resolve_backend
 from ncsr_fast.precision import convolution_precision
 
-# Channels in and out from which Winograd's transforms cost less than they save: of 64 and 6 at 80×80 pixels, the gradients
-# take 2.1 ms where oneDNN's take 2.6 (2 cores with AVX2), of 64 and 3 not always less.
-_WORTH_IT = 6
+# Channels in and out from which Winograd's transforms cost less than they save: of 64 and 12 at 80×80 pixels, the gradients
+# take 1.7 ms where oneDNN's take 2.7 (2 cores with AVX2), of 64 and 6 as long.
+_WORTH_IT = 12
 
 
 class ConvolutionMethod(NamedTuple):

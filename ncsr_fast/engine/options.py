@@ -27,7 +27,7 @@ class EngineOptions:
     backend        of the operators between the networks (`ncsr_fast.ops`)
     subpixel       False: features enlarged to a level are convolved as the enlarged tensors they are; for comparison
     winograd       False: 3×3 convolutions on a CPU by the definition, as PyTorch has them; for comparison. By Winograd's way
-                   a NaN or an infinity may reach one pixel further.
+                   a NaN or an infinity may reach three pixels further.
     channels_last  False: NCHW inside the levels and the encoder; for comparison
     samples_at_once  how many samples of an image are decoded together; None: as many as an eighth of the memory holds
     """
