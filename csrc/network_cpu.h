@@ -97,8 +97,7 @@ struct Product {
         }
         const int64_t inner = b.inner / runs, width = N * Vector<T>::length, column = panel * Panels<T>::width;
         const T* rest = more ? more + first * more_row + column : nullptr;
-        for (int64_t i = 0; rest && i < M; ++i)
-            for (int64_t j = 0; j < width; j += 64 / int64_t(sizeof(T))) __builtin_prefetch(rest + i * more_row + j);
+        for (int64_t i = 0; rest && i < M; ++i) prefetch(rest + i * more_row, width * int64_t(sizeof(T)));
         Sums<M, N, T> sums;
         sums.start(values ? Start::column : Start::zero, nullptr, 0, values ? values + column : nullptr);
         for (int64_t i = 0; i < runs; ++i)

@@ -173,7 +173,7 @@ class WinogradGradientKernel {
                         for (int r = 0; r < Line::positions; ++r) {
                             const T* at = from + (Line::positions * r + j) * position;
                             line[r] = *reinterpret_cast<const V*>(at);
-                            __builtin_prefetch(at + width);
+                            __builtin_prefetch(at + width);  // of the next input
                         }
                         Line::weight_gradient(line, of_line);
 #pragma GCC unroll 3
