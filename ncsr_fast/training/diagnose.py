@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -63,10 +65,10 @@ def _in_gradients(model: NCSR, parts: Tensor) -> str | None:
     if bad:
         name, gradient = bad[-1]  # backward comes to the last level first
         return f"gradient of {_place(model, name, gradient, last=True)}"
-    norms = {name: p.grad.norm() for name, p in model.named_parameters() if p.grad is not None}
-    if not _finite(torch.stack(list(norms.values())).norm()):
-        name = max(norms, key=lambda name: float(norms[name]))
-        return f"the norm of all gradients, which overflows; the largest is {float(norms[name]):.3g}, of {name}"
+    largest = {name: float(p.grad.abs().max()) for name, p in model.named_parameters() if p.grad is not None}
+    if not _finite(torch.nn.utils.clip_grad_norm_(model.parameters(), math.inf)):
+        name = max(largest, key=largest.get)
+        return f"the norm of the gradient, which overflows; its largest value, {largest[name]:.3g}, is of {name}"
     return None
 
 

@@ -304,7 +304,8 @@ class StageLoop:
         if in_a_row >= self.settings.max_skipped:
             raise TrainingDiverged(
                 f"{message}. The checkpoints in {str(self.run_folder.folder)!r} are from before. {self._flat_images(number)}"
-                f"Try a lower learning rate, backoff 0.5, a smaller max_grad_norm, precision fp32: {self.run_folder.continued()}."
+                "Try a lower learning rate, backoff 0.5, a smaller max_grad_norm or precision fp32 in a new run: "
+                f"{self.run_folder.continued()}."
             )
 
     def _flat_images(self, number: int) -> str:
@@ -319,9 +320,9 @@ class StageLoop:
             return ""
         listed = ", ".join(map(repr, names[:_NAMED])) + (", …" if len(names) > _NAMED else "")
         return (
-            f"{len(flat)} of the last {len(crops)} crops are flat, of {len(names)} images: {listed}. Without noise (max_std is 0, "
-            "as in SRFlow) the likelihood of flat images has no bound: leave them out, or train with noise, --max-std 0.02 or "
-            "--variant noise. Else: "
+            f"{len(flat)} of the last {len(crops)} crops are flat, from {len(names)} images: {listed}. Without noise (max_std is "
+            "0, as in SRFlow) the likelihood of flat images has no bound: leave them out, or train with noise, --max-std 0.02 "
+            "or --variant noise. If that is not the cause: "
         )
 
     def _origin(self, number: int) -> str:

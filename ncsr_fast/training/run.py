@@ -230,7 +230,8 @@ def _check(checkpoint: Any, model: nn.Module, path: Path) -> None:
     if missing or problems:
         what = f"it has no {', '.join(sorted(missing))}" if missing else listed(problems)
         raise CheckpointError(
-            f"checkpoint {str(path)!r} is not of a run with these settings: {what}; copy the run's folder again, or choose another"
+            f"checkpoint {str(path)!r} is not of a run with these settings: {what}; copy the run's folder again, or choose "
+            "another"
         )
 
 

@@ -141,6 +141,6 @@ def _check_room(folder: Path, model: NCSR) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise OSError(
-            f"the disk of {str(folder)!r} has {free / _MIB:.0f} MiB free, and a checkpoint takes about {needed / _MIB:.0f} MiB; "
+            f"the disk of {str(folder)!r} has {free / _MIB:.0f} MiB free, and a checkpoint takes {needed / _MIB:.0f} MiB; "
             "make room, or choose another folder"
         )

@@ -164,7 +164,7 @@ def _pair(settings: TrainSettings, files: tuple[Source, ...], number: int) -> tu
 
 
 def _middle(image: Tensor, size: int, multiple: int) -> tuple[Tensor, int, int]:
-    """The middle of (3, H, W) with sides of at most `size` that are multiples of `multiple`; and its top and left, also such."""
+    """The middle of (3, H, W), its sides at most `size`, and its top and left: all of them multiples of `multiple`."""
     sides = [min(side, size) // multiple * multiple for side in image.shape[1:]]
     starts = [(have - side) // 2 // multiple * multiple for have, side in zip(image.shape[1:], sides)]
     (top, left), (height, width) = starts, sides
