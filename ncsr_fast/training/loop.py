@@ -320,7 +320,7 @@ class StageLoop:
             return ""
         listed = ", ".join(map(repr, names[:_NAMED])) + (", …" if len(names) > _NAMED else "")
         return (
-            f"{len(flat)} of the last {len(crops)} crops are flat, from {len(names)} images: {listed}. Without noise (max_std is "
+            f"{len(flat)} of the last {len(crops)} crops are flat, from {len(names)} images: {listed}. Without noise (max_std "
             "0, as in SRFlow) the likelihood of flat images has no bound: leave them out, or train with noise, --max-std 0.02 "
             "or --variant noise. If that is not the cause: "
         )

@@ -38,7 +38,7 @@ def plot(run: str | os.PathLike, out: str | os.PathLike | None = None) -> Path:
 
 
 def read_log(run: str | os.PathLike) -> list[Row]:
-    """The rows of RUN/log.jsonl, but for a last line that was cut. Raises what `plot` does; ValueError for a damaged line too."""
+    """The rows of RUN/log.jsonl, but for a last line that was cut. Raises as `plot` does, and ValueError for a bad line."""
     path = Path(run) / "log.jsonl"
     if not path.is_file():
         raise FileNotFoundError(
