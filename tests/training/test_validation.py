@@ -9,7 +9,7 @@ import pytest
 import torch
 from support import image, tiny_model, tiny_settings
 
-from ncsr_fast.data import RandomCrops, degrade, read_image, write_image
+from ncsr_fast.data import ImageError, RandomCrops, degrade, read_image, write_image
 from ncsr_fast.training.validation import validation_pairs
 from ncsr_fast.training.watch import health, sample_metrics
 
@@ -78,6 +78,17 @@ def test_pairs_of_given_lr_images_lie_at_the_same_place(photos, tmp_path):
         assert torch.equal(lr, hr[:, ::4, ::4])
     both = replace(settings, images=("a",), lr_images=(), validation=str(photos), validation_lr=str(tmp_path / "lr"))
     assert torch.equal(validation_pairs(both, (), slice(None))[2][1], lr)
+
+
+def test_training_images_that_cannot_be_read_are_passed_over(photos):
+    """Where a folder is named for validation, they are an error instead."""
+    path = photos / "a.png"
+    path.write_bytes(path.read_bytes()[:-200])  # found only when it is decoded
+    settings = tiny_settings(photos, validation_images=2, validation_size=70)
+    pairs = validation_pairs(settings, RandomCrops(photos, scale=4, crop=32).files, slice(None))
+    assert torch.equal(pairs[0][0], read_image(photos / "b.png")[:, 16:80, 24:88]) and list(pairs) == [0, 1]
+    with pytest.raises(ImageError, match="^validation: cannot read image '.*a.png'"):
+        validation_pairs(replace(settings, validation=str(photos)), (), slice(None))
 
 
 def test_processes_share_them(photos):
