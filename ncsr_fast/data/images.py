@@ -90,16 +90,10 @@ def crop_to_multiple(image: Tensor, multiple: int) -> Tensor:
 def pair_up(hr: Iterable[Path], hr_root: Path, lr: Iterable[Path], lr_root: Path) -> list[tuple[Path, Path]]:
     """HR and LR files of the same relative path, suffix aside. DIV2K's `0001x4.png` matches `0001.png`.
 
-    raises  ValueError naming the first files that have no partner
+    raises  ValueError naming the first files that have no partner, or two files that differ in nothing but the suffix
     """
-
-    def key(path: Path, root: Path) -> str:
-        return str(path.relative_to(root).with_suffix(""))
-
-    lr_by_key = {key(path, lr_root): path for path in lr}
-    pairs, alone = [], []
-    for path in hr:
-        name = key(path, hr_root)
+    lr_by_key, pairs, alone = _by_stem(lr, lr_root), [], []
+    for name, path in _by_stem(hr, hr_root).items():
         partner = next((lr_by_key[name + tag] for tag in ("", "x4", "x8") if name + tag in lr_by_key), None)
         if partner is None:
             alone.append(path)
@@ -108,6 +102,19 @@ def pair_up(hr: Iterable[Path], hr_root: Path, lr: Iterable[Path], lr_root: Path
     if alone:
         raise ValueError(f"{len(alone)} HR images have no LR partner in {str(lr_root)!r}: {', '.join(map(str, alone[:3]))}")
     return pairs
+
+
+def _by_stem(paths: Iterable[Path], root: Path) -> dict[str, Path]:
+    """The files by their path below `root` without the suffix. Raises ValueError where two have the same."""
+    found: dict[str, Path] = {}
+    for path in paths:
+        other = found.setdefault(str(path.relative_to(root).with_suffix("")), path)
+        if other is not path:
+            raise ValueError(
+                f"{str(other)!r} and {str(path)!r} differ in nothing but the suffix, and a partner could be that of either; "
+                "remove one"
+            )
+    return found
 
 
 def _image_error(path: str | os.PathLike, error: Exception) -> ImageError:

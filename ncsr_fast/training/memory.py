@@ -17,6 +17,7 @@ from torch import nn
 
 from ncsr_fast.memory import peak_bytes
 from ncsr_fast.nn.ncsr import NCSR
+from ncsr_fast.training.model import random_model
 from ncsr_fast.training.settings import TrainSettings
 
 _USABLE = 0.9  # of the memory there is; the rest for what is not tensors
@@ -198,7 +199,7 @@ def _options(settings: TrainSettings, found: MemoryEstimate, processes: int) -> 
 
 def _model(settings: TrainSettings) -> NCSR:
     with torch.device("meta"):
-        return NCSR(settings.model, precision=settings.precision, checkpoint=settings.checkpoint)
+        return random_model(settings)
 
 
 def _encoder_stage(settings: TrainSettings, sizes: tuple[int, int]) -> dict[str, StepMemory]:
@@ -239,7 +240,7 @@ def _run(objective: nn.Module, settings: TrainSettings, batch: int) -> None:
     crop, small = settings.crop, settings.crop // settings.model.scale
     with torch.device("meta"):
         hr, lr = (torch.empty(batch, 3, side, side, dtype=torch.uint8) for side in (crop, small))
-        std, noise = torch.empty(batch, 1, 1, 1), torch.empty(batch, 3, crop, crop)
+        std, noise = (torch.empty(shape, dtype=torch.float32) for shape in ((batch, 1, 1, 1), (batch, 3, crop, crop)))
         draws = Draws(std, noise, torch.empty(batch, dtype=torch.bool), torch.empty(batch, dtype=torch.int64))
     objective(hr, lr, *draws)[0].backward()
 
