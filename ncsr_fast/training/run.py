@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ncsr_fast.data.images import write_image
-from ncsr_fast.files import CheckpointError, atomic_write
+from ncsr_fast.files import CheckpointError, atomic_write, check_finite, read_checkpoint
 from ncsr_fast.training.board import Board
 from ncsr_fast.training.settings import TrainSettings
 
@@ -121,4 +121,6 @@ def _load(path: Path) -> dict[str, Any]:
         damaged = archive.testzip()
     if damaged is not None:
         raise CheckpointError(f"the checksum of {damaged} is wrong")
-    return torch.load(path, map_location="cpu", weights_only=True)
+    checkpoint = read_checkpoint(path)
+    check_finite(checkpoint["model"], "its model")
+    return checkpoint

@@ -85,7 +85,7 @@ def test_a_safetensors_file(tmp_path):
     save_file(model.published_state_dict(), tmp_path / "model.safetensors")
     assert_same_weights(model, NCSR.from_pretrained(tmp_path / "model.safetensors", config=model.config))
     (tmp_path / "model.safetensors").write_bytes((tmp_path / "model.safetensors").read_bytes()[:-9])
-    with pytest.raises(CheckpointError, match="model.safetensors' is truncated or corrupt"):
+    with pytest.raises(CheckpointError, match="model.safetensors' is not a readable checkpoint: it is truncated or corrupt"):
         read_state_dict(tmp_path / "model.safetensors")
 
 
@@ -116,7 +116,7 @@ def test_bad_pth_files(tmp_path):
     (tmp_path / "text.pth").write_text("not a checkpoint")
     torch.save({"x": Malicious(tmp_path / "trace")}, tmp_path / "malicious.pth")
     for name in ("truncated.pth", "text.pth", "malicious.pth"):
-        with pytest.raises(CheckpointError, match=f"{name}' is not a readable PyTorch checkpoint"):
+        with pytest.raises(CheckpointError, match=f"{name}' is not a readable checkpoint"):
             read_state_dict(tmp_path / name)
     with pytest.raises(CheckpointError, match="it holds a .*open, which is more than tensors and is not run") as caught:
         read_state_dict(tmp_path / "malicious.pth")
