@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
+import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+
+from ncsr_fast.file_kinds import is_safetensors, kind_of, names_in_pickle
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 SHIPPED = Path(__file__).parent / "models"
@@ -20,7 +25,8 @@ _LISTED = 5  # names an error spells out of each kind
 class CheckpointError(ValueError):
     """A file or state dict that is not the model's: corrupt, or with other tensors.
 
-    problems  all tensors that are "missing", "unexpected" or "of the wrong shape", of which the message has the first few
+    problems  all tensors that are "missing", "unexpected", "of the wrong shape" or "not finite", of which the message has
+              the first few
     """
 
     def __init__(self, message: str, problems: Mapping[str, list[str]] | None = None) -> None:
@@ -71,12 +77,9 @@ def load_directory(directory: Path, model_type: str, build: Callable[[dict[str, 
 
     raises  FileNotFoundError, or CheckpointError for files that are corrupt, of another type, or do not fit each other
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     for name in (CONFIG, WEIGHTS):
         if not (directory / name).is_file():
-            raise FileNotFoundError(f"{str(directory)!r} has no {name}; a model directory is written by save_pretrained")
+            raise FileNotFoundError(f"{str(directory)!r} has no {name}; {_meant(directory)}")
     try:
         values = json.loads((directory / CONFIG).read_text())
         if values.pop("model_type", None) != model_type:
@@ -86,14 +89,95 @@ def load_directory(directory: Path, model_type: str, build: Callable[[dict[str, 
         raise CheckpointError(
             f"{str(directory / CONFIG)!r} is not the configuration of an {model_type} model: {error}"
         ) from error
-    try:
-        state = load_file(directory / WEIGHTS)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{str(directory / WEIGHTS)!r} is truncated or corrupt: {error}") from error
+    state = read_checkpoint(directory / WEIGHTS)
     compare({name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}, state, f"the model of {CONFIG}")
+    check_finite(state, repr(str(directory / WEIGHTS)))
     adopt_dtype(model, state)
     model.load_state_dict(state)
     return model
+
+
+def read_checkpoint(path: str | os.PathLike) -> Any:
+    """The content of a checkpoint file, on the CPU; nothing in the file is executed.
+
+    A file that begins as the safetensors format does is read as such, any other by `torch.load(…, weights_only=True)`.
+
+    Raises:
+        FileNotFoundError: There is nothing at the path.
+        CheckpointError: The file is none that PyTorch or safetensors wrote, is damaged, or holds more than tensors. The
+            message says what it is, as far as its bytes tell, and what to do.
+    """
+    name = os.fspath(path)
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"no checkpoint at {str(name)!r}")
+    if os.path.isdir(path):
+        raise CheckpointError(f"{str(name)!r} is a folder, not a checkpoint file; {_meant(Path(path))}")
+    kind = kind_of(path)
+    if kind is not None:
+        raise CheckpointError(f"{str(name)!r} is not a readable checkpoint: it is {kind}")
+    reader = _read_safetensors if is_safetensors(path) else _read_pickled
+    try:
+        return reader(path)
+    except MemoryError:
+        raise
+    except Exception as error:  # noqa: BLE001 - of a damaged file the readers raise almost anything
+        raise CheckpointError(f"{str(name)!r} is not a readable checkpoint: {_reason(path, error)}") from error
+
+
+def _read_safetensors(path: str | os.PathLike) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(path)
+
+
+def _read_pickled(path: str | os.PathLike) -> Any:
+    with open(path, "rb") as file:  # of a path torch.load would look at the suffix
+        return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def _reason(path: str | os.PathLike, error: Exception) -> str:
+    """The cause in one line. PyTorch's own message for what it refuses advises to let the file run code: only the name in it
+    is passed on."""
+    if not isinstance(error, pickle.UnpicklingError):
+        return f"it is truncated or corrupt ({_line(error)}): download or save it again"
+    refused = re.search(r"(?i)unsupported (?:global|class):? (?:GLOBAL )?([\w.]+)", str(error))
+    names = [name for name in names_in_pickle(path) if name.partition(".")[0] not in ("torch", "collections")]
+    names = [refused[1]] if refused else names
+    if names:
+        return f"it holds a {names[0]}, which is more than tensors and is not run; save the network's state_dict() alone"
+    return "it was not written by torch.save or safetensors, or is corrupt: save the network's state_dict() by torch.save"
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split("\n")[0].split())[:200] or type(error).__name__
+
+
+def _meant(directory: Path) -> str:
+    """What to give instead of a folder that is no model."""
+    if (directory / "model" / CONFIG).is_file():
+        return f"give the model in it, {str(directory / 'model')!r}"
+    found = sorted(path for path in directory.iterdir() if path.suffix in (".pth", ".pt", ".ckpt", ".safetensors"))
+    if found:
+        return f"give a checkpoint in it, as {str(found[0])!r}"
+    return "a model directory is written by save_pretrained"
+
+
+def check_finite(state: Mapping[str, Tensor], where: str) -> None:
+    """Raise CheckpointError naming the tensors of `state` that hold NaN or infinite values."""
+    wrong = [name for name, tensor in state.items() if not _is_finite(tensor)]
+    if wrong:
+        problems = {"not finite": wrong}
+        raise CheckpointError(
+            f"{where} has NaN or infinite values, {listed(problems)}: the training that wrote it diverged, or it is damaged; "
+            "use an earlier checkpoint",
+            problems,
+        )
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    if tensor.is_floating_point() and tensor.element_size() == 1:
+        tensor = tensor.float()  # torch.isfinite has no 8-bit floats
+    return bool(torch.isfinite(tensor).all())
 
 
 def adopt_dtype(model: nn.Module, state: Mapping[str, Tensor]) -> None:

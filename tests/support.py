@@ -112,9 +112,9 @@ def load_case(name: str) -> Case:
         return Case(name, json.loads(vector_file(f"{name}.json").read_text()), dict(arrays))
 
 
-def weights_module():
-    """tests/conformance/weights.py."""
-    spec = importlib.util.spec_from_file_location("conformance_weights", VECTORS / "weights.py")
+def weights_module(folder: str = "."):
+    """weights.py of tests/conformance, or of a folder there."""
+    spec = importlib.util.spec_from_file_location("conformance_weights", VECTORS / folder / "weights.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

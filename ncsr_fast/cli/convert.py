@@ -16,8 +16,10 @@ EXAMPLE = """\
 example:
   ncsr-fast convert 200000_G.pth --out models/mine --report mine.txt
   ncsr-fast convert models/mine --out mine.pth
+  ncsr-fast convert RRDB_DF2K_x4.pth --out models/encoder --long-skip last_block
 
-NCSR and SRFlow networks, and RRDB and ESRGAN generators in any naming; bare, with module. before their names, or wrapped.
+NCSR and SRFlow networks, and RRDB generators (ESRGAN, BasicSR, Real-ESRGAN, ESRGAN+, and the encoders of SRFlow and NCSR) in
+any naming; bare, with module. before their names, or wrapped. No file of a generator says where its long skip starts.
 A name that ends in .pth or .pt is a file as the published programs load it, one in .safetensors the same tensors; any
 other is a directory, for --model and NCSR.from_pretrained. Checkpoints are read without running anything in them. When a
 tensor is missing, unexpected or of the wrong shape, all such are named, nothing is written, and the exit status is 1."""
@@ -29,6 +31,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--options", metavar="FILE", help="published YAML, or config.json, of a flow that is none of the presets"
     )
+    parser.add_argument(
+        "--long-skip",
+        choices=("conv_first", "last_block"),
+        help="of a generator: conv_first in ESRGAN and its relatives, which is the default; last_block in the RRDB files of "
+        "SRFlow and NCSR",
+    )
     parser.add_argument("--report", metavar="FILE", help="write a line for each tensor: its name before, and after")
 
 
@@ -37,7 +45,9 @@ def run(args: argparse.Namespace) -> int | None:
     from ncsr_fast.files import CheckpointError, atomic_write
 
     try:
-        conversion = convert(args.source, args.out, None if args.options is None else _config(args.options))
+        conversion = convert(
+            args.source, args.out, None if args.options is None else _config(args.options), long_skip=args.long_skip
+        )
     except CheckpointError as error:
         if not error.problems:
             raise

@@ -53,7 +53,9 @@ class NCSR(Checkpoints, Freezing, nn.Module):
         super().__init__()
         self.config = config
         self.options = EngineOptions(**options)
-        self.encoder = RRDB(config.scale, config.channels, config.growth, config.blocks, config.stacked_blocks)
+        self.encoder = RRDB(
+            config.scale, config.channels, config.growth, config.blocks, config.stacked_blocks, long_skip="last_block"
+        )
         for module in self.encoder.head():  # the flow does not use them, so its loss gives them no gradient
             module.requires_grad_(False)
         self.levels = nn.ModuleList(
