@@ -81,6 +81,33 @@ def pytest_report_header() -> list[str]:
     return [f"ncsr_fast {ncsr_fast.__version__} from {ncsr_fast.__path__[0]}, torch {torch.__version__}"]
 
 
+@pytest.hookimpl(trylast=True)  # one after the other on the same arguments, whose expected results a test may keep
+def pytest_generate_tests(metafunc) -> None:
+    if "instruction_set" in metafunc.fixturenames:
+        from ncsr_fast import _native
+
+        metafunc.parametrize("instruction_set", _native.instruction_sets(), indirect=True)
+
+
+@pytest.fixture
+def instruction_set(request):
+    """Each instruction set that the compiled module has for this CPU, in use during the test."""
+    from ncsr_fast import _native
+
+    before = _native.instruction_set()
+    _native.use_instruction_set(request.param)
+    yield request.param
+    _native.use_instruction_set(before)
+
+
+@pytest.fixture
+def threads():
+    """torch.set_num_threads, undone after the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def photos(tmp_path):
     """A folder of three smooth 96×120 pictures, one of them in a folder of its own."""
