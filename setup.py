@@ -170,6 +170,11 @@ def plan(module: Path, temp: Path) -> tuple[str, str]:
 class BuildNative(build_ext):
     """Has ninja compile csrc/: several files at a time, and only what changed."""
 
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        if self.editable_mode:  # its folder of objects is a temporary one; this one is that of the other builds
+            self.build_temp = os.path.join("build", f"temp.{self.plat_name}-{sys.implementation.cache_tag}")
+
     def build_extension(self, extension: Extension) -> None:
         module, ninja_file = Path(self.get_ext_fullpath(extension.name)), Path(self.build_temp, "build.ninja")
         module.parent.mkdir(parents=True, exist_ok=True)

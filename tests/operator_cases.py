@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
+import installation
 import pytest
 import torch
 from torch import Tensor
@@ -11,13 +13,7 @@ from torch import Tensor
 from ncsr_fast import ops
 
 EPS = 1e-4
-DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-CELLS = [
-    pytest.param(device, name, id=f"{device}-{name}")
-    for device in DEVICES
-    for name, backend in ops.backends(device).items()
-    if backend.available
-]
+CELLS = [pytest.param(*cell, id="-".join(cell)) for cell in installation.cells()]
 cells = pytest.mark.parametrize("device, backend", CELLS)
 operators = pytest.mark.parametrize("name", ops.OPERATORS)
 directions = pytest.mark.parametrize("inverse", [False, True], ids=["forward", "inverse"])
@@ -26,9 +22,14 @@ directions = pytest.mark.parametrize("inverse", [False, True], ids=["forward", "
 ROUNDING = {torch.float64: 1e-13, torch.float32: 6e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 
-def exact_dtype(device: str, backend: str) -> torch.dtype:
-    """float64 where the backend has it."""
-    return torch.float64 if ops.backends(device, torch.float64)[backend].available else torch.float32
+def where(predicate: Callable[..., bool]) -> pytest.MarkDecorator:
+    """Decorator that keeps those cells of a test for which a predicate of some of its parameters, by name, holds."""
+    return pytest.mark.cells_where.with_args(predicate)
+
+
+def exact_dtype(backend: str) -> torch.dtype:
+    """float64, which all backends but Triton's kernels have."""
+    return torch.float32 if backend == "triton" else torch.float64
 
 
 def arguments(name: str, channels: int = 6, size=(2, 3), batch: int = 2, dtype=torch.float64, device="cpu") -> list[Tensor]:

@@ -5,13 +5,18 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import subprocess
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ncsr_fast import NCSR, NCSRConfig
 
@@ -52,6 +57,43 @@ def relative_error(value: Tensor, expected: Tensor) -> float:
     """Largest difference over the largest magnitude of `expected`, the measure of the conformance README."""
     expected = expected.double()
     return float((value.double() - expected).abs().max() / expected.abs().max())
+
+
+def fresh_process(code: str, folder: Path, **environment: str) -> str:
+    """What a fresh Python prints, in a folder away from the checkout, whose package may not be the installed one."""
+    command, environment = [sys.executable, "-c", code], {**os.environ, **environment}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment, check=False)
+    assert done.returncode == 0, (done.returncode, done.stderr)
+    return done.stdout.strip()
+
+
+class Watch(TorchDispatchMode):
+    """Calls a function with the name and the positional arguments of every call of an ATen or other operator."""
+
+    def __init__(self, call: Callable[[str, tuple], None]) -> None:
+        super().__init__()
+        self.call = call
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.call(function.name().split(".")[0], args)
+        return function(*args, **(kwargs or {}))
+
+
+def _slice_of_channels_last(x: Tensor) -> Tensor:
+    batch, channels, *size = x.shape
+    around = torch.full((batch, channels + 10, *size), float("nan"), dtype=x.dtype).to(memory_format=torch.channels_last)
+    around[:, 3 : 3 + channels] = x
+    return around[:, 3 : 3 + channels]
+
+
+# the same values, lying otherwise in memory; what lies around them is NaN
+LAYOUTS = {
+    "nchw": lambda x: x.contiguous(),
+    "channels-last": lambda x: x.contiguous(memory_format=torch.channels_last),
+    "slice of channels-last": _slice_of_channels_last,
+    "crop": lambda x: F.pad(x, (2, 3, 1, 2), value=float("nan"))[:, :, 1:-2, 2:-3],
+    "turned": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
+}
 
 
 @dataclass

@@ -52,8 +52,9 @@ def test_examples_parse(command):
     build_parser().parse_args(line.split()[1:])
 
 
-def test_entry_point():
-    done = subprocess.run([sys.executable, "-m", "ncsr_fast.cli.main", "--version"], capture_output=True, text=True, check=True)
+def test_entry_point(tmp_path):
+    command = [sys.executable, "-m", "ncsr_fast.cli.main", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)  # not in the checkout
     assert done.stdout.startswith("ncsr-fast 0.")
 
 
