@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ncsr_fast.engine.conditioning import fold_level, mix_level
+from ncsr_fast.engine.convolution import convolution
 from ncsr_fast.engine.folding import LOG_SCALE
 from ncsr_fast.engine.options import EngineOptions
 from ncsr_fast.files import atomic_write
@@ -261,7 +262,7 @@ class _Convolution(nn.Module):
         self.register_buffer("bias", None if bias is None else bias.detach().clone())
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.conv2d(x, self.weight, self.bias, padding=self.weight.shape[-1] // 2)
+        return convolution(x, self.weight, self.bias, None)
 
 
 def _halves(weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:

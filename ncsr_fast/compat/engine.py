@@ -78,7 +78,7 @@ class Engine:
             level.cache.thaw()
 
     def _options(self, like: Tensor) -> EngineOptions:
-        rounded = like.is_cuda and like.dtype == torch.float32 and convolutions_are_rounded()
+        rounded = like.is_cuda and like.dtype == torch.float32 and convolutions_are_rounded("cuda")
         return EngineOptions(**{"precision": "tf32" if rounded else "fp32", "checkpoint": False, **self._given_options})
 
     def features(self, lr: Tensor) -> Condition:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from ncsr_fast import ops
 from ncsr_fast.compat.replacement import Replacement, Unsupported, check_tensor, expect
+from ncsr_fast.precision import true_float32
 
 _NO_EPS = 1e-37  # Glow's scale has no lower bound, and the operator's may not be 0: this one is lost in rounding
 _TRIAL_TOLERANCE = 1e-4  # of the largest element, or of 1; float32 rounding is below 1e-5
@@ -273,9 +274,10 @@ def _try(kind: type[LayerForward], module: nn.Module) -> None:
         parameter.add_(1e-2 * torch.randn(parameter.shape, generator=generator).to(parameter))
     replacement = kind(trial)
     x = torch.randn(2, replacement.channels(), 2, 3, generator=generator).to(next(trial.parameters()))
-    for theirs, ours in _both_directions(replacement, x):
-        if not float((theirs - ours).abs().max()) <= _TRIAL_TOLERANCE * max(1.0, float(theirs.abs().max())):
-            raise Unsupported(f"it computes something else than {kind.described()}")
+    with true_float32(x):
+        for theirs, ours in _both_directions(replacement, x):
+            if not float((theirs - ours).abs().max()) <= _TRIAL_TOLERANCE * max(1.0, float(theirs.abs().max())):
+                raise Unsupported(f"it computes something else than {kind.described()}")
     if replacement.handed_over:
         raise Unsupported(next(iter(replacement.handed_over)))
 

@@ -20,7 +20,7 @@ from ncsr_fast.engine.folding import LOG_SCALE
 from ncsr_fast.nn.encoder import SLOPE
 from ncsr_fast.nn.ncsr import NCSR
 from ncsr_fast.nn.published import Entry, layout
-from ncsr_fast.precision import convolution_precision
+from ncsr_fast.precision import true_float32
 
 
 @dataclass
@@ -185,7 +185,7 @@ def disagreement(net: nn.Module, config: NCSRConfig, ours: Callable[[nn.Module],
                 parameter.add_(step * torch.randn(parameter.shape, generator=generator).to(parameter))
             images = _trial_images(config, next(trial.parameters()), generator)
             replacement = ours(trial)
-            with convolution_precision("fp32"):
+            with true_float32(next(trial.parameters())):
                 trial.train()
                 replacement.own("forward", **images)  # sets the actnorms that are not: inverses explode without
                 trial.eval()

@@ -8,6 +8,8 @@ import math
 import torch
 from torch import Tensor
 
+from ncsr_fast.precision import product
+
 
 def imresize(x: Tensor, scale: float) -> Tensor:
     """Resize the last two axes by `scale` with the bicubic kernel a = -0.5, as MATLAB's `imresize` does.
@@ -35,11 +37,11 @@ def imresize(x: Tensor, scale: float) -> Tensor:
 
 
 def _resize_rows(x: Tensor, scale: float) -> Tensor:
-    return _matrix(x.shape[-2], scale, x.dtype, x.device) @ x
+    return product(_matrix(x.shape[-2], scale, x.dtype, x.device), x)
 
 
 def _resize_columns(x: Tensor, scale: float) -> Tensor:
-    return x @ _matrix(x.shape[-1], scale, x.dtype, x.device).T
+    return product(x, _matrix(x.shape[-1], scale, x.dtype, x.device).T)
 
 
 @functools.lru_cache(maxsize=256)

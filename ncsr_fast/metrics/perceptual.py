@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ncsr_fast.precision import true_float32
+
 
 def diversity_score(distances: Tensor) -> float:
     """How much better than the best sample the samples are together, in percent (0 when all are the same).
@@ -60,5 +62,6 @@ def lpips(samples: Tensor, target: Tensor, model) -> Tensor:
 
     model   from `lpips_model`; the mean of a map is the LPIPS distance of that sample
     """
-    maps = model(samples * 2 - 1, (target * 2 - 1).expand_as(samples))
+    with true_float32(samples):
+        maps = model(samples * 2 - 1, (target * 2 - 1).expand_as(samples))
     return maps[:, 0]

@@ -43,7 +43,7 @@ class NCSR(Checkpoints, Freezing, nn.Module):
     Any LR size from 1×1 is accepted. Odd sizes are padded (reflection; replication of a single row or column)
     to even ones, images returned are cropped back, and latents and likelihoods are those of the padded image.
 
-    Everything is differentiable with respect to images and parameters.
+    Everything is differentiable with respect to images and parameters. `model(hr, lr, noise)` is `model.nll(hr, lr, noise)`.
 
     `engine`, `precision`, `checkpoint` and the rest of `EngineOptions` may be given to the constructor and to
     `from_pretrained`, and changed at any time: `model.precision = "bf16"`, `model.options = replace(model.options, …)`.
@@ -116,6 +116,10 @@ class NCSR(Checkpoints, Freezing, nn.Module):
         """
         with self.recording():
             return self._encode(*self._prepared(lr, hr, noise))
+
+    def forward(self, hr: Tensor, lr: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Return `nll(hr, lr, noise)`: what training optimises, and what wrappers of modules, hooks and `torch.compile` see."""
+        return self.nll(hr, lr, noise)
 
     def nll(self, hr: Tensor, lr: Tensor, noise: Tensor | None = None) -> Tensor:
         """Negative log-likelihood (B,) in bits per HR pixel *position*, `-log p / (ln 2 · H · W)`.

@@ -11,8 +11,8 @@ from ncsr_fast.ops import _fold
 from ncsr_fast.ops._backends import implementation, resolve_backend
 from ncsr_fast.ops._contract import check_eps, check_state, check_tensors, compute_dtype
 from ncsr_fast.ops._operator import Operator
-from ncsr_fast.ops._reference import product
 from ncsr_fast.ops.affine_injector import affine
+from ncsr_fast.precision import product
 
 
 def flow_step(
