@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ncsr_fast.engine.function import traced
+from ncsr_fast.layout import traced
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _REPLICATE = "_replicate_for_data_parallel"  # what DataParallel calls to copy a module to another device

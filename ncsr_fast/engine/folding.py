@@ -98,7 +98,7 @@ def fold_mixing(bias: Tensor, logs: Tensor, weight: Tensor, transitions: int, in
     mix = torch.cat([composed[None], mix[transitions + 1 :]])
     offset = torch.cat([composed_offset[None], offset[transitions + 1 :]])
     dtype = compute_dtype(weight)
-    return Mixing(mix.to(dtype).contiguous(), offset.to(dtype), logdet)  # kernels read the matrices row by row
+    return Mixing(mix.to(dtype).contiguous(), offset.to(dtype), logdet)  # as kernels read it, copied once for all calls
 
 
 def _maps(bias: Tensor, logs: Tensor, weight: Tensor, inverse: bool) -> Tensors:

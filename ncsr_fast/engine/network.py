@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ncsr_fast.engine.convolution import ConvolutionMethod, convolution, convolution_backward
-from ncsr_fast.engine.function import traced
+from ncsr_fast.layout import has_memory, traced
 from ncsr_fast.ops._backends import implementation
 
 
@@ -52,9 +52,10 @@ def layers(
 
 def _fused(network: Network, z1: Tensor | None, pre: Tensor, backend: str) -> bool:
     """Whether one kernel can do it."""
-    recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (z1, pre, *network))
+    tensors = [tensor for tensor in (z1, pre, *network) if tensor is not None]
+    recorded = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     there = backend == "native" and pre.device.type == "cpu" and pre.dtype in (torch.float32, torch.float64)
-    return there and not recorded and not traced()
+    return there and not recorded and not traced() and all(map(has_memory, tensors))
 
 
 def _plain_layers(network: Network, z1: Tensor | None, pre: Tensor, method: ConvolutionMethod) -> tuple[Tensor, Tensor, Tensor]:

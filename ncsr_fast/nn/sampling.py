@@ -107,7 +107,7 @@ def _decode_group(model: NCSR, features: list[Features], latents: list[Tensor], 
     for index in reversed(range(len(model.levels))):
         level, condition = model.levels[index], features[index]
         latent = latents.pop() if level.split_channels else None
-        decode = level_decoder(level, condition, None, model.options)
+        decode = level_decoder(level, condition, None, model.served)
         together = _samples_at_once(model, index, condition.own) if len(condition.own) == 1 else len(z)
         parts, peaks_of_parts = [], []
         for first in range(0, len(z), together):
