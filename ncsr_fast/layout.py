@@ -22,12 +22,22 @@ def is_wrapped(x: Tensor) -> bool:
 
 def traced() -> bool:
     """True where what operators do is recorded, or done to something else than memory: `torch.compile`, `torch.func`,
-    `make_fx`, `FakeTensorMode`, `torch.jit.trace`. Nothing there would see what a kernel does."""
+    forward-mode differentiation, `make_fx`, `FakeTensorMode`, `torch.jit.trace`. Nothing there would see what a kernel does."""
     if torch.compiler.is_compiling():
         return True
     modes, mode = torch._C._TorchDispatchModeKey, torch._C._get_dispatch_mode
     watched = mode(modes.PROXY) is not None or mode(modes.FAKE) is not None
-    return watched or torch._C._are_functorch_transforms_active() or torch._C._get_tracing_state() is not None
+    return watched or transformed() or torch._C._get_tracing_state() is not None
+
+
+def transformed() -> bool:
+    """True inside transforms of `torch.func` and forward-mode differentiation, which plain PyTorch operators alone know."""
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+
+
+def laid_out(x: Tensor, memory_format: torch.memory_format) -> Tensor:
+    """x in a memory format; as it lies inside transforms, some of which know none."""
+    return x if transformed() else x.contiguous(memory_format=memory_format)
 
 
 def in_memory(x: Tensor) -> Tensor:

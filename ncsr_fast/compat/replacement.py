@@ -119,8 +119,6 @@ def check_context() -> None:
         raise Unsupported("torch.compile or torch.func traces it")
     if torch.jit.is_tracing():
         raise Unsupported("torch.jit traces it")
-    if torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu"):
-        raise Unsupported("torch.autocast is on")
     if torch.nn.modules.module._has_any_global_hook():
         raise Unsupported("there are global module hooks, which would not run")
 

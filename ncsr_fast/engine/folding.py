@@ -122,7 +122,7 @@ def _native_forward(tensors: Tensors, inverse: bool) -> tuple[Tensors, Tensors]:
     fold = implementation("native").fold
     folded = [fold(_name(i), *one, inverse, torch.float64) for i, one in enumerate(zip(*(t.unbind() for t in tensors)))]
     mixes, offsets, logdets = zip(*folded)
-    return (torch.stack(mixes), torch.stack(offsets), tensors[2].new_tensor(sum(logdets), dtype=torch.float64)), ()
+    return (torch.stack(mixes), torch.stack(offsets), torch.tensor(sum(logdets), dtype=torch.float64, device=tensors[2].device)), ()
 
 
 def _native_backward(grads: Tensors, inputs: Tensors, _: Tensors, needed: tuple[bool, ...], inverse: bool) -> Tensors:

@@ -56,7 +56,8 @@ class Piece:
             return outputs
 
         def gradient(ctx: Any, *grads: Tensor) -> Tensors:
-            inputs, kept = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
+            saved = ctx.saved_tensors  # once: torch.utils.checkpoint computes them anew for it
+            inputs, kept = saved[: ctx.count], saved[ctx.count :]
             needed = ctx.needs_input_grad[1 : ctx.count + 1]
             with without_autocast(grads[0].device.type):
                 if torch.is_grad_enabled() or not all(map(has_memory, grads)):  # the first is create_graph=True

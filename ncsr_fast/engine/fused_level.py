@@ -29,7 +29,7 @@ from ncsr_fast.engine.folding import LOG_SCALE
 from ncsr_fast.engine.level import Settings, steps
 from ncsr_fast.engine.level_gradient import level_pass
 from ncsr_fast.engine.options import EngineOptions
-from ncsr_fast.layout import traced
+from ncsr_fast.layout import laid_out, traced
 
 Peaks = list[Tensor] | None
 Decoder = Callable[[Tensor, Tensor | None, Peaks], tuple[Tensor, Tensor]]
@@ -56,7 +56,7 @@ def encode_level(
     noise  (B, noise channels, h, w), or None for zero
     """
     with without_autocast(z.device.type):
-        x = F.pixel_unshuffle(z, 2).contiguous(memory_format=options.memory_format)
+        x = laid_out(F.pixel_unshuffle(z, 2), options.memory_format)
         z, logdet = _all_steps(level, features, noise, options, inverse=False)(x, None)
         if not level.split_channels:
             return z, None, logdet
@@ -81,7 +81,7 @@ def level_decoder(level: FlowLevel, features: Features, noise: Tensor | None, op
                 joined, h = torch.cat([z, latent], dim=1), _prior(level, z)
                 z, density = ops.gaussian_split(joined, h, inverse=True, backend=options.backend)
                 logdets.append(density)
-            z, logdet = run(z.contiguous(memory_format=options.memory_format), peaks)
+            z, logdet = run(laid_out(z, options.memory_format), peaks)
             return F.pixel_shuffle(z, 2), torch.stack([logdet, *logdets]).sum(dim=0)
 
     return decode

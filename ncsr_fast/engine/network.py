@@ -46,7 +46,7 @@ def layers(
     """h1, h2 and h, of a pre of as many samples as z1."""
     if not _fused(network, z1, pre, backend):
         return _plain_layers(network, z1, pre, method)
-    h1, h2 = (torch.empty(pre.shape, dtype=pre.dtype, memory_format=torch.channels_last) for _ in range(2))
+    h1, h2 = (torch.empty_like(pre, memory_format=torch.channels_last) for _ in range(2))
     return h1, h2, implementation("native").network_fwd(z1, pre, *network, hidden=(h1, h2))
 
 

@@ -16,6 +16,7 @@ from ncsr_fast.config import NCSRConfig
 from ncsr_fast.engine.conditioning import Features
 from ncsr_fast.engine.fused_level import encode_level, level_decoder
 from ncsr_fast.engine.options import EngineOptions
+from ncsr_fast.layout import laid_out
 from ncsr_fast.nn import sampling
 from ncsr_fast.nn.checkpoints import Checkpoints
 from ncsr_fast.nn.checks import check_finite, check_image, check_like, check_noise, check_pair
@@ -272,7 +273,7 @@ class NCSR(Checkpoints, Freezing, nn.Module):
         if self.engine == "plain" if plain is None else plain:
             return [Features(u, None) for u in self.encoder.features(lr)]
         options = self.served
-        lr = lr.to(options.network_dtype(lr.dtype)).contiguous(memory_format=options.memory_format)
+        lr = laid_out(lr.to(options.network_dtype(lr.dtype)), options.memory_format)
         with without_autocast(lr.device.type):
             pyramid, stacked = self.encoder.pyramid(lr, options.method)
         return [Features(own, stacked) for own in pyramid]

@@ -223,7 +223,7 @@ def network_fwd(
     """
     (batch, width, rows, columns), outputs = pre.shape, w3.shape[0]
     h1, h2 = hidden or (None, None)
-    y = torch.empty((batch, outputs, rows, columns), dtype=pre.dtype, memory_format=torch.channels_last)
+    y = _channels_last((batch, outputs, rows, columns), pre)
     sizes = (batch, rows, columns, 0 if x is None else x.shape[1], width, outputs)
     weights = [_dense(weight, pre.dtype) for weight in (w1, w2, b2, w3, b3)]
     _run(
@@ -298,7 +298,7 @@ def _convolution(
     if out is None:
         if copies:
             rows, columns = (rows // 2, columns // 2) if transposed else (2 * rows, 2 * columns)
-        out = torch.empty((batch, outputs, rows, columns), dtype=x.dtype, memory_format=torch.channels_last)
+        out = _channels_last((batch, outputs, rows, columns), x)
         if accumulate:
             out.zero_()
     _run(
@@ -307,6 +307,10 @@ def _convolution(
         0 if gate is None else gate.shape[1], transposed, accumulate, _written(out),
     )  # fmt: skip
     return out
+
+
+def _channels_last(shape: tuple[int, ...], like: Tensor) -> Tensor:
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
 
 
 def _sizes(x: Tensor, y: Tensor) -> tuple[int, int, int, int, int]:
@@ -334,7 +338,7 @@ def fold_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `ops._fold.fold_backward`, for CPU tensors."""
     read = [_parameter(x) for x in (bias, logs, weight)]
-    grads = [torch.empty(x.tensor.shape, dtype=x.tensor.dtype) for x in read]
+    grads = [torch.empty(x.tensor.shape, dtype=x.tensor.dtype, device="cpu") for x in read]
     _fold_by(
         native.fold_backward, weight.shape[0], *read, inverse, _parameter(dmix), _parameter(doffset), float(dlogdet),
         *map(_parameter_written, grads),

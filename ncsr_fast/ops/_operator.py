@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ncsr_fast.autocast import without_autocast
-from ncsr_fast.layout import empty_like, has_memory, traced
+from ncsr_fast.layout import empty_like, has_memory, traced, transformed
 from ncsr_fast.ops._contract import compute_dtype
 
 LIBRARY = torch.library.Library("ncsr_fast", "DEF")  # operators live as long as it does
@@ -66,7 +66,7 @@ class Operator:
         if arguments[-1] == "reference":
             return self.reference(*arguments)
         tensors = [tensor for tensor in arguments[: self.count] if tensor is not None]
-        if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        if not torch.compiler.is_compiling() and transformed():
             return self.reference(*arguments)
         if traced() or not all(map(has_memory, tensors)):
             return self._registered(*arguments)
