@@ -165,9 +165,9 @@ class Decoder(nn.Module):
     def example(self, batch: int, height: int, width: int) -> list[Tensor]:
         """lr and the latents, of a smooth image and temperature 0.5; always the same."""
         like, generator = self.encoder.conv_first.weight, torch.Generator().manual_seed(0)
-        lr = F.interpolate(torch.rand(batch, 3, 2, 2, generator=generator), size=(height, width), mode="bilinear")
+        lr = F.interpolate(torch.rand(batch, 3, 2, 2, generator=generator, device="cpu"), size=(height, width), mode="bilinear")
         latents = [
-            0.5 * torch.randn(batch, channels, side * height // 2, side * width // 2, generator=generator)
+            0.5 * torch.randn((batch, channels, side * height // 2, side * width // 2), generator=generator, device="cpu")
             for channels, side in self.latents[: len(self.inputs)]
         ]
         return [tensor.to(like) for tensor in (lr, *latents)]

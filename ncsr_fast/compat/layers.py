@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from ncsr_fast import ops
+from ncsr_fast.autocast import without_autocast
 from ncsr_fast.compat.replacement import Replacement, Unsupported, check_tensor, expect
 from ncsr_fast.precision import true_float32
 
@@ -271,10 +272,10 @@ def _try(kind: type[LayerForward], module: nn.Module) -> None:
             part.initialized.fill_(1)
     generator = torch.Generator().manual_seed(0)
     for parameter in trial.parameters():
-        parameter.add_(1e-2 * torch.randn(parameter.shape, generator=generator).to(parameter))
+        parameter.add_(1e-2 * torch.randn(parameter.shape, generator=generator, device="cpu").to(parameter))
     replacement = kind(trial)
-    x = torch.randn(2, replacement.channels(), 2, 3, generator=generator).to(next(trial.parameters()))
-    with true_float32(x):
+    x = torch.randn(2, replacement.channels(), 2, 3, generator=generator, device="cpu").to(next(trial.parameters()))
+    with true_float32(x), without_autocast(x.device.type):
         for theirs, ours in _both_directions(replacement, x):
             if not float((theirs - ours).abs().max()) <= _TRIAL_TOLERANCE * max(1.0, float(theirs.abs().max())):
                 raise Unsupported(f"it computes something else than {kind.described()}")

@@ -10,6 +10,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from ncsr_fast.layout import has_memory, traced
 from ncsr_fast.synchronization import reading_is_free
 
 Built = TypeVar("Built")
@@ -33,7 +34,7 @@ class Cache:
 
     def get(self, name: object, weights: Iterable[Tensor], build: Callable[[], Built]) -> Built:
         """The value called `name`, built when there is none or a weight changed since. Never recorded by autograd."""
-        if torch.compiler.is_compiling():
+        if traced():
             return build()
         frozen, held = self._frozen, getattr(self._of_thread, "held", None)
         if frozen is not None:
@@ -52,7 +53,7 @@ class Cache:
 
     def _compared(self, name: object, weights: list[Tensor], build: Callable[[], Built]) -> Built:
         """The value of the weights as they are, made anew when they are not as they were."""
-        state, entry = tuple(map(_state, weights)), self._entries.get(name)
+        state, entry = tuple((place(weight), int(_bits(weight))) for weight in weights), self._entries.get(name)
         if entry is None or entry[0] != state:
             self._entries[name] = entry = state, build()
         return entry[1]
@@ -83,16 +84,18 @@ class Cache:
 
 def _is_tracked(weight: Tensor) -> bool:
     """Whether it has memory, and a count of the operations on it."""
-    return type(weight) in (Tensor, torch.nn.Parameter) and not weight.is_inference()
+    return has_memory(weight) and not weight.is_inference()
 
 
-def _state(weight: Tensor) -> tuple:
-    return weight.data_ptr(), weight._version, weight.dtype, weight.device, tuple(weight.shape), int(_bits(weight))
+def place(weight: Tensor) -> tuple:
+    """Where and how a weight lies in memory, and the count of operations on it."""
+    signs = weight.is_neg()
+    return weight.data_ptr(), weight._version, weight.dtype, weight.device, tuple(weight.shape), weight.stride(), signs
 
 
 def _bits(weight: Tensor) -> Tensor:
     """Their sum."""
-    integers = weight.detach().contiguous().view(_BITS[weight.element_size()])
+    integers = weight.detach().resolve_neg().contiguous().view(_BITS[weight.element_size()])
     return integers.sum(dtype=integers.dtype)  # 40 times faster than widened to int64: 1 ms for 41 M weights
 
 
@@ -100,5 +103,4 @@ def fingerprint(weights: list[Tensor]) -> tuple:
     """What equals that of another time only when no weight, all of one dtype, changed between, by whatever way. Waits for the
     device: once, for all of them.
     """
-    kept = [(w.data_ptr(), w._version, w.dtype, w.device, tuple(w.shape)) for w in weights]
-    return kept, torch.stack([_bits(weight) for weight in weights]).tolist()
+    return [place(weight) for weight in weights], torch.stack([_bits(weight) for weight in weights]).tolist()

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ncsr_fast.autocast import autocast
 from ncsr_fast.engine.function import Piece, Tensors
-from ncsr_fast.layout import is_channels_last
+from ncsr_fast.layout import has_memory, is_channels_last, traced
 from ncsr_fast.ops._backends import implementation, resolve_backend
 from ncsr_fast.precision import convolutions_are_rounded, has_cudnn, true_float32
 
@@ -32,9 +33,10 @@ _PYTORCH = ConvolutionMethod(winograd=False)
 def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, method: ConvolutionMethod | None) -> Tensor:
     """The k×k convolution of x (B, C, H, W), k odd, with zero padding that keeps the size, in the dtype of x.
 
-    `method` holds for this convolution and for its gradients; None is PyTorch's own in true float32, for definitions.
+    `method` holds for this convolution and for its gradients; None is PyTorch's own in true float32, for the reference. Under
+    `torch.autocast` the dtype is the one it asks for.
     """
-    return _convolution((x, weight, bias), _PYTORCH if method is None else method)[0]
+    return _convolution((autocast(x), weight, bias), _PYTORCH if method is None else method)[0]
 
 
 # -- without gradients ---------------------------------------------------------------------------------------------
@@ -60,14 +62,14 @@ def convolution_of_cudnn(x: Tensor, weight: Tensor, bias: Tensor | None, padding
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, method: ConvolutionMethod) -> Tensor:
     """The convolution."""
     if by_winograd(x, weight, method):
-        return implementation("native").conv3x3_fwd(x, dense(weight), bias)
+        return implementation("native").conv3x3_fwd(x, weight, bias)
     return plain_convolution(x, weight, bias, method.precision)
 
 
 def convolve_into(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor, slope: float, method: ConvolutionMethod) -> None:
     """Leaky ReLU of the convolution, written to `out`, which may be other channels of the memory of x."""
     if by_winograd(x, weight, method):
-        implementation("native").conv3x3_fwd(x, dense(weight), bias, slope=slope, out=out)
+        implementation("native").conv3x3_fwd(x, weight, bias, slope=slope, out=out)
     else:
         torch.ops.aten.leaky_relu.out(plain_convolution(x, weight, bias, method.precision), slope, out=out)
 
@@ -91,7 +93,7 @@ def convolution_backward(
     if by_winograd(x, weight, method):
         native = implementation("native")
         if needed[0]:
-            dx = native.conv3x3_bwd_input(dy, dense(weight), gate=bent, slope=slope, out=dx, accumulate=dx is not None)
+            dx = native.conv3x3_bwd_input(dy, weight, gate=bent, slope=slope, out=dx, accumulate=dx is not None)
         if not (needed[1] or needed[2]):
             return dx, None, None
         return dx, *native.conv3x3_bwd_weight(dy, x, out=dweight)
@@ -110,11 +112,6 @@ def convolution_backward(
     return dx, dfound if dweight is None or dfound is None else dweight.copy_(dfound), dbias
 
 
-def dense(weight: Tensor) -> Tensor:
-    """A weight whose 3×3 are as the kernels read them, be it some of the channels of another."""
-    return weight if weight.stride()[2:] == (3, 1) else weight.contiguous()
-
-
 def _rounds(x: Tensor, method: ConvolutionMethod) -> bool:
     """Whether the operands of the convolution of x may be rounded to TF32, if PyTorch's flags do not forbid it."""
     return method.precision == "tf32" and x.device.type == "cuda"
@@ -125,7 +122,8 @@ def by_winograd(x: Tensor, weight: Tensor, method: ConvolutionMethod) -> bool:
     if not method.winograd or weight.shape[-1] != 3 or min(weight.shape[:2]) < _WORTH_IT:
         return False
     same = x.device.type == "cpu" and x.dtype == weight.dtype and x.dtype in (torch.float32, torch.float64)
-    return same and is_channels_last(x) and resolve_backend("convolution", "auto", x) == "native"
+    kernel = same and is_channels_last(x) and resolve_backend("convolution", "auto", x) == "native"
+    return kernel and has_memory(x) and has_memory(weight) and not traced()
 
 
 # -- as a differentiable piece -------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ncsr_fast.autocast import autocast
 from ncsr_fast.engine.convolution import (
     ConvolutionMethod,
     convolution,
@@ -30,10 +31,10 @@ def dense_block(
 
     `method` as for `convolution`; None is the definition, as autograd differentiates it.
     """
-    tensors = (x, *(tensor for pair in convolutions for tensor in pair))
+    tensors = tuple(tensor for pair in convolutions for tensor in pair)
     if method is None:
-        return _reference(*tensors, slope, residual, method)[0]
-    return _dense_block(tensors, slope, residual, method)[0]
+        return _reference(x, *tensors, slope, residual, None)[0]
+    return _dense_block((autocast(x), *tensors), slope, residual, method)[0]
 
 
 def _forward(tensors: Tensors, slope: float, residual: float, method: ConvolutionMethod) -> tuple[Tensors, Tensors]:

@@ -25,7 +25,6 @@ from ncsr_fast.engine.convolution import (
     convolution,
     convolution_backward,
     convolve,
-    dense,
 )
 from ncsr_fast.engine.function import Piece, Tensors
 from ncsr_fast.ops._backends import implementation
@@ -73,8 +72,8 @@ def enlarged_convolution(
     split = own.shape[1]
     y = convolve(own, weight[:, :split], bias, method)
     if rows is None and copies_suffice(own, stacked, weight[:, split:], method):
-        weight = dense(weight[:, split:])
-        return implementation("native").conv3x3_fwd(stacked, weight, None, copies=True, out=y, accumulate=True)
+        native = implementation("native")
+        return native.conv3x3_fwd(stacked, weight[:, split:], None, copies=True, out=y, accumulate=True)
     rows = rows or combinations(weight[:, split:])
     cells = _Cells(own, stacked)
     # along a row first: what is added to the first, the inner and the last columns of a cell
@@ -103,7 +102,7 @@ def _backward(grads: Tensors, inputs: Tensors, _: Tensors, needed: tuple[bool, .
     if copies_suffice(own, stacked, of_stacked, method):
         native, dstacked = implementation("native"), None
         if needed[1]:
-            dstacked = native.conv3x3_bwd_input(dy, dense(of_stacked), copies=True)
+            dstacked = native.conv3x3_bwd_input(dy, of_stacked, copies=True)
         if dlast is not None:
             native.conv3x3_bwd_weight(dy, stacked, copies=True, out=dlast)
     else:

@@ -11,10 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ncsr_fast.autocast import without_autocast
 from ncsr_fast.config import NCSRConfig
 from ncsr_fast.engine.conditioning import Features
 from ncsr_fast.engine.fused_level import encode_level, level_decoder
 from ncsr_fast.engine.options import EngineOptions
+from ncsr_fast.layout import laid_out
 from ncsr_fast.nn import sampling
 from ncsr_fast.nn.checkpoints import Checkpoints
 from ncsr_fast.nn.checks import check_finite, check_image, check_like, check_noise, check_pair
@@ -44,6 +46,7 @@ class NCSR(Checkpoints, Freezing, nn.Module):
     to even ones, images returned are cropped back, and latents and likelihoods are those of the padded image.
 
     Everything is differentiable with respect to images and parameters. `model(hr, lr, noise)` is `model.nll(hr, lr, noise)`.
+    Under `torch.autocast` the networks have the precision it asks for, as with `precision`, and the state stays float32.
 
     `engine`, `precision`, `checkpoint` and the rest of `EngineOptions` may be given to the constructor and to
     `from_pretrained`, and changed at any time: `model.precision = "bf16"`, `model.options = replace(model.options, …)`.
@@ -103,6 +106,11 @@ class NCSR(Checkpoints, Freezing, nn.Module):
     def checkpoint(self, value: bool) -> None:
         self.options = replace(self.options, checkpoint=value)
 
+    @property
+    def served(self) -> EngineOptions:
+        """The options of a call made now: `options`, under `torch.autocast` with the precision it asks for."""
+        return self.options.under_autocast(self._like)
+
     # -- likelihood ------------------------------------------------------------------------------------------
 
     def encode(self, hr: Tensor, lr: Tensor, noise: Tensor | None = None) -> Encoded:
@@ -139,7 +147,8 @@ class NCSR(Checkpoints, Freezing, nn.Module):
         """
         self.refuse_when_frozen("initialize()")
         lr, hr, noise = self._prepared(lr, hr, noise)
-        encoded = self._encode(lr, hr, noise, initialize=True)
+        with without_autocast(lr.device.type):  # statistics are float32
+            encoded = self._encode(lr, hr, noise, initialize=True)
         self.actnorm_initialized.fill_(True)
         return _bits(encoded, hr)
 
@@ -269,8 +278,10 @@ class NCSR(Checkpoints, Freezing, nn.Module):
         """
         if self.engine == "plain" if plain is None else plain:
             return [Features(u, None) for u in self.encoder.features(lr)]
-        lr = lr.to(self.options.network_dtype(lr.dtype)).contiguous(memory_format=self.options.memory_format)
-        pyramid, stacked = self.encoder.pyramid(lr, self.options.method)
+        options = self.served
+        lr = laid_out(lr.to(options.network_dtype(lr.dtype)), options.memory_format)
+        with without_autocast(lr.device.type):
+            pyramid, stacked = self.encoder.pyramid(lr, options.method)
         return [Features(own, stacked) for own in pyramid]
 
     def encode_features(
@@ -286,7 +297,7 @@ class NCSR(Checkpoints, Freezing, nn.Module):
             if plain:
                 z, latent, logdet = level.encode(z, features[index].own, noise_at, initialize, self.options.backend)
             else:
-                z, latent, logdet = encode_level(level, z, features[index], noise_at, self.options)
+                z, latent, logdet = encode_level(level, z, features[index], noise_at, self.served)
             logdets.append(logdet)
             if latent is not None:
                 latents.append(latent)
@@ -305,7 +316,7 @@ class NCSR(Checkpoints, Freezing, nn.Module):
             if plain:
                 z, logdet = level.decode(z, latent, features[index].own, noise_at, self.options.backend)
             else:
-                z, logdet = level_decoder(level, features[index], noise_at, self.options)(z, latent, None)
+                z, logdet = level_decoder(level, features[index], noise_at, self.served)(z, latent, None)
             logdets.append(logdet)
         return z, torch.stack(logdets).sum(dim=0)
 

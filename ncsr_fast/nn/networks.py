@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -57,9 +58,20 @@ class StackedNetworks(nn.Module):
         self.conv3 = zeros(outputs, hidden, 3, 3)
         self.bias3, self.logs3 = zeros(outputs), zeros(outputs)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """What `to()`, `half()`, `share_memory()` … do, to stacked weights as to those of single networks: a memory format of
+        4-D weights (`torch.channels_last`) is theirs."""
+        return super()._apply(lambda tensor: _of_single(fn, tensor), recurse)
+
     def unbind(self) -> list[Network]:
         """The networks one by one. Once a pass: under autograd, indexing would fill a stack of zeros per step."""
         return [Network(*tensors) for tensors in zip(*(getattr(self, name).unbind() for name in Network._fields))]
+
+
+def _of_single(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
+    if tensor.dim() != 5:
+        return fn(tensor)
+    return fn(tensor.flatten(0, 1)).unflatten(0, tensor.shape[:2])
 
 
 def zeros_conv(x: Tensor, weight: Tensor, bias: Tensor, logs: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor
 from ncsr_fast.engine.conditioning import Features
 from ncsr_fast.engine.fused_level import level_decoder
 from ncsr_fast.engine.memory import spare_bytes
+from ncsr_fast.layout import has_memory
 
 if TYPE_CHECKING:
     from ncsr_fast.nn.ncsr import NCSR
@@ -44,6 +45,8 @@ def sample(model: NCSR, lr: Tensor, n: int, temperature: float, generator: torch
     images, first_bad = decode_samples(model, features, latents, watch)
     if not watch:
         return images
+    if not has_memory(first_bad):
+        raise ValueError(f"on_nonfinite={on_nonfinite!r} reads values, and there are none here: use on_nonfinite='ignore'")
     found = _origins(model, first_bad)
     if found and on_nonfinite == "raise":
         raise NonFiniteSamples(_explained(found, n * lr.shape[0], temperature))
@@ -107,7 +110,7 @@ def _decode_group(model: NCSR, features: list[Features], latents: list[Tensor], 
     for index in reversed(range(len(model.levels))):
         level, condition = model.levels[index], features[index]
         latent = latents.pop() if level.split_channels else None
-        decode = level_decoder(level, condition, None, model.options)
+        decode = level_decoder(level, condition, None, model.served)
         together = _samples_at_once(model, index, condition.own) if len(condition.own) == 1 else len(z)
         parts, peaks_of_parts = [], []
         for first in range(0, len(z), together):
@@ -143,13 +146,10 @@ def _first_bad(model: NCSR, images: Tensor, peaks: list[Tensor]) -> Tensor:
 
     The number after the last station's is the image's own, and the next one means none.
     """
-    count = len(_stations(model))
-    bad = torch.zeros((count + 2, *images.shape[:2]), dtype=torch.int8, device=images.device)
-    for station, peak in enumerate(peaks):
-        bad[station] = ~(peak <= STATE_BOUND)  # NaN included
-    bad[count] = ~images.detach().isfinite().flatten(2).all(dim=2)
-    bad[count + 1] = 1
-    return bad.argmax(dim=0)
+    of_image = ~images.detach().isfinite().flatten(2).all(dim=2)
+    bad = [~(peak <= STATE_BOUND) for peak in peaks]  # NaN included
+    bad += [torch.zeros_like(of_image)] * (len(_stations(model)) - len(bad))  # of states that were not watched
+    return torch.stack([*bad, of_image, torch.ones_like(of_image)]).to(torch.int8).argmax(dim=0)
 
 
 def _origins(model: NCSR, first_bad: Tensor) -> dict[tuple[int, int], Origin]:

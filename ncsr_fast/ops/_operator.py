@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ncsr_fast.layout import empty_like
+from ncsr_fast.autocast import without_autocast
+from ncsr_fast.layout import empty_like, has_memory, traced, transformed
 from ncsr_fast.ops._contract import compute_dtype
 
 LIBRARY = torch.library.Library("ncsr_fast", "DEF")  # operators live as long as it does
-_PLAIN = (Tensor, torch.nn.Parameter)
 Grads = tuple[Tensor | None, ...]
 
 
@@ -29,6 +29,8 @@ class Operator:
     backward   (dy, dlogdet, y, *tensors, *parameters) → the gradient of every tensor, None for None; y is None unless
                `keeps_output`
     reference  like forward, in plain torch; what a gradient of the gradient is taken of
+
+    The last parameter is the backend. `torch.autocast` touches neither the map nor its gradient.
     """
 
     def __init__(
@@ -57,11 +59,17 @@ class Operator:
         self._function = self._make_function(name)
 
     def __call__(self, *arguments: Any) -> tuple[Tensor, Tensor]:
-        tensors = [tensor for tensor in arguments[: self.count] if tensor is not None]
-        if torch.compiler.is_compiling() or any(type(tensor) not in _PLAIN for tensor in tensors):
-            return self._registered(*arguments)
-        if torch._C._are_functorch_transforms_active():
+        with without_autocast(arguments[0].device.type):
+            return self._compute(*arguments)
+
+    def _compute(self, *arguments: Any) -> tuple[Tensor, Tensor]:
+        if arguments[-1] == "reference":
             return self.reference(*arguments)
+        tensors = [tensor for tensor in arguments[: self.count] if tensor is not None]
+        if not torch.compiler.is_compiling() and transformed():
+            return self.reference(*arguments)
+        if traced() or not all(map(has_memory, tensors)):
+            return self._registered(*arguments)
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
             return self._function.apply(*arguments)
         return self.forward(*arguments)
@@ -84,10 +92,11 @@ class Operator:
 
     def _gradient(self, ctx: Any, dy: Tensor, dlogdet: Tensor, backward: Callable[..., Grads]) -> Grads:
         *tensors, y = ctx.saved_tensors
-        if torch.is_grad_enabled() or is_wrapped(dy) or is_wrapped(dlogdet):  # the first is create_graph=True
-            grads = self._gradient_of_reference(dy, dlogdet, tensors, ctx.parameters)
-        else:
-            grads = backward(dy, dlogdet, y, *tensors, *ctx.parameters)
+        with without_autocast(dy.device.type):
+            if torch.is_grad_enabled() or not (has_memory(dy) and has_memory(dlogdet)):  # the first is create_graph=True
+                grads = self._gradient_of_reference(dy, dlogdet, tensors, ctx.parameters)
+            else:
+                grads = backward(dy, dlogdet, y, *tensors, *ctx.parameters)
         return *grads, *([None] * len(ctx.parameters))
 
     def _gradient_of_library(self, ctx: Any, dy: Tensor, dlogdet: Tensor) -> Grads:
@@ -117,12 +126,6 @@ class Operator:
 
     def _fake_backward(self, dy: Tensor, dlogdet: Tensor, y: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
         return tuple(_empty_gradient(tensor, dy) for tensor in arguments[: self.count])
-
-
-def is_wrapped(tensor: Tensor) -> bool:
-    """Whether a transform of `torch.func` or a batched gradient put something else in a tensor's place."""
-    functorch = torch._C._functorch
-    return functorch.is_functorch_wrapped_tensor(tensor) or functorch.is_legacy_batchedtensor(tensor)
 
 
 def _empty_gradient(tensor: Tensor | None, dy: Tensor) -> Tensor:

@@ -70,8 +70,7 @@ def step(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """`flow_step` of checked arguments; `op` is who is named when the weight is singular."""
-    run = _reference if backend == "reference" else _flow_step
-    return run(z, h_coupling, bias, logs, weight, h_injector, eps, inverse, op, backend)
+    return _flow_step(z, h_coupling, bias, logs, weight, h_injector, eps, inverse, op, backend)
 
 
 def _reference(

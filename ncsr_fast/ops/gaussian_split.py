@@ -30,10 +30,7 @@ def gaussian_split(z: Tensor, h: Tensor, *, inverse: bool = False, backend: str 
         shape = tuple(h.shape) if isinstance(h, Tensor) else type(h).__name__
         raise ValueError(f"gaussian_split: h must have shape (B, 2·C_out, H, W) with 0 < C_out < {channels}, not {shape}")
     check_tensors("gaussian_split", z, ("h", h, (batch, h.shape[1], height, width)))
-    backend = resolve_backend("gaussian_split", backend, z)
-    if backend == "reference":
-        return _reference(z, h, inverse, backend)
-    return _gaussian(z, h, inverse, backend)
+    return _gaussian(z, h, inverse, resolve_backend("gaussian_split", backend, z))
 
 
 def gaussian_log_density(eps: Tensor) -> Tensor:
