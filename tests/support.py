@@ -149,6 +149,15 @@ def vector_file(name: str) -> Path:
     pytest.skip(f"{name} is in none of {', '.join(map(str, folders))}; set NCSR_CONFORMANCE")
 
 
+def shared_file(name: str) -> Path:
+    """A file that is kept beside the checkout, or beside the folder NCSR_CONFORMANCE; skips when it is nowhere."""
+    folders = [SHARED, *(Path(folder).parent for folder in filter(None, [os.environ.get("NCSR_CONFORMANCE")]))]
+    for folder in folders:
+        if (folder / name).is_file():
+            return folder / name
+    pytest.skip(f"{name} is in none of {', '.join(map(str, folders))}")
+
+
 def load_case(name: str) -> Case:
     with np.load(vector_file(f"{name}.npz")) as arrays:
         return Case(name, json.loads(vector_file(f"{name}.json").read_text()), dict(arrays))
