@@ -111,17 +111,23 @@ class MemoryEstimate:
         return "\n".join([f"Memory of a step in each process, GiB: {what}", "", *table, "", *notes])
 
 
-def estimate(settings: TrainSettings, *, available: int | None = None, processes: int = 1) -> MemoryEstimate:
+def estimate(
+    settings: TrainSettings, *, available: int | None = None, processes: int = 1, alternatives: bool = True
+) -> MemoryEstimate:
     """The memory of a run with these settings, and with the other precisions and with or without checkpointing.
 
-    available  bytes, to say what batch they hold; None: those of the GPU, where there is one
-    processes  that share the batch, each on a device of its own
+    Args:
+        settings: Of the run.
+        available: Bytes, to say what batch they hold. None: those of the GPU, where there is one.
+        processes: Number of processes that share the batch, each on a device of its own.
+        alternatives: False leaves out all but the precision and the checkpointing of the settings, in a quarter of the time.
     """
     if available is None and torch.cuda.is_available():
         available = available_memory("cuda")
     batch = math.ceil(settings.batch / processes)
     precisions = (settings.precision, "fp32" if settings.precision == "bf16" else "bf16")
     ways = [(precision, way) for precision in precisions for way in (settings.checkpoint, not settings.checkpoint)]
+    ways = ways if alternatives else ways[:1]
     sizes = (1, max(batch, _MEASURED))
     encoder = _encoder_stage(settings, sizes)
     variants = tuple(Variant(*way, {**encoder, **_flow_stages(settings, *way, sizes)}) for way in ways)

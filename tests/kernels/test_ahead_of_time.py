@@ -28,7 +28,7 @@ CELLS = [pytest.param(*cell, marks=() if cell in IN_EVERY_RUN else pytest.mark.e
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target, channels", CELLS)
-def test_no_kernel_spills(pytestconfig, target, channels, compiler_report):
+def test_no_kernel_spills(pytestconfig, target, channels):
     from ncsr_fast.kernels.ahead_of_time import TARGETS, Row, table, worst
 
     def compile_kernels(folder: Path) -> None:
@@ -45,7 +45,7 @@ def test_no_kernel_spills(pytestconfig, target, channels, compiler_report):
     causes = [*sources, triton.__version__]
     folder = made_once(pytestconfig, f"ahead_of_time-{target}-{channels}", causes, compile_kernels)
     rows = [Row(**row) for row in json.loads((folder / "rows.json").read_text())]
-    compiler_report.extend(table(worst(rows)).splitlines()[1:])
+    print(table(worst(rows)))
     calls = Counter((row.target, row.channels) for row in rows)
     # two directions and layouts of: affine, gaussian (2 kernels), step (3) with two dtypes of h, and step without h (3)
     assert {cell[0] for cell in EVERY_CELL} == set(TARGETS)
