@@ -20,9 +20,9 @@ _WARM_UP = 3  # runs before a capture: plans of cuDNN, compilation of Triton, la
 Loss = Callable[..., Tensor]
 
 
-def mean_nll(model: NCSR, hr: Tensor, lr: Tensor, noise: Tensor | None = None) -> Tensor:
-    """The loss of NCSR: the mean of `nll` over the batch, in bits per pixel position."""
-    return model.nll(hr, lr, noise).mean()
+def mean_nll(model: nn.Module, hr: Tensor, lr: Tensor, noise: Tensor | None = None) -> Tensor:
+    """The loss of NCSR, or of a module that wraps one: the mean of `nll` over the batch, in bits per pixel position."""
+    return model(hr, lr, noise).mean()
 
 
 def adam(
@@ -39,7 +39,7 @@ def adam(
     optimizer = torch.optim.Adam(parameters, lr=lr, betas=betas, weight_decay=weight_decay, fused=True)
     device = optimizer.param_groups[0]["params"][0].device
     for group in optimizer.param_groups:
-        group["lr"] = torch.tensor(float(group["lr"]), device=device)
+        group["lr"] = torch.tensor(float(group["lr"]), dtype=torch.float32, device=device)
         group["capturable"] = device.type == "cuda"
     return optimizer
 
@@ -89,7 +89,7 @@ class TrainingStep:
             _check_optimizer(optimizer, graph)
         device = self.parameters[0].device
         self.counters = torch.tensor([0, 0, 0, -1], device=device)
-        self.rate = torch.ones((), device=device)
+        self.rate = torch.ones((), dtype=torch.float32, device=device)
         self._captured: dict[object, tuple[_Captured, list[Tensor | None]]] = {}
 
     def __call__(self, *inputs: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -55,8 +55,9 @@ def fold_backward(
 def inverse_weight(op: str, weight: Tensor) -> Tensor:
     """weight⁻¹ of a float64 matrix; ValueError when it is singular to rounding. Differentiable."""
     if torch.compiler.is_compiling():
-        return torch.ops.ncsr_fast.inverse_weight(op, weight)
-    result, _ = torch.linalg.inv_ex(weight)
+        compiled: Tensor = torch.ops.ncsr_fast.inverse_weight(op, weight)
+        return compiled
+    result: Tensor = torch.linalg.inv_ex(weight)[0]
     condition = torch.linalg.matrix_norm(weight, torch.inf) * torch.linalg.matrix_norm(result, torch.inf)
     check_weight(op, condition.item(), weight.shape[-1])
     return result

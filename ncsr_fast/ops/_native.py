@@ -248,7 +248,8 @@ def fold_backward(
         weight.shape[0], *map(_parameter, values), inverse, _parameter(dmix), _parameter(doffset), float(dlogdet),
         *map(_parameter, grads),
     )  # fmt: skip
-    return tuple(grad.to(tensor.dtype) for grad, tensor in zip(grads, (bias, logs, weight)))
+    dbias, dlogs, dweight = (grad.to(tensor.dtype) for grad, tensor in zip(grads, (bias, logs, weight)))
+    return dbias, dlogs, dweight
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -59,11 +59,13 @@ class Operator:
     def __call__(self, *arguments: Any) -> tuple[Tensor, Tensor]:
         tensors = [tensor for tensor in arguments[: self.count] if tensor is not None]
         if torch.compiler.is_compiling() or any(type(tensor) not in _PLAIN for tensor in tensors):
-            return self._registered(*arguments)
+            output: tuple[Tensor, Tensor] = self._registered(*arguments)
+            return output
         if torch._C._are_functorch_transforms_active():
             return self.reference(*arguments)
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-            return self._function.apply(*arguments)
+            output = self._function.apply(*arguments)
+            return output
         return self.forward(*arguments)
 
     def _make_function(self, name: str) -> type[torch.autograd.Function]:
@@ -75,7 +77,7 @@ class Operator:
         def gradient(ctx: Any, dy: Tensor, dlogdet: Tensor) -> Grads:
             return self._gradient(ctx, dy, dlogdet, self.backward)
 
-        methods = {"forward": forward, "backward": gradient}
+        methods: dict[str, Callable[..., Any]] = {"forward": forward, "backward": gradient}
         return type(name, (torch.autograd.Function,), {key: staticmethod(method) for key, method in methods.items()})
 
     def _setup(self, ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -93,13 +95,16 @@ class Operator:
     def _gradient_of_library(self, ctx: Any, dy: Tensor, dlogdet: Tensor) -> Grads:
         return self._gradient(ctx, dy, dlogdet, self._through_library)
 
-    def _gradient_of_reference(self, dy: Tensor, dlogdet: Tensor, tensors: list[Tensor | None], parameters: tuple) -> Grads:
+    def _gradient_of_reference(
+        self, dy: Tensor, dlogdet: Tensor, tensors: list[Tensor | None], parameters: tuple[Any, ...]
+    ) -> Grads:
         create_graph = torch.is_grad_enabled()
         with torch.enable_grad():
             # views, so that h counts as an input of its own where it was computed from z
             views = [None if tensor is None else tensor.view_as(tensor) for tensor in tensors]
-            outputs = zip(self.reference(*views, *parameters), (dy, dlogdet))
-        outputs, weights = zip(*((output, weight) for output, weight in outputs if output.requires_grad))
+            pairs = zip(self.reference(*views, *parameters), (dy, dlogdet))
+        recorded = [(output, weight) for output, weight in pairs if output.requires_grad]
+        outputs, weights = zip(*recorded)
         wanted = [view for view in views if view is not None and view.requires_grad]
         grads = iter(torch.autograd.grad(outputs, wanted, weights, create_graph=create_graph))
         return tuple(next(grads) if view is not None and view.requires_grad else None for view in views)
