@@ -21,9 +21,9 @@ _WARM_UP = 3  # runs before a capture: plans of cuDNN, compilation of Triton, la
 Loss = Callable[..., Tensor]
 
 
-def mean_nll(model: NCSR, hr: Tensor, lr: Tensor, noise: Tensor | None = None) -> Tensor:
-    """The loss of NCSR: the mean of `nll` over the batch, in bits per pixel position."""
-    return model.nll(hr, lr, noise).mean()
+def mean_nll(model: nn.Module, hr: Tensor, lr: Tensor, noise: Tensor | None = None) -> Tensor:
+    """The loss of NCSR, or of a module that wraps one: the mean of `nll` over the batch, in bits per pixel position."""
+    return model(hr, lr, noise).mean()
 
 
 def adam(

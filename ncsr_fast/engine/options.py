@@ -24,9 +24,10 @@ class EngineOptions:
     engine         "fused": what does not depend on the state is computed once, for all steps and all samples;
                    "plain": step by step as the definition has it, the oracle the other is held to
     precision      of the networks (encoder, injectors, couplings): "fp32"; "tf32", the same on a CPU; "bf16". The state, its
-                   log-determinants and the 1×1 convolutions are float32 in all of them, whatever PyTorch's global flags
-                   say. A float64 model has float64 networks, and wants "fp32". "fp16", what float16 autocast asks for, has a
-                   narrow range: its gradients need `torch.amp.GradScaler`
+                   log-determinants and the 1×1 convolutions are float32 in all of them. A float64 model has float64 networks,
+                   and wants "fp32". "fp16", what float16 autocast asks for, has a narrow range: its gradients need
+                   `torch.amp.GradScaler`. PyTorch's global flags change none of it, with two exceptions: where they forbid
+                   TF32, backward passes have none either; and a graph of `torch.compile` convolves as they say.
     checkpoint     True: a level keeps its state at every step and recomputes the small networks in the backward pass;
                    False: their activations are kept, which takes more memory and less time
     backend        of the operators between the networks (`ncsr_fast.ops`)

@@ -71,7 +71,7 @@ def _constant(function: Callable[..., str]) -> Callable[..., str]:
 
     The mark is what `torch.compiler.assume_constant_result` leaves, which would import the compiler to do so.
     """
-    function._dynamo_marked_constant = True
+    setattr(function, "_dynamo_marked_constant", True)
     cached = functools.cache(function)
 
     def call(*arguments: str | bool) -> str:

@@ -56,14 +56,16 @@ def fold_backward(
 def inverse_weight(op: str, weight: Tensor) -> Tensor:
     """weight⁻¹ of a float64 matrix; ValueError when it is singular to rounding. Differentiable."""
     if traced() and not is_wrapped(weight):
-        return torch.ops.ncsr_fast.inverse_weight(op, weight)
+        compiled: Tensor = torch.ops.ncsr_fast.inverse_weight(op, weight)
+        return compiled
     if is_wrapped(weight):  # by torch.func, which has no values to check
-        return torch.linalg.inv_ex(weight)[0]
+        unchecked: Tensor = torch.linalg.inv_ex(weight)[0]
+        return unchecked
     return _checked_inverse(op, weight)
 
 
 def _checked_inverse(op: str, weight: Tensor) -> Tensor:
-    result, _ = torch.linalg.inv_ex(weight)
+    result: Tensor = torch.linalg.inv_ex(weight)[0]
     condition = torch.linalg.matrix_norm(weight, torch.inf) * torch.linalg.matrix_norm(result, torch.inf)
     check_weight(op, condition.item(), weight.shape[-1])
     return result

@@ -76,7 +76,8 @@ def _weight_written(weight: Tensor) -> tuple[_Passed, tuple[int, int]]:
     _check_writable(weight)
     if weight.stride()[2:] != (3, 1):
         raise ValueError(f"the gradient of a weight must have dense 3×3, not strides {weight.stride()}")
-    return _Passed(_address(weight), weight), weight.stride()[:2]
+    by_output, by_input = weight.stride()[:2]
+    return _Passed(_address(weight), weight), (by_output, by_input)
 
 
 def _per_sample(x: Tensor, dtype: torch.dtype) -> _Passed:
@@ -338,12 +339,12 @@ def fold_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `ops._fold.fold_backward`, for CPU tensors."""
     read = [_parameter(x) for x in (bias, logs, weight)]
-    grads = [torch.empty(x.tensor.shape, dtype=x.tensor.dtype, device="cpu") for x in read]
+    grads = [x.new_empty(x.shape, dtype=compute_dtype(x)) for x in (bias, logs, weight)]
     _fold_by(
         native.fold_backward, weight.shape[0], *read, inverse, _parameter(dmix), _parameter(doffset), float(dlogdet),
         *map(_parameter_written, grads),
     )  # fmt: skip
-    dbias, dlogs, dweight = (grad.to(x.dtype) for grad, x in zip(grads, (bias, logs, weight)))
+    dbias, dlogs, dweight = (grad.to(tensor.dtype) for grad, tensor in zip(grads, (bias, logs, weight)))
     return dbias, dlogs, dweight
 
 

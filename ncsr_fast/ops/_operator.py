@@ -63,16 +63,17 @@ class Operator:
             return self._compute(*arguments)
 
     def _compute(self, *arguments: Any) -> tuple[Tensor, Tensor]:
-        if arguments[-1] == "reference":
+        if arguments[-1] == "reference" or (transformed() and not torch.compiler.is_compiling()):
             return self.reference(*arguments)
+        output: tuple[Tensor, Tensor]
         tensors = [tensor for tensor in arguments[: self.count] if tensor is not None]
-        if not torch.compiler.is_compiling() and transformed():
-            return self.reference(*arguments)
         if traced() or not all(map(has_memory, tensors)):
-            return self._registered(*arguments)
-        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-            return self._function.apply(*arguments)
-        return self.forward(*arguments)
+            output = self._registered(*arguments)
+        elif torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+            output = self._function.apply(*arguments)
+        else:
+            output = self.forward(*arguments)
+        return output
 
     def _make_function(self, name: str) -> type[torch.autograd.Function]:
         def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:  # a setup_context would cost 25 µs a call
@@ -83,7 +84,7 @@ class Operator:
         def gradient(ctx: Any, dy: Tensor, dlogdet: Tensor) -> Grads:
             return self._gradient(ctx, dy, dlogdet, self.backward)
 
-        methods = {"forward": forward, "backward": gradient}
+        methods: dict[str, Callable[..., Any]] = {"forward": forward, "backward": gradient}
         return type(name, (torch.autograd.Function,), {key: staticmethod(method) for key, method in methods.items()})
 
     def _setup(self, ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -102,13 +103,16 @@ class Operator:
     def _gradient_of_library(self, ctx: Any, dy: Tensor, dlogdet: Tensor) -> Grads:
         return self._gradient(ctx, dy, dlogdet, self._through_library)
 
-    def _gradient_of_reference(self, dy: Tensor, dlogdet: Tensor, tensors: list[Tensor | None], parameters: tuple) -> Grads:
+    def _gradient_of_reference(
+        self, dy: Tensor, dlogdet: Tensor, tensors: list[Tensor | None], parameters: tuple[Any, ...]
+    ) -> Grads:
         create_graph = torch.is_grad_enabled()
         with torch.enable_grad():
             # views, so that h counts as an input of its own where it was computed from z
             views = [None if tensor is None else tensor.view_as(tensor) for tensor in tensors]
-            outputs = zip(self.reference(*views, *parameters), (dy, dlogdet))
-        outputs, weights = zip(*((output, weight) for output, weight in outputs if output.requires_grad))
+            pairs = zip(self.reference(*views, *parameters), (dy, dlogdet))
+        recorded = [(output, weight) for output, weight in pairs if output.requires_grad]
+        outputs, weights = zip(*recorded)
         wanted = [view for view in views if view is not None and view.requires_grad]
         grads = iter(torch.autograd.grad(outputs, wanted, weights, create_graph=create_graph))
         return tuple(next(grads) if view is not None and view.requires_grad else None for view in views)

@@ -50,11 +50,13 @@ def _reference(z: Tensor, h: Tensor, inverse: bool, _: str) -> tuple[Tensor, Ten
 
 
 def _forward(z: Tensor, h: Tensor, inverse: bool, backend: str) -> tuple[Tensor, Tensor]:
-    return implementation(backend).gaussian_fwd(z, h, inverse)
+    y, logdet = implementation(backend).gaussian_fwd(z, h, inverse)
+    return y, logdet
 
 
 def _backward(dy: Tensor, dlogdet: Tensor, _: None, z: Tensor, h: Tensor, inverse: bool, backend: str) -> tuple[Tensor, Tensor]:
-    return implementation(backend).gaussian_bwd(dy, dlogdet, z, h, inverse)
+    dz, dh = implementation(backend).gaussian_bwd(dy, dlogdet, z, h, inverse)
+    return dz, dh
 
 
 _gaussian = Operator(

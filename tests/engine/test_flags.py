@@ -58,11 +58,16 @@ def set_flags(setting: str) -> dict[str, str]:
 
 
 def values() -> dict[str, str]:
-    """Every flag that can be read."""
+    """Every flag as it is now, and as it would be were another value set for all backends: it may inherit that."""
     if not PER_OPERATOR:
         return {"matmul": torch.get_float32_matmul_precision(), "cudnn": str(torch.backends.cudnn.allow_tf32)}
-    names = [("generic", "all"), *((b, o) for b in ("mkldnn", "cuda") for o in ("all", "conv", "rnn", "matmul"))]
-    return {"/".join(name): torch._C._get_fp32_precision_getter(*name) for name in names}
+    names = [(backend, operator) for backend in ("mkldnn", "cuda") for operator in ("all", "conv", "rnn", "matmul")]
+    now, found = torch.backends.fp32_precision, {"generic/all": torch.backends.fp32_precision}
+    for of_all_backends in ("none", "ieee", "tf32"):
+        torch.backends.fp32_precision = of_all_backends
+        found |= {f"{b}/{o} if {of_all_backends}": torch._C._get_fp32_precision_getter(b, o) for b, o in names}
+    torch.backends.fp32_precision = now
+    return found
 
 
 @pytest.fixture(autouse=True)
@@ -109,7 +114,7 @@ class Watch(TorchDispatchMode):
             self.products += name in self.PRODUCTS
             self.call()
             float32 = any(isinstance(argument, torch.Tensor) and argument.dtype == torch.float32 for argument in args)
-            assert not float32 or exact_on_cpu(name in self.CONVOLUTIONS), f"{name} under {values()}"
+            assert not float32 or exact_on_cpu(name in self.CONVOLUTIONS), f"{name} may be rounded"
         return function(*args, **(kwargs or {}))
 
 
@@ -299,16 +304,18 @@ def test_cudnn_flags_are_what_they_were(tmp_path):
     subprocess.run([sys.executable, "-c", IN_A_PROCESS], check=True, cwd=tmp_path)
 
 
-def test_a_flag_that_is_set_meanwhile_stays():
+@pytest.mark.parametrize("entered_again", [False, True])
+def test_a_flag_that_is_set_meanwhile_stays(entered_again):
+    high = set_flags("high")
     set_flags("medium")
     with true_float32(LR):
         assert exact_on_cpu()
-        torch.set_float32_matmul_precision("high")
-        assert not exact_on_cpu()
-        with true_float32(LR):
-            assert exact_on_cpu()
-        assert exact_on_cpu() and products_are_rounded("cpu")
-    assert torch.get_float32_matmul_precision() == "high" and not exact_on_cpu()
+        set_flags("high")
+        if entered_again:
+            with true_float32(LR):
+                assert exact_on_cpu()
+            assert exact_on_cpu() and products_are_rounded("cpu")
+    assert values() == high and torch.get_float32_matmul_precision() == "high"
 
 
 def test_passes_of_other_dtypes_change_no_flag():
