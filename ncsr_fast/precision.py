@@ -67,8 +67,8 @@ class _Flags:
                     flag.write(self._own[flag.name])
             self._own.clear()
 
-    def round(self, *names: str) -> bool:
-        """Whether the program has set one of these flags to a value that lets operands be rounded."""
+    def let_round(self, *names: str) -> bool:
+        """True if the program has set one of these flags to a value that lets operands be rounded."""
         with _LOCK:
             values = [flag.read() for flag in self._flags if flag.name in names]
             if self._inside:
@@ -77,7 +77,7 @@ class _Flags:
 
 
 def _flags_of(backend: str) -> _Flags:
-    """Those of "cuda" or "mkldnn", of torch ≥ 2.9.
+    """Flags of "cuda" or "mkldnn", of torch ≥ 2.9.
 
     Read and written as `torch.backends` does it; but `torch.backends.mkldnn.fp32_precision` writes another flag than it reads.
     The flag of cuDNN's convolutions begins with a value that cannot be written, "tf32 unless another is inherited", so "all" is
@@ -104,7 +104,7 @@ def _flags_of(backend: str) -> _Flags:
 
 
 def _flags_before_2_9() -> _Flags:
-    """One for cuDNN's convolutions, and one for all products, on any device."""
+    """A flag for cuDNN's convolutions, and one for all products on any device."""
     cudnn, read, write = torch.backends.cudnn, torch.get_float32_matmul_precision, torch.set_float32_matmul_precision
 
     def allowed() -> bool:
@@ -115,7 +115,7 @@ def _flags_before_2_9() -> _Flags:
 
 
 def _flags() -> dict[str, _Flags]:
-    """By the kind of device."""
+    """The flags by the type of device."""
     if hasattr(torch._C, "_get_fp32_precision_getter"):
         return {"cpu": _flags_of("mkldnn"), "cuda": _flags_of("cuda")}
     return dict.fromkeys(("cpu", "cuda"), _flags_before_2_9())
@@ -126,7 +126,7 @@ _FLAGS = _flags()
 
 
 def has_cudnn() -> bool:
-    """Whether PyTorch convolves on a GPU by cuDNN; otherwise it multiplies."""
+    """True if PyTorch convolves on a GPU by cuDNN; otherwise it does so by matrix products."""
     return torch.backends.cudnn.is_available() and torch.backends.cudnn.enabled
 
 
@@ -145,15 +145,15 @@ def true_float32(like: Tensor) -> Iterator[None]:
 
 
 def convolutions_are_rounded(device_type: str) -> bool:
-    """Whether the program lets PyTorch round the operands of float32 convolutions, as it does by default on a GPU."""
+    """True if the program lets PyTorch round the operands of float32 convolutions, as it does by default on a GPU."""
     of_gpu = ("conv", "cudnn") if has_cudnn() else ("matmul",)
     names = of_gpu if device_type == "cuda" else ("conv", "matmul")
-    return device_type in _FLAGS and _FLAGS[device_type].round(*names)
+    return device_type in _FLAGS and _FLAGS[device_type].let_round(*names)
 
 
 def products_are_rounded(device_type: str) -> bool:
-    """Whether the program lets PyTorch round the operands of float32 matrix products."""
-    return device_type in _FLAGS and _FLAGS[device_type].round("matmul")
+    """True if the program lets PyTorch round the operands of float32 matrix products."""
+    return device_type in _FLAGS and _FLAGS[device_type].let_round("matmul")
 
 
 # torch.compile calls it instead of tracing it, and recompiles when those flags change. The mark is what

@@ -78,7 +78,9 @@ def test_saved_and_loaded(model, dtype, tmp_path):
 
 def test_a_step_of_training(model, dtype):
     hr, lr = images(dtype)
-    step = graphs.TrainingStep(model, graphs.adam(model, lr=1e-3), max_grad_norm=1.0, graph=False)
+    optimizer = graphs.adam(model, lr=1e-3)
+    assert optimizer.param_groups[0]["lr"].dtype == torch.float32  # a fused Adam on a GPU takes no other
+    step = graphs.TrainingStep(model, optimizer, max_grad_norm=1.0, graph=False)
     before = model.levels[0].invconv.detach().clone()
     loss, norm = step(hr, lr)
     assert loss.dtype == dtype and not torch.equal(model.levels[0].invconv, before)

@@ -52,7 +52,7 @@ def plain_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, precision:
 
 
 def convolution_of_cudnn(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int, allow_tf32: bool) -> Tensor:
-    """What F.conv2d becomes inside PyTorch, where the flag for TF32 is an argument: of the others, each as it is now."""
+    """F.conv2d with the flag for TF32 as an argument; cuDNN's other flags are as they are now."""
     cudnn = torch.backends.cudnn
     deterministic = cudnn.deterministic or torch.are_deterministic_algorithms_enabled()
     pair, flags = [padding, padding], (cudnn.benchmark, deterministic, cudnn.enabled, allow_tf32)
@@ -113,7 +113,7 @@ def convolution_backward(
 
 
 def _rounds(x: Tensor, method: ConvolutionMethod) -> bool:
-    """Whether the operands of the convolution of x may be rounded to TF32, if PyTorch's flags do not forbid it."""
+    """True if the operands of the convolution of x may be rounded to TF32 where PyTorch's flags do not forbid it."""
     return method.precision == "tf32" and x.device.type == "cuda"
 
 
@@ -145,8 +145,8 @@ def _like(gradient: Tensor | None, parameter: Tensor | None) -> Tensor | None:
 
 
 def _reference(x: Tensor, weight: Tensor, bias: Tensor | None, method: ConvolutionMethod) -> Tensors:
-    """In float64 where the flags would round and the method does not: what autograd or a transform makes of it runs when flags
-    are the program's again. In a compiled graph it is as the flags say."""
+    """PyTorch's convolution, in float64 where the flags would round operands and the method does not: what autograd or a
+    transform makes of it runs when the flags are the program's again. In a compiled graph it is as the flags say."""
     exact = x.dtype != torch.float32 or _rounds(x, method) or torch.compiler.is_compiling()
     dtype = x.dtype if exact or not convolutions_are_rounded(x.device.type) else torch.float64
     bias = None if bias is None else bias.to(dtype)

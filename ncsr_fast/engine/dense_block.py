@@ -29,7 +29,7 @@ def dense_block(
 ) -> Tensor:
     """y (B, C, H, W) of x; `convolutions` are the (weight, bias) of the n 3×3 convolutions.
 
-    `method` as for `convolution`; None is the definition, as autograd differentiates it.
+    `method` as for `convolution`; None is the definition, concatenations and convolutions one by one.
     """
     tensors = tuple(tensor for pair in convolutions for tensor in pair)
     if method is None:
