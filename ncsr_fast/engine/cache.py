@@ -42,7 +42,7 @@ class Cache:
         weights = list(weights)
         if traced() or not all(map(_is_tracked, weights)):
             return build()
-        state = tuple((place(weight), int(_bits(weight))) for weight in weights) if all(map(reading_is_free, weights)) else None
+        state = tuple(map(_state, weights)) if all(map(reading_is_free, weights)) else None
         entry = self._entries.get(name)
         if entry is None or state is None or entry[0] != state:
             entry = state, build()
@@ -80,6 +80,10 @@ class Cache:
 def _is_tracked(weight: Tensor) -> bool:
     """Whether it has memory, and a count of the operations on it."""
     return has_memory(weight) and not weight.is_inference()
+
+
+def _state(weight: Tensor) -> tuple:
+    return *place(weight), int(_bits(weight))
 
 
 def place(weight: Tensor) -> tuple:
