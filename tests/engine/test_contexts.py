@@ -316,6 +316,7 @@ def test_second_derivatives(model):
 # -- tracing, and tensors of other kinds ---------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore")  # of torch.jit.trace, about sizes and itself
 @pytest.mark.parametrize("recorded", [True, False])
 def test_traced_graphs_compute(model, recorded):
     """Kernels would write where no graph sees it."""
@@ -325,7 +326,8 @@ def test_traced_graphs_compute(model, recorded):
         graph = make_fx(lambda *images: model.nll(*images))(HR, LR, NOISE)
         assert_same({"value": graph(other, LR, NOISE).detach()}, expected)
         graph = torch.jit.trace(Likelihood(model), (HR, LR, NOISE), check_trace=False)
-        assert_same({"value": graph(other, LR, NOISE).detach()}, expected)
+        # sizes are tensors there, and their product with a number, of bits in a nat, is float32
+        assert_same({"value": graph(other, LR, NOISE).detach()}, expected, torch.finfo(torch.float32).eps)
 
 
 def test_fake_tensors(model):
