@@ -53,7 +53,7 @@ class Cache:
 
     def _compared(self, name: object, weights: list[Tensor], build: Callable[[], Built]) -> Built:
         """The value of the weights as they are, made anew when they are not as they were."""
-        state, entry = tuple((place(weight), int(_bits(weight))) for weight in weights), self._entries.get(name)
+        state, entry = tuple(map(_state, weights)), self._entries.get(name)
         if entry is None or entry[0] != state:
             self._entries[name] = entry = state, build()
         return entry[1]
@@ -85,6 +85,10 @@ class Cache:
 def _is_tracked(weight: Tensor) -> bool:
     """Whether it has memory, and a count of the operations on it."""
     return has_memory(weight) and not weight.is_inference()
+
+
+def _state(weight: Tensor) -> tuple:
+    return *place(weight), int(_bits(weight))
 
 
 def place(weight: Tensor) -> tuple:
