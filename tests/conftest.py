@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import installation
@@ -55,7 +55,7 @@ def pytest_pycollect_makeitem():
     found = yield
     if not isinstance(found, list):  # of functions: one for each set of parameters
         return found
-    return [item for item in found if all(_holds(mark.args[0], item) for mark in item.iter_markers("cells_where"))]
+    return [item for item in found if all(_holds(item, *mark.args) for mark in item.iter_markers("cells_where"))]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -70,9 +70,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("slow")
 
 
-def _holds(predicate, item: pytest.Item) -> bool:
-    """Whether a predicate holds for the parameters of a test that it names."""
-    return predicate(*(item.callspec.params[name] for name in inspect.signature(predicate).parameters))
+def _holds(item: pytest.Item, predicate: Callable[..., bool], names: tuple[str, ...]) -> bool:
+    """Whether a predicate holds for those parameters of a test."""
+    return predicate(*(item.callspec.params[name] for name in names))
 
 
 def pytest_report_header() -> list[str]:

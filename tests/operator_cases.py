@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
+import itertools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import installation
 import pytest
@@ -12,7 +14,11 @@ from torch import Tensor
 
 from ncsr_fast import ops
 
+if ("cpu", "native") in installation.cells():
+    from ncsr_fast import _native
+
 EPS = 1e-4
+WIDEST = _native.instruction_sets()[0] if ("cpu", "native") in installation.cells() else None
 CELLS = [pytest.param(*cell, id="-".join(cell)) for cell in installation.cells()]
 cells = pytest.mark.parametrize("device, backend", CELLS)
 operators = pytest.mark.parametrize("name", ops.OPERATORS)
@@ -24,7 +30,30 @@ ROUNDING = {torch.float64: 1e-13, torch.float32: 6e-6, torch.float16: 4e-3, torc
 
 def where(predicate: Callable[..., bool]) -> pytest.MarkDecorator:
     """Decorator that keeps those cells of a test for which a predicate of some of its parameters, by name, holds."""
-    return pytest.mark.cells_where.with_args(predicate)
+    return pytest.mark.cells_where.with_args(predicate, tuple(inspect.signature(predicate).parameters))
+
+
+def pairwise_but_on_the_widest(**choices: Iterable) -> pytest.MarkDecorator:
+    """Decorator of a test of all combinations of these parameters on each instruction set: all on the widest one, on the
+    others a few in which each pair of values of any two parameters is there.
+    """
+    few = _pairwise([list(values) for values in choices.values()])
+
+    def wanted(instruction_set: str, *values) -> bool:
+        return instruction_set == WIDEST or values in few
+
+    return pytest.mark.cells_where.with_args(wanted, ("instruction_set", *choices))
+
+
+def _pairwise(choices: list[list]) -> set[tuple]:
+    """Combinations of one of each, chosen greedily until each pair is in one of them."""
+    every = [(each, set(itertools.combinations(enumerate(each), 2))) for each in itertools.product(*choices)]
+    missing, chosen = set().union(*(pairs for _, pairs in every)), set()
+    while missing:
+        best, pairs = max(every, key=lambda entry: len(entry[1] & missing))
+        chosen.add(best)
+        missing -= pairs
+    return chosen
 
 
 def exact_dtype(backend: str) -> torch.dtype:

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from operator_cases import assert_close
+from operator_cases import assert_close, pairwise_but_on_the_widest
 from support import LAYOUTS, fresh_process
 from torch import Tensor
 
@@ -21,7 +21,8 @@ from ncsr_fast.engine.network import Network, evaluate
 from ncsr_fast.ops._native import network_fwd
 
 LAST = torch.channels_last
-dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+DTYPES = [torch.float32, torch.float64]
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
 def network(kept: int, hidden: int, outputs: int, size=(5, 7), batch: int = 2, dtype=torch.float64) -> list[Tensor | None]:
@@ -106,6 +107,7 @@ def test_pieces_of_an_image(instruction_set, dtype, kept, outputs, size):
     assert_like_the_formula(network(kept, 64, outputs, size, batch=1, dtype=dtype))
 
 
+@pairwise_but_on_the_widest(of_x=[*LAYOUTS, "none"], of_pre=LAYOUTS, hidden=[32, 33], dtype=DTYPES)
 @dtypes
 @pytest.mark.parametrize("hidden", [32, 33])
 @pytest.mark.parametrize("of_pre", LAYOUTS)

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from operator_cases import assert_close
+from operator_cases import assert_close, pairwise_but_on_the_widest
 from support import LAYOUTS, fresh_process
 from torch import Tensor
 
@@ -20,7 +20,8 @@ if not ops.backends("cpu")["native"].available:
 from ncsr_fast.ops._native import conv3x3_bwd_input, conv3x3_bwd_weight, conv3x3_fwd
 
 LAST = torch.channels_last
-dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+DTYPES, EITHER = [torch.float32, torch.float64], [False, True]
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
 def case(inputs: int, outputs: int, size=(5, 7), batch: int = 2, dtype=torch.float64) -> list[Tensor]:
@@ -129,8 +130,9 @@ def memory(x: Tensor) -> Tensor:
     return torch.as_strided(x, (x.untyped_storage().nbytes() // x.element_size(),), (1,), 0)
 
 
+@pairwise_but_on_the_widest(of_x=LAYOUTS, of_out=LAYOUTS, dtype=DTYPES, accumulate=EITHER)
 @dtypes
-@pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.parametrize("accumulate", EITHER)
 @pytest.mark.parametrize("of_out", LAYOUTS)
 @pytest.mark.parametrize("of_x", LAYOUTS)
 def test_layouts(instruction_set, dtype, of_x, of_out, accumulate):
@@ -170,11 +172,12 @@ def test_out_beside_x(instruction_set, dtype, inputs, outputs, channels):
     assert torch.equal(together[:, inputs:], before[:, inputs:])
 
 
+@pairwise_but_on_the_widest(inputs=[16, 5, 400], slope=[0.0, 0.2, 1.0], with_bias=EITHER, accumulate=EITHER, dtype=DTYPES)
 @dtypes
 @pytest.mark.parametrize("inputs, outputs", [(16, 32), (5, 7), (400, 40)])
 @pytest.mark.parametrize("slope", [0.0, 0.2, 1.0])
-@pytest.mark.parametrize("with_bias", [False, True])
-@pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.parametrize("with_bias", EITHER)
+@pytest.mark.parametrize("accumulate", EITHER)
 def test_what_follows_the_sums(instruction_set, dtype, inputs, outputs, slope, with_bias, accumulate):
     x, weight, bias, before = case(inputs, outputs, dtype=dtype)
     out = before.contiguous(memory_format=LAST)
@@ -183,12 +186,13 @@ def test_what_follows_the_sums(instruction_set, dtype, inputs, outputs, slope, w
     assert_close(out, F.leaky_relu(sums, slope) + before.double() * accumulate, forward_tolerance(dtype, inputs, out), "y")
 
 
+@pairwise_but_on_the_widest(gated=[32, 64, 2, 53, 17], of_gate=LAYOUTS, accumulate=EITHER, dtype=DTYPES)
 @dtypes
 @pytest.mark.parametrize(
     "inputs, outputs, gated", [(96, 32, 32), (64, 32, 64), (5, 7, 2), (33, 40, 32), (70, 40, 53), (40, 700, 17)]
 )
 @pytest.mark.parametrize("of_gate", LAYOUTS)
-@pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.parametrize("accumulate", EITHER)
 def test_a_gradient_through_a_gate(instruction_set, dtype, inputs, outputs, gated, of_gate, accumulate):
     """Of the last channels of x, a leaky relu's: whole vectors of them, and some that begin within one."""
     _, weight, _, dy = case(inputs, outputs, dtype=dtype)
@@ -218,8 +222,9 @@ def test_copies(instruction_set, dtype, size, inputs, outputs):
     assert_close(dbias, db, weight_tolerance(dtype, dy), "dbias")
 
 
+@pairwise_but_on_the_widest(of_x=LAYOUTS, of_out=LAYOUTS, dtype=DTYPES, accumulate=EITHER)
 @dtypes
-@pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.parametrize("accumulate", EITHER)
 @pytest.mark.parametrize("of_x", LAYOUTS)
 @pytest.mark.parametrize("of_out", LAYOUTS)
 def test_layouts_of_copies(instruction_set, dtype, of_x, of_out, accumulate):
