@@ -18,7 +18,8 @@ from ncsr_fast.nn.encoder import RRDB
 from ncsr_fast.nn.ncsr import NCSR
 from ncsr_fast.nn.state_dicts import read_named
 
-_PICKLED, _SAFETENSORS = (".pth", ".pt"), ".safetensors"  # what a published file ends with; anything else is a directory
+_SAFETENSORS = ".safetensors"
+FILE_SUFFIXES = (".pth", ".pt", _SAFETENSORS)  # what a published file ends with; anything else is a directory
 
 
 @dataclass(frozen=True)
@@ -107,17 +108,12 @@ def _model_type(directory: Path) -> str | None:
 
 def _write(model: NCSR | RRDB, out: Path) -> bool:
     """Whether it has the published names."""
-    if out.suffix not in (*_PICKLED, _SAFETENSORS):
+    if out.suffix not in FILE_SUFFIXES:
         model.save_pretrained(out)
         return False
     state = {name: tensor.cpu().contiguous() for name, tensor in model.published_state_dict().items()}
     with files.atomic_write(out) as path:
-        if out.suffix == _SAFETENSORS:
-            from safetensors.torch import save_file
-
-            save_file(state, path, metadata={"format": "pt"})
-        else:
-            torch.save(state, path)
+        (files.write_tensors if out.suffix == _SAFETENSORS else files.write_pickled)(path, state)
     return True
 
 

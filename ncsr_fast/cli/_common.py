@@ -71,7 +71,7 @@ def pick_device(name: str) -> str:
 
 
 class ImageFile(NamedTuple):
-    """An image of the input, and the folder it was found from: None where the file itself was named."""
+    """An image of the input, and the folder it was found in: None where the file itself was named."""
 
     path: Path
     folder: Path | None
@@ -94,14 +94,15 @@ def image_files(places: Iterable[str]) -> list[ImageFile]:
 
     found: dict[str, ImageFile] = {}
     for place in places:
-        matches = sorted(glob.glob(place, recursive=True)) if not os.path.exists(place) and glob.has_magic(place) else [place]
+        pattern = glob.has_magic(place) and not os.path.exists(place)
+        matches = sorted(glob.glob(place, recursive=True)) if pattern else [place]
         if not matches:
             raise FileNotFoundError(f"no file is as {place!r} describes")
         for match in map(Path, matches):
             if not match.exists():
                 raise FileNotFoundError(f"no file or folder {str(match)!r}")
-            images = [ImageFile(image, match) for image in list_images(match)] if match.is_dir() else [ImageFile(match, None)]
-            for image in images:
+            images, folder = ([match], match.parent if pattern else None) if match.is_file() else (list_images(match), match)
+            for image in (ImageFile(image, folder) for image in images):
                 found.setdefault(os.path.realpath(image.path), image)
     return list(found.values())
 

@@ -76,6 +76,8 @@ def run(args: argparse.Namespace) -> None:
         print(table(evaluation.scores))
         if args.json:
             _write(args.json, [str(hr.relative_to(args.images)) for hr in measured], evaluation.scores)
+    if len(pairs) == len(problems) == 1:
+        raise ValueError(problems[0])
     if problems:
         print(f"{len(problems)} problems:", *problems, sep="\n  ", file=sys.stderr)
         raise ValueError(f"{len(problems)} of {len(pairs)} images were not measured")

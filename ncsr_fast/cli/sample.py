@@ -107,6 +107,8 @@ def run(args: argparse.Namespace) -> None:
     of_all = "" if len(written) == args.n * len(files) else f" of {len(files)}"
     print(f"{len(written) // args.n}{of_all} images × {args.n} samples → {args.out}")
     _name_earlier(sorted(earlier - set(written)))
+    if len(files) == len(problems) == 1:
+        raise ValueError(problems[0])
     if problems:
         print(f"{len(problems)} problems:", *problems, sep="\n  ", file=sys.stderr)
         raise ValueError(f"{len(problems)} of {len(files)} images were not sampled as asked")
