@@ -18,7 +18,8 @@ from ncsr_fast.nn.encoder import RRDB
 from ncsr_fast.nn.ncsr import NCSR
 from ncsr_fast.nn.state_dicts import read_named
 
-_PICKLED, _SAFETENSORS = (".pth", ".pt"), ".safetensors"  # what a published file ends with; anything else is a directory
+_SAFETENSORS = ".safetensors"
+FILE_SUFFIXES = (".pth", ".pt", _SAFETENSORS)  # what a published file ends with; anything else is a directory
 
 
 @dataclass(frozen=True)
@@ -125,19 +126,17 @@ def _model_type(directory: Path) -> str | None:
 
 def _write(model: NCSR | RRDB, out: Path) -> str | None:
     """The key that wraps the published names in what was written, "" for none; None where the names are ours."""
-    if out.suffix not in (*_PICKLED, _SAFETENSORS):
+    if out.suffix not in FILE_SUFFIXES:
         model.save_pretrained(out)
         return None
     state = {name: tensor.cpu().contiguous() for name, tensor in model.published_state_dict().items()}
     # generators with a pixel unshuffle are BasicSR's alone, whose programs look under this key
-    wrapper = "params" if isinstance(model, RRDB) and model.unshuffle > 1 and out.suffix in _PICKLED else ""
+    wrapper = "params" if isinstance(model, RRDB) and model.unshuffle > 1 and out.suffix != _SAFETENSORS else ""
     with files.atomic_write(out) as path:
         if out.suffix == _SAFETENSORS:
-            from safetensors.torch import save_file
-
-            save_file(state, path, metadata={"format": "pt"})
+            files.write_tensors(path, state)
         else:
-            torch.save({wrapper: state} if wrapper else state, path)
+            files.write_pickled(path, {wrapper: state} if wrapper else state)
     return wrapper
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import os
 import pickle
@@ -19,6 +21,7 @@ from ncsr_fast.file_kinds import is_safetensors, kind_of, names_in_pickle
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 SHIPPED = Path(__file__).parent / "models"
+_TEMPORARY = 40  # characters of a name that a temporary file has too; all of a long one, and more, would be too many
 _LISTED = 5  # names an error spells out of each kind
 
 
@@ -36,22 +39,58 @@ class CheckpointError(ValueError):
 
 @contextmanager
 def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
-    """A temporary file beside `path`, flushed to disk and renamed to it when the block ends without an error."""
+    """A temporary file beside `path`, flushed to disk and renamed to it when the block ends without an error.
+
+    An OSError of writing names `path`.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
+    with _named_errors(path):
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:_TEMPORARY]}.", suffix=path.suffix)
     os.close(handle)
     temporary = Path(name)
     try:
-        yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        mask = os.umask(0)
-        os.umask(mask)
-        temporary.chmod(0o666 & ~mask)  # mkstemp made it private
-        os.replace(temporary, path)
+        with _named_errors(path, name):
+            yield temporary
+            _move(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _move(temporary: Path, path: Path) -> None:
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    with open(temporary, "rb+") as file:
+        os.fsync(file.fileno())
+    mask = os.umask(0)
+    os.umask(mask)
+    temporary.chmod(0o666 & ~mask)  # mkstemp made it private
+    os.replace(temporary, path)
+
+
+@contextmanager
+def _named_errors(path: Path, temporary: str | None = None) -> Iterator[None]:
+    """Errors of the system as errors of `path`: those of a full disk name no file, others the temporary one."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or (temporary is not None and error.filename not in (None, temporary)):
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a safetensors file. Raises OSError when the disk is full, where safetensors' own function has another error."""
+    from safetensors.torch import save
+
+    path.write_bytes(save(dict(tensors), metadata={"format": "pt"}))
+
+
+def write_pickled(path: Path, value: Any) -> None:
+    """Write a file as `torch.save` does. Raises OSError when the disk is full, where that raises an error of its insides."""
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    path.write_bytes(buffer.getbuffer())
 
 
 def shipped() -> list[str]:
@@ -61,12 +100,10 @@ def shipped() -> list[str]:
 
 def save_directory(model: nn.Module, model_type: str, configuration: dict[str, Any], directory: str | os.PathLike) -> Path:
     """Write config.json (`model_type` and the configuration) and model.safetensors to `directory`; return it."""
-    from safetensors.torch import save_file
-
     directory = Path(directory)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     with atomic_write(directory / WEIGHTS) as path:
-        save_file(tensors, path, metadata={"format": "pt"})
+        write_tensors(path, tensors)
     with atomic_write(directory / CONFIG) as path:
         path.write_text(json.dumps({"model_type": model_type, **configuration}, indent=2) + "\n")
     return directory

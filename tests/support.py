@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
+import resource
 import subprocess
 import sys
 from collections.abc import Callable
@@ -194,6 +196,17 @@ def as_a_worker(target, *arguments) -> None:
     parent's OpenMP threads, and would wait for them for ever."""
     torch.set_num_threads(1)
     target(*arguments)
+
+
+@contextlib.contextmanager
+def full_disk(room: int = 500):
+    """Files of this process take `room` bytes and no more: writing beyond them fails as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def assert_same_weights(first: NCSR, second: NCSR) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import warnings
 from collections.abc import Iterable
@@ -58,7 +59,8 @@ def list_images(folder: str | os.PathLike) -> list[Path]:
     if not folder.is_dir():
         if folder.exists():
             raise NotADirectoryError(f"{str(folder)!r} is a file; give the folder it is in")
-        raise FileNotFoundError(f"no folder {str(folder)!r}")
+        hint = "; patterns are not expanded here: give the folder" if glob.has_magic(str(folder)) else ""
+        raise FileNotFoundError(f"no folder {str(folder)!r}{hint}")
     search = Search(folder, SUFFIXES)
     if not search.found:
         others = f"; in it: {search.account()}" if search.left_out else ""

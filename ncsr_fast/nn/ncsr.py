@@ -200,8 +200,8 @@ class NCSR(Checkpoints, Freezing, nn.Module):
         """
         if n < 1:
             raise ValueError(f"n must be at least 1, not {n!r}")
-        if not temperature >= 0:
-            raise ValueError(f"temperature must not be negative, not {temperature!r}")
+        if not 0 <= temperature < math.inf:
+            raise ValueError(f"temperature must be a number of 0 or more, not {temperature!r}")
         if on_nonfinite not in sampling.ON_NONFINITE:
             raise ValueError(f"on_nonfinite must be one of {', '.join(sampling.ON_NONFINITE)}, not {on_nonfinite!r}")
         with self.recording():
@@ -219,8 +219,8 @@ class NCSR(Checkpoints, Freezing, nn.Module):
 
         raises  as `sample` does
         """
-        if not temperature >= 0:
-            raise ValueError(f"temperature must not be negative, not {temperature!r}")
+        if not 0 <= temperature < math.inf:
+            raise ValueError(f"temperature must be a number of 0 or more, not {temperature!r}")
         return check_invertibility(self, self.padded(lr), temperature, generator)
 
     def latent_shapes(self, height: int, width: int) -> list[tuple[int, int, int]]:

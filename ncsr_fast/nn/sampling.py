@@ -14,6 +14,7 @@ from ncsr_fast.engine.conditioning import Features
 from ncsr_fast.engine.fused_level import level_decoder
 from ncsr_fast.engine.memory import spare_bytes
 from ncsr_fast.layout import has_memory
+from ncsr_fast.nn.checks import bytes_range
 
 if TYPE_CHECKING:
     from ncsr_fast.nn.ncsr import NCSR
@@ -49,12 +50,32 @@ def sample(model: NCSR, lr: Tensor, n: int, temperature: float, generator: torch
         raise ValueError(f"on_nonfinite={on_nonfinite!r} reads values, and there are none here: use on_nonfinite='ignore'")
     found = _origins(model, first_bad)
     if found and on_nonfinite == "raise":
-        raise NonFiniteSamples(_explained(found, n * lr.shape[0], temperature))
+        raise NonFiniteSamples(_explained(found, n * lr.shape[0], temperature, advice(model, lr)))
     if found and on_nonfinite == "warn":
-        warnings.warn(_explained(found, n * lr.shape[0], temperature), RuntimeWarning, stacklevel=3)
+        warnings.warn(_explained(found, n * lr.shape[0], temperature, advice(model, lr)), RuntimeWarning, stacklevel=3)
     if found and on_nonfinite == "retry":
-        return _drawn_again(model, features, shapes, images, found, temperature, generator)
+        message = _explained(found, n * lr.shape[0], temperature, advice(model, lr))
+        return _drawn_again(model, features, shapes, images, found, temperature, generator, message)
     return images
+
+
+def advice(model: NCSR, lr: Tensor) -> str:
+    """Why samples of an LR image (B, 3, H, W) blew up, as far as weights and pixels tell, and what to do."""
+    broken = [name for name, weight in model.named_parameters() if not weight.isfinite().all()]
+    if broken:
+        return (
+            f"{len(broken)} weights of the model are not finite, {broken[0]} first, so no temperature helps: load a checkpoint "
+            "from before they were."
+        )
+    if not lr.isfinite().all():
+        return "Pixels of lr are not finite."
+    values = bytes_range(lr)
+    if values:
+        return f"lr has values {values}; images are floats in [0, 1]: divide by 255."
+    return (
+        "Somewhere before, a scale near zero became a divisor: model.check_invertibility(lr) shows where. Try a lower "
+        "temperature, or on_nonfinite='retry'."
+    )
 
 
 def draw_latents(
@@ -159,12 +180,11 @@ def _origins(model: NCSR, first_bad: Tensor) -> dict[tuple[int, int], Origin]:
     return {(image, i): order[number] for image, i, number in numbered if number < len(order)}
 
 
-def _explained(found: dict[tuple[int, int], Origin], total: int, temperature: float) -> str:
+def _explained(found: dict[tuple[int, int], Origin], total: int, temperature: float, why: str) -> str:
     (image, i), origin = next(iter(found.items()))
     return (
         f"{len(found)} of {total} samples at temperature {temperature:g} blew up: their state is not finite or beyond "
-        f"±{STATE_BOUND:g}, first in {origin} (image {image}, sample {i}). Somewhere before, a scale near zero became a "
-        "divisor: model.check_invertibility(lr) shows where. Try a lower temperature, or on_nonfinite='retry'."
+        f"±{STATE_BOUND:g}, first in {origin} (image {image}, sample {i}). {why}"
     )
 
 
@@ -176,9 +196,9 @@ def _drawn_again(
     found: dict[tuple[int, int], Origin],
     temperature: float,
     generator: torch.Generator | None,
+    message: str,
 ) -> Tensor:
     """`images` with those of `found` drawn again, cooler each time, until they are sound or four times; warns either way."""
-    message = _explained(found, images.shape[0] * images.shape[1], temperature)
     images, left = images.clone(), list(found)
     for _ in range(RETRIES):
         temperature *= COOLING

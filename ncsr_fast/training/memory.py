@@ -143,15 +143,6 @@ def available_memory(device: torch.device | str) -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out, on a GPU or on the CPU, whose allocator raises a plain RuntimeError."""
-    if isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and any(
-        text in str(error) for text in ("can't allocate memory", "not enough memory", "out of memory", "_ALLOC_FAILED")
-    )
-
-
 def advice(settings: TrainSettings, error: BaseException, available_bytes: int | None = None, processes: int = 1) -> str:
     """What to say when memory ran out: what was asked for, and what by the estimate would fit.
 

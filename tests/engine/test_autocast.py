@@ -1,4 +1,4 @@
-"""torch.autocast asks for a precision of the networks: values and gradients are those of that option, wherever `backward` is."""
+"""Precision of the networks under `torch.autocast`: values and gradients of that option, wherever `backward` is called."""
 
 from __future__ import annotations
 

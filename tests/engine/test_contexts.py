@@ -150,7 +150,8 @@ def test_backward_in_another_thread(model, right):
 
 def test_weights_changed_between_forward_and_backward(model):
     """PyTorch's count of changes tells."""
-    for name in ("levels.0.invconv", "levels.1.couplings.conv1", "levels.0.injectors.conv2", "encoder.body.0.rdb1.conv1.weight"):
+    encoder, level = "encoder.body.0.rdb1.conv1.weight", "levels.0"
+    for name in (f"{level}.invconv", "levels.1.couplings.conv1", f"{level}.injectors.conv2", encoder):
         value = model.nll(HR, LR, NOISE).mean()
         with torch.no_grad():
             model.get_parameter(name).mul_(1.5)

@@ -18,7 +18,12 @@ from ncsr_fast.nn.encoder import RRDB
 
 EXACT = 1e-11
 layouts = pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout != "contiguous"])
-OPTIONS = {"recomputed": {}, "stored": {"checkpoint": False}, "nchw": {"channels_last": False}, "reference": {"backend": "reference"}}
+OPTIONS = {
+    "recomputed": {},
+    "stored": {"checkpoint": False},
+    "nchw": {"channels_last": False},
+    "reference": {"backend": "reference"},
+}
 
 
 def model_of(**options) -> NCSR:
