@@ -1,23 +1,76 @@
-# Two commands do all the set-up: `make demo` and `make test`. Each makes .venv and installs the package into it.
+# Two commands do all the set-up: `make demo` and `make test`. To change the code, `make dev` once, then `make check`.
+#
+#   make demo      super-resolve three photographs into demo_output/
+#   make dev       install the checkout for development; again after a change in csrc/, of which it compiles what changed
+#   make check     before every commit, under 2 minutes: lint and the fast tests, in what `make dev` installed
+#   make lint      ruff, clang-format, mypy
+#   make test      what CI runs: lint, and every test but those marked exhaustive, against an installed copy
+#   make test-all  the exhaustive ones too
+#   make matrix    the fast tests with other versions of Python and torch, and on lesser CPUs
+#
+# Two environments, which never touch each other. $(VENV) has a copy of the package, as users get it: `demo` and `test`
+# install it anew from the checkout, CUDA kernels included where there is nvcc. $(DEV) has the checkout itself: a change in
+# Python is seen at once. `make dev NCSR_FAST_CUDA=1` compiles the CUDA kernels as well, which takes minutes the first time.
+# One test: .venv-dev/bin/pytest tests/nn/test_flow.py -k round_trip
 PYTHON ?= python3
 # The torch CI runs. Any torch the package admits will do: make test TORCH="torch>=2.4"
 TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
+DEV := .venv-dev
+PYTEST_FLAGS := -n auto --maxprocesses 4 --dist worksteal
+# what [build-system] in pyproject.toml requires, for builds that find their objects of the last time
+BUILD := 'setuptools>=68' 'pybind11>=2.13' ninja
 
-.PHONY: demo test clean
+.PHONY: demo dev check lint test test-all matrix clean
 
 demo: $(BIN)/python
-	$(BIN)/pip install --quiet '$(TORCH)' '.[demo]'
+	$(call install_copy,demo)
 	$(BIN)/ncsr-fast demo --out demo_output
 
-# the tests run against what was installed, not against the checkout
-test: $(BIN)/python
-	$(BIN)/pip install --quiet '$(TORCH)' '.[test]'
-	$(BIN)/pytest -n auto --maxprocesses 4 --dist worksteal
+dev: $(DEV)/bin/python
+	$(DEV)/bin/pip install --quiet '$(TORCH)' $(BUILD)
+	NCSR_FAST_CUDA=$${NCSR_FAST_CUDA:-0} $(DEV)/bin/pip install --quiet --no-build-isolation --editable '.[dev]'
+	@cat ncsr_fast/build_info.txt
 
-$(BIN)/python:
-	$(PYTHON) -m venv $(VENV)
+check: $(DEV)/bin/ruff
+	$(call lint_with,$(DEV)/bin)
+	$(DEV)/bin/pytest $(PYTEST_FLAGS) -m 'not slow'
+
+lint: $(DEV)/bin/ruff
+	$(call lint_with,$(DEV)/bin)
+
+test: $(BIN)/python
+	$(call install_copy,dev)
+	$(call lint_with,$(BIN))
+	$(BIN)/pytest $(PYTEST_FLAGS) -m 'not exhaustive'
+
+test-all: $(BIN)/python
+	$(call install_copy,dev)
+	$(call lint_with,$(BIN))
+	$(BIN)/pytest $(PYTEST_FLAGS)
+
+matrix:
+	$(PYTHON) .ci/matrix.py --torch '$(TORCH)'
+
+# build/lib holds the copy of an earlier time, with files that the checkout may have no more; objects stay
+define install_copy
+	rm -rf build/lib* build/bdist*
+	$(BIN)/pip install --quiet '$(TORCH)' '.[$(1)]'
+endef
+
+define lint_with
+	$(1)/ruff check
+	$(1)/ruff format --check
+	$(1)/clang-format --dry-run --Werror csrc/* tests/native/*.cpp
+	$(1)/mypy ncsr_fast/ops
+endef
+
+$(BIN)/python $(DEV)/bin/python:
+	$(PYTHON) -m venv $(@D:/bin=)
+
+$(DEV)/bin/ruff:
+	$(MAKE) dev
 
 clean:
-	rm -rf $(VENV) build *.egg-info demo_output
+	rm -rf $(VENV) $(DEV) .matrix build *.egg-info demo_output

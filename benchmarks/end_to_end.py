@@ -1,6 +1,6 @@
 """Whole models: sampling and training steps, ours beside the plain path, torch.compile of it and the published program.
 
-    python -m benchmarks.end_to_end --published PATH_TO_A_CHECKOUT_OF_NCSR
+    python -m ncsr_fast.benchmarks.end_to_end --published PATH_TO_A_CHECKOUT_OF_NCSR
 
 A task is one job on one input. Its arms compute the same; that is checked first, and then they take turns in one process.
 The arms between "plain" and "ncsr_fast" switch on one part of the engine after the other, in the order of `LADDER`, so that
@@ -25,11 +25,10 @@ from ncsr_fast.engine import EngineOptions
 from ncsr_fast.files import atomic_write
 
 from .harness import peak_bytes, quantiles, rounded, side_by_side
-from .provenance import provenance
+from .provenance import provenance, recorded_command
 from .published import OPTIONS, PublishedNCSR
 from .report import end_to_end_table, to_json
 
-RESULTS = Path(__file__).parent / "results"
 SCALE = OPTIONS["scale"]
 PUBLISHED, ACCELERATED = "published", "published, accelerated"
 COMPILED, OURS = "plain, torch.compile", "ncsr_fast"
@@ -290,7 +289,12 @@ def convolution_rate(device: str) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {__spec__.name}",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,  # the command is stored in the rows
+    )
     parser.add_argument("--published", type=Path, help="checkout of the published NCSR repository; left out without one")
     parser.add_argument("--tasks", nargs="+", choices=[task.name for task in TASKS], help="default: what the device can do")
     parser.add_argument(
@@ -304,12 +308,13 @@ def main() -> None:
         "--tf32", action="store_true", help="let the published program and the plain path have TF32 convolutions on a GPU"
     )
     parser.add_argument("--no-memory", action="store_true", help="leave out the peak memory")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON rows (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("."), help="folder of the JSON rows (default: %(default)s)")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     cuda = torch.device(args.device).type == "cuda"
     torch.backends.cudnn.allow_tf32 = args.tf32
 
+    where = provenance(args.device)
     model = random_model(args.device)
     wanted = args.arms or [PUBLISHED, ACCELERATED, *LADDER]
     arms: dict[str, Any] = {}
@@ -324,11 +329,8 @@ def main() -> None:
     if cuda:
         arms |= {f"captured, {p}": Captured(model, EngineOptions(precision=p)) for p in ("fp32", "tf32", "bf16")}
 
-    where = provenance(args.device)
     where["conv_flops_per_s"] = convolution_rate(args.device)
-    where["command"] = "python -m benchmarks.end_to_end " + " ".join(
-        "PATH" if argument == str(args.published) else argument for argument in sys.argv[1:]
-    )
+    where["command"] = recorded_command("ncsr_fast.benchmarks.end_to_end", sys.argv[1:], {args.published: "PATH"})
     tasks = [task for task in TASKS if task.name in (args.tasks or (ON_GPU if cuda else ON_CPU))]
     stored = args.out / f"end_to_end-{args.device}.json"
     others = json.loads(stored.read_text()) if stored.exists() else []
@@ -342,4 +344,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (ValueError, OSError, ImportError) as error:
+        sys.exit(f"python -m {__spec__.name}: {error}")

@@ -9,7 +9,11 @@ from .harness import COMPILED, REFERENCE
 
 Row = dict[str, Any]
 
-_SETTING = ("device", "threads", "torch", "triton", "cuda", "ncsr_fast", "commit", "date")
+# older rows lack the four after "device"
+_SETTING = (
+    "device", "cpu", "physical_cores", "instruction_set", "torch_instruction_set", "threads", "torch", "triton", "cuda",
+    "ncsr_fast", "commit", "date",
+)  # fmt: skip
 _CELL = ("operator", "direction", "shape", "layout", "dtype", *_SETTING)  # what rows must share to be compared
 _HEAD = (
     *_CELL[:5], "backend", "ms (p20–p80)", "GB/s", "of copy", "peak MiB", "eager ms", "× eager", "compile ms", "× compile",
@@ -26,11 +30,11 @@ def compared(rows: list[Row]) -> list[tuple[Row, Row | None, Row | None]]:
     """Every row of ours (of eager, where there is none) with those of the eager and the compiled reference of its cell."""
     cells: dict[tuple, dict[str, Row]] = {}
     for row in rows:
-        cells.setdefault(tuple(str(row[key]) for key in _CELL), {})[row["backend"]] = row
+        cells.setdefault(tuple(str(row.get(key)) for key in _CELL), {})[row["backend"]] = row
     ours = [row for row in rows if row["backend"] not in (REFERENCE, COMPILED)]
     result = []
     for row in ours or [row for row in rows if row["backend"] == REFERENCE]:
-        cell = cells[tuple(str(row[key]) for key in _CELL)]
+        cell = cells[tuple(str(row.get(key)) for key in _CELL)]
         result.append((row, cell.get(REFERENCE), cell.get(COMPILED)))
     return result
 
@@ -43,7 +47,7 @@ def table(rows: list[Row]) -> str:
     """Markdown, one table for every device and set of versions. Where a baseline is faster, the last column says which."""
     blocks: dict[str, list[tuple[str, ...]]] = {}
     for row, eager, compiled in compared(rows):
-        setting = ", ".join(f"{key} {row[key]}" for key in _SETTING if row[key] is not None)
+        setting = ", ".join(f"{key} {row[key]}" for key in _SETTING if row.get(key) is not None)
         ratios = {"eager": speed_up(row, eager), "compile": speed_up(row, compiled)}
         line = (
             row["operator"],
@@ -111,7 +115,7 @@ def _markdown(lines: list[tuple[str, ...]]) -> str:
 
 
 def end_to_end_table(rows: list[Row]) -> str:
-    """Markdown of the rows of `benchmarks.end_to_end`, a table a task: times, their ratio to the published program and to the
+    """Markdown of the rows of `end_to_end`, a table a task: times, their ratio to the published program and to the
     plain path, memory, and how much of the time the FLOPs alone would take at the rate of the fastest convolution measured."""
     blocks = []
     for task in dict.fromkeys(row["task"] for row in rows):
@@ -119,7 +123,7 @@ def end_to_end_table(rows: list[Row]) -> str:
         first = next(iter(arms.values()))
         rate = first["conv_flops_per_s"]
         lines = [
-            f"{first['what']} ({first['device']}, torch {first['torch']}, convolutions {rate / 1e9:.0f} GFLOP/s)",
+            f"{first['what']} ({', '.join(_machine(first))}, torch {first['torch']}, convolutions {rate / 1e9:.0f} GFLOP/s)",
             "",
             "| | s (p20–p80) | × published | × plain | peak MiB | GFLOP | floor | error | round trip |",
             "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
@@ -144,8 +148,12 @@ def end_to_end_table(rows: list[Row]) -> str:
     return "\n\n".join(blocks)
 
 
+def _machine(row: Row) -> list[str]:
+    return [str(row[key]) for key in ("device", "instruction_set") if row.get(key) is not None]
+
+
 def training_table(rows: list[Row]) -> str:
-    """Markdown of the rows of `benchmarks.training`, a table a task."""
+    """Markdown of the rows of `training`, a table a task."""
     provenance = {*_SETTING, "command", "task"}
     blocks = []
     for task in dict.fromkeys(row["task"] for row in rows):

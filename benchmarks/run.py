@@ -38,6 +38,7 @@ def run(args: argparse.Namespace) -> None:
         torch.cuda.set_device(device)
     if args.threads:
         torch.set_num_threads(args.threads)
+    where = provenance(device)
     plan = [(case, _backends(case, args.backends)) for case in _cases(args, device)]
     directions = _chosen("direction", args.directions, DIRECTIONS)
     compiled = _chosen("shape", args.compile_shapes or (), USES)
@@ -49,7 +50,6 @@ def run(args: argparse.Namespace) -> None:
     if complaints:
         raise ValueError("\n  ".join([f"{len(complaints)} results are wrong, so nothing is timed", *complaints]))
 
-    where = provenance(device)
     name = re.sub(r"\W+", "-", where["device"]).lower() if cuda else "cpu"
     path = Path(args.out) / f"operators-{name}{'-quick' * args.quick}.json"
     rows: list[dict[str, Any]] = []

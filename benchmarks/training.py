@@ -1,6 +1,6 @@
 """Training from photographs on disk: ours beside the published trainer's step, reading crops, resuming, several processes.
 
-    python -m benchmarks.training IMAGES --published PATH_TO_A_CHECKOUT_OF_NCSR
+    python -m ncsr_fast.benchmarks.training IMAGES --published PATH_TO_A_CHECKOUT_OF_NCSR
 
 `steps`      images a second, and the share of the time spent waiting for data: the paper's ×4 model, steps of the programs'
              own loops on the same PNG files, in turn
@@ -36,11 +36,10 @@ from ncsr_fast.training.stages import FlowStage
 from ncsr_fast.training.validation import Validation
 
 from .harness import quantiles, rounded
-from .provenance import provenance
+from .provenance import provenance, recorded_command
 from .published import PublishedTrainer
 from .report import to_json, training_table
 
-RESULTS = Path(__file__).parent / "results"
 TASKS = ("steps", "loader", "resume", "processes")
 _IMAGES = 40  # photographs, as PNG: the published data set reads nothing else
 _CROPS = 200  # of a loader
@@ -188,7 +187,12 @@ def processes(images: Path, scratch: Path, args: argparse.Namespace) -> Iterator
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {__spec__.name}",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,  # the command is stored in the rows
+    )
     parser.add_argument("images", type=Path, help="folder of photographs")
     parser.add_argument("--published", type=Path, help="checkout of the published NCSR repository; left out without one")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
@@ -199,13 +203,12 @@ def main() -> None:
     parser.add_argument("--bf16", action="store_true", help="an arm with bf16 networks too, slow on a CPU that has no bf16")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads (default: %(default)s)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON rows (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("."), help="folder of the JSON rows (default: %(default)s)")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     where = provenance(args.device)
-    where["command"] = "python -m benchmarks.training IMAGES " + " ".join(
-        "PATH" if argument == str(args.published) else argument for argument in sys.argv[2:]
-    )
+    paths = {args.images: "IMAGES", args.published: "PATH"}
+    where["command"] = recorded_command("ncsr_fast.benchmarks.training", sys.argv[1:], paths)
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
@@ -222,4 +225,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (ValueError, OSError, ImportError) as error:
+        sys.exit(f"python -m {__spec__.name}: {error}")

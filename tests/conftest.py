@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
+import installation
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-
-import ncsr_fast
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported: its kernels run on the CPU, slowly
 
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # processes of pytest-xdist share the cores
     torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])))
@@ -45,8 +42,70 @@ def pytest_terminal_summary(terminalreporter, config) -> None:
         terminalreporter.write("\n".join(lines) + "\n")
 
 
+def pytest_configure() -> None:
+    try:
+        installation.check()
+    except installation.Incomplete as error:
+        raise pytest.UsageError(str(error)) from error
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pycollect_makeitem():
+    """Make no test of the cells that its predicates (`operator_cases.where`) leave out."""
+    found = yield
+    if not isinstance(found, list):  # of functions: one for each set of parameters
+        return found
+    return [item for item in found if all(_holds(item, *mark.args) for mark in item.iter_markers("cells_where"))]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark tests by what they are."""
+    for item in items:
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        if parameters.get("device") == "cuda":
+            item.add_marker("gpu")
+        elif parameters.get("backend") == "triton":
+            item.add_marker("interpreter")
+        if item.get_closest_marker("exhaustive"):
+            item.add_marker("slow")
+
+
+def _holds(item: pytest.Item, predicate: Callable[..., bool], names: tuple[str, ...]) -> bool:
+    """Whether a predicate holds for those parameters of a test."""
+    return predicate(*(item.callspec.params[name] for name in names))
+
+
 def pytest_report_header() -> list[str]:
+    import ncsr_fast
+
     return [f"ncsr_fast {ncsr_fast.__version__} from {ncsr_fast.__path__[0]}, torch {torch.__version__}"]
+
+
+@pytest.hookimpl(trylast=True)  # one after the other on the same arguments, whose expected results a test may keep
+def pytest_generate_tests(metafunc) -> None:
+    if "instruction_set" in metafunc.fixturenames:
+        from ncsr_fast import _native
+
+        metafunc.parametrize("instruction_set", _native.instruction_sets(), indirect=True)
+
+
+@pytest.fixture
+def instruction_set(request):
+    """Each instruction set that the compiled module has for this CPU, in use during the test."""
+    from ncsr_fast import _native
+
+    before = _native.instruction_set()
+    _native.use_instruction_set(request.param)
+    yield request.param
+    _native.use_instruction_set(before)
+
+
+@pytest.fixture
+def threads():
+    """torch.set_num_threads, undone after the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import inspect
+import itertools
 import os
+from collections.abc import Callable, Iterable
 
+import installation
 import pytest
 import torch
 from torch import Tensor
 
 from ncsr_fast import ops
 
+if ("cpu", "native") in installation.cells():
+    from ncsr_fast import _native
+
 EPS = 1e-4
-DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-CELLS = [
-    pytest.param(device, name, id=f"{device}-{name}")
-    for device in DEVICES
-    for name, backend in ops.backends(device).items()
-    if backend.available
-]
+WIDEST = _native.instruction_sets()[0] if ("cpu", "native") in installation.cells() else None
+CELLS = [pytest.param(*cell, id="-".join(cell)) for cell in installation.cells()]
 cells = pytest.mark.parametrize("device, backend", CELLS)
 operators = pytest.mark.parametrize("name", ops.OPERATORS)
 directions = pytest.mark.parametrize("inverse", [False, True], ids=["forward", "inverse"])
@@ -26,9 +28,37 @@ directions = pytest.mark.parametrize("inverse", [False, True], ids=["forward", "
 ROUNDING = {torch.float64: 1e-13, torch.float32: 6e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 
-def exact_dtype(device: str, backend: str) -> torch.dtype:
-    """float64 where the backend has it."""
-    return torch.float64 if ops.backends(device, torch.float64)[backend].available else torch.float32
+def where(predicate: Callable[..., bool]) -> pytest.MarkDecorator:
+    """Decorator that keeps those cells of a test for which a predicate of some of its parameters, by name, holds."""
+    return pytest.mark.cells_where.with_args(predicate, tuple(inspect.signature(predicate).parameters))
+
+
+def pairwise_but_on_the_widest(**choices: Iterable) -> pytest.MarkDecorator:
+    """Decorator of a test of all combinations of these parameters on each instruction set: all on the widest one, on the
+    others a few in which each pair of values of any two parameters is there.
+    """
+    few = _pairwise([list(values) for values in choices.values()])
+
+    def wanted(instruction_set: str, *values) -> bool:
+        return instruction_set == WIDEST or values in few
+
+    return pytest.mark.cells_where.with_args(wanted, ("instruction_set", *choices))
+
+
+def _pairwise(choices: list[list]) -> set[tuple]:
+    """Combinations of one of each, chosen greedily until each pair is in one of them."""
+    every = [(each, set(itertools.combinations(enumerate(each), 2))) for each in itertools.product(*choices)]
+    missing, chosen = set().union(*(pairs for _, pairs in every)), set()
+    while missing:
+        best, pairs = max(every, key=lambda entry: len(entry[1] & missing))
+        chosen.add(best)
+        missing -= pairs
+    return chosen
+
+
+def exact_dtype(backend: str) -> torch.dtype:
+    """float64, which all backends but Triton's kernels have."""
+    return torch.float32 if backend == "triton" else torch.float64
 
 
 def arguments(name: str, channels: int = 6, size=(2, 3), batch: int = 2, dtype=torch.float64, device="cpu") -> list[Tensor]:

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ncsr_fast import NCSR, NCSRConfig
 
@@ -52,6 +59,43 @@ def relative_error(value: Tensor, expected: Tensor) -> float:
     """Largest difference over the largest magnitude of `expected`, the measure of the conformance README."""
     expected = expected.double()
     return float((value.double() - expected).abs().max() / expected.abs().max())
+
+
+def fresh_process(code: str, folder: Path, **environment: str) -> str:
+    """What a fresh Python prints, in a folder away from the checkout, whose package may not be the installed one."""
+    command, environment = [sys.executable, "-c", code], {**os.environ, **environment}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment, check=False)
+    assert done.returncode == 0, (done.returncode, done.stderr)
+    return done.stdout.strip()
+
+
+class Watch(TorchDispatchMode):
+    """Calls a function with the name and the positional arguments of every call of an ATen or other operator."""
+
+    def __init__(self, call: Callable[[str, tuple], None]) -> None:
+        super().__init__()
+        self.call = call
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.call(function.name().split(".")[0], args)
+        return function(*args, **(kwargs or {}))
+
+
+def _slice_of_channels_last(x: Tensor) -> Tensor:
+    batch, channels, *size = x.shape
+    around = torch.full((batch, channels + 10, *size), float("nan"), dtype=x.dtype).to(memory_format=torch.channels_last)
+    around[:, 3 : 3 + channels] = x
+    return around[:, 3 : 3 + channels]
+
+
+# the same values, lying otherwise in memory; what lies around them is NaN
+LAYOUTS = {
+    "nchw": lambda x: x.contiguous(),
+    "channels-last": lambda x: x.contiguous(memory_format=torch.channels_last),
+    "slice of channels-last": _slice_of_channels_last,
+    "crop": lambda x: F.pad(x, (2, 3, 1, 2), value=float("nan"))[:, :, 1:-2, 2:-3],
+    "turned": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
+}
 
 
 @dataclass
@@ -107,14 +151,23 @@ def vector_file(name: str) -> Path:
     pytest.skip(f"{name} is in none of {', '.join(map(str, folders))}; set NCSR_CONFORMANCE")
 
 
+def shared_file(name: str) -> Path:
+    """A file that is kept beside the checkout, or beside the folder NCSR_CONFORMANCE; skips when it is nowhere."""
+    folders = [SHARED, *(Path(folder).parent for folder in filter(None, [os.environ.get("NCSR_CONFORMANCE")]))]
+    for folder in folders:
+        if (folder / name).is_file():
+            return folder / name
+    pytest.skip(f"{name} is in none of {', '.join(map(str, folders))}")
+
+
 def load_case(name: str) -> Case:
     with np.load(vector_file(f"{name}.npz")) as arrays:
         return Case(name, json.loads(vector_file(f"{name}.json").read_text()), dict(arrays))
 
 
-def weights_module():
-    """tests/conformance/weights.py."""
-    spec = importlib.util.spec_from_file_location("conformance_weights", VECTORS / "weights.py")
+def weights_module(folder: str = "."):
+    """weights.py of tests/conformance, or of a folder there."""
+    spec = importlib.util.spec_from_file_location("conformance_weights", VECTORS / folder / "weights.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -143,6 +196,17 @@ def as_a_worker(target, *arguments) -> None:
     parent's OpenMP threads, and would wait for them for ever."""
     torch.set_num_threads(1)
     target(*arguments)
+
+
+@contextlib.contextmanager
+def full_disk(room: int = 500):
+    """Files of this process take `room` bytes and no more: writing beyond them fails as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def assert_same_weights(first: NCSR, second: NCSR) -> None:

@@ -71,7 +71,11 @@ def edit_config(**changes):
 
 
 DAMAGE = {
-    "truncated-weights": (damage_weights, CheckpointError, "model.safetensors' is truncated or corrupt"),
+    "truncated-weights": (
+        damage_weights,
+        CheckpointError,
+        "model.safetensors' is not a readable checkpoint: it is truncated or corrupt",
+    ),
     "other-weights": (other_weights, CheckpointError, r"unexpected: encoder.body.2.rdb1.conv1"),
     "text-config": (
         lambda d: (d / "config.json").write_text("{"),

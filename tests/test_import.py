@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+from support import fresh_process
 
 import ncsr_fast
 
 BLOCKED = ("triton", "PIL", "safetensors", "tqdm", "skimage", "lpips", "ncsr_fast._native", "ncsr_fast.kernels")
 
 
-def run(code: str) -> str:
-    """The output of a fresh Python process."""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def test_import_and_model_without_anything_but_torch():
+def test_import_and_model_without_anything_but_torch(tmp_path):
     code = f"""
 import sys
 for name in {BLOCKED!r}:
@@ -27,11 +19,12 @@ config = ncsr_fast.NCSRConfig(channels=4, growth=2, blocks=1, stacked_blocks=(0,
 model = ncsr_fast.NCSR(config)
 print(tuple(model.sample(torch.rand(1, 3, 2, 2), n=2).shape), ncsr_fast.ops.backends()["reference"].available)
 """
-    assert run(code).strip() == "(1, 2, 3, 8, 8) True"
+    assert fresh_process(code, tmp_path) == "(1, 2, 3, 8, 8) True"
 
 
-def test_import_pulls_in_nothing_heavy():
-    added = run("import sys, torch; before = set(sys.modules); import ncsr_fast; print(*set(sys.modules) - before)").split()
+def test_import_pulls_in_nothing_heavy(tmp_path):
+    code = "import sys, torch; before = set(sys.modules); import ncsr_fast; print(*set(sys.modules) - before)"
+    added = fresh_process(code, tmp_path).split()
     assert {name.split(".")[0] for name in added} == {"ncsr_fast"}
     assert not {f"ncsr_fast.{name}" for name in ("cli", "compat", "data", "metrics", "training")} & set(added)
 

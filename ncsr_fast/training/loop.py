@@ -17,12 +17,13 @@ from tqdm import tqdm
 
 from ncsr_fast.data.crops import RandomCrops, crop_loader
 from ncsr_fast.graphs import TrainingStep, adam
+from ncsr_fast.memory import is_out_of_memory
 from ncsr_fast.nn.ncsr import NCSR
 from ncsr_fast.synchronization import reading_is_free
 from ncsr_fast.training.batch import Draws
 from ncsr_fast.training.diagnose import without_texture
 from ncsr_fast.training.lock import sole_writer
-from ncsr_fast.training.memory import advice, is_out_of_memory
+from ncsr_fast.training.memory import advice
 from ncsr_fast.training.processes import Processes, StopSignals, TrainingStopped, joined
 from ncsr_fast.training.run import Run
 from ncsr_fast.training.settings import TrainSettings

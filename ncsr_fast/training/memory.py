@@ -111,17 +111,23 @@ class MemoryEstimate:
         return "\n".join([f"Memory of a step in each process, GiB: {what}", "", *table, "", *notes])
 
 
-def estimate(settings: TrainSettings, *, available: int | None = None, processes: int = 1) -> MemoryEstimate:
+def estimate(
+    settings: TrainSettings, *, available: int | None = None, processes: int = 1, alternatives: bool = True
+) -> MemoryEstimate:
     """The memory of a run with these settings, and with the other precisions and with or without checkpointing.
 
-    available  bytes, to say what batch they hold; None: those of the GPU, where there is one
-    processes  that share the batch, each on a device of its own
+    Args:
+        settings: Of the run.
+        available: Bytes, to say what batch they hold. None: those of the GPU, where there is one.
+        processes: Number of processes that share the batch, each on a device of its own.
+        alternatives: False leaves out all but the precision and the checkpointing of the settings, in a quarter of the time.
     """
     if available is None and torch.cuda.is_available():
         available = available_memory("cuda")
     batch = math.ceil(settings.batch / processes)
     precisions = (settings.precision, "fp32" if settings.precision == "bf16" else "bf16")
     ways = [(precision, way) for precision in precisions for way in (settings.checkpoint, not settings.checkpoint)]
+    ways = ways if alternatives else ways[:1]
     sizes = (1, max(batch, _MEASURED))
     encoder = _encoder_stage(settings, sizes)
     variants = tuple(Variant(*way, {**encoder, **_flow_stages(settings, *way, sizes)}) for way in ways)
@@ -135,15 +141,6 @@ def available_memory(device: torch.device | str) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[1]
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out, on a GPU or on the CPU, whose allocator raises a plain RuntimeError."""
-    if isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and any(
-        text in str(error) for text in ("can't allocate memory", "not enough memory", "out of memory", "_ALLOC_FAILED")
-    )
 
 
 def advice(settings: TrainSettings, error: BaseException, available_bytes: int | None = None, processes: int = 1) -> str:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ncsr_fast.data.images import write_image
-from ncsr_fast.files import CheckpointError, atomic_write, differences, listed
+from ncsr_fast.files import CheckpointError, atomic_write, check_finite, differences, listed, read_checkpoint
 from ncsr_fast.training.board import Board
 from ncsr_fast.training.processes import TrainingStopped
 from ncsr_fast.training.settings import TrainSettings
@@ -221,7 +221,10 @@ def _load(path: Path) -> dict[str, Any]:
         damaged = archive.testzip()
     if damaged is not None:
         raise CheckpointError(f"the checksum of {damaged} is wrong")
-    return torch.load(path, map_location="cpu", weights_only=True)
+    checkpoint = read_checkpoint(path)
+    if isinstance(checkpoint, dict) and "model" in checkpoint:  # without it, `_check` says what it is
+        check_finite(checkpoint["model"], "its model")
+    return checkpoint
 
 
 def _check(checkpoint: Any, model: nn.Module, path: Path) -> None:

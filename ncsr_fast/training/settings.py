@@ -31,7 +31,9 @@ class TrainSettings:
     model              its architecture
     start_from         model directory, published .pth or shipped name whose weights, actnorms included, both stages start
                        from, to fine-tune it; None for random weights and data-dependent actnorms
-    encoder_weights    what the encoder starts from: a published RRDB or ESRGAN file, or RUN/encoder of another run
+    encoder_weights    what the encoder starts from: a published RRDB or ESRGAN file, or RUN/encoder of another run. Its long
+                       skip starts at the last block whatever it is: of an ESRGAN generator, whose skip starts at the first
+                       convolution, the weights are a start and not the same pictures
 
     Data (relative paths begin at the current folder, also those of a YAML; ~ is the home folder, patterns are not expanded)
     images             folders of HR images, subfolders included, and published .pklv4 files, taken together

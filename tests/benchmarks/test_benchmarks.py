@@ -14,8 +14,8 @@ from ncsr_fast.cli.main import main
 
 FIELDS = [
     "operator", "backend", "direction", "shape", "dtype", "layout", "used_by", "gradients_recorded", "median_ms", "p20_ms",
-    "p80_ms", "rounds", "bytes", "gb_per_s", "share_of_copy", "peak_bytes", "device", "threads", "torch", "triton", "cuda",
-    "ncsr_fast", "commit", "date", "command",
+    "p80_ms", "rounds", "bytes", "gb_per_s", "share_of_copy", "peak_bytes", "device", "cpu", "physical_cores",
+    "instruction_set", "torch_instruction_set", "threads", "torch", "triton", "cuda", "ncsr_fast", "commit", "date", "command",
 ]  # fmt: skip
 
 

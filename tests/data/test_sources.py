@@ -32,7 +32,7 @@ def test_two_files_of_one_stem_are_refused(pictures, tmp_path, folder):
     pictures("hr/a.png", "hr/sub/b.png", "lr/a.png", "lr/sub/b.png")
     assert pairs(tmp_path) == [("a.png", "a.png"), ("b.png", "b.png")]
     pictures(f"{folder}/sub/b.jpg")
-    named = f"{folder}/sub/b.jpg' and '.*{folder}/sub/b.png' differ in nothing but the suffix.*remove one"
+    named = f"{folder}/sub/b.jpg' and '.*{folder}/sub/b.png' would both be the image 'sub/b' of a pair; take one away"
     with pytest.raises(ValueError, match=named):
         pairs(tmp_path)
 

@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from support import image, tiny_model
+from support import Watch, image, tiny_model
 
 from ncsr_fast import NCSR
 from ncsr_fast.engine.convolution import ConvolutionMethod
@@ -76,14 +76,12 @@ def test_a_dense_block_is_its_definition(channels, growth, layout):
         assert torch.allclose(found, expected, rtol=0, atol=1e-12 * float(expected.abs().max()))
 
 
-class Count(torch.utils._python_dispatch.TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: Counter[str] = Counter()
+class Count(Watch):
+    """The number of calls of each operator."""
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.calls[function.name().split("::")[1].split(".")[0]] += 1
-        return function(*args, **(kwargs or {}))
+    def __init__(self) -> None:
+        self.calls: Counter[str] = Counter()
+        super().__init__(lambda name, _: self.calls.update([name.split("::")[1]]))
 
 
 def test_one_determinant_and_one_inverse_a_level(monkeypatch):

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from caching import made_once
 from operator_cases import ROUNDING, arguments, assert_close, differentiable, directions, formula, laid_out, operators, run
 
 from ncsr_fast import ops
@@ -28,23 +29,31 @@ def compiled(command: list[str]) -> str:
     return done.stdout
 
 
+def sources_of_cuda() -> list[Path]:
+    return [*sorted(SOURCES.iterdir()), HERE / "emulated_cuda.cpp"]
+
+
 @pytest.fixture(scope="module")
-def emulated(tmp_path_factory):
+def emulated(pytestconfig):
     """A module like ncsr_fast._native whose CUDA device is the CPU."""
     compiler, pybind11 = shutil.which("g++"), importlib.util.find_spec("pybind11")
     if compiler is None or pybind11 is None or not ops.backends("cpu")["native"].available:
         pytest.skip("needs g++, pybind11 and the compiled module")
-    folder = tmp_path_factory.mktemp("emulated")
     includes = [f"-I{path}" for path in (SOURCES, sysconfig.get_path("include"), Path(pybind11.origin).parent / "include")]
     common = [compiler, "-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-pthread", *includes]
     defines = ["-DNCSR_CUDA", "-DNCSR_ISA=baseline", '-DNCSR_BUILD_INFO="emulated"']
     files = [SOURCES / "module.cpp", SOURCES / "cpu.cpp", HERE / "emulated_cuda.cpp"]
-    objects = [str(folder / f"{file.stem}.o") for file in files]
-    running = [subprocess.Popen([*common, *defines, "-c", str(file), "-o", obj]) for file, obj in zip(files, objects)]
-    assert [process.wait() for process in running] == [0, 0, 0]
-    library = folder / f"_native{sysconfig.get_config_var('EXT_SUFFIX')}"
-    compiled([*common, "-shared", *objects, "-o", str(library)])
-    spec = importlib.util.spec_from_file_location("_native", library)
+    library = f"_native{sysconfig.get_config_var('EXT_SUFFIX')}"
+
+    def compile_module(folder: Path) -> None:
+        objects = [str(folder / f"{file.stem}.o") for file in files]
+        running = [subprocess.Popen([*common, *defines, "-c", str(file), "-o", obj]) for file, obj in zip(files, objects)]
+        assert [process.wait() for process in running] == [0, 0, 0]
+        compiled([*common, "-shared", *objects, "-o", str(folder / library)])
+
+    causes = [*sources_of_cuda(), *common, *defines, compiled([compiler, "--version"])]
+    folder = made_once(pytestconfig, "emulated_cuda", causes, compile_module)
+    spec = importlib.util.spec_from_file_location("_native", folder / library)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -60,7 +69,7 @@ def on_the_emulation(emulated, monkeypatch):
         call(*rest, x.dtype == torch.float64, (1, 0, 0, memory.data_ptr()))
 
     monkeypatch.setattr(calls, "native", emulated)
-    monkeypatch.setattr(calls, "_run", run_emulated)
+    monkeypatch.setattr(calls, "_launch", run_emulated)
 
 
 @operators
@@ -105,13 +114,20 @@ def test_emulated_empty(on_the_emulation, size, batch):
         assert grad.isfinite().all()
 
 
-@pytest.mark.parametrize("architecture", ["80", "90"])
-def test_cuda_kernels_do_not_spill(architecture, tmp_path, compiler_report):
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", [pytest.param("80", marks=pytest.mark.exhaustive), "90"])
+def test_cuda_kernels_do_not_spill(architecture, pytestconfig, compiler_report):
     nvcc = shutil.which("nvcc")
     if nvcc is None:
         pytest.skip("there is no nvcc")
     flags = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Xptxas=-v", f"-arch=sm_{architecture}"]
-    text = compiled([nvcc, *flags, "-c", str(SOURCES / "cuda.cu"), "-o", str(tmp_path / "cuda.o")])
+
+    def compile_kernels(folder: Path) -> None:
+        text = compiled([nvcc, *flags, "-c", str(SOURCES / "cuda.cu"), "-o", str(folder / "cuda.o")])
+        (folder / "said.txt").write_text(text)
+
+    causes = [*sources_of_cuda(), *flags, compiled([nvcc, "--version"])]
+    text = (made_once(pytestconfig, f"spills-{architecture}", causes, compile_kernels) / "said.txt").read_text()
     kernels = re.findall(
         r"Compiling entry function '(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers(.*?)\n",
         text, flags=re.DOTALL,

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
-from operator_cases import assert_close
+from operator_cases import assert_close, pairwise_but_on_the_widest
+from support import LAYOUTS, fresh_process
 from torch import Tensor
 
 from ncsr_fast import ops
@@ -16,29 +16,13 @@ from ncsr_fast import ops
 if not ops.backends("cpu")["native"].available:
     pytest.skip(ops.backends("cpu")["native"].reason, allow_module_level=True)
 
-from ncsr_fast import _native
 from ncsr_fast.engine.convolution import ConvolutionMethod
 from ncsr_fast.engine.network import Network, evaluate
 from ncsr_fast.ops._native import network_fwd
 
 LAST = torch.channels_last
-dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-
-
-@pytest.fixture(params=_native.instruction_sets())
-def instruction_set(request):
-    before = _native.instruction_set()
-    _native.use_instruction_set(request.param)
-    yield request.param
-    _native.use_instruction_set(before)
-
-
-@pytest.fixture
-def threads():
-    """Sets torch's number of threads, for the test."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
+DTYPES = [torch.float32, torch.float64]
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
 def network(kept: int, hidden: int, outputs: int, size=(5, 7), batch: int = 2, dtype=torch.float64) -> list[Tensor | None]:
@@ -123,23 +107,7 @@ def test_pieces_of_an_image(instruction_set, dtype, kept, outputs, size):
     assert_like_the_formula(network(kept, 64, outputs, size, batch=1, dtype=dtype))
 
 
-def sliced(x: Tensor) -> Tensor:
-    """Some of the channels of a channels-last tensor, NaN around them."""
-    batch, channels, *size = x.shape
-    around = torch.full((batch, channels + 10, *size), float("nan"), dtype=x.dtype).to(memory_format=LAST)
-    around[:, 3 : 3 + channels] = x
-    return around[:, 3 : 3 + channels]
-
-
-LAYOUTS = {
-    "nchw": lambda x: x.contiguous(),
-    "channels-last": lambda x: x.contiguous(memory_format=LAST),
-    "slice of channels-last": sliced,
-    "crop": lambda x: F.pad(x, (2, 3, 1, 2), value=float("nan"))[:, :, 1:-2, 2:-3],
-    "turned": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
-}
-
-
+@pairwise_but_on_the_widest(of_x=[*LAYOUTS, "none"], of_pre=LAYOUTS, hidden=[32, 33], dtype=DTYPES)
 @dtypes
 @pytest.mark.parametrize("hidden", [32, 33])
 @pytest.mark.parametrize("of_pre", LAYOUTS)
@@ -230,5 +198,4 @@ print("survived")
 """
     if not sys.platform.startswith("linux"):
         pytest.skip("protects pages by libc")
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False)
-    assert done.stdout.strip() == "survived", (done.returncode, done.stderr)
+    assert fresh_process(code, tmp_path) == "survived"

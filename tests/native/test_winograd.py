@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import subprocess
+import functools
 import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
-from operator_cases import assert_close
+from operator_cases import assert_close, pairwise_but_on_the_widest
+from support import LAYOUTS, fresh_process
 from torch import Tensor
 
 from ncsr_fast import ops
@@ -16,27 +17,11 @@ from ncsr_fast import ops
 if not ops.backends("cpu")["native"].available:
     pytest.skip(ops.backends("cpu")["native"].reason, allow_module_level=True)
 
-from ncsr_fast import _native
 from ncsr_fast.ops._native import conv3x3_bwd_input, conv3x3_bwd_weight, conv3x3_fwd
 
 LAST = torch.channels_last
-dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-
-
-@pytest.fixture(params=_native.instruction_sets())
-def instruction_set(request):
-    before = _native.instruction_set()
-    _native.use_instruction_set(request.param)
-    yield request.param
-    _native.use_instruction_set(before)
-
-
-@pytest.fixture
-def threads():
-    """Sets torch's number of threads, for the test."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
+DTYPES, EITHER = [torch.float32, torch.float64], [False, True]
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
 def case(inputs: int, outputs: int, size=(5, 7), batch: int = 2, dtype=torch.float64) -> list[Tensor]:
@@ -82,14 +67,28 @@ def gradients(dy: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Te
     return torch.ops.aten.convolution_backward(*tensors, [weight.shape[0]], *rest)
 
 
-def assert_like_torch(x: Tensor, weight: Tensor, bias: Tensor, dy: Tensor) -> None:
-    outputs, inputs = weight.shape[:2]
+@functools.lru_cache(maxsize=1)
+def case_by_torch(inputs: int, outputs: int, size, batch: int, dtype: torch.dtype, copies: bool = False) -> list[Tensor]:
+    """Those of `case`; y, dx, dw and db in float64, made once for all instruction sets.
+
+    With copies y is the convolution of the enlarged x, dy of its size, and dx the gradient of x itself.
+    """
+    x, weight, bias, dy = case(inputs, outputs, size, batch, dtype)
+    if not copies:
+        y = F.conv2d(x.double(), weight.double(), bias.double(), padding=1)
+        return [x, weight, bias, dy, y, *gradients(dy, x, weight)]
+    dy = case(outputs, 1, (2 * size[0], 2 * size[1]), batch, dtype)[0]
+    y = F.conv2d(enlarged(x), weight.double(), bias.double(), padding=1)
+    dx, dw, db = gradients(dy, enlarged(x), weight)
+    return [x, weight, bias, dy, y, 4 * F.avg_pool2d(dx, 2), dw, db]
+
+
+def assert_like_torch(inputs: int, outputs: int, size, batch: int = 2, *, dtype: torch.dtype) -> None:
+    x, weight, bias, dy, y, dx, dw, db = case_by_torch(inputs, outputs, size, batch, dtype)
     value = conv3x3_fwd(x, weight, bias)
     assert value.dtype == x.dtype
     assert value.is_contiguous(memory_format=LAST)
-    expected = F.conv2d(x.double(), weight.double(), bias.double(), padding=1)
-    assert_close(value, expected, forward_tolerance(x.dtype, inputs, dy), "y")
-    dx, dw, db = gradients(dy, x, weight)
+    assert_close(value, y, forward_tolerance(x.dtype, inputs, dy), "y")
     value = conv3x3_bwd_input(dy, weight)
     assert value.is_contiguous(memory_format=LAST)
     assert_close(value, dx, forward_tolerance(x.dtype, outputs, dy), "dx")
@@ -104,14 +103,14 @@ def assert_like_torch(x: Tensor, weight: Tensor, bias: Tensor, dy: Tensor) -> No
 @pytest.mark.parametrize("size", [(1, 1), (1, 7), (5, 1), (2, 2), (6, 6), (9, 13), (3, 98), (20, 21), (45, 46)], ids=str)
 def test_sizes(instruction_set, dtype, size):
     """Tiles of both sizes, partly outside the image, and blocks of 24 and 192 tiles, all of a height and not."""
-    assert_like_torch(*case(16, 32, size, dtype=dtype))
+    assert_like_torch(16, 32, size, dtype=dtype)
 
 
 @dtypes
 @pytest.mark.parametrize("inputs, outputs", [(1, 1), (3, 64), (64, 3), (5, 7), (16, 33), (31, 32), (66, 130), (192, 64)])
 def test_channels(instruction_set, dtype, inputs, outputs):
     """Whole vectors and panels, parts of them, and the next group of panels."""
-    assert_like_torch(*case(inputs, outputs, (4, 9), dtype=dtype))
+    assert_like_torch(inputs, outputs, (4, 9), dtype=dtype)
 
 
 @dtypes
@@ -123,24 +122,7 @@ def test_channels(instruction_set, dtype, inputs, outputs):
     ids=str,
 )
 def test_pieces(instruction_set, dtype, inputs, outputs, size, batch):
-    assert_like_torch(*case(inputs, outputs, size, batch, dtype))
-
-
-def sliced(x: Tensor) -> Tensor:
-    """Some of the channels of a channels-last tensor, NaN around them."""
-    batch, channels, *size = x.shape
-    around = torch.full((batch, channels + 10, *size), float("nan"), dtype=x.dtype).to(memory_format=LAST)
-    around[:, 3 : 3 + channels] = x
-    return around[:, 3 : 3 + channels]
-
-
-LAYOUTS = {
-    "nchw": lambda x: x.contiguous(),
-    "channels-last": lambda x: x.contiguous(memory_format=LAST),
-    "slice of channels-last": sliced,
-    "crop": lambda x: F.pad(x, (2, 3, 1, 2), value=float("nan"))[:, :, 1:-2, 2:-3],
-    "turned": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
-}
+    assert_like_torch(inputs, outputs, size, batch, dtype=dtype)
 
 
 def memory(x: Tensor) -> Tensor:
@@ -148,8 +130,9 @@ def memory(x: Tensor) -> Tensor:
     return torch.as_strided(x, (x.untyped_storage().nbytes() // x.element_size(),), (1,), 0)
 
 
+@pairwise_but_on_the_widest(of_x=LAYOUTS, of_out=LAYOUTS, dtype=DTYPES, accumulate=EITHER)
 @dtypes
-@pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.parametrize("accumulate", EITHER)
 @pytest.mark.parametrize("of_out", LAYOUTS)
 @pytest.mark.parametrize("of_x", LAYOUTS)
 def test_layouts(instruction_set, dtype, of_x, of_out, accumulate):
@@ -189,11 +172,12 @@ def test_out_beside_x(instruction_set, dtype, inputs, outputs, channels):
     assert torch.equal(together[:, inputs:], before[:, inputs:])
 
 
+@pairwise_but_on_the_widest(inputs=[16, 5, 400], slope=[0.0, 0.2, 1.0], with_bias=EITHER, accumulate=EITHER, dtype=DTYPES)
 @dtypes
 @pytest.mark.parametrize("inputs, outputs", [(16, 32), (5, 7), (400, 40)])
 @pytest.mark.parametrize("slope", [0.0, 0.2, 1.0])
-@pytest.mark.parametrize("with_bias", [False, True])
-@pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.parametrize("with_bias", EITHER)
+@pytest.mark.parametrize("accumulate", EITHER)
 def test_what_follows_the_sums(instruction_set, dtype, inputs, outputs, slope, with_bias, accumulate):
     x, weight, bias, before = case(inputs, outputs, dtype=dtype)
     out = before.contiguous(memory_format=LAST)
@@ -202,12 +186,13 @@ def test_what_follows_the_sums(instruction_set, dtype, inputs, outputs, slope, w
     assert_close(out, F.leaky_relu(sums, slope) + before.double() * accumulate, forward_tolerance(dtype, inputs, out), "y")
 
 
+@pairwise_but_on_the_widest(gated=[32, 64, 2, 53, 17], of_gate=LAYOUTS, accumulate=EITHER, dtype=DTYPES)
 @dtypes
 @pytest.mark.parametrize(
     "inputs, outputs, gated", [(96, 32, 32), (64, 32, 64), (5, 7, 2), (33, 40, 32), (70, 40, 53), (40, 700, 17)]
 )
 @pytest.mark.parametrize("of_gate", LAYOUTS)
-@pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.parametrize("accumulate", EITHER)
 def test_a_gradient_through_a_gate(instruction_set, dtype, inputs, outputs, gated, of_gate, accumulate):
     """Of the last channels of x, a leaky relu's: whole vectors of them, and some that begin within one."""
     _, weight, _, dy = case(inputs, outputs, dtype=dtype)
@@ -228,20 +213,18 @@ def enlarged(x: Tensor) -> Tensor:
 @pytest.mark.parametrize("inputs, outputs", [(16, 32), (5, 7), (70, 130), (200, 1100), (700, 40)])
 def test_copies(instruction_set, dtype, size, inputs, outputs):
     """The convolution of 2x2 copies of every pixel and its gradients, as those of the enlarged image."""
-    x, weight, bias, _ = case(inputs, outputs, size, dtype=dtype)
-    dy = case(outputs, 1, (2 * size[0], 2 * size[1]), dtype=dtype)[0]
-    expected = F.conv2d(enlarged(x), weight.double(), bias.double(), padding=1)
-    assert_close(conv3x3_fwd(x, weight, bias, copies=True), expected, forward_tolerance(dtype, inputs, dy), "y")
-    dx, dw, db = gradients(dy, enlarged(x), weight)
+    x, weight, bias, dy, y, dx, dw, db = case_by_torch(inputs, outputs, size, 2, dtype, copies=True)
+    assert_close(conv3x3_fwd(x, weight, bias, copies=True), y, forward_tolerance(dtype, inputs, dy), "y")
     value = conv3x3_bwd_input(dy, weight, copies=True)
-    assert_close(value, 4 * F.avg_pool2d(dx, 2), forward_tolerance(dtype, outputs, dy), "dx")
+    assert_close(value, dx, forward_tolerance(dtype, outputs, dy), "dx")
     dweight, dbias = conv3x3_bwd_weight(dy, x, copies=True)
     assert_close(dweight, dw, weight_tolerance(dtype, dy), "dweight")
     assert_close(dbias, db, weight_tolerance(dtype, dy), "dbias")
 
 
+@pairwise_but_on_the_widest(of_x=LAYOUTS, of_out=LAYOUTS, dtype=DTYPES, accumulate=EITHER)
 @dtypes
-@pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.parametrize("accumulate", EITHER)
 @pytest.mark.parametrize("of_x", LAYOUTS)
 @pytest.mark.parametrize("of_out", LAYOUTS)
 def test_layouts_of_copies(instruction_set, dtype, of_x, of_out, accumulate):
@@ -375,5 +358,4 @@ print("survived")
 """
     if not sys.platform.startswith("linux"):
         pytest.skip("protects pages by libc")
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False)
-    assert done.stdout.strip() == "survived", (done.returncode, done.stderr)
+    assert fresh_process(code, tmp_path) == "survived"

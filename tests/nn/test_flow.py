@@ -68,8 +68,12 @@ def test_log_likelihood_has_the_determinant_of_the_jacobian(variant):
     assert model.nll(hr, lr, noise).item() == pytest.approx(expected_nll.item(), abs=1e-10)
 
 
-def test_gradcheck_of_a_tiny_flow():
-    """Finite differences of nll and of decode, with respect to the images, the noise and parameters of every kind."""
+@pytest.mark.slow
+@pytest.mark.parametrize("fast", [True, pytest.param(False, marks=pytest.mark.exhaustive)])
+def test_gradcheck_of_a_tiny_flow(fast):
+    """Finite differences of nll and of decode, with respect to the images, the noise and parameters of every kind: along one
+    random direction of all inputs and outputs, or with `fast` off along each.
+    """
     model = tiny_model()
     lr, hr = image(1, 3, 2, 2, seed=1), image(1, 3, 8, 8, seed=2)
     noise = condition(model, lr)
@@ -95,9 +99,10 @@ def test_gradcheck_of_a_tiny_flow():
         return torch.func.functional_call(Call(), {f"model.{n}": v for n, v in zip(names, values)}, (method, *args))
 
     images = [hr.requires_grad_(), lr.requires_grad_(), noise.requires_grad_()]
-    assert torch.autograd.gradcheck(lambda *values: call("nll", images, values), tensors)
-    assert torch.autograd.gradcheck(lambda a, b, c: model.nll(a, b, c), images)
-    assert torch.autograd.gradcheck(lambda *values: call("decode", (latents, lr.detach(), noise.detach()), values), tensors)
+    assert torch.autograd.gradcheck(lambda *values: call("nll", images, values), tensors, fast_mode=fast)
+    assert torch.autograd.gradcheck(lambda a, b, c: model.nll(a, b, c), images, fast_mode=fast)
+    decode = (latents, lr.detach(), noise.detach())
+    assert torch.autograd.gradcheck(lambda *values: call("decode", decode, values), tensors, fast_mode=fast)
 
 
 def test_every_trainable_parameter_gets_a_gradient():

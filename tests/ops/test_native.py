@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 
 import pytest
 import torch
 from operator_cases import ROUNDING, arguments, assert_close, differentiable, directions, formula, operators, run
+from support import fresh_process
 
 from ncsr_fast import ops
 from ncsr_fast.ops import _fold
@@ -17,21 +17,6 @@ if not ops.backends("cpu")["native"].available:
 
 from ncsr_fast import _native
 from ncsr_fast.ops import _native as calls
-
-
-def fresh_process(code: str, folder) -> str:
-    """What a fresh Python prints, away from the checkout, whose package is not the installed one."""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=folder, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
-
-
-@pytest.fixture(params=_native.instruction_sets())
-def instruction_set(request):
-    before = _native.instruction_set()
-    _native.use_instruction_set(request.param)
-    yield request.param
-    _native.use_instruction_set(before)
 
 
 def test_the_widest_instruction_set_is_chosen_at_import(tmp_path):

@@ -2,9 +2,23 @@
 
 from __future__ import annotations
 
+import installation
 import pytest
 import torch
-from operator_cases import EPS, ROUNDING, arguments, assert_close, cells, differentiable, directions, laid_out, operators, run
+from operator_cases import (
+    EPS,
+    ROUNDING,
+    arguments,
+    assert_close,
+    cells,
+    differentiable,
+    directions,
+    laid_out,
+    operators,
+    run,
+    where,
+)
+from support import Watch
 
 from ncsr_fast import ops
 
@@ -25,17 +39,15 @@ def registered_call(name: str, inverse: bool, backend: str, tensors: list) -> tu
     return op, (*tensors, EPS, inverse, name, backend)
 
 
-def compiled_cells(backend: str) -> None:
-    if backend == "reference":
-        pytest.skip("the reference is plain PyTorch")
+registered = where(lambda backend: backend != "reference")  # which is plain PyTorch
 
 
 @operators
 @cells
+@registered
 @directions
 @pytest.mark.parametrize("way", LAYOUTS)
 def test_opcheck(name, device, backend, inverse, way):
-    compiled_cells(backend)
     tensors = laid_out(differentiable(arguments(name, channels=6, size=(2, 3), dtype=torch.float32, device=device)), way)
     op, call = registered_call(name, inverse, backend, tensors)
     torch.library.opcheck(op.default, call)
@@ -51,9 +63,9 @@ def test_opcheck_of_the_inverse(transposed):
 
 @operators
 @cells
+@registered
 @pytest.mark.parametrize("way", LAYOUTS)
 def test_opcheck_of_the_backward(name, device, backend, way):
-    compiled_cells(backend)
     tensors = laid_out(arguments(name, channels=6, size=(2, 3), dtype=torch.float32, device=device), way)
     op, call = registered_call(name, False, backend, tensors)
     y, logdet = op(*call)
@@ -84,9 +96,9 @@ def test_compile_fullgraph(name, device, backend, inverse, way):
 
 
 @cells
+@registered
 def test_compile_with_inductor_and_sizes_that_change(device, backend):
     """The compiler that users get, for sizes it has not seen."""
-    compiled_cells(backend)
 
     def function(z, h):
         y, logdet = ops.affine_coupling(z + 1, h, backend=backend)
@@ -100,20 +112,13 @@ def test_compile_with_inductor_and_sizes_that_change(device, backend):
             assert_close(value, expected, ROUNDING[torch.float32], "compiled")
 
 
+@pytest.mark.skipif(("cpu", "native") not in installation.cells(), reason="the native backend is not tested")
 @operators
 def test_eager_calls_do_not_pass_the_dispatcher(name, monkeypatch):
     """Its overhead is that of a small kernel: the registered operators are for compiled calls."""
-    if not ops.backends("cpu")["native"].available:
-        pytest.skip(ops.backends("cpu")["native"].reason)
     tensors = differentiable(arguments(name, dtype=torch.float32))
     seen = []
-
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            seen.append(str(func))
-            return func(*args, **(kwargs or {}))
-
-    with Watch():
+    with Watch(lambda name, _: seen.append(name)):
         y, logdet = run(name, *tensors, backend="native")
         torch.autograd.grad(y.sum() + logdet.sum(), tensors)
     assert seen and not [call for call in seen if call.startswith("ncsr_fast")]

@@ -54,7 +54,12 @@ def run_together(settings: TrainSettings, folder: Path, processes: int = 2) -> N
     assert process.returncode == 0, complaints
 
 
-@pytest.mark.parametrize("changes", [{}, {"checkpoint": False}, {"precision": "bf16"}], ids=["fp32", "stored", "bf16"])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"checkpoint": False, "precision": "bf16"}, pytest.param({"checkpoint": False}, marks=pytest.mark.exhaustive)],
+    ids=["fp32", "stored bf16", "stored"],
+)
 def test_two_processes_train_as_one_does(settings, tmp_path, changes):
     settings = replace(settings, **changes)
     one = train(settings, tmp_path / "one", "cpu")
