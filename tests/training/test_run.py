@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import pickle
 import shutil
+import signal
 import warnings
 from dataclasses import replace
 
@@ -14,9 +17,11 @@ from PIL import Image
 from support import assert_same_weights, log_rows, tiny_config, tiny_settings
 
 from ncsr_fast import NCSR
+from ncsr_fast.data import RandomCrops
 from ncsr_fast.files import CheckpointError
-from ncsr_fast.training import TrainingDiverged, train
+from ncsr_fast.training import TrainingDiverged, TrainingStopped, train
 from ncsr_fast.training.diagnose import without_texture
+from ncsr_fast.training.record import changes, data_record, write_record
 from ncsr_fast.training.run import Run
 from ncsr_fast.training.stages import FlowStage
 from ncsr_fast.training.validation import Validation, lower
@@ -80,6 +85,15 @@ def test_checkpoints_of_something_else(settings, run):
         train(settings, run, "cpu")
 
 
+def test_a_signal_while_a_checkpoint_is_read(settings, run, monkeypatch):
+    """It is not taken for damage of the checkpoint."""
+    monkeypatch.setattr("ncsr_fast.training.run._load", lambda path: os.kill(os.getpid(), signal.SIGTERM))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(TrainingStopped, match="before the first step; nothing was written"):
+            train(settings, run, "cpu")
+
+
 def test_other_files_among_the_checkpoints(settings, run):
     (run / "checkpoints" / "flow-old.pt").write_bytes(b"kept by a user")
     with warnings.catch_warnings():
@@ -116,6 +130,32 @@ def test_other_images_are_told_of_once(settings, run, photos):
     (run / "data.json").write_text("[]")
     with pytest.raises(ValueError, match="data.json' is damaged .*remove it"):
         train(settings, run, "cpu")
+
+
+def test_an_image_that_changed_in_nothing_but_its_content(photos, tmp_path):
+    record = data_record(RandomCrops(photos, scale=4, crop=32))
+    write_record(tmp_path / "data.json", record)
+    assert changes(tmp_path / "data.json", record) is None and changes(tmp_path / "none.json", record) is None
+    backwards = {**record, "images": record["images"][::-1]}
+    assert changes(tmp_path / "data.json", backwards) == "the same images in another order"
+    content = bytearray((photos / "a.png").read_bytes())
+    content[-20] ^= 1
+    (photos / "a.png").write_bytes(content)
+    assert changes(tmp_path / "data.json", data_record(RandomCrops(photos, scale=4, crop=32))) == "1 changed (0/a.png)"
+
+
+def test_images_in_pickles_and_pairs_are_recorded(photos, tmp_path):
+    arrays = [np.full((64, 64, 3), value, dtype=np.uint8) for value in (1, 2)]
+    (tmp_path / "a.pklv4").write_bytes(pickle.dumps(arrays))
+    crops = RandomCrops([photos, tmp_path / "a.pklv4"], scale=4, crop=32)
+    *_, first, second = data_record(crops)["images"]
+    assert (first[:4], second[:4]) == (["1[0]", 64, 64, 64 * 64 * 3], ["1[1]", 64, 64, 64 * 64 * 3]) and first[4] != second[4]
+    (tmp_path / "lr").mkdir()
+    for path in photos.rglob("*.png"):
+        Image.new("RGB", (30, 24)).save(tmp_path / "lr" / path.name)
+    shutil.move(photos / "nested" / "c.png", photos / "c.png")
+    pair = data_record(RandomCrops(photos, tmp_path / "lr", scale=4, crop=32))["images"][2]
+    assert pair[:3] == ["0/c.png", 96, 120] and pair[5:8] == ["1/c.png", 24, 30]
 
 
 def test_images_left_out_are_recorded(settings, photos, tmp_path):
@@ -163,18 +203,22 @@ def test_a_checkpoint_comes_before_the_validation_of_its_step(settings, tmp_path
 
 
 def test_a_validation_that_fails_is_passed_over(settings, tmp_path, monkeypatch, capsys):
-    def validate(self, hr, lr, generator):
-        raise torch.cuda.OutOfMemoryError("CUDA out of memory\nat a length")
+    original, calls = FlowStage.validate, []
 
-    with monkeypatch.context() as patch:
-        patch.setattr(FlowStage, "validate", validate)
-        train(settings, tmp_path, "cpu")
+    def validate(self, *arguments):
+        calls.append(None)
+        if len(calls) in (2, 3, 4):  # the second image of the first step, both of the second
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory\nat a length")
+        return original(self, *arguments)
+
+    monkeypatch.setattr(FlowStage, "validate", validate)
+    train(replace(settings, validation_images=2), tmp_path, "cpu")
     events = [row for row in log_rows(tmp_path) if row.get("event") == "validation failed"]
-    assert [(row["step"], row["image"], row["problem"]) for row in events] == [
-        (step, 0, "OutOfMemoryError: CUDA out of memory") for step in (1, 2)
-    ]
+    assert [(row["step"], row["image"]) for row in events] == [(1, 1), (2, 0), (2, 1)]
+    assert {row["problem"] for row in events} == {"OutOfMemoryError: CUDA out of memory"}
     assert "flow 2: validation image 0 is passed over (OutOfMemoryError" in capsys.readouterr().out
-    assert (tmp_path / "model").is_dir() and not (tmp_path / "best").exists()
+    assert [row["step"] for row in log_rows(tmp_path) if "validation" in row] == [1], "of the image that was looked at"
+    assert (tmp_path / "model").is_dir() and not (tmp_path / "best").exists(), "which is no comparison with others"
 
 
 def test_a_full_disk_is_named_and_costs_no_checkpoint(settings, tmp_path, monkeypatch):
