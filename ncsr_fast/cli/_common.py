@@ -71,10 +71,11 @@ def pick_device(name: str) -> str:
 
 
 class ImageFile(NamedTuple):
-    """An image of the input, and the folder it was found in: None where the file itself was named."""
+    """An image of the input."""
 
     path: Path
-    folder: Path | None
+    folder: Path | None  # it was found in; None where the file itself was named
+    deep: bool  # whether folders in that one were searched too
 
     @property
     def stem(self) -> str:
@@ -101,8 +102,11 @@ def image_files(places: Iterable[str]) -> list[ImageFile]:
         for match in map(Path, matches):
             if not match.exists():
                 raise FileNotFoundError(f"no file or folder {str(match)!r}")
-            images, folder = ([match], match.parent if pattern else None) if match.is_file() else (list_images(match), match)
-            for image in (ImageFile(image, folder) for image in images):
+            if match.is_dir():
+                images = [ImageFile(image, match, deep=True) for image in list_images(match)]
+            else:
+                images = [ImageFile(match, match.parent if pattern else None, deep=pattern and "**" in place)]
+            for image in images:
                 found.setdefault(os.path.realpath(image.path), image)
     return list(found.values())
 

@@ -155,19 +155,21 @@ def _targets(out: Path, stem: str, n: int) -> list[Path]:
 
 def _check_targets(files: Sequence[ImageFile], stems: Sequence[str], out: Path, n: int) -> None:
     """Raise ValueError where a sample would replace an image of the input, or be one of the next run's."""
-    place = out.resolve()
-    found = [file for file in files if file.folder]
-    for folder in sorted({place.resolve() for file in found for place in (file.folder, file.path.parent)}):
-        if folder in (place, *place.parents):
-            raise ValueError(f"--out {str(out)!r} is in the input, {str(folder)!r}: its samples would be the next run's input")
+    searched = {(place.resolve(), file.deep) for file in files if file.folder for place in (file.folder, file.path.parent)}
+    for place in {(out / stem).parent.resolve() for stem in stems}:
+        for folder, deep in searched:
+            if folder == place or (deep and folder in place.parents):
+                raise ValueError(
+                    f"samples in {str(place)!r} would be the next run's input, which is {str(folder)!r}; choose another --out"
+                )
     inputs = {os.path.realpath(file.path): file.path for file in files}
-    inside = {real: name for real, name in inputs.items() if place in Path(real).parents}
+    inside = {real: name for real, name in inputs.items() if out.resolve() in Path(real).parents}
     for stem in stems if inside else ():
-        for target in _targets(place, stem, n):
-            if str(target) in inside:
-                raise ValueError(f"a sample would replace the input {str(inside[str(target)])!r}; choose another --out")
-    if any(file.folder and real in inside for real, file in zip(inputs, files)):
-        raise ValueError(f"images of the input are in --out {str(out)!r}: its samples would be the next run's input")
+        for target in _targets(out, stem, n):
+            if os.path.realpath(target) in inside:
+                raise ValueError(
+                    f"a sample would replace the input {str(inside[os.path.realpath(target)])!r}; choose another --out"
+                )
 
 
 def _name_earlier(samples: Sequence[Path]) -> None:
