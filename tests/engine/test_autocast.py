@@ -184,6 +184,11 @@ def test_the_generator(precision, plain):
     assert found[0][0].dtype == DTYPES[precision] and {gradient.dtype for gradient in found[0][1:]} == {F32}
     assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
     assert relative_error(found[0][0], generator(lr).detach()) < ROUNDED[precision]
+    block, features = generator.body[0], image(2, 12, 6, 4, dtype=F32)  # of float32 features, as after another layer
+    with autocast(precision):
+        rounded = block(features, **method).detach()
+    exact = block(features).detach()
+    assert not torch.equal(rounded, exact) and relative_error(rounded, exact) < ROUNDED[precision]
 
 
 @precisions

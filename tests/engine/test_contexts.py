@@ -9,15 +9,16 @@ import threading
 import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
+from operator_cases import arguments
 from support import image, tiny_config, tiny_model
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils import checkpoint as recomputing
 
-from ncsr_fast import NCSR
+from ncsr_fast import NCSR, ops
 
 SHAPES = (2, 3, 16, 16), (2, 3, 4, 4), (2, 3, 16, 16)
 HR, LR, NOISE = (image(*shape, seed=seed) for seed, shape in enumerate(SHAPES))
@@ -275,6 +276,15 @@ def test_ensembles(model, recorded):
                 member.zero_grad()
 
 
+def test_inverses_of_a_batch_of_weights():
+    _, bias, logs, weight = arguments("actnorm_invconv", 4)
+    stacked = [torch.stack([tensor, 1.1 * tensor]) for tensor in (bias, logs, weight)]
+    z = image(2, 4, 2, 3, seed=4)
+    found = torch.func.vmap(lambda *parameters: ops.actnorm_invconv(z, *parameters, inverse=True)[0])(*stacked)
+    expected = torch.stack([ops.actnorm_invconv(z, *parameters, inverse=True)[0] for parameters in zip(*stacked)])
+    assert_same({"z": found}, {"z": expected})
+
+
 def test_vmap_over_images(model):
     call = torch.func.vmap(lambda hr, lr: model.nll(hr[None], lr[None])[0])
     assert_same({"value": call(HR, LR).detach()}, {"value": model.nll(HR, LR).detach()})
@@ -343,6 +353,8 @@ def test_fake_tensors(model):
             assert fake.nll(hr, lr).shape == (2,)
             assert fake.decode([torch.randn(2, *shape) for shape in fake.latent_shapes(4, 4)], lr, noise).shape == hr.shape
             assert fake.sample(lr, n=2, on_nonfinite="ignore").shape == (2, 2, 3, 16, 16)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert isinstance(model.nll(HR, LR, NOISE), FakeTensor)
 
 
 class Labelled(Tensor):
