@@ -43,7 +43,7 @@ def outcome(name: str, tensors: list[Tensor], weights: list[Tensor], inverse: bo
 @layouts
 def test_operators(device, backend, name, inverse, layout):
     """Arguments and the gradients of the results, all in one layout."""
-    dtype = exact_dtype(device, backend)
+    dtype = exact_dtype(backend)
     fewest = 2 if name == "gaussian_split" else 1
     for size, channels in [((2, 3), 3)] if interpreted(backend) else itertools.product(SIZES, (6, fewest)):
         tensors = differentiable(arguments(name, channels, size, dtype=dtype, device=device))
@@ -61,7 +61,7 @@ def test_operators(device, backend, name, inverse, layout):
 @operators
 def test_shared_memory(device, backend, name):
     """Expanded tensors: every sample, and every pixel, is the same memory."""
-    dtype = exact_dtype(device, backend)
+    dtype = exact_dtype(backend)
     given = arguments(name, 3 if interpreted(backend) else 6, dtype=dtype, device=device)
     tensors = [x[:1, :, :1, :1].expand_as(x) if x.dim() == 4 else x[:1].expand_as(x) for x in given]
     if len(tensors) > 3:  # a matrix of equal rows is singular
