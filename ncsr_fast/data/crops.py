@@ -133,9 +133,9 @@ class RandomCrops(Dataset):
                 images = [self._read(image) for image in files]
                 self._check_pair(files, [tuple(image.shape[1:]) for image in images])
                 return files, images
-            except (ImageError, FileNotFoundError) as error:
-                self.broken[str(files[0])] = str(error)
-                self._warn([str(error)], len(self.files))
+            except (ImageError, OSError, MemoryError) as error:
+                self.broken[str(files[0])] = reason = str(error) or f"{str(files[0])!r} is too large for the memory there is"
+                self._warn([reason], len(self.files))
         raise ValueError(f"no usable image is left: all {len(self.files)} are broken")
 
     def _shuffled(self, number: int) -> int:
@@ -156,7 +156,7 @@ class RandomCrops(Dataset):
         try:
             found = [source_size(image) for image in files]
             self._check_pair(files, found)
-        except ImageError as error:
+        except (ImageError, OSError) as error:  # the latter for a file that was removed as it was listed
             self.broken[str(files[0])] = str(error)
             return False
         self.sizes.update(zip(files, found))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import glob
 import os
-import warnings
 from itertools import zip_longest
 from pathlib import Path
 
@@ -14,8 +13,6 @@ from ncsr_fast.data.images import SUFFIXES, image_size, list_images, pair_up, re
 from ncsr_fast.data.pickled import SUFFIX, PickledImage, PickledImages
 
 Source = Path | PickledImage
-
-_NAMED = 5  # files a warning spells out
 
 
 def list_sources(
@@ -54,7 +51,7 @@ def list_sources(
                 raise ValueError(f"{str(place)!r} holds {len(hr)} images and {str(lr_place)!r} {len(lr)}: they must be pairs")
             listed += zip(hr, lr)
         else:
-            listed += _paired(hr, place, _sources(lr_place), lr_place)
+            listed += pair_up(hr, place, _sources(lr_place), lr_place)
     return listed
 
 
@@ -66,20 +63,6 @@ def source_size(source: Source) -> tuple[int, int]:
 def read_source(source: Source) -> Tensor:
     """uint8 (3, H, W), of an image in a `.pklv4` a view. Raises what `read_image` does."""
     return source.read() if isinstance(source, PickledImage) else read_image(source)
-
-
-def _paired(hr: list[Source], place: Path, lr: list[Source], lr_place: Path) -> list[tuple[Source, ...]]:
-    """The pairs of two folders; LR images without a partner are left out with a warning."""
-    pairs = pair_up(hr, place, lr, lr_place)
-    unused = sorted(set(lr) - {partner for _, partner in pairs})
-    if unused:
-        named = ", ".join(map(str, unused[:_NAMED])) + (", …" if len(unused) > _NAMED else "")
-        warnings.warn(
-            f"{len(unused)} of {len(lr)} LR images in {str(lr_place)!r} are left out, they have no HR partner in "
-            f"{str(place)!r}: {named}",
-            stacklevel=4,
-        )
-    return pairs
 
 
 def _check_place(name: str, place: Path) -> None:

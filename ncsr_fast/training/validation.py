@@ -124,8 +124,8 @@ def validation_pairs(settings: TrainSettings, training: Sequence[tuple[Source, .
     for number in range(min(len(sources), settings.validation_images))[numbers]:
         try:
             pairs[number] = _pair(settings, sources[number], number)
-        except (ImageError, OSError) as error:
-            problems.append(str(error))
+        except (ImageError, OSError, MemoryError) as error:
+            problems.append(str(error) or f"{str(sources[number][0])!r} is too large for the memory there is")
     if problems:
         named = "; ".join(problems[:_NAMED]) + ("; …" if len(problems) > _NAMED else "")
         raise ImageError(f"validation: {named}; remove or mend what is not right")
@@ -135,7 +135,7 @@ def validation_pairs(settings: TrainSettings, training: Sequence[tuple[Source, .
 def _readable_pairs(settings: TrainSettings, training: Sequence[tuple[Source, ...]], numbers: slice) -> Pairs:
     pairs: Pairs = {}
     for files in training:
-        with contextlib.suppress(ImageError, OSError):
+        with contextlib.suppress(ImageError, OSError, MemoryError):
             pairs[len(pairs)] = _pair(settings, files, len(pairs))
         if len(pairs) == settings.validation_images:
             break

@@ -177,6 +177,21 @@ def test_a_file_whose_pixels_are_broken_is_replaced_by_the_next(photos, tmp_path
     assert len(items) == 9 and len(caught) == 1, "one warning, not one an epoch"
 
 
+@pytest.mark.parametrize(
+    "error, reason", [(MemoryError(), "b.png' is too large for"), (PermissionError("b.png is not yours"), "b.png")]
+)
+def test_a_file_that_cannot_be_read_now_ends_nothing(photos, monkeypatch, error, reason):
+    def read(source):
+        if source.name == "b.png":
+            raise error
+        return read_image(source)
+
+    monkeypatch.setattr("ncsr_fast.data.crops.read_source", read)
+    crops = RandomCrops(photos, scale=4, crop=32)
+    with pytest.warns(UserWarning, match=f"1 of 3 images are skipped:\n.*{reason}"):
+        assert not any(crops.name(number).endswith("b.png") for number in range(9))
+
+
 def test_nothing_left_is_an_error(photos):
     with pytest.raises(ValueError, match="no usable image is left"), pytest.warns(UserWarning, match="3 of 3"):
         RandomCrops(photos, scale=4, crop=160)
