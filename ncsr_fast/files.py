@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import io
 import json
 import os
@@ -58,8 +57,6 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def _move(temporary: Path, path: Path) -> None:
-    if path.is_dir():
-        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     with open(temporary, "rb+") as file:
         os.fsync(file.fileno())
     mask = os.umask(0)

@@ -166,10 +166,9 @@ def _check_targets(files: Sequence[ImageFile], stems: Sequence[str], out: Path, 
     inside = {real: name for real, name in inputs.items() if out.resolve() in Path(real).parents}
     for stem in stems if inside else ():
         for target in _targets(out, stem, n):
-            if os.path.realpath(target) in inside:
-                raise ValueError(
-                    f"a sample would replace the input {str(inside[os.path.realpath(target)])!r}; choose another --out"
-                )
+            replaced = inside.get(os.path.realpath(target))
+            if replaced:
+                raise ValueError(f"a sample would replace the input {str(replaced)!r}; choose another --out")
 
 
 def _name_earlier(samples: Sequence[Path]) -> None:
