@@ -215,7 +215,7 @@ if __name__ == "__main__":
     setup(
         packages=[*find_packages(include=["ncsr_fast", "ncsr_fast.*"]), "ncsr_fast.kernels", "ncsr_fast.benchmarks"],
         package_dir={"ncsr_fast.kernels": "kernels", "ncsr_fast.benchmarks": "benchmarks"},
-        package_data={"ncsr_fast": ["models/*/*"]},
+        package_data={"ncsr_fast": ["models/*/*", "py.typed"]},
         ext_modules=[Extension("ncsr_fast._native", sources=[])],
         cmdclass={"build_ext": BuildNative},
     )

@@ -26,8 +26,13 @@ struct Format<float> {
     // 2ʳ on [-½, ½] interpolated at Chebyshev's points; largest error 2e-9
     static constexpr int exp_degree = 6;
     NCSR_FUNCTION static constexpr float exp_coefficient(int k) {
-        constexpr float c[] = {1.0f,           0.693147206702833f, 0.240226509222888f, 0.0555032722667031f,
-                               0.00961805667852464f, 0.00134004281776158f, 0.000154614446985691f};
+        constexpr float c[] = {1.0f,
+                               0.693147206702833f,
+                               0.240226509222888f,
+                               0.0555032722667031f,
+                               0.00961805667852464f,
+                               0.00134004281776158f,
+                               0.000154614446985691f};
         return c[k];
     }
 };
@@ -43,10 +48,10 @@ struct Format<double> {
     static constexpr Bits bias = 1023, sqrt_half = 0x3fe6a09e667f3bcd;
     static constexpr int exp_degree = 11;  // largest error 3e-18
     NCSR_FUNCTION static constexpr double exp_coefficient(int k) {
-        constexpr double c[] = {0.999999999999999997,    0.693147180559945309,    0.240226506959101596,
-                                0.055504108664821627,    0.00961812910758725667,  0.00133335581464064707,
+        constexpr double c[] = {0.999999999999999997,    0.693147180559945309,     0.240226506959101596,
+                                0.055504108664821627,    0.00961812910758725667,   0.00133335581464064707,
                                 0.000154035304637243542, 0.0000152527338415567726, 1.32154325359123762e-6,
-                                1.01780570877339411e-7,  7.07419429728852101e-9,  4.45581790833606449e-10};
+                                1.01780570877339411e-7,  7.07419429728852101e-9,   4.45581790833606449e-10};
         return c[k];
     }
 };

@@ -182,8 +182,7 @@ void flow_step_backward(FlowStep p, int threads) {
         const T g = per_sample<T>(p.dlogdet, item / tiling.parts), eps = T(p.eps);
         tiling.tiles(item, [&](const Run& run, int64_t) {
             layout.load(a, p.x, run);
-            if (p.h_pre.data)
-                affine_in_place<T, inverse>(layout, a, p.h_pre, p.kept_pre(), eps, run, buffer, pair, nullptr);
+            if (p.h_pre.data) affine_in_place<T, inverse>(layout, a, p.h_pre, p.kept_pre(), eps, run, buffer, pair, nullptr);
             layout.load(dw, p.dy, run);
             if (p.h_post.data)
                 affine_backward_in_place<T, inverse, true>(layout, dw, g, p.y, p.h_post, p.dh_post, p.kept_post(), eps, run,

@@ -31,9 +31,7 @@ struct Where {
 };
 using WhereTuple = std::array<int64_t, 4>;
 
-Tensor tensor(const TensorTuple& t) {
-    return {reinterpret_cast<char*>(t[0]), Dtype(t[1]), t[2], t[3], t[4], t[5]};
-}
+Tensor tensor(const TensorTuple& t) { return {reinterpret_cast<char*>(t[0]), Dtype(t[1]), t[2], t[3], t[4], t[5]}; }
 
 PerSample one_per_sample(const TensorTuple& t) { return {reinterpret_cast<const char*>(t[0]), t[2]}; }
 
@@ -92,7 +90,8 @@ void pointwise_backward(bool gaussian, SizesTuple size, int64_t kept, double eps
     Pointwise p{};
     p.map = gaussian ? Map::gaussian : Map::affine;
     p.size = sizes(size), p.kept = kept, p.eps = eps, p.inverse = inverse;
-    p.dy = tensor(dy), p.dlogdet = one_per_sample(dlogdet), p.x = tensor(x), p.h = tensor(h), p.dx = tensor(dx), p.dh = tensor(dh);
+    p.dy = tensor(dy), p.dlogdet = one_per_sample(dlogdet), p.x = tensor(x), p.h = tensor(h), p.dx = tensor(dx),
+    p.dh = tensor(dh);
     const Where w(where);
     py::gil_scoped_release release;
 #if defined(NCSR_CUDA)

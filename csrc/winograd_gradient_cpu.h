@@ -25,16 +25,16 @@ class WinogradGradientKernel {
     // Tiles of an item of the transforms; and those whose part of a panel (12 KB) and of a vector of inputs (6 KB) are in the
     // first-level cache together, at most.
     static constexpr int64_t some = 24, most_block = 6144 / vector_bytes / some * some;
-    static constexpr int64_t most_shared = 4194304, least_tiles = 480;   // of the operands in use: bytes, and at least
+    static constexpr int64_t most_shared = 4194304, least_tiles = 480;  // of the operands in use: bytes, and at least
     static constexpr int64_t group = std::max<int64_t>(1, 128 / width);  // panels at a time
 
     const Convolution& p_;
     ImageTiles<Line> tiles_;
-    int64_t panels_, chunks_;         // of the outputs; vectors of inputs
-    int64_t blocks_, block_;          // of tiles; tiles of one, a multiple of `some`
-    int64_t v_position_, v_size_;     // elements of a block of tiles at a position and at all, of the inputs
-    int64_t y_position_, y_size_;     // and of a group of panels
-    int64_t sums_of_panel_;           // elements of the sums of a panel at a position
+    int64_t panels_, chunks_;  // of the outputs; vectors of inputs
+    int64_t blocks_, block_;  // of tiles; tiles of one, a multiple of `some`
+    int64_t v_position_, v_size_;  // elements of a block of tiles at a position and at all, of the inputs
+    int64_t y_position_, y_size_;  // and of a group of panels
+    int64_t sums_of_panel_;  // elements of the sums of a panel at a position
 
   public:
     WinogradGradientKernel(const Convolution& p) : p_(p), tiles_(p) {
@@ -56,7 +56,8 @@ class WinogradGradientKernel {
         Shared shared(size_v + size_y + size_s + Shared::rounded((most * block_ / some) * width_of_sums * width));
         T *v = shared.take(0), *y = v + size_v, *sums = y + size_y, *bias = sums + size_s;
         for (int64_t panel = 0; panel < panels_; panel += group) {
-            const int64_t panels = std::min(group, panels_ - panel), outputs = std::min(panels * width, p_.outputs - panel * width);
+            const int64_t panels = std::min(group, panels_ - panel),
+                          outputs = std::min(panels * width, p_.outputs - panel * width);
             T* dbias = reinterpret_cast<T*>(p_.dbias) + panel * width;
             std::fill(dbias, dbias + outputs, T(0));
             for (int64_t begin = 0; begin < blocks_; begin += most) {
@@ -75,7 +76,8 @@ class WinogradGradientKernel {
                    int threads) const {
         const int64_t items = (tiles + some - 1) / some;
         parallel(items, points * tiles * (p_.inputs + panels * width) / 8, threads, [&](int64_t item) {
-            const int64_t first = item * some, count = std::min(some, tiles - first), block = first / block_, at = first % block_;
+            const int64_t first = item * some, count = std::min(some, tiles - first), block = first / block_,
+                          at = first % block_;
             const Transformed<T> to{v + block * v_size_ + at * L, v_position_, block_ * L, L};
             if (inputs) transform_input<Line, T>(p_, tiles_, start + first, count, 0, p_.inputs, to);
             T* y_to = y + block * y_size_ + at * width;

@@ -104,9 +104,7 @@ struct F4x4 : Geometry<6, 6, 4> {
 template <class T>
 struct Copies : Geometry<3, 5, 4, -1, 2> {
     using V = typename Vector<T>::type;
-    NCSR_FUNCTION static void input(const V* d, V* t) {
-        t[0] = t[1] = d[0] - d[1], t[2] = d[1], t[3] = t[4] = d[2] - d[1];
-    }
+    NCSR_FUNCTION static void input(const V* d, V* t) { t[0] = t[1] = d[0] - d[1], t[2] = d[1], t[3] = t[4] = d[2] - d[1]; }
     NCSR_FUNCTION static void weight(const V* g, V* t) {
         t[0] = g[0], t[1] = g[0] + g[1], t[2] = t[1] + g[2], t[3] = g[1] + g[2], t[4] = g[2];
     }
@@ -201,7 +199,8 @@ void transform_input(const Convolution& p, const ImageTiles<Line>& tiles, int64_
             if (whole) {
 #pragma GCC unroll 6
                 for (int j = 0; j < taken; ++j)
-                    transform_column(j, [&](int r, int s) { return *reinterpret_cast<const V*>(at + r * x.row + s * x.column); });
+                    transform_column(j,
+                                     [&](int r, int s) { return *reinterpret_cast<const V*>(at + r * x.row + s * x.column); });
             } else {
                 for (int j = 0; j < taken; ++j)
                     transform_column(j, [&](int r, int s) {

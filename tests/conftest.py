@@ -45,7 +45,11 @@ def pytest_terminal_summary(terminalreporter, config) -> None:
 def pytest_configure() -> None:
     try:
         installation.check()
-    except installation.Incomplete as error:
+        if name := os.environ.get("NCSR_FAST_INSTRUCTION_SET"):  # a lesser one than the widest of this CPU
+            from ncsr_fast import _native
+
+            _native.use_instruction_set(name)
+    except (installation.Incomplete, ValueError) as error:
         raise pytest.UsageError(str(error)) from error
 
 

@@ -45,6 +45,11 @@ def cells() -> list[tuple[str, str]]:
     return [cell for cell in every if not wanted or cell[1] in wanted or "-".join(cell) in wanted]
 
 
+def expects(backend: str) -> bool:
+    """Whether a backend is tested on any device."""
+    return any(cell[1] == backend for cell in cells())
+
+
 def _check_installed() -> None:
     remedy = "`make dev` installs this checkout for development, `make test` installs a copy and tests it"
     spec = importlib.util.find_spec("ncsr_fast")

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from ncsr_fast import ops
 
-if ("cpu", "native") in installation.cells():
+if installation.expects("native"):
     from ncsr_fast import _native
 
 EPS = 1e-4
-WIDEST = _native.instruction_sets()[0] if ("cpu", "native") in installation.cells() else None
+WIDEST = _native.instruction_sets()[0] if installation.expects("native") else None
 CELLS = [pytest.param(*cell, id="-".join(cell)) for cell in installation.cells()]
 cells = pytest.mark.parametrize("device, backend", CELLS)
 operators = pytest.mark.parametrize("name", ops.OPERATORS)

@@ -42,6 +42,7 @@ def test_every_part_is_installed():
     for name in ("kernels", "benchmarks"):
         assert importlib.util.find_spec(f"ncsr_fast.{name}").origin, name
     assert (PACKAGE / "models" / "ncsr-compact-x4" / "model.safetensors").is_file()
+    assert (PACKAGE / "py.typed").is_file()  # type checkers take the hints of the package for true
 
 
 def test_the_compiled_module_needs_neither_torch_nor_a_gpu():

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-import os
 
+import installation
 import pytest
 import torch
 from torch import Tensor
 
-pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-if DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("Triton needs a GPU, or TRITON_INTERPRET=1 before it is imported", allow_module_level=True)
+if not installation.expects("triton"):
+    pytest.skip("the Triton backend is not among the cells", allow_module_level=True)
 
 from ncsr_fast import kernels  # noqa: E402
 from ncsr_fast.kernels import flow_step  # noqa: E402

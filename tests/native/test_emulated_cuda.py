@@ -12,12 +12,11 @@ import subprocess
 import sysconfig
 from pathlib import Path
 
+import installation
 import pytest
 import torch
 from caching import made_once
 from operator_cases import ROUNDING, arguments, assert_close, differentiable, directions, formula, laid_out, operators, run
-
-from ncsr_fast import ops
 
 HERE = Path(__file__).parent
 SOURCES = HERE.parent.parent / "csrc"
@@ -37,8 +36,8 @@ def sources_of_cuda() -> list[Path]:
 def emulated(pytestconfig):
     """A module like ncsr_fast._native whose CUDA device is the CPU."""
     compiler, pybind11 = shutil.which("g++"), importlib.util.find_spec("pybind11")
-    if compiler is None or pybind11 is None or not ops.backends("cpu")["native"].available:
-        pytest.skip("needs g++, pybind11 and the compiled module")
+    if compiler is None or pybind11 is None or not installation.expects("native"):
+        pytest.skip("needs g++, pybind11 and the native backend")
     includes = [f"-I{path}" for path in (SOURCES, sysconfig.get_path("include"), Path(pybind11.origin).parent / "include")]
     common = [compiler, "-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-pthread", *includes]
     defines = ["-DNCSR_CUDA", "-DNCSR_ISA=baseline", '-DNCSR_BUILD_INFO="emulated"']

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 
+import installation
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,10 +12,8 @@ from operator_cases import assert_close, pairwise_but_on_the_widest
 from support import LAYOUTS, fresh_process
 from torch import Tensor
 
-from ncsr_fast import ops
-
-if not ops.backends("cpu")["native"].available:
-    pytest.skip(ops.backends("cpu")["native"].reason, allow_module_level=True)
+if not installation.expects("native"):
+    pytest.skip("the native backend is not among the cells", allow_module_level=True)
 
 from ncsr_fast.engine.convolution import ConvolutionMethod
 from ncsr_fast.engine.network import Network, evaluate

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import sys
 
+import installation
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,10 +13,8 @@ from operator_cases import assert_close, pairwise_but_on_the_widest
 from support import LAYOUTS, fresh_process
 from torch import Tensor
 
-from ncsr_fast import ops
-
-if not ops.backends("cpu")["native"].available:
-    pytest.skip(ops.backends("cpu")["native"].reason, allow_module_level=True)
+if not installation.expects("native"):
+    pytest.skip("the native backend is not among the cells", allow_module_level=True)
 
 from ncsr_fast.ops._native import conv3x3_bwd_input, conv3x3_bwd_weight, conv3x3_fwd
 

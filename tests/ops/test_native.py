@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import sys
 
+import installation
 import pytest
 import torch
 from operator_cases import ROUNDING, arguments, assert_close, differentiable, directions, formula, operators, run
 from support import fresh_process
 
-from ncsr_fast import ops
 from ncsr_fast.ops import _fold
 
-if not ops.backends("cpu")["native"].available:
-    pytest.skip(ops.backends("cpu")["native"].reason, allow_module_level=True)
+if not installation.expects("native"):
+    pytest.skip("the native backend is not among the cells", allow_module_level=True)
 
 from ncsr_fast import _native
 from ncsr_fast.ops import _native as calls

@@ -84,6 +84,7 @@ def test_counts_views_and_what_was_given_as_nothing():
     assert peak_bytes(lambda: given.view(10, 100).add_(1).t()[2:]) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpoint", [True, False])
 def test_agrees_with_the_profiler(checkpoint):
     step = real_step(replace(SETTINGS, checkpoint=checkpoint), FlowStage, 1, 4)
@@ -94,6 +95,7 @@ def test_agrees_with_the_profiler(checkpoint):
 # -- the estimate -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("checkpoint", [True, False])
 @pytest.mark.parametrize("stage,kind,phase", [
@@ -108,6 +110,7 @@ def test_the_estimate_is_what_a_step_takes(found, precision, checkpoint, stage, 
     assert -0.05 < error < (0.1 if checkpoint else 0.15)  # the plain operators of the estimate keep more than the kernels
 
 
+@pytest.mark.slow
 def test_the_l1_loss_is_in_the_estimate():
     settings = replace(FLOW, l1_weight=1.0)
     plain, with_l1 = (memory._flow_stages(each, "fp32", True, (1, 9))["flow, encoder trained"] for each in (FLOW, settings))
@@ -116,6 +119,7 @@ def test_the_l1_loss_is_in_the_estimate():
     assert with_l1.total(9) - with_l1.kept == pytest.approx(taken, rel=0.1)
 
 
+@pytest.mark.slow
 def test_weights_gradients_and_state_are_exact(found):
     model = NCSR(SETTINGS.model)
     flow = model.levels.parameters()
@@ -126,6 +130,7 @@ def test_weights_gradients_and_state_are_exact(found):
     assert frozen.kept == 4 * found.parameters + 2 * trained
 
 
+@pytest.mark.slow
 def test_options_save_what_they_promise():
     found = estimate(replace(FLOW, model=replace(MODEL, steps=4)))  # a single step has little to compute anew
     as_configured = found.variants[0]
@@ -135,6 +140,7 @@ def test_options_save_what_they_promise():
     assert variant(found, "bf16", True).total(9) < 0.9 * variant(found, "fp32", True).total(9)
 
 
+@pytest.mark.slow
 def test_memory_grows_with_the_batch_and_is_shared_by_processes(found):
     now = found.variants[0]
     assert now.total(18) - now.total(9) == pytest.approx(9 * now.worst.per_crop, rel=1e-6)
@@ -144,6 +150,7 @@ def test_memory_grows_with_the_batch_and_is_shared_by_processes(found):
     assert shared.batch == 9 and shared.total == now.total(9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unfreeze,encoder_steps,stages", [
     (0.5, 5, ["encoder stage", "flow, encoder frozen", "flow, encoder trained"]),
     (0.0, 0, ["flow, encoder trained"]), (1.0, 0, ["flow, encoder frozen"]),
@@ -154,6 +161,7 @@ def test_stages_are_those_of_the_run(unfreeze, encoder_steps, stages):
     assert list(first.stages) == stages and first.precision == "tf32"
 
 
+@pytest.mark.slow
 def test_the_table_is_readable(found):
     lines = str(found).splitlines()
     assert lines[0].startswith("Memory of a step in each process, GiB: 9 crops of 64×64 pixels")
@@ -173,6 +181,7 @@ def test_estimating_leaves_random_numbers_alone():
 # -- advice -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share,checkpoint", [(0.4, True), (0.4, False), (0.8, True)])
 def test_what_is_advised_fits(share, checkpoint, quick_estimates):
     settings = replace(MANY, checkpoint=checkpoint)
@@ -195,12 +204,14 @@ def test_what_is_advised_fits(share, checkpoint, quick_estimates):
         assert weights + taken <= 0.95 * available, line
 
 
+@pytest.mark.slow
 def test_advice_when_nothing_or_everything_fits(quick_estimates):
     assert "Not even one small crop fits" in advice(MANY, TOO_MUCH, 1000)
     assert "should fit" in advice(MANY, MemoryError(), 2**40)
     assert "PYTORCH_CUDA_ALLOC_CONF" in advice(MANY, torch.cuda.OutOfMemoryError("CUDA out of memory"), 2**40)
 
 
+@pytest.mark.slow
 def test_advice_counts_the_memory_of_this_machine(quick_estimates, monkeypatch):
     assert available_memory("cpu") > 2**28
     monkeypatch.setattr(memory, "available_memory", lambda device: 123 * 2**30)

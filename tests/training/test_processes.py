@@ -39,17 +39,17 @@ def settings(photos):
     return tiny_settings(photos, batch=4, l1_weight=1.0, unfreeze=0.5, milestones=(), validation_images=3)
 
 
-def launch(settings: TrainSettings, folder: Path, processes: int = 2) -> subprocess.Popen:
+def launch(settings: TrainSettings, folder: Path) -> subprocess.Popen:
     program, stored = folder.parent / "program.py", folder.parent / f"{folder.name}.json"
     program.write_text(PROGRAM)
     stored.write_text(json.dumps(settings.to_dict()))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", str(program)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(program)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen([*command, str(stored), str(folder)], stderr=subprocess.PIPE, text=True, env=environment)
 
 
-def run_together(settings: TrainSettings, folder: Path, processes: int = 2) -> None:
-    process = launch(settings, folder, processes)
+def run_together(settings: TrainSettings, folder: Path) -> None:
+    process = launch(settings, folder)
     _, complaints = process.communicate(timeout=300)
     assert process.returncode == 0, complaints
 
@@ -84,16 +84,19 @@ def distance(first: NCSR, second: NCSR) -> float:
     return float(torch.stack([(a - b).detach().double().square().sum() for a, b in pairs]).sum().sqrt())
 
 
-def test_actnorms_see_the_global_batch(settings, tmp_path):
+@pytest.mark.slow
+def test_actnorms_see_the_global_batch(settings, threads, tmp_path):
     """Bit for bit as one process sets them; so they are the same in all."""
     settings = replace(settings, encoder_steps=0, steps=1, lr=1e-30)  # a step that moves nothing but zeros
-    run_together(settings, tmp_path / "one", processes=1)  # with the threads that each of the two has
+    threads(1)  # as each of the two has
+    train(settings, tmp_path / "one", "cpu")
     run_together(settings, tmp_path / "two")
     one, two = (NCSR.from_pretrained(tmp_path / name / "model").state_dict() for name in ("one", "two"))
     assert all(torch.allclose(one[name], two[name], rtol=0, atol=1e-29) for name in one)
     assert one["actnorm_initialized"] and one["levels.1.actnorm_logs"].abs().min() > 0
 
 
+@pytest.mark.slow
 def test_a_stop_signal_to_one_stops_all_and_the_run_resumes(settings, tmp_path):
     settings = replace(settings, encoder_steps=0, steps=400, validate_every=400, save_every=400, unfreeze=0.0)
     process = launch(settings, tmp_path / "run")
@@ -109,6 +112,7 @@ def test_a_stop_signal_to_one_stops_all_and_the_run_resumes(settings, tmp_path):
     assert 0 < step < 400
 
 
+@pytest.mark.slow
 def test_the_command_line_under_torchrun(photos, tmp_path):
     """Its own options must not take ours for theirs, as it does with --run."""
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "ncsr_fast.cli.main"]

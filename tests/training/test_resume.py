@@ -112,9 +112,10 @@ def run_to_its_end(settings, folder, trouble: str = "") -> int:
     return done.returncode
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "trouble, numbers",
-    [(IN_A_SAVE, (1, 4)), (BEFORE_THE_RENAME, (2, 9)), (AFTER_SECONDS, (2.5, 0.7))],
+    [(IN_A_SAVE, (1, 4)), (BEFORE_THE_RENAME, (2, 9)), pytest.param(AFTER_SECONDS, (2.5, 0.7), marks=pytest.mark.exhaustive)],
     ids=["in a save", "before a rename", "at any time"],
 )
 def test_killed(settings, whole, tmp_path, trouble, numbers):
