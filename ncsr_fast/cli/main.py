@@ -53,10 +53,8 @@ def main(argv: list[str] | None = None) -> int:
         finally:
             sys.stdout.flush()  # here, where a closed pipe or a full disk can still be told of
     except BrokenPipeError:
-        _abandon_output()
         return _CLOSED
     except OSError as error:  # of the flush
-        _abandon_output()
         print(f"ncsr-fast: standard output: {_told(error)}", file=sys.stderr)
         return 1
 
@@ -106,13 +104,6 @@ def _warnings_in_a_line(command: str) -> Iterator[None]:
         yield
     finally:
         warnings.formatwarning = before
-
-
-def _abandon_output() -> None:
-    """Have what is left in the buffer of standard output go nowhere, where the interpreter would try once more and fail."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, sys.stdout.fileno())
-    os.close(nowhere)
 
 
 if __name__ == "__main__":
