@@ -89,6 +89,17 @@ def find_compiler() -> list[str]:
     return command
 
 
+def host_compiler(compiler: list[str], folder: Path) -> str:
+    """The compiler as one word, which is what nvcc takes: of CXX="ccache g++ -m64" a script in `folder` that runs all of it."""
+    words = compiler[: compiler.index(CXX_FLAGS[0])]
+    if len(words) == 1:
+        return words[0]
+    script = folder.resolve() / "host_compiler"
+    script.write_text(f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n')
+    script.chmod(0o755)
+    return str(script)
+
+
 def architectures(requested: str, supported: list[str]) -> list[str]:
     """The architectures to compile for, as in "9.0" or "9.0+PTX": those requested, else the usual ones nvcc supports."""
     if not requested.strip():
@@ -118,14 +129,15 @@ def find_cuda(host: str) -> tuple[list[str], list[str], str]:
     if wish == "0":
         raise Skipped("NCSR_FAST_CUDA=0")
     home = os.environ.get("CUDA_HOME")
-    nvcc = os.environ.get("NVCC") or shutil.which("nvcc", path=home and os.path.join(home, "bin"))
-    if nvcc is None:
+    found = shutil.which("nvcc", path=home and os.path.join(home, "bin"))
+    nvcc = shlex.split(os.environ.get("NVCC") or shlex.quote(found or ""))  # as CXX it may have a launcher before it
+    if nvcc == [""]:
         raise Skipped(f"there is no nvcc in {'CUDA_HOME' if home else 'PATH'}")
-    command = [nvcc, "-ccbin", os.environ.get("NVCC_CCBIN", host)]
+    command = [*nvcc, "-ccbin", os.environ.get("NVCC_CCBIN", host)]
     # nvcc may be a script that lies elsewhere: where its libraries are is what it says when it links
     paths = shlex.split(re.search("LIBRARIES=(.*)", probe([*command, "-v", "-x", "cu"]))[1])
-    version = re.search(r"release ([\d.]+)", output([nvcc, "--version"]))[1]
-    supported = re.sub(r"compute_(\d+)(\d)", r"\1.\2", output([nvcc, "--list-gpu-arch"])).split()
+    version = re.search(r"release ([\d.]+)", output([*nvcc, "--version"]))[1]
+    supported = re.sub(r"compute_(\d+)(\d)", r"\1.\2", output([*nvcc, "--list-gpu-arch"])).split()
     wanted = architectures(os.environ.get("TORCH_CUDA_ARCH_LIST", ""), supported)
     command += [*NVCC_FLAGS, f"--threads={JOBS}", *map(gencode, wanted)]
     return command, [*paths, "-lcudart_static", "-lrt", "-lpthread", "-ldl"], f"{version} for {' '.join(wanted)}"
@@ -147,7 +159,7 @@ def plan(module: Path, temp: Path) -> tuple[str, str]:
     threads = ["-fopenmp"] if openmp else []
     objects = {f"cpu_{isa}": ("cpu.cpp", [*compiler, *threads, *X86[isa], f"-DNCSR_ISA={isa}"]) for isa in isas}
     try:
-        nvcc, libraries, cuda = find_cuda(compiler[0])
+        nvcc, libraries, cuda = find_cuda(host_compiler(compiler, temp))
         objects["cuda"] = ("cuda.cu", nvcc)
     except Skipped as reason:
         libraries, cuda = [], skipped(reason)

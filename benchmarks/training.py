@@ -33,6 +33,7 @@ from ncsr_fast.training.processes import Processes, StopSignals
 from ncsr_fast.training.run import Run
 from ncsr_fast.training.settings import TrainSettings
 from ncsr_fast.training.stages import FlowStage
+from ncsr_fast.training.validation import Validation
 
 from .harness import quantiles, rounded
 from .provenance import provenance, recorded_command
@@ -57,10 +58,13 @@ def stage_loop(settings: TrainSettings, folder: Path, device: str) -> StageLoop:
     torch.manual_seed(0)
     model = NCSR(settings.model, precision=settings.precision).to(device).train()
     run = Run(folder, settings)
+    run.begin()
     crops = RandomCrops(
         settings.images, scale=settings.model.scale, crop=settings.crop, cache_folder=folder / "cache", cache_bytes=2**30
     )
-    loop = StageLoop(FlowStage(model, settings), model, run, crops, Processes(torch.device(device)), StopSignals())
+    processes = Processes(torch.device(device))
+    validation = Validation(model, run, processes, {})
+    loop = StageLoop(FlowStage(model, settings), model, run, crops, processes, StopSignals(), validation)
     loop.begin(0, None)
     return loop
 

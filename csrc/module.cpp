@@ -130,13 +130,12 @@ void flow_step_backward(SizesTuple size, double eps, bool inverse, TensorTuple d
     cpu->flow_step_backward(p, float64, w.threads);
 }
 
-// sizes: batch, rows, columns, kept, hidden, outputs; weights: w1 (or 0), w2, b2, w3, b3. On the CPU only.
-void network_forward(std::array<int64_t, 6> sizes, TensorTuple x, TensorTuple pre, std::array<int64_t, 5> weights,
-                     TensorTuple h1, TensorTuple h2, TensorTuple y, bool float64, WhereTuple where) {
+// sizes: batch, rows, columns, kept, hidden, outputs; w1 may be 0. On the CPU only.
+void network_forward(std::array<int64_t, 6> sizes, TensorTuple x, TensorTuple pre, int64_t w1, int64_t w2, int64_t b2,
+                     int64_t w3, int64_t b3, TensorTuple h1, TensorTuple h2, TensorTuple y, bool float64, WhereTuple where) {
     const auto [batch, rows, columns, kept, hidden, outputs] = sizes;
     Network p{batch, rows, columns, kept, hidden, outputs, tensor(x), tensor(pre), tensor(y), tensor(h1), tensor(h2)};
-    p.w1 = pointer(weights[0]), p.w2 = pointer(weights[1]), p.b2 = pointer(weights[2]);
-    p.w3 = pointer(weights[3]), p.b3 = pointer(weights[4]);
+    p.w1 = pointer(w1), p.w2 = pointer(w2), p.b2 = pointer(b2), p.w3 = pointer(w3), p.b3 = pointer(b3);
     py::gil_scoped_release release;
     cpu->network_forward(p, float64, Where(where).threads);
 }

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ncsr_fast.layout import is_channels_last
+from ncsr_fast.layout import in_memory, is_channels_last
 
 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 3):  # the first whose kernels take tuples
     raise ImportError(f"ncsr_fast.kernels needs Triton 3.3 or newer, not {triton.__version__}")
@@ -65,8 +65,16 @@ def store(image, pixel, o_c, b, m_c):
 
 
 def image(x: Tensor | None) -> tuple | None:
-    """The form in which a kernel takes an image or a matrix: its pointer and its strides, in elements."""
-    return None if x is None else (x, *x.stride())
+    """The form in which a kernel takes an image, a matrix or a number a sample: its pointer and its strides, in elements."""
+    if x is None:
+        return None
+    x = in_memory(x)
+    return x, *x.stride()
+
+
+def dense(x: Tensor) -> Tensor:
+    """The form in which a kernel takes what it reads from the first element to the last."""
+    return in_memory(x).contiguous()
 
 
 def extent(*images: Tensor | None) -> dict[str, int | bool]:

@@ -160,7 +160,7 @@ def pair_map_bwd_kernel(
     o_c = channel_tile(i_c, BLOCK_C)
     b_dy = load(dy, pixel, o_c, o_c < channels)
     b_x = load(x, pixel, o_c, o_c < channels)
-    b_g = tl.load(dlogdet[0] + i_b * dlogdet[1])
+    b_g = tl.load(dlogdet[0] + i_b * dlogdet[1]).to(tl.float32)
     b_dx = map_changed_bwd(b_dy, b_g, b_x, h, dh, pixel, i_c, kept, channels, constant, MAP, INVERSE, BLOCK_C, CHANNELS_LAST)
     store(dx, pixel, o_c, b_dx, o_c < channels)
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from ncsr_fast.kernels._common import (
     channel_tile,
     check_dtype,
+    dense,
     extent,
     image,
     launch,
@@ -47,7 +48,7 @@ WEIGHT_REGISTERS = 168  # 128 spill a few bytes under Triton 3.9
 def load_matrix(matrix, o_row, o_column, channels):
     """The block of a C×C matrix at these rows and columns, which broadcast; zeros outside."""
     p_matrix = matrix[0] + o_row * matrix[1] + o_column * matrix[2]
-    return tl.load(p_matrix, mask=(o_row < channels) & (o_column < channels), other=0.0)
+    return tl.load(p_matrix, mask=(o_row < channels) & (o_column < channels), other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -139,7 +140,7 @@ def step_fwd_kernel(
         b_a, b_logdet = affine_if_any(b_x, h_pre, pixel, i_k, kept_pre, channels, eps, INVERSE, BLOCK_K, CHANNELS_LAST)
         b_logdet_pre += b_logdet
         acc = tl.dot(b_a, load_matrix(mix, o_c, tl.trans(o_k), channels), acc, input_precision="ieee")
-    b_w = acc + tl.load(p_offset + o_c, mask=o_c < channels, other=0.0)
+    b_w = acc + tl.load(p_offset + o_c, mask=o_c < channels, other=0.0).to(tl.float32)
     b_y, b_logdet = affine_if_any(b_w, h_post, pixel, i_c, kept_post, channels, eps, INVERSE, BLOCK_C, CHANNELS_LAST)
     store(y, pixel, o_c, b_y, o_c < channels)
     logdet = tl.sum(b_logdet) + tl.where(i_c == 0, tl.sum(b_logdet_pre), 0.0)
@@ -179,7 +180,7 @@ def step_bwd_kernel(
     i_b, i_p, i_c = program(tl.cdiv(pixels, BLOCK_P), tl.cdiv(channels, BLOCK_C))
     pixel = pixel_tile(i_b, i_p, pixels, width, ONE_ROW, BLOCK_P)
     o_c = channel_tile(i_c, BLOCK_C)
-    b_g = tl.load(dlogdet[0] + i_b * dlogdet[1])
+    b_g = tl.load(dlogdet[0] + i_b * dlogdet[1]).to(tl.float32)
     post_dh(dy, b_g, y, h_post, dh_post, pixel, i_c, kept_post, channels, eps, INVERSE, BLOCK_C, CHANNELS_LAST)
     b_da = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     for i_k in range(BLOCKS_K):
@@ -303,7 +304,7 @@ def step_fwd(
         x.device,
         x=image(x),
         mix=image(mix),
-        p_offset=offset.contiguous(),
+        p_offset=dense(offset),
         h_pre=image(h_pre),
         h_post=image(h_post),
         y=image(y),

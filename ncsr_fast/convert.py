@@ -12,13 +12,14 @@ import torch
 from ncsr_fast import files
 from ncsr_fast.config import NCSRConfig
 from ncsr_fast.hub import find_model
-from ncsr_fast.nn import published
+from ncsr_fast.nn import encoder_names, published
 from ncsr_fast.nn.checkpoints import is_own
 from ncsr_fast.nn.encoder import RRDB
 from ncsr_fast.nn.ncsr import NCSR
 from ncsr_fast.nn.state_dicts import read_named
 
-_PICKLED, _SAFETENSORS = (".pth", ".pt"), ".safetensors"  # what a published file ends with; anything else is a directory
+_SAFETENSORS = ".safetensors"
+FILE_SUFFIXES = (".pth", ".pt", _SAFETENSORS)  # what a published file ends with; anything else is a directory
 
 
 @dataclass(frozen=True)
@@ -57,15 +58,24 @@ class Conversion:
         return "\n".join(f"{old or '(zeros)'} → {new or '(dropped)'}" for old, new in self.tensors)
 
 
-def convert(source: str | os.PathLike, out: str | os.PathLike, config: NCSRConfig | None = None) -> Conversion:
+def convert(
+    source: str | os.PathLike,
+    out: str | os.PathLike,
+    config: NCSRConfig | None = None,
+    *,
+    long_skip: str | None = None,
+) -> Conversion:
     """Write the model `source` to `out`, in the kind of file that the name of `out` asks for. Values are not changed.
 
     source  whatever `NCSR.from_pretrained` or `RRDB.from_pretrained` reads: a flow or a generator, a published .pth or
             .safetensors in any naming and wrapping, a checkpoint of `ncsr-fast train`, a directory, a name
     out     NAME.pth or NAME.pt: a published file, as the published programs load it; NAME.safetensors: the same tensors under
             the same names; any other name: a directory of config.json and model.safetensors, as `from_pretrained` and the
-            Hugging Face Hub have it. Generators get the names of SRFlow, NCSR and ESRGAN's new architecture.
+            Hugging Face Hub have it. Generators get the names of SRFlow, NCSR and ESRGAN's new architecture; of ESRGAN+ its
+            own, and those with a pixel unshuffle BasicSR's. A directory records where a generator's long skip starts; a
+            file cannot, and is read as "conv_first" unless `RRDB.from_pretrained` is told otherwise.
     config  of a flow in a file; None finds it as `NCSR.from_pretrained` does
+    long_skip  of a generator, as for `RRDB.from_pretrained`: "last_block" for the RRDB files of SRFlow and NCSR
 
     Each file is written to a temporary name and renamed. What is there before is replaced.
 
@@ -75,27 +85,36 @@ def convert(source: str | os.PathLike, out: str | os.PathLike, config: NCSRConfi
     path, out = find_model(source), Path(out)
     if out.exists() and out.samefile(path):
         raise ValueError(f"out is the source itself, {str(path)!r}")
-    model, names = _read(path, config)
+    model, names = _read(path, config, long_skip)
     with torch.no_grad():
-        published_out = _write(model, out)
-    return Conversion(path, out, model.describe(), _rows(model, names, published_out))
+        wrapper = _write(model, out)
+    described = model.describe() + (f", long skip from {model.long_skip}" if isinstance(model, RRDB) else "")
+    return Conversion(path, out, described, _rows(model, names, wrapper))
 
 
-def _read(path: Path, config: NCSRConfig | None) -> tuple[NCSR | RRDB, dict[str, str] | None]:
-    """The model, and of a published file the names in it, by the published names in full."""
+def _read(path: Path, config: NCSRConfig | None, long_skip: str | None) -> tuple[NCSR | RRDB, dict[str, str] | None]:
+    """The model, and of a published file the names in it, by the published names in full (of a generator by SRFlow's)."""
     if path.is_dir():
         if config is not None:
             raise ValueError(f"config belongs to a file; {str(path)!r} is a directory with its own {files.CONFIG}")
-        kind = NCSR if _model_type(path) == "ncsr" else RRDB
-        return kind.from_pretrained(path), None
+        if _model_type(path) == "ncsr":
+            _refuse_long_skip(path, long_skip)
+            return NCSR.from_pretrained(path), None
+        return RRDB.from_pretrained(path, long_skip=long_skip), None
     named = read_named(path)
     if is_own(named.tensors) or any(name.startswith("flowUpsamplerNet.") for name in named.tensors):
+        _refuse_long_skip(path, long_skip)
         model = NCSR.from_state_dict(named.tensors, path, config)
         return model, None if is_own(named.tensors) else named.names
     if config is not None:
         raise ValueError(f"config belongs to a flow; {str(path)!r} is a generator")
-    state, names = published.read_named_encoder(path)
-    return RRDB.from_state_dict(state), names
+    state = encoder_names.generator_state(named)
+    return RRDB.from_state_dict(state, long_skip), state.names
+
+
+def _refuse_long_skip(path: Path, long_skip: str | None) -> None:
+    if long_skip is not None:
+        raise ValueError(f"long_skip belongs to a generator; {str(path)!r} is a flow")
 
 
 def _model_type(directory: Path) -> str | None:
@@ -105,26 +124,34 @@ def _model_type(directory: Path) -> str | None:
         return "ncsr"  # whose reader says what is wrong with it
 
 
-def _write(model: NCSR | RRDB, out: Path) -> bool:
-    """Whether it has the published names."""
-    if out.suffix not in (*_PICKLED, _SAFETENSORS):
+def _write(model: NCSR | RRDB, out: Path) -> str | None:
+    """The key that wraps the published names in what was written, "" for none; None where the names are ours."""
+    if out.suffix not in FILE_SUFFIXES:
         model.save_pretrained(out)
-        return False
+        return None
     state = {name: tensor.cpu().contiguous() for name, tensor in model.published_state_dict().items()}
+    # generators with a pixel unshuffle are BasicSR's alone, whose programs look under this key
+    wrapper = "params" if isinstance(model, RRDB) and model.unshuffle > 1 and out.suffix != _SAFETENSORS else ""
     with files.atomic_write(out) as path:
         if out.suffix == _SAFETENSORS:
-            from safetensors.torch import save_file
-
-            save_file(state, path, metadata={"format": "pt"})
+            files.write_tensors(path, state)
         else:
-            torch.save(state, path)
-    return True
+            files.write_pickled(path, {wrapper: state} if wrapper else state)
+    return wrapper
 
 
-def _rows(model: NCSR | RRDB, names: dict[str, str] | None, published_out: bool) -> list[tuple[str | None, str | None]]:
+def _rows(model: NCSR | RRDB, names: dict[str, str] | None, wrapper: str | None) -> list[tuple[str | None, str | None]]:
+    """(name in the source, name in what was written) of every tensor."""
     if isinstance(model, NCSR):
         places = published.places(model)
+        written = {name: name for name in places}
     else:
-        places = dict(zip((name for name, _ in published.encoder_layout(model)), model.state_dict()))
-    rows = [(place if names is None else names[name], name if published_out else place) for name, place in places.items()]
+        layout = [name for name, _ in encoder_names.encoder_layout(model)]
+        places = dict(zip(layout, model.state_dict()))
+        written = dict(zip(layout, model.published_state_dict()))
+    prefix = f"{wrapper}/" if wrapper else ""
+    rows = [
+        (place if names is None else names[name], place if wrapper is None else prefix + written[name])
+        for name, place in places.items()
+    ]
     return [row for row in rows if any(row)]

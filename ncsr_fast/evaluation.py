@@ -10,12 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ncsr_fast.data.images import to_float
+from ncsr_fast.data.images import crop_to_multiple, to_float
 from ncsr_fast.data.perturb import degrade
 from ncsr_fast.metrics.fidelity import lr_psnr, psnr, ssim, to_uint8
 from ncsr_fast.metrics.imresize import imresize
 from ncsr_fast.metrics.perceptual import diversity_score, error_maps, lpips
 from ncsr_fast.nn.ncsr import NCSR
+
+_MULTIPLE = 8  # of which many scripts make the sides of HR images, whatever the scale
 
 
 @dataclass
@@ -57,45 +59,101 @@ def evaluate(
 ) -> list[Scores]:
     """Scores of bicubic enlargement and of `model` at each temperature (one sample at temperature 0, else n).
 
-    images         uint8 (3, H, W), sides multiples of the scale; lr_images their LR images, None for MATLAB bicubic
+    images         uint8 (3, H, W), as `Evaluation.add` takes them; lr_images their LR images, None for MATLAB bicubic
     lpips_network  from `metrics.lpips_model`, None to leave LPIPS out
-    returns        one Scores a method: psnr, ssim, lr_psnr, lr_psnr_worst, diversity (`diversity_score` of
-                   `error_maps`), seconds (per sample); with LPIPS also lpips and lpips_diversity, the
-                   challenge's score. All per image, every sample counted alike.
+    returns        what `Evaluation.scores` is
+    raises         ValueError for images and lr_images that are not as many, and as `Evaluation.add` does
     """
-    device = next(model.parameters()).device
-    scale = model.config.scale
-    methods = {temperature: Scores(f"temperature {temperature:g}") for temperature in temperatures}
-    bicubic = Scores("bicubic")
+    evaluation = Evaluation(model, temperatures, n, seed, lpips_network)
     given = iter(lr_images) if lr_images is not None else None
     for number, image in enumerate(images):
-        hr = image.to(device)
-        lr = degrade(hr, scale) if given is None else next(given).to(device)
-        _add(bicubic, imresize(lr, scale)[None], hr, lr, scale, lpips_network)
-        for temperature, scores in methods.items():
-            samples, seconds = timed_samples(model, lr, n if temperature > 0 else 1, temperature, seed)
-            scores.add(seconds=seconds)
-            _add(scores, to_uint8(samples), hr, lr, scale, lpips_network)
-        progress(
-            f"image {number}: " + ", ".join(f"{s.method} {s.values['psnr'][-1]:.2f} dB" for s in (bicubic, *methods.values()))
-        )
-    return [bicubic, *methods.values()]
+        lr = None if given is None else next(given, None)
+        if given is not None and lr is None:
+            raise ValueError(f"there are {number} lr_images, and more images")
+        progress(f"image {number}: {evaluation.add(image, lr)}")
+    if given is not None and next(given, None) is not None:
+        raise ValueError(f"there are {evaluation.count} images, and more lr_images")
+    return evaluation.scores
 
 
-def _add(scores: Scores, samples: Tensor, hr: Tensor, lr: Tensor, scale: int, lpips_network: Any) -> None:
-    """Scores of the samples (n, 3, H, W) of one image, all uint8."""
-    target = hr.expand_as(samples)
-    consistency = lr_psnr(samples, lr.expand(len(samples), -1, -1, -1), scale)
-    scores.add(
-        psnr=float(psnr(samples, target).mean()),
-        ssim=float(ssim(samples, target).mean()),
-        lr_psnr=float(consistency.mean()),
-        lr_psnr_worst=float(consistency.min()),
-        diversity=diversity_score(error_maps(to_float(samples), to_float(hr))),
+class Evaluation:
+    """Scores of bicubic enlargement and of a model at each temperature, image by image; arguments as of `evaluate`.
+
+    Attributes:
+        scores: One `Scores` a method: psnr, ssim, lr_psnr, lr_psnr_worst, diversity (`diversity_score` of `error_maps`),
+            seconds (per sample); with LPIPS also lpips and lpips_diversity, the challenge's score. All per image, every
+            sample counted alike.
+    """
+
+    def __init__(
+        self, model: NCSR, temperatures: Iterable[float], n: int = 10, seed: int = 0, lpips_network: Any = None
+    ) -> None:
+        self._model, self._temperatures, self._n, self._seed = model, list(dict.fromkeys(temperatures)), n, seed
+        self._lpips_network = lpips_network
+        self.scores = [Scores("bicubic"), *(Scores(f"temperature {temperature:g}") for temperature in self._temperatures)]
+
+    @property
+    def count(self) -> int:
+        """The number of images so far."""
+        return len(self.scores[0].values.get("psnr", ()))
+
+    def add(self, image: Tensor, lr: Tensor | None = None) -> str:
+        """Measure an image; an error leaves the scores as they were.
+
+        Args:
+            image: uint8 (3, H, W), sides of at least 8.
+            lr: Its uint8 LR image, None for MATLAB bicubic. Sides of `image` need not be multiples of the scale: the LR
+                image is that of its top left, cropped to multiples of the scale, or of 8 (Set14 and many scripts).
+
+        Returns:
+            The PSNR of each method, in a line.
+
+        Raises:
+            ValueError: The sizes of the two do not fit, or are too small to be measured.
+        """
+        device, scale = next(self._model.parameters()).device, self._model.config.scale
+        hr = matching_crop(image, None if lr is None else tuple(lr.shape[-2:]), scale).to(device)
+        lr = degrade(hr, scale) if lr is None else lr.to(device)
+        found = [self._measured(imresize(lr, scale)[None], hr, lr)]
+        for temperature in self._temperatures:
+            samples, seconds = timed_samples(self._model, lr, self._n if temperature > 0 else 1, temperature, self._seed)
+            found.append({"seconds": seconds, **self._measured(to_uint8(samples), hr, lr)})
+        for scores, values in zip(self.scores, found):
+            scores.add(**values)
+        return ", ".join(f"{score.method} {score.values['psnr'][-1]:.2f} dB" for score in self.scores)
+
+    def _measured(self, samples: Tensor, hr: Tensor, lr: Tensor) -> dict[str, float]:
+        """Values of the samples (n, 3, H, W) of one image, all uint8."""
+        target = hr.expand_as(samples)
+        consistency = lr_psnr(samples, lr.expand(len(samples), -1, -1, -1), self._model.config.scale)
+        values = {
+            "psnr": float(psnr(samples, target).mean()),
+            "ssim": float(ssim(samples, target).mean()),
+            "lr_psnr": float(consistency.mean()),
+            "lr_psnr_worst": float(consistency.min()),
+            "diversity": diversity_score(error_maps(to_float(samples), to_float(hr))),
+        }
+        if self._lpips_network is not None:
+            maps = lpips(to_float(samples), to_float(hr), self._lpips_network)
+            values |= {"lpips": float(maps.mean()), "lpips_diversity": diversity_score(maps)}
+        return values
+
+
+def matching_crop(hr: Tensor, lr_size: tuple[int, int] | None, scale: int) -> Tensor:
+    """The top left of an HR image (3, H, W) that an LR image of `lr_size` is of: sides are multiples of the scale, or of 8.
+
+    Without LR image, the largest with multiples of the scale. Raises ValueError, with the sizes, where there is none.
+    """
+    height, width = hr.shape[-2:]
+    if min(height, width) < _MULTIPLE:
+        raise ValueError(f"the HR image is {height}×{width}, less than {_MULTIPLE}×{_MULTIPLE}, too small to be measured")
+    for crop in (crop_to_multiple(hr, scale), crop_to_multiple(hr, _MULTIPLE)):
+        if lr_size is None or tuple(crop.shape[-2:]) == (scale * lr_size[0], scale * lr_size[1]):
+            return crop
+    raise ValueError(
+        f"the HR image is {height}×{width} and the LR image {lr_size[0]}×{lr_size[1]}, "
+        f"which should be {height // scale}×{width // scale} at scale {scale}"
     )
-    if lpips_network is not None:
-        maps = lpips(to_float(samples), to_float(hr), lpips_network)
-        scores.add(lpips=float(maps.mean()), lpips_diversity=diversity_score(maps))
 
 
 def table(scores: list[Scores]) -> str:

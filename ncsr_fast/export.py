@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ncsr_fast.engine.conditioning import fold_level, mix_level
+from ncsr_fast.engine.convolution import convolution
 from ncsr_fast.engine.folding import LOG_SCALE
 from ncsr_fast.engine.options import EngineOptions
 from ncsr_fast.files import atomic_write
@@ -48,8 +49,8 @@ def export_onnx(
     check    run the graph in onnxruntime, at sizes and batches other than it was traced with, against the model's definition
              in float64, and write nothing when a pixel differs by more than 1e-4 (of the largest one, where that is above 1)
     returns  the largest difference found, None without the check
-    raises   ValueError for weights that are not finite, a singular 1×1 convolution, or a graph that fails the check;
-             ImportError for a package of the extra `export` that is missing
+    raises   ValueError for weights that are not finite, a singular 1×1 convolution, an opset that the exporter has not, or a
+             graph that fails the check; ImportError for a package of the extra `export` that is missing
 
     Inputs are "lr" and, unless deterministic, "latent0" …; the output is "sr". Batch, height and width are dynamic. The file
     is written to a temporary name and renamed. Its metadata are texts: "scale"; "latents", JSON of name, channels and scale of
@@ -65,6 +66,11 @@ def export_onnx(
             importlib.import_module(name)
         except ImportError as error:
             raise ImportError(f"writing ONNX needs {name}: pip install 'ncsr_fast[export]'") from error
+    import onnx
+
+    newest = onnx.defs.onnx_opset_version()
+    if not _OPSET <= opset <= newest:
+        raise ValueError(f"opset must be from {_OPSET} to {newest}, the newest that this onnx has, not {opset!r}")
     reference = copy.deepcopy(model).cpu().double().eval()
     decoder = Decoder(reference, deterministic, clip).float()
     with warnings.catch_warnings():
@@ -77,6 +83,8 @@ def export_onnx(
             opset_version=opset,
             verbose=False,
         )
+    if program.model.opset_imports.get("") != opset:  # the exporter says so in its log, and goes on
+        raise ValueError(f"the exporter of torch {torch.__version__} cannot write opset {opset}; leave it at {_OPSET}")
     program.model.metadata_props.update(_metadata(model, decoder))
     graph = program.model_proto.SerializeToString()
     difference = _difference(graph, decoder, reference) if check else None
@@ -164,9 +172,9 @@ class Decoder(nn.Module):
     def example(self, batch: int, height: int, width: int) -> list[Tensor]:
         """lr and the latents, of a smooth image and temperature 0.5; always the same."""
         like, generator = self.encoder.conv_first.weight, torch.Generator().manual_seed(0)
-        lr = F.interpolate(torch.rand(batch, 3, 2, 2, generator=generator), size=(height, width), mode="bilinear")
+        lr = F.interpolate(torch.rand(batch, 3, 2, 2, generator=generator, device="cpu"), size=(height, width), mode="bilinear")
         latents = [
-            0.5 * torch.randn(batch, channels, side * height // 2, side * width // 2, generator=generator)
+            0.5 * torch.randn((batch, channels, side * height // 2, side * width // 2), generator=generator, device="cpu")
             for channels, side in self.latents[: len(self.inputs)]
         ]
         return [tensor.to(like) for tensor in (lr, *latents)]
@@ -261,7 +269,7 @@ class _Convolution(nn.Module):
         self.register_buffer("bias", None if bias is None else bias.detach().clone())
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.conv2d(x, self.weight, self.bias, padding=self.weight.shape[-1] // 2)
+        return convolution(x, self.weight, self.bias, None)
 
 
 def _halves(weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,10 @@ from ncsr_fast.metrics.fidelity import to_uint8
 _GAP, _CAPTION, _TEXT = 4, 22, 15  # pixels
 _INK, _PAPER = (32, 32, 32), (255, 255, 255)
 # Dark to light through purple and orange: readable in grey and by colour-blind eyes.
-_HEAT = torch.tensor([[0, 0, 4], [87, 16, 110], [188, 55, 84], [249, 142, 9], [252, 255, 164]], dtype=torch.float32) / 255
+_HEAT = (
+    torch.tensor([[0, 0, 4], [87, 16, 110], [188, 55, 84], [249, 142, 9], [252, 255, 164]], dtype=torch.float32, device="cpu")
+    / 255
+)
 
 
 def heat_map(values: Tensor, top: float) -> Tensor:

@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import os
+import pickle
+import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+
+from ncsr_fast.file_kinds import is_safetensors, kind_of, names_in_pickle
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 SHIPPED = Path(__file__).parent / "models"
+_TEMPORARY = 40  # characters of a name that a temporary file has too; all of a long one, and more, would be too many
 _LISTED = 5  # names an error spells out of each kind
 
 
 class CheckpointError(ValueError):
     """A file or state dict that is not the model's: corrupt, or with other tensors.
 
-    problems  all tensors that are "missing", "unexpected" or "of the wrong shape", of which the message has the first few
+    problems  all tensors that are "missing", "unexpected", "of the wrong shape" or "not finite", of which the message has
+              the first few
     """
 
     def __init__(self, message: str, problems: Mapping[str, list[str]] | None = None) -> None:
@@ -30,22 +39,58 @@ class CheckpointError(ValueError):
 
 @contextmanager
 def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
-    """A temporary file beside `path`, flushed to disk and renamed to it when the block ends without an error."""
+    """A temporary file beside `path`, flushed to disk and renamed to it when the block ends without an error.
+
+    An OSError of writing names `path`.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
+    with _named_errors(path):
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:_TEMPORARY]}.", suffix=path.suffix)
     os.close(handle)
     temporary = Path(name)
     try:
-        yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        mask = os.umask(0)
-        os.umask(mask)
-        temporary.chmod(0o666 & ~mask)  # mkstemp made it private
-        os.replace(temporary, path)
+        with _named_errors(path, name):
+            yield temporary
+            _move(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _move(temporary: Path, path: Path) -> None:
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    with open(temporary, "rb+") as file:
+        os.fsync(file.fileno())
+    mask = os.umask(0)
+    os.umask(mask)
+    temporary.chmod(0o666 & ~mask)  # mkstemp made it private
+    os.replace(temporary, path)
+
+
+@contextmanager
+def _named_errors(path: Path, temporary: str | None = None) -> Iterator[None]:
+    """Errors of the system as errors of `path`: those of a full disk name no file, others the temporary one."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or (temporary is not None and error.filename not in (None, temporary)):
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a safetensors file. Raises OSError when the disk is full, where safetensors' own function has another error."""
+    from safetensors.torch import save
+
+    path.write_bytes(save(dict(tensors), metadata={"format": "pt"}))
+
+
+def write_pickled(path: Path, value: Any) -> None:
+    """Write a file as `torch.save` does. Raises OSError when the disk is full, where that raises an error of its insides."""
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    path.write_bytes(buffer.getbuffer())
 
 
 def shipped() -> list[str]:
@@ -55,12 +100,10 @@ def shipped() -> list[str]:
 
 def save_directory(model: nn.Module, model_type: str, configuration: dict[str, Any], directory: str | os.PathLike) -> Path:
     """Write config.json (`model_type` and the configuration) and model.safetensors to `directory`; return it."""
-    from safetensors.torch import save_file
-
     directory = Path(directory)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     with atomic_write(directory / WEIGHTS) as path:
-        save_file(tensors, path, metadata={"format": "pt"})
+        write_tensors(path, tensors)
     with atomic_write(directory / CONFIG) as path:
         path.write_text(json.dumps({"model_type": model_type, **configuration}, indent=2) + "\n")
     return directory
@@ -71,12 +114,9 @@ def load_directory(directory: Path, model_type: str, build: Callable[[dict[str, 
 
     raises  FileNotFoundError, or CheckpointError for files that are corrupt, of another type, or do not fit each other
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     for name in (CONFIG, WEIGHTS):
         if not (directory / name).is_file():
-            raise FileNotFoundError(f"{str(directory)!r} has no {name}; a model directory is written by save_pretrained")
+            raise FileNotFoundError(f"{str(directory)!r} has no {name}; {_meant(directory)}")
     try:
         values = json.loads((directory / CONFIG).read_text())
         if values.pop("model_type", None) != model_type:
@@ -86,14 +126,95 @@ def load_directory(directory: Path, model_type: str, build: Callable[[dict[str, 
         raise CheckpointError(
             f"{str(directory / CONFIG)!r} is not the configuration of an {model_type} model: {error}"
         ) from error
-    try:
-        state = load_file(directory / WEIGHTS)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{str(directory / WEIGHTS)!r} is truncated or corrupt: {error}") from error
+    state = read_checkpoint(directory / WEIGHTS)
     compare({name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}, state, f"the model of {CONFIG}")
+    check_finite(state, repr(str(directory / WEIGHTS)))
     adopt_dtype(model, state)
     model.load_state_dict(state)
     return model
+
+
+def read_checkpoint(path: str | os.PathLike) -> Any:
+    """The content of a checkpoint file, on the CPU; nothing in the file is executed.
+
+    A file that begins as the safetensors format does is read as such, any other by `torch.load(…, weights_only=True)`.
+
+    Raises:
+        FileNotFoundError: There is nothing at the path.
+        CheckpointError: The file is none that PyTorch or safetensors wrote, is damaged, or holds more than tensors. The
+            message says what it is, as far as its bytes tell, and what to do.
+    """
+    name = os.fspath(path)
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"no checkpoint at {str(name)!r}")
+    if os.path.isdir(path):
+        raise CheckpointError(f"{str(name)!r} is a folder, not a checkpoint file; {_meant(Path(path))}")
+    kind = kind_of(path)
+    if kind is not None:
+        raise CheckpointError(f"{str(name)!r} is not a readable checkpoint: it is {kind}")
+    reader = _read_safetensors if is_safetensors(path) else _read_pickled
+    try:
+        return reader(path)
+    except MemoryError:
+        raise
+    except Exception as error:  # noqa: BLE001 - of a damaged file the readers raise almost anything
+        raise CheckpointError(f"{str(name)!r} is not a readable checkpoint: {_reason(path, error)}") from error
+
+
+def _read_safetensors(path: str | os.PathLike) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(path)
+
+
+def _read_pickled(path: str | os.PathLike) -> Any:
+    with open(path, "rb") as file:  # of a path torch.load would look at the suffix
+        return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def _reason(path: str | os.PathLike, error: Exception) -> str:
+    """The cause in one line. PyTorch's own message for what it refuses advises to let the file run code: only the name in it
+    is passed on."""
+    if not isinstance(error, pickle.UnpicklingError):
+        return f"it is truncated or corrupt ({_line(error)}): download or save it again"
+    refused = re.search(r"(?i)unsupported (?:global|class):? (?:GLOBAL )?([\w.]+)", str(error))
+    names = [name for name in names_in_pickle(path) if name.partition(".")[0] not in ("torch", "collections")]
+    names = [refused[1]] if refused else names
+    if names:
+        return f"it holds a {names[0]}, which is more than tensors and is not run; save the network's state_dict() alone"
+    return "it was not written by torch.save or safetensors, or is corrupt: save the network's state_dict() by torch.save"
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split("\n")[0].split())[:200] or type(error).__name__
+
+
+def _meant(directory: Path) -> str:
+    """What to give instead of a folder that is no model."""
+    if (directory / "model" / CONFIG).is_file():
+        return f"give the model in it, {str(directory / 'model')!r}"
+    found = sorted(path for path in directory.iterdir() if path.suffix in (".pth", ".pt", ".ckpt", ".safetensors"))
+    if found:
+        return f"give a checkpoint in it, as {str(found[0])!r}"
+    return "a model directory is written by save_pretrained"
+
+
+def check_finite(state: Mapping[str, Tensor], where: str) -> None:
+    """Raise CheckpointError naming the tensors of `state` that hold NaN or infinite values."""
+    wrong = [name for name, tensor in state.items() if not _is_finite(tensor)]
+    if wrong:
+        problems = {"not finite": wrong}
+        raise CheckpointError(
+            f"{where} has NaN or infinite values, {listed(problems)}: the training that wrote it diverged, or it is damaged; "
+            "use an earlier checkpoint",
+            problems,
+        )
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    if tensor.is_floating_point() and tensor.element_size() == 1:
+        tensor = tensor.float()  # torch.isfinite has no 8-bit floats
+    return bool(torch.isfinite(tensor).all())
 
 
 def adopt_dtype(model: nn.Module, state: Mapping[str, Tensor]) -> None:

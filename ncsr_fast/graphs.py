@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ncsr_fast.autocast import autocast_dtype
 from ncsr_fast.nn.ncsr import NCSR
 from ncsr_fast.nn.sampling import decode_samples, draw_latents
 
@@ -20,9 +21,9 @@ _WARM_UP = 3  # runs before a capture: plans of cuDNN, compilation of Triton, la
 Loss = Callable[..., Tensor]
 
 
-def mean_nll(model: NCSR, hr: Tensor, lr: Tensor, noise: Tensor | None = None) -> Tensor:
-    """The loss of NCSR: the mean of `nll` over the batch, in bits per pixel position."""
-    return model.nll(hr, lr, noise).mean()
+def mean_nll(model: nn.Module, hr: Tensor, lr: Tensor, noise: Tensor | None = None) -> Tensor:
+    """The loss of NCSR, or of a module that wraps one: the mean of `nll` over the batch, in bits per pixel position."""
+    return model(hr, lr, noise).mean()
 
 
 def adam(
@@ -39,7 +40,7 @@ def adam(
     optimizer = torch.optim.Adam(parameters, lr=lr, betas=betas, weight_decay=weight_decay, fused=True)
     device = optimizer.param_groups[0]["params"][0].device
     for group in optimizer.param_groups:
-        group["lr"] = torch.tensor(float(group["lr"]), device=device)
+        group["lr"] = torch.tensor(float(group["lr"]), dtype=torch.float32, device=device)
         group["capturable"] = device.type == "cuda"
     return optimizer
 
@@ -89,13 +90,14 @@ class TrainingStep:
             _check_optimizer(optimizer, graph)
         device = self.parameters[0].device
         self.counters = torch.tensor([0, 0, 0, -1], device=device)
-        self.rate = torch.ones((), device=device)
+        self.rate = torch.ones((), dtype=torch.float32, device=device)
         self._captured: dict[object, tuple[_Captured, list[Tensor | None]]] = {}
 
     def __call__(self, *inputs: Tensor | None) -> tuple[Tensor, Tensor]:
         if not self.graph:
             return self._run(*inputs)
-        key = (*(None if tensor is None else tensor.shape for tensor in inputs), getattr(self.model, "options", None))
+        shapes = [None if tensor is None else tensor.shape for tensor in inputs]
+        key = *shapes, getattr(self.model, "options", None), autocast_dtype(self.parameters[0].device.type)
         if key not in self._captured:
             saved = list(_copies(self._state()))
             captured = _Captured(self._run, inputs)
@@ -170,7 +172,7 @@ class Sampler:
         padded = self.model.padded(lr)
         shapes = self.model.latent_shapes(*lr.shape[2:])
         latents = draw_latents(shapes, lr.shape[0], self.n, temperature, lr, generator)
-        key = lr.shape, self.model.options
+        key = lr.shape, self.model.served
         if not self.graph:
             images, first_bad = self._run(padded, *latents)
         else:

@@ -1,9 +1,59 @@
-"""Memory layout of the tensors the kernels write: channels-last where the input is, NCHW otherwise."""
+"""Memory of the tensors that kernels read and write: whether there is any, and in which layout outputs lie."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def has_memory(x: Tensor) -> bool:
+    """True for a plain tensor, whose values lie in memory of its own: no fake one, no other subclass that says what operators
+    do to it (DTensor …), none that a transform of `torch.func` or a batched gradient wraps."""
+    return _is_plain(x) and x.device.type != "meta" and not is_wrapped(x)
+
+
+def is_wrapped(x: Tensor) -> bool:
+    """True where a transform of `torch.func` or a batched gradient put something else in a tensor's place."""
+    functorch = torch._C._functorch
+    return functorch.is_functorch_wrapped_tensor(x) or functorch.is_legacy_batchedtensor(x)
+
+
+def traced() -> bool:
+    """True where what operators do is recorded, or done to something else than memory: `torch.compile`, `torch.func`,
+    forward-mode differentiation, `make_fx`, `FakeTensorMode`, `torch.jit.trace`. Nothing there would see what a kernel does."""
+    if torch.compiler.is_compiling():
+        return True
+    modes, mode = torch._C._TorchDispatchModeKey, torch._C._get_dispatch_mode
+    watched = mode(modes.PROXY) is not None or mode(modes.FAKE) is not None
+    return watched or transformed() or torch._C._get_tracing_state() is not None
+
+
+def transformed() -> bool:
+    """True inside transforms of `torch.func` and forward-mode differentiation, which plain PyTorch operators alone know."""
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+
+
+def laid_out(x: Tensor, memory_format: torch.memory_format) -> Tensor:
+    """x in a memory format; as it lies inside transforms, some of which know none."""
+    return x if transformed() else x.contiguous(memory_format=memory_format)
+
+
+def in_memory(x: Tensor) -> Tensor:
+    """x, or a copy where its memory does not hold its values: a negated or known-to-be-zero tensor (`torch._neg_view`,
+    forward-mode gradients). Raises TypeError for a tensor without memory of its own."""
+    if not _is_plain(x):
+        raise TypeError(
+            f"a kernel reads memory, and a {type(x).__name__} tensor may have none: use backend='reference' and engine='plain'"
+        )
+    if x.is_neg() or x._is_zerotensor():
+        return x.resolve_neg().clone()
+    return x
+
+
+def _is_plain(x: Tensor) -> bool:
+    return type(x) in _PLAIN or type(x).__torch_dispatch__ is torch._C._disabled_torch_dispatch_impl
 
 
 def is_channels_last(x: Tensor) -> bool:

@@ -1,14 +1,21 @@
-"""How much memory tensors take during a call: on the CPU, or on the "meta" device, where they have sizes and no memory."""
+"""Memory: how much tensors take during a call, what happens when there is no more, and how to have that happen in time.
+
+Calls are measured on the CPU, or on the "meta" device, where tensors have sizes and no memory.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+_MEMORY, _STATUS, _GROUP = Path("/proc/meminfo"), Path("/proc/self/status"), Path("/sys/fs/cgroup")
 
 
 def peak_bytes(call: Callable[[], Any]) -> int:
@@ -22,6 +29,56 @@ def peak_bytes(call: Callable[[], Any]) -> int:
         results = call()  # kept, so that its memory is not returned before the end
     del results
     return storages.peak
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, on a GPU or on the CPU, whose allocator raises a plain RuntimeError."""
+    if isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(
+        text in str(error) for text in ("can't allocate memory", "not enough memory", "out of memory", "_ALLOC_FAILED")
+    )
+
+
+@contextlib.contextmanager
+def within_free_memory() -> Iterator[None]:
+    """A context in which this process has no more memory than is free now: what asks for more gets an error.
+
+    Without it Linux promises memory that it does not have, and kills the process that uses it. Elsewhere nothing is done.
+    """
+    free = free_memory()
+    if free is None:
+        yield
+        return
+    import resource  # where there is free memory to know of, it is there
+
+    before, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    bound = _kibibytes(_STATUS, "VmData") + free
+    bounds = [limit for limit in (bound, before, hard) if limit != resource.RLIM_INFINITY]
+    resource.setrlimit(resource.RLIMIT_DATA, (min(bounds), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, (before, hard))
+
+
+def free_memory() -> int | None:
+    """Bytes of the machine's memory, or of this container's, that a process can have; None where nothing tells."""
+    try:
+        free = _kibibytes(_MEMORY, "MemAvailable")
+    except (OSError, KeyError):
+        return None
+    with contextlib.suppress(OSError, ValueError, KeyError):  # "max" where there is no limit, and elsewhere no file
+        limit, used = (int((_GROUP / name).read_text()) for name in ("memory.max", "memory.current"))
+        cached = dict(line.split() for line in (_GROUP / "memory.stat").read_text().splitlines())["inactive_file"]
+        free = min(free, limit - used + int(cached))
+    return max(free, 0)
+
+
+def _kibibytes(file: Path, name: str) -> int:
+    """Bytes that a line `name: number kB` of a file of the kernel's stands for."""
+    lines = dict(line.split(":", 1) for line in file.read_text().splitlines() if ":" in line)
+    return 1024 * int(lines[name].split()[0])
 
 
 class _Storages(TorchDispatchMode):

@@ -1,57 +1,168 @@
-"""The precision of float32 convolutions, said where they run instead of by whoever last set a global flag.
+"""True float32 where the package convolves or multiplies, whatever PyTorch's global flags say.
 
-cuDNN rounds the operands of float32 convolutions to TF32 unless told not to: a relative error of 5e-4 an operand. That is
-fine for the networks when asked for, and never for the state.
+The flags let PyTorch round the operands of float32 convolutions and products: on a GPU to TF32, which cuDNN does by default; on
+a CPU to TF32 or bfloat16, where it has instructions for them. The relative error of an operand is then 5e-4 or 4e-3. oneDNN's
+flag for products decides about convolutions too: PyTorch computes small ones as products.
+
+The flags belong to the process, and passes to its threads. So passes are counted: the first one in makes the flags exact, the
+last one out puts back what was there, and a flag that the program has set to another value meanwhile keeps that value. No pass
+waits for another. One that permits TF32 changes no flag, and is more exact than it need be while a pass of another thread is
+inside. Who asks here what the flags say is told what the program has set, not what a pass has made of it.
+
+While a pass is inside on a GPU, PyTorch refuses to read `torch.backends.cudnn.allow_tf32`, as it does after a program has set
+`torch.backends.fp32_precision`: that flag cannot be changed and put back. So forward passes there change no flag (see
+`ncsr_fast.engine.convolution`), and backward passes do for one call at a time, inside which no code of the user's runs.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from types import ModuleType
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
-_PER_OPERATOR = hasattr(torch.backends.cudnn, "conv")  # torch ≥ 2.9: a flag for each backend and kind of operator
-
-
-def _convolutions() -> list[tuple[ModuleType, str, tuple[object, object]]]:
-    """The flags that decide, and their values for float32 and for TF32."""
-    if _PER_OPERATOR:
-        return [(module.conv, "fp32_precision", ("ieee", "tf32")) for module in (torch.backends.cudnn, torch.backends.mkldnn)]
-    return [(torch.backends.cudnn, "allow_tf32", (False, True))]
+_EXACT = ("ieee", "none", "highest", False)  # values of flags under which nothing is rounded
 
 
-_FLAGS = _convolutions()
+class _Flag(NamedTuple):
+    """A global flag."""
+
+    name: str  # "conv" (before torch 2.9 "cudnn", a GPU's alone), "matmul", or "all", whose value those two may inherit
+    read: Callable[[], Any]
+    read_own: Callable[[], Any]  # the same, but "none" where the value is inherited
+    write: Callable[[Any], None]
+    exact: Any  # the value for true float32
+
+
+class _Flags:
+    """The flags of a device, and how many passes are inside which need them exact."""
+
+    def __init__(self, flags: list[_Flag]) -> None:
+        self._flags = flags  # "all" first: once it is exact, what still rounds has a value of its own, which can be put back
+        self._inside = 0
+        self._own: dict[str, Any] = {}  # by name: what to put back
+        self._found: dict[str, Any] = {}  # by name: what the program has set
+
+    def enter(self) -> None:
+        with _LOCK:
+            if not self._inside:
+                self._found = {flag.name: flag.read() for flag in self._flags}
+            self._inside += 1
+            for flag in self._flags:
+                value = flag.read()
+                if value != flag.exact:
+                    self._found[flag.name], self._own[flag.name] = value, flag.read_own()
+                    flag.write(flag.exact)
+
+    def leave(self) -> None:
+        with _LOCK:
+            self._inside -= 1
+            if self._inside:
+                return
+            for flag in reversed(self._flags):
+                if flag.name in self._own and flag.read() == flag.exact:
+                    flag.write(self._own[flag.name])
+            self._own.clear()
+
+    def let_round(self, *names: str) -> bool:
+        """True if the program has set one of these flags to a value that lets operands be rounded."""
+        with _LOCK:
+            values = [flag.read() for flag in self._flags if flag.name in names]
+            if self._inside:
+                values += [self._found[flag.name] for flag in self._flags if flag.name in names]
+        return not all(value in _EXACT for value in values)
+
+
+def _flags_of(backend: str) -> _Flags:
+    """Flags of "cuda" or "mkldnn", of torch ≥ 2.9.
+
+    Read and written as `torch.backends` does it; but `torch.backends.mkldnn.fp32_precision` writes another flag than it reads.
+    The flag of cuDNN's convolutions begins with a value that cannot be written, "tf32 unless another is inherited", so "all" is
+    what changes it.
+    """
+    get, set_ = torch._C._get_fp32_precision_getter, torch._C._set_fp32_precision_setter
+
+    def own_of_all() -> str:
+        value, inherited = get(backend, "all"), get("generic", "all")
+        if value != inherited or value == "none":
+            return value
+        set_("generic", "all", "ieee")  # for a moment: does "all" follow?
+        own = get(backend, "all")
+        set_("generic", "all", inherited)
+        return own if own == value else "none"
+
+    def flag(name: str, read_own: Callable[[], str] | None = None) -> _Flag:
+        def read() -> str:
+            return get(backend, name)
+
+        return _Flag(name, read, read_own or read, lambda value: set_(backend, name, value), "ieee")
+
+    return _Flags([flag("all", own_of_all), flag("conv"), flag("matmul")])
+
+
+def _flags_before_2_9() -> _Flags:
+    """A flag for cuDNN's convolutions, and one for all products on any device."""
+    cudnn, read, write = torch.backends.cudnn, torch.get_float32_matmul_precision, torch.set_float32_matmul_precision
+
+    def allowed() -> bool:
+        return cudnn.allow_tf32
+
+    convolutions = _Flag("cudnn", allowed, allowed, lambda value: setattr(cudnn, "allow_tf32", value), False)
+    return _Flags([convolutions, _Flag("matmul", read, read, write, "highest")])
+
+
+def _flags() -> dict[str, _Flags]:
+    """The flags by the type of device."""
+    if hasattr(torch._C, "_get_fp32_precision_getter"):
+        return {"cpu": _flags_of("mkldnn"), "cuda": _flags_of("cuda")}
+    return dict.fromkeys(("cpu", "cuda"), _flags_before_2_9())
+
+
+_LOCK = threading.RLock()
+_FLAGS = _flags()
+
+
+def has_cudnn() -> bool:
+    """True if PyTorch convolves on a GPU by cuDNN; otherwise it does so by matrix products."""
+    return torch.backends.cudnn.is_available() and torch.backends.cudnn.enabled
 
 
 @contextlib.contextmanager
-def convolution_precision(precision: str) -> Iterator[None]:
-    """Float32 convolutions inside are TF32 for precision "tf32" and true float32 otherwise; the flags are put back."""
-    before = [getattr(module, name) for module, name, _ in _FLAGS]
-    for module, name, values in _FLAGS:
-        setattr(module, name, values[precision == "tf32"])
+def true_float32(like: Tensor) -> Iterator[None]:
+    """Inside, convolutions and products of tensors like this one, if it is float32, round no operand."""
+    flags = _FLAGS.get(like.device.type) if like.dtype == torch.float32 else None
+    if flags is None:
+        yield
+        return
+    flags.enter()
     try:
         yield
     finally:
-        for (module, name, _), value in zip(_FLAGS, before):
-            setattr(module, name, value)
+        flags.leave()
 
 
-def convolutions_are_rounded() -> bool:
-    """Whether the global flags let cuDNN round the operands of a float32 convolution to TF32, as they do by default."""
-    module, name, (_, rounded) = _FLAGS[0]
-    return getattr(module, name) == rounded
+def convolutions_are_rounded(device_type: str) -> bool:
+    """True if the program lets PyTorch round the operands of float32 convolutions, as it does by default on a GPU."""
+    of_gpu = ("conv", "cudnn") if has_cudnn() else ("matmul",)
+    names = of_gpu if device_type == "cuda" else ("conv", "matmul")
+    return device_type in _FLAGS and _FLAGS[device_type].let_round(*names)
 
 
 def products_are_rounded(device_type: str) -> bool:
-    """Whether the global flags let PyTorch round the operands of a float32 matrix product to TF32 or bfloat16."""
-    if not _PER_OPERATOR:
-        return torch.get_float32_matmul_precision() != "highest"
-    backend = torch.backends.cuda if device_type == "cuda" else torch.backends.mkldnn
-    return backend.matmul.fp32_precision not in ("none", "ieee")
+    """True if the program lets PyTorch round the operands of float32 matrix products."""
+    return device_type in _FLAGS and _FLAGS[device_type].let_round("matmul")
 
 
 # torch.compile calls it instead of tracing it, and recompiles when those flags change. The mark is what
 # torch.compiler.assume_constant_result leaves, which would import the compiler to do so.
 products_are_rounded._dynamo_marked_constant = True
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b, in float64 where the program lets float32 operands be rounded. Differentiable."""
+    if a.dtype == torch.float32 and products_are_rounded(a.device.type):
+        return (a.double() @ b.double()).float()
+    return a @ b

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
+
+from ncsr_fast.layout import has_memory, traced
 
 
 def reading_is_free(tensor: Tensor) -> bool:
-    """Whether values of `tensor` may be read in a training step or a sampling pass: on the CPU only, and not in a
-    compiled graph, which has no values yet.
+    """Whether values of `tensor` may be read in a training step or a sampling pass: on the CPU only, and not where it has
+    none yet, in a graph that is traced or under a transform of `torch.func`.
 
     All checks that look at values ask this, so that on a GPU such a pass never waits and can be captured in a CUDA graph.
     """
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+    return tensor.device.type == "cpu" and not traced() and has_memory(tensor)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
+import resource
 import subprocess
 import sys
 from collections.abc import Callable
@@ -149,14 +151,23 @@ def vector_file(name: str) -> Path:
     pytest.skip(f"{name} is in none of {', '.join(map(str, folders))}; set NCSR_CONFORMANCE")
 
 
+def shared_file(name: str) -> Path:
+    """A file that is kept beside the checkout, or beside the folder NCSR_CONFORMANCE; skips when it is nowhere."""
+    folders = [SHARED, *(Path(folder).parent for folder in filter(None, [os.environ.get("NCSR_CONFORMANCE")]))]
+    for folder in folders:
+        if (folder / name).is_file():
+            return folder / name
+    pytest.skip(f"{name} is in none of {', '.join(map(str, folders))}")
+
+
 def load_case(name: str) -> Case:
     with np.load(vector_file(f"{name}.npz")) as arrays:
         return Case(name, json.loads(vector_file(f"{name}.json").read_text()), dict(arrays))
 
 
-def weights_module():
-    """tests/conformance/weights.py."""
-    spec = importlib.util.spec_from_file_location("conformance_weights", VECTORS / "weights.py")
+def weights_module(folder: str = "."):
+    """weights.py of tests/conformance, or of a folder there."""
+    spec = importlib.util.spec_from_file_location("conformance_weights", VECTORS / folder / "weights.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -185,6 +196,17 @@ def as_a_worker(target, *arguments) -> None:
     parent's OpenMP threads, and would wait for them for ever."""
     torch.set_num_threads(1)
     target(*arguments)
+
+
+@contextlib.contextmanager
+def full_disk(room: int = 500):
+    """Files of this process take `room` bytes and no more: writing beyond them fails as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def assert_same_weights(first: NCSR, second: NCSR) -> None:

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from support import assert_same_weights, tiny_model
+from support import assert_same_weights, full_disk, tiny_model
 
 from ncsr_fast import NCSR, RRDB, CheckpointError, files
+from ncsr_fast.cli.main import main
 from ncsr_fast.convert import convert
 
 
@@ -94,6 +95,40 @@ def test_a_generator(model):
         convert("back.pth", "other", model.config)
 
 
+def test_the_long_skip_of_a_generator(model):
+    """A file of weights does not have it, a directory does; the summary says which it is."""
+    torch.save(model.encoder.published_state_dict(), "rrdb.pth")
+    for asked, expected in ((None, "conv_first"), ("last_block", "last_block")):
+        report = convert("rrdb.pth", "generator", long_skip=asked)
+        assert f"long skip from {expected}: " in report.summary()
+        assert RRDB.from_pretrained("generator").long_skip == expected
+    assert main(["convert", "rrdb.pth", "--out", "by_command", "--long-skip", "last_block"]) == 0
+    assert RRDB.from_pretrained("by_command").long_skip == "last_block"
+    torch.save(model.published_state_dict(), "flow.pth")
+    model.save_pretrained("flow")
+    for source in ("flow.pth", "flow"):
+        with pytest.raises(ValueError, match=f"long_skip belongs to a generator; '{source}' is a flow"):
+            convert(source, "out", model.config if source == "flow.pth" else None, long_skip="last_block")
+
+
+def test_a_generator_as_its_own_program_reads_it(model):
+    """BasicSR looks for its names under "params"; ESRGAN+ has the names of ESRGAN's old architecture."""
+    for options, wrapper, name in (
+        ({"scale": 2, "unshuffle": 2}, "params", "body.0.rdb1.conv1.weight"),
+        ({"dense_residual": True}, None, "model.1.sub.0.RDB1.conv1x1.weight"),
+    ):
+        generator = RRDB(channels=4, growth=2, blocks=1, **options)
+        generator.save_pretrained("generator")
+        report = convert("generator", "net.pth")
+        written = torch.load("net.pth", weights_only=True)
+        written, prefix = (written[wrapper], f"{wrapper}/") if wrapper else (written, "")
+        assert same(written, generator.published_state_dict()) and name in written
+        assert [new for _, new in report.tensors] == [prefix + name for name in written]
+        back = convert("net.pth", "back")
+        assert [old for old, _ in back.tensors] == [prefix + name for name in written]
+        assert same(RRDB.from_pretrained("back").state_dict(), generator.state_dict())
+
+
 def test_all_that_does_not_fit_is_named_and_nothing_written(model):
     state = model.published_state_dict()
     gone = list(state)[:9]
@@ -113,18 +148,11 @@ def test_all_that_does_not_fit_is_named_and_nothing_written(model):
 
 
 @pytest.mark.parametrize("out", ["out.pth", "out.safetensors", "out"])
-def test_a_write_that_fails_leaves_what_was_there(model, out, monkeypatch):
+def test_a_write_that_fails_leaves_what_was_there(model, out):
     model.save_pretrained("model")
     convert("model", out)
     before = {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
-
-    def fail(*arguments, **options):
-        Path(arguments[1]).write_text("half of it")
-        raise OSError("disk full")
-
-    monkeypatch.setattr(torch, "save", fail)
-    monkeypatch.setattr("safetensors.torch.save_file", fail)
-    with pytest.raises(OSError, match="disk full"):
+    with full_disk(), pytest.raises(OSError, match=f"File too large: '{out}"):
         convert("model", out)
     assert {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()} == before
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from support import image, tiny_model
 
-from ncsr_fast.evaluation import evaluate, table
+from ncsr_fast.evaluation import Evaluation, evaluate, table
 from ncsr_fast.metrics import diversity_score, imresize, lr_psnr, psnr, to_uint8
 
 
@@ -51,3 +51,26 @@ def test_table():
     assert [line.split("  ")[0] for line in lines] == ["bicubic", "temperature 0", "temperature 0.5"]
     assert len({len(line) for line in (header, *lines)}) == 1
     assert lines[0].rstrip().endswith("-"), "bicubic is not timed"
+
+
+def test_as_many_lr_images_as_images():
+    model = tiny_model(dtype=torch.float32)
+    hr = to_uint8(image(3, 16, 16))
+    for images, lr_images, said in (
+        ([hr, hr], 1, "are 1 lr_images, and more images"),
+        ([hr], 2, "1 images, and more lr"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            evaluate(model, images, [0.0], lr_images=[imresize(hr, 1 / 4)] * lr_images)
+
+
+def test_an_image_that_lpips_cannot_measure_leaves_the_scores_as_they_were():
+    """Its network halves images some times; what is left of small ones is nothing."""
+
+    def network(a, b):
+        raise RuntimeError("Calculated output size (1x0x0) is too small")
+
+    evaluation = Evaluation(tiny_model(dtype=torch.float32), [0.0], lpips_network=network)
+    with pytest.raises(ValueError, match=r"LPIPS cannot measure images of 16×24 pixels: Calculated output"):
+        evaluation.add(to_uint8(image(3, 16, 24)))
+    assert evaluation.count == 0 and not any(scores.values for scores in evaluation.scores)

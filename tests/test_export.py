@@ -180,3 +180,10 @@ def test_without_a_package(package, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ImportError, match=rf"writing ONNX needs {package}: pip install 'ncsr_fast\[export\]'"):
         export_onnx(tiny_model(), tmp_path / "x.onnx")
+
+
+@pytest.mark.parametrize("opset", [3, 999])
+def test_an_opset_that_there_is_not(tmp_path, opset):
+    with pytest.raises(ValueError, match=f"opset must be from 18 to .*, not {opset}"):
+        export_onnx(tiny_model(dtype=torch.float32), tmp_path / "x.onnx", opset=opset)
+    assert not list(tmp_path.iterdir())

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from support import image, tiny_model
+from support import full_disk, image, tiny_model
 
 from ncsr_fast import NCSR, RRDB, CheckpointError, NCSRConfig, files
 
@@ -71,7 +71,11 @@ def edit_config(**changes):
 
 
 DAMAGE = {
-    "truncated-weights": (damage_weights, CheckpointError, "model.safetensors' is truncated or corrupt"),
+    "truncated-weights": (
+        damage_weights,
+        CheckpointError,
+        "model.safetensors' is not a readable checkpoint: it is truncated or corrupt",
+    ),
     "other-weights": (other_weights, CheckpointError, r"unexpected: encoder.body.2.rdb1.conv1"),
     "text-config": (
         lambda d: (d / "config.json").write_text("{"),
@@ -114,3 +118,22 @@ def test_the_shipped_model():
     folder = files.SHIPPED / "ncsr-compact-x4"
     assert sum(path.stat().st_size for path in folder.iterdir()) <= 15e6
     assert "Berkeley Segmentation" in (folder / "README.md").read_text()
+
+
+def test_errors_of_writing_name_the_file(tmp_path):
+    """Those of a full disk name none by themselves, others the temporary one; nothing is left behind."""
+    with full_disk(), pytest.raises(OSError, match="File too large: '.*x.bin'"), files.atomic_write(tmp_path / "x.bin") as path:
+        path.write_bytes(b"x" * 1000)
+    with pytest.raises(IsADirectoryError, match=f"Is a directory: '{tmp_path}'"), files.atomic_write(tmp_path) as path:
+        path.write_bytes(b"x")
+    with pytest.raises(OSError, match=f"File name too long: '{tmp_path}/nnn"), files.atomic_write(tmp_path / ("n" * 300)):
+        pass
+    with pytest.raises(FileNotFoundError, match="'absent'"), files.atomic_write(tmp_path / "x.bin"):
+        open("absent").close()
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_longest_name_a_file_can_have(tmp_path):
+    with files.atomic_write(tmp_path / ("n" * 255)) as path:
+        path.write_text("x")
+    assert (tmp_path / ("n" * 255)).read_text() == "x"

@@ -141,3 +141,39 @@ def test_without_a_compiler(build, monkeypatch):
     monkeypatch.setenv("CXX", f"{sys.executable} -c 'raise SystemExit(\"fatal: no Python.h\")'")
     with pytest.raises(build.Skipped, match="fatal: no Python.h"):
         build.find_compiler()
+
+
+@pytest.mark.parametrize("words", [["ccache", "g++"], ["env", "X=a b", "g++"], ["g++", "-m64"]], ids=" ".join)
+def test_nvcc_is_given_the_whole_compiler(build, monkeypatch, tmp_path, words):
+    """It takes one word: of a compiler with a launcher before it or options behind, a script that runs them all."""
+    program = tmp_path / words[0]
+    program.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    program.chmod(0o755)
+    given = []
+    monkeypatch.setattr(build, "find_compiler", lambda: [str(program), *words[1:], *build.CXX_FLAGS])
+    monkeypatch.setattr(build, "accepts", lambda *arguments: False)
+    monkeypatch.setattr(build, "find_cuda", lambda host: given.append(host) or ([], [], "yes"))
+    assert build.plan(tmp_path / "module.so", tmp_path)[1].endswith("CUDA: yes")
+    (host,) = given
+    said = subprocess.run([host, "-c", "it's.cpp"], capture_output=True, text=True, check=True).stdout
+    assert said.splitlines() == [*words[1:], "-c", "it's.cpp"]
+
+
+def test_nvcc_is_given_a_compiler_of_one_word_as_it_is(build, tmp_path):
+    assert build.host_compiler(["g++", *build.CXX_FLAGS], tmp_path) == "g++" and not list(tmp_path.iterdir())
+
+
+def test_nvcc_may_have_a_launcher(build, monkeypatch, tmp_path):
+    """As CXX may; both are read as a shell would."""
+    nvcc = tmp_path / "nv cc"
+    nvcc.write_text("""#!/bin/sh
+case "$*" in
+    --version) echo "release 12.4" ;;
+    --list-gpu-arch) echo compute_90 ;;
+    *) echo "LIBRARIES=-L/nowhere" ;;
+esac
+""")
+    nvcc.chmod(0o755)
+    monkeypatch.setenv("NVCC", f"/usr/bin/env '{nvcc}'")
+    command, libraries, said = build.find_cuda("g++")
+    assert command[:4] == ["/usr/bin/env", str(nvcc), "-ccbin", "g++"] and said == "12.4 for 9.0+PTX"

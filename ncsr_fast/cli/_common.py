@@ -1,8 +1,14 @@
-"""What the subcommands share: the choice of a device and of a model."""
+"""What the subcommands share: arguments, the choice of a device, and checks of paths before the work begins."""
 
 from __future__ import annotations
 
 import argparse
+import glob
+import math
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
@@ -17,8 +23,29 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
         default=DEFAULT_MODEL,
+        type=path,
         help="model directory, published .pth, shipped name, or user/name of the Hugging Face Hub (default: %(default)s)",
     )
+
+
+def _argument(description: str, read: Callable[[str], Any], accepted: Callable[[Any], bool]) -> Callable[[str], Any]:
+    def convert(text: str) -> Any:
+        try:
+            value = read(text)
+        except ValueError:
+            value = None
+        if value is None or not accepted(value):
+            raise argparse.ArgumentTypeError(f"should be {description}, not {text!r}")
+        return value
+
+    return convert
+
+
+# what `type` of an argument may be; `~` is expanded also where a shell does not, as in --out=~/large
+path = _argument("a path", os.path.expanduser, bool)
+count = _argument("a whole number of 1 or more", int, lambda value: value >= 1)
+seed = _argument("a whole number from 0 to 2⁶⁴ - 1", int, lambda value: 0 <= value < 2**64)
+temperature = _argument("a number of 0 or more", float, lambda value: 0 <= value < math.inf)
 
 
 def why_no_cuda() -> str:
@@ -34,8 +61,79 @@ def pick_device(name: str) -> str:
         device = torch.device(name)
     except RuntimeError as error:
         raise ValueError(f"no device {name!r}: use cpu or cuda") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"no device {name!r} for this: use cpu or cuda")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {name!r} was asked for, but {why_no_cuda()}; use --device cpu")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device {name!r} was asked for, but there are {torch.cuda.device_count()} CUDA devices")
     return name
+
+
+class ImageFile(NamedTuple):
+    """An image of the input."""
+
+    path: Path
+    folder: Path | None  # it was found in; None where the file itself was named
+    deep: bool  # whether folders in that one were searched too
+
+    @property
+    def stem(self) -> str:
+        """Its path below the folder, without the suffix."""
+        inside = self.path.name if self.folder is None else self.path.relative_to(self.folder)
+        return str(Path(inside).with_suffix(""))
+
+
+def image_files(places: Iterable[str]) -> list[ImageFile]:
+    """The images of folders, files and patterns such as "photos/*.png", each once.
+
+    Raises:
+        FileNotFoundError: A file or folder is not there, or nothing is what a pattern describes.
+        ValueError: A folder holds no image.
+    """
+    from ncsr_fast.data.images import list_images
+
+    found: dict[str, ImageFile] = {}
+    for place in places:
+        pattern = glob.has_magic(place) and not os.path.exists(place)
+        matches = sorted(glob.glob(place, recursive=True)) if pattern else [place]
+        if not matches:
+            raise FileNotFoundError(f"no file is as {place!r} describes")
+        for match in map(Path, matches):
+            if not match.exists():
+                raise FileNotFoundError(f"no file or folder {str(match)!r}")
+            if match.is_dir():
+                images = [ImageFile(image, match, deep=True) for image in list_images(match)]
+            else:
+                images = [ImageFile(match, match.parent if pattern else None, deep=pattern and "**" in place)]
+            for image in images:
+                found.setdefault(os.path.realpath(image.path), image)
+    return list(found.values())
+
+
+def check_folder(option: str, folder: str | os.PathLike) -> Path:
+    """The path of a folder that can be written to, or made. Nothing is made yet. Raises OSError naming the option."""
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{option}: {str(folder)!r} is a file; give a folder")
+    there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    if not there.is_dir():
+        raise NotADirectoryError(f"{option}: {str(folder)!r} cannot be made, for {str(there)!r} is a file")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise PermissionError(f"{option}: {str(there)!r} cannot be written to; choose another place")
+    return folder
+
+
+def check_file(option: str, file: str | os.PathLike) -> Path:
+    """The path of a file that can be written. Nothing is made yet. Raises OSError naming the option."""
+    if Path(file).is_dir():
+        raise IsADirectoryError(f"{option}: {os.fspath(file)!r} is a folder; give the file to write")
+    check_folder(option, Path(file).absolute().parent)
+    return Path(file)
+
+
+def too_large(file: str | os.PathLike, n: int) -> str:
+    """What to say of an image that memory ran out for."""
+    return (
+        f"{os.fspath(file)!r} with {n} samples does not fit in memory: ask for fewer (--n), take a smaller --model, or crop it"
+    )

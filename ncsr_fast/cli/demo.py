@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from ncsr_fast.cli._common import add_device, add_model, pick_device
+from ncsr_fast.cli._common import add_device, add_model, check_folder, count, path, pick_device, seed, temperature
 
 HELP = "super-resolve three photographs and write a contact sheet"
 EXAMPLE = """\
@@ -22,11 +21,11 @@ _TEMPERATURE = 0.8
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", default="demo_output", help="folder for the pictures (default: %(default)s)")
+    parser.add_argument("--out", default="demo_output", type=path, help="folder for the pictures (default: %(default)s)")
     add_model(parser)
-    parser.add_argument("--n", type=int, default=10, help="samples of each photograph, at least 3 (default: %(default)s)")
-    parser.add_argument("--temperature", type=float, default=_TEMPERATURE, help="of the samples (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the samples (default: %(default)s)")
+    parser.add_argument("--n", type=count, default=10, help="samples of each photograph, at least 3 (default: %(default)s)")
+    parser.add_argument("--temperature", type=temperature, default=_TEMPERATURE, help="of the samples (default: %(default)s)")
+    parser.add_argument("--seed", type=seed, default=0, help="of the samples (default: %(default)s)")
     add_device(parser)
 
 
@@ -49,7 +48,7 @@ def run(args: argparse.Namespace) -> None:
     if args.n < 3:
         raise ValueError(f"the sheet shows three samples, so --n must be at least 3, not {args.n}")
     device = pick_device(args.device)
-    out = Path(args.out)
+    out = check_folder("--out", args.out)
     model = NCSR.from_pretrained(args.model).to(device).eval()
     scale = model.config.scale
     rows, deviations = [], []
@@ -87,6 +86,6 @@ def run(args: argparse.Namespace) -> None:
         f"std of {args.n} (0 to {255 * brightest:.0f})",
         "original",
     ]
-    with atomic_write(out / "contact_sheet.png") as path:
-        contact_sheet(rows, columns).save(path)
+    with atomic_write(out / "contact_sheet.png") as temporary:
+        contact_sheet(rows, columns).save(temporary)
     print(f"PSNR in dB; diversity in percent, from error maps. Look at {out / 'contact_sheet.png'}")

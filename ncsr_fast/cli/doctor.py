@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import json
 import os
 import platform
 import shutil
@@ -57,7 +58,7 @@ def report() -> dict[str, dict[str, str]]:
     return {
         "ncsr_fast": {
             "version": __version__,
-            "installed in": os.path.dirname(files.__file__),
+            "installed in": f"{os.path.dirname(files.__file__)} ({_installation()})",
             "shipped models": ", ".join(files.shipped()) or "none",
         },
         "machine": {
@@ -66,7 +67,7 @@ def report() -> dict[str, dict[str, str]]:
             "cpu": f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
             "torch": f"{torch.__version__}, " + (f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU build"),
             "gpu": _gpus(),
-            "C++ compiler": _tool("c++", "g++"),
+            "C++ compiler": _tool("c++", "g++", "clang++"),
             "nvcc": _tool("nvcc"),
         },
         "packages": {name: _package(name, purpose) for name, purpose in _PACKAGES.items()},
@@ -76,6 +77,16 @@ def report() -> dict[str, dict[str, str]]:
             for backend in ops.backends().values()
         },
     }
+
+
+def _installation() -> str:
+    """How the package got to where it is."""
+    try:
+        origin = importlib.metadata.distribution("ncsr_fast").read_text("direct_url.json") or "{}"
+    except importlib.metadata.PackageNotFoundError:
+        return "a source tree that was not installed; in it: pip install -e ."
+    editable = json.loads(origin).get("dir_info", {}).get("editable")
+    return "editable: edits of csrc/ take effect when it is installed again" if editable else "installed"
 
 
 def _gpus() -> str:
@@ -89,7 +100,10 @@ def _tool(*names: str) -> str:
     for name in names:
         path = shutil.which(name)
         if path:
-            output = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=30, check=False).stdout
+            try:
+                output = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=30, check=False).stdout
+            except (OSError, subprocess.SubprocessError) as error:
+                return f"{path} cannot be run: {error}"
             lines = [line for line in output.splitlines() if "release" in line] or output.splitlines()[:1]
             return f"{lines[0].strip() if lines else 'version unknown'} ({path})"
     return f"none ({' or '.join(names)} not found)"

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import math
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from ncsr_fast.cli._common import add_device, add_model, pick_device
+from ncsr_fast.cli._common import add_device, add_model, check_file, count, path, pick_device, seed, temperature, too_large
 
+if TYPE_CHECKING:
+    from ncsr_fast.evaluation import Evaluation, Scores
+
+_MULTIPLE = 8  # of which the sides of HR images are, whatever the scale
 HELP = "measure a model on a folder of HR images, beside bicubic"
 EXAMPLE = """\
 example:
@@ -16,49 +23,113 @@ example:
 
 PSNR, SSIM, LR-PSNR (mean, and the worst of each image's samples) and diversity, means over images; LPIPS and the
 NTIRE diversity score as well where the lpips package and its weights are installed. HR images are cropped to
-multiples of 8 and LR images made by MATLAB bicubic unless --lr-images names them."""
+multiples of 8 and LR images made by MATLAB bicubic unless --lr-images names them; then to the size that theirs says.
+
+Images that cannot be read, do not fit their LR image or do not fit in memory are named, the means are those of the others,
+and the exit status is 1. In the JSON a value that is infinite (the PSNR of equal images) or not a number is null."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("images", help="folder of HR images, searched recursively")
-    parser.add_argument("--lr-images", help="folder of their LR images (default: MATLAB bicubic)")
+    parser.add_argument("images", type=path, help="folder of HR images, searched recursively")
+    parser.add_argument("--lr-images", type=path, help="folder of their LR images (default: MATLAB bicubic)")
     add_model(parser)
-    parser.add_argument("--n", type=int, default=10, help="samples of each image above temperature 0 (default: %(default)s)")
-    parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 0.5, 0.8], help="(default: 0 0.5 0.8)")
-    parser.add_argument("--seed", type=int, default=0, help="of the latents of each image (default: %(default)s)")
-    parser.add_argument("--limit", type=int, help="use only the first so many images")
-    parser.add_argument("--json", help="also write the means and every image's values to this file")
+    parser.add_argument("--n", type=count, default=10, help="samples of each image above temperature 0 (default: %(default)s)")
+    parser.add_argument(
+        "--temperatures", type=temperature, nargs="+", default=[0.0, 0.5, 0.8], help="of the samples (default: 0 0.5 0.8)"
+    )
+    parser.add_argument("--seed", type=seed, default=0, help="of the latents of each image (default: %(default)s)")
+    parser.add_argument("--limit", type=count, help="use only the first so many images")
+    parser.add_argument("--json", type=path, help="also write the means and every image's values to this file")
     add_device(parser)
 
 
 def run(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
-    from ncsr_fast.data.images import crop_to_multiple, list_images, pair_up, read_image
-    from ncsr_fast.evaluation import evaluate, table
-    from ncsr_fast.files import atomic_write
+    from ncsr_fast.evaluation import Evaluation, table
+    from ncsr_fast.memory import within_free_memory
     from ncsr_fast.metrics.perceptual import LPIPSUnavailable, lpips_model
     from ncsr_fast.nn.ncsr import NCSR
 
     device = pick_device(args.device)
-    paths = list_images(args.images)[: args.limit]
-    lr_images = None
-    if args.lr_images is not None:
-        pairs = pair_up(paths, Path(args.images), list_images(args.lr_images), Path(args.lr_images))
-        lr_images = (read_image(lr) for _, lr in pairs)
+    if args.json:
+        check_file("--json", args.json)
+    pairs = _pairs(args)
     model = NCSR.from_pretrained(args.model).to(device).eval()
     try:
         network = lpips_model(device=device)
     except LPIPSUnavailable as error:
         network = None
         print(f"without LPIPS: {error}", file=sys.stderr)
-    images = (
-        crop_to_multiple(read_image(path), 8) if lr_images is None else read_image(path) for path in tqdm(paths, unit="image")
-    )
-    scores = evaluate(model, images, args.temperatures, args.n, args.seed, network, lr_images, progress=tqdm.write)
-    print(f"{args.model}, {len(paths)} images, {args.n} samples each, {device}")
-    print(table(scores))
-    if args.json:
-        rows = [{"method": score.method, "means": score.means(), "images": score.values} for score in scores]
-        with atomic_write(args.json) as path:
-            path.write_text(json.dumps({"files": [str(path.name) for path in paths], "scores": rows}, indent=1) + "\n")
+    evaluation = Evaluation(model, args.temperatures, args.n, args.seed, network)
+    measured: list[Path] = []
+    problems: list[str] = []
+    with within_free_memory() if device == "cpu" else contextlib.nullcontext():
+        for hr, lr in tqdm(pairs, unit="image"):
+            problem = _add(evaluation, hr, lr, args.n)
+            if problem is None:
+                measured.append(hr)
+            else:
+                problems.append(problem)
+    if measured:
+        print(f"{args.model}, {len(measured)} images, {args.n} samples each, {device}")
+        print(table(evaluation.scores))
+        if args.json:
+            _write(args.json, [str(hr.relative_to(args.images)) for hr in measured], evaluation.scores)
+    if len(pairs) == len(problems) == 1:
+        raise ValueError(problems[0])
+    if problems:
+        print(f"{len(problems)} problems:", *problems, sep="\n  ", file=sys.stderr)
+        raise ValueError(f"{len(problems)} of {len(pairs)} images were not measured")
+
+
+def _pairs(args: argparse.Namespace) -> list[tuple[Path, Path | None]]:
+    """The first HR images, each with its LR image where they are given."""
+    from ncsr_fast.data.images import list_images, pair_up
+
+    images = list_images(args.images)
+    if args.lr_images is None:
+        return [(image, None) for image in images][: args.limit]
+    return pair_up(images, Path(args.images), list_images(args.lr_images), Path(args.lr_images))[: args.limit]
+
+
+def _add(evaluation: Evaluation, hr: Path, lr: Path | None, n: int) -> str | None:
+    """Why an image could not be measured, None where it was."""
+    from tqdm import tqdm
+
+    from ncsr_fast.data.images import ImageError, crop_to_multiple, read_image
+    from ncsr_fast.memory import is_out_of_memory
+
+    try:
+        image, given = read_image(hr), None if lr is None else read_image(lr)
+        if lr is None and min(image.shape[-2:]) >= _MULTIPLE:
+            image = crop_to_multiple(image, _MULTIPLE)
+        try:
+            said = evaluation.add(image, given)
+        except ValueError as error:
+            raise ImageError(f"{' and '.join(repr(str(file)) for file in (hr, lr) if file)}: {error}") from error
+    except (ImageError, FileNotFoundError) as error:
+        return str(error)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return too_large(hr, n)
+    tqdm.write(f"{hr.name}: {said}")
+    return None
+
+
+def _write(file: str, names: list[str], scores: list[Scores]) -> None:
+    from ncsr_fast.files import atomic_write
+
+    rows = [{"method": score.method, "means": score.means(), "images": score.values} for score in scores]
+    with atomic_write(file) as temporary:
+        temporary.write_text(json.dumps(_finite({"files": names, "scores": rows}), indent=1, allow_nan=False) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    """The same, with None for numbers that JSON has no word for."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from ncsr_fast.cli._common import check_file, count, path
+
 HELP = "write a model's decoder as an ONNX file"
 EXAMPLE = """\
 example:
@@ -16,11 +18,11 @@ model in onnxruntime first, and not written when a pixel differs by more than 1e
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", help="model directory, published .pth, or name of a model")
-    parser.add_argument("--out", required=True, metavar="ONNX", help="file to write")
+    parser.add_argument("model", type=path, help="model directory, published .pth, or name of a model")
+    parser.add_argument("--out", required=True, metavar="ONNX", type=path, help="file to write")
     parser.add_argument("--deterministic", action="store_true", help="without latents: the image of temperature 0")
     parser.add_argument("--no-clip", action="store_true", help="do not clip sr to [0, 1]")
-    parser.add_argument("--opset", type=int, default=18, help="of ONNX (default: %(default)s)")
+    parser.add_argument("--opset", type=count, default=18, help="of ONNX (default: %(default)s)")
     parser.add_argument("--no-check", action="store_true", help="do not compare, which needs onnxruntime")
 
 
@@ -28,6 +30,7 @@ def run(args: argparse.Namespace) -> None:
     from ncsr_fast.export import export_onnx
     from ncsr_fast.nn.ncsr import NCSR
 
+    check_file("--out", args.out)
     model = NCSR.from_pretrained(args.model)
     difference = export_onnx(
         model,

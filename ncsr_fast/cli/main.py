@@ -3,12 +3,29 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
+import os
 import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from ncsr_fast import __version__
 
 COMMANDS = ("demo", "sample", "train", "plot", "evaluate", "convert", "export", "bench", "doctor")
+_CLOSED = 141  # the exit status of a program whose reader went away: 128 + SIGPIPE
+_MENDS = {
+    errno.ENOSPC: "make room, or choose another disk",
+    errno.EDQUOT: "make room, or choose another disk",
+    errno.EFBIG: "files as large are not allowed here (ulimit -f); allow it, or choose another disk",
+    errno.EACCES: "change who may use it, or choose another place",
+    errno.EPERM: "change who may use it, or choose another place",
+    errno.EROFS: "choose another place",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.EISDIR: "give a file",
+    errno.ENOTDIR: "give a folder",
+}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -30,15 +47,72 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
+    try:
+        try:
+            return _run(argv)
+        finally:
+            sys.stdout.flush()  # here, where a closed pipe or a full disk can still be told of
+    except BrokenPipeError:
+        _abandon_output()
+        return _CLOSED
+    except OSError as error:  # of the flush
+        _abandon_output()
+        print(f"ncsr-fast: standard output: {_told(error)}", file=sys.stderr)
+        return 1
+
+
+def _run(argv: list[str] | None) -> int:
+    from ncsr_fast.memory import is_out_of_memory
+
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a × or a file's name may have no place in the terminal's encoding
+            stream.reconfigure(errors="backslashreplace")
     args = build_parser().parse_args(argv)
     try:
-        return args.function(args) or 0
+        with _warnings_in_a_line(args.command):
+            return args.function(args) or 0
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    except (ValueError, ArithmeticError, MemoryError, OSError, ImportError) as error:
-        print(f"ncsr-fast {args.command}: {error}", file=sys.stderr)
+    except BrokenPipeError:
+        raise
+    except Exception as error:
+        expected = isinstance(error, (ValueError, ArithmeticError, OSError, ImportError))
+        if not expected and not is_out_of_memory(error):
+            raise
+        print(f"ncsr-fast {args.command}: {_told(error)}", file=sys.stderr)
         return 1
+
+
+def _told(error: Exception) -> str:
+    """The message of an error; of one that the system raised, the file, what is wrong, and what can be done."""
+    if isinstance(error, MemoryError) and str(error):
+        return str(error)  # ours, or numpy's
+    if isinstance(error, (MemoryError, RuntimeError)):
+        return f"out of memory: {(str(error).strip() or 'none is left').splitlines()[0]}"
+    if isinstance(error, OSError) and error.strerror:
+        place = f"{os.fspath(error.filename)!r}: " if error.filename is not None else ""
+        mend = f"; {_MENDS[error.errno]}" if error.errno in _MENDS else ""
+        return f"{place}{error.strerror}{mend}"
+    return str(error) or type(error).__name__
+
+
+@contextmanager
+def _warnings_in_a_line(command: str) -> Iterator[None]:
+    """Without the line of source that a warning came from, which users did not write."""
+    before = warnings.formatwarning
+    warnings.formatwarning = lambda message, *_, **__: f"ncsr-fast {command}: warning: {message}\n"
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
+
+
+def _abandon_output() -> None:
+    """Have what is left in the buffer of standard output go nowhere, where the interpreter would try once more and fail."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
 
 
 if __name__ == "__main__":

@@ -3,35 +3,64 @@
 from __future__ import annotations
 
 import argparse
+import errno
+import os
 import sys
+import unicodedata
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ncsr_fast.cli._common import add_device, add_model, pick_device
+from ncsr_fast.cli._common import (
+    ImageFile,
+    add_device,
+    add_model,
+    check_folder,
+    count,
+    image_files,
+    path,
+    pick_device,
+    seed,
+    temperature,
+    too_large,
+)
 
-HELP = "super-resolve an image, or every image of a folder"
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ncsr_fast.nn.ncsr import NCSR
+
+HELP = "super-resolve images, or every image of a folder"
 EXAMPLE = """\
 example:
   ncsr-fast sample small.png --out large/ --n 5 --temperature 0.8 --seed 1 --names source
 
 writes large/small_sample00000.png … large/small_sample00004.png. With --names ntire (the default) files are called
-000000_sample00000.png … as the NTIRE 2021 toolkit expects, numbered in the order of the sorted input names."""
+000000_sample00000.png … as the NTIRE 2021 toolkit expects, numbered in the order of the input. Files of the same names
+that are there already are replaced, other samples stay, and are named.
+
+What a folder holds beside images is named, as are images that cannot be read or do not fit in memory. The others are
+sampled nevertheless, and the exit status is 1."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("input", help="LR image, or a folder of them, searched recursively")
-    parser.add_argument("--out", required=True, help="folder the PNG files are written to")
-    add_model(parser)
-    parser.add_argument("--n", type=int, default=10, help="samples of each image (default: %(default)s)")
     parser.add_argument(
-        "--temperature", type=float, default=0.9, help="standard deviation of the latents (default: %(default)s)"
+        "input", nargs="+", type=path, help="LR images, folders of them, searched recursively, or patterns as 'photos/*.png'"
+    )
+    parser.add_argument("--out", required=True, type=path, help="folder the PNG files are written to")
+    add_model(parser)
+    parser.add_argument("--n", type=count, default=10, help="samples of each image (default: %(default)s)")
+    parser.add_argument(
+        "--temperature", type=temperature, default=0.9, help="standard deviation of the latents (default: %(default)s)"
     )
     parser.add_argument(
         "--on-nonfinite",
         choices=("warn", "retry", "raise", "ignore"),
         default="warn",
-        help="what to do about a sample that blew up; retry draws it again at a lower temperature (default: %(default)s)",
+        help="what to do about a sample that blew up; retry draws it again at a lower temperature, raise leaves its image out "
+        "(default: %(default)s)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the latents of each image (default: %(default)s)")
+    parser.add_argument("--seed", type=seed, default=0, help="of the latents of each image (default: %(default)s)")
     parser.add_argument(
         "--names", choices=("ntire", "source"), default="ntire", help="how to name the files (default: %(default)s)"
     )
@@ -39,37 +68,112 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    import torch
+    import contextlib
+
     from tqdm import tqdm
 
-    from ncsr_fast.data.images import ImageError, list_images, read_image, to_float, write_image
+    from ncsr_fast.data.images import ImageError, write_image
+    from ncsr_fast.memory import is_out_of_memory, within_free_memory
     from ncsr_fast.nn.ncsr import NCSR
+    from ncsr_fast.nn.sampling import NonFiniteSamples
 
     device = pick_device(args.device)
-    source = Path(args.input)
-    if not source.exists():
-        raise FileNotFoundError(f"no file or folder {args.input!r}")
-    paths = list_images(source) if source.is_dir() else [source]
-    root = source if source.is_dir() else source.parent
+    files = image_files(args.input)
+    out = check_folder("--out", args.out)
+    stems = _stems(files, args.names)
+    _check_targets(files, stems, out, args.n)
+    earlier = set(out.rglob("*_sample[0-9]*.png"))
     model = NCSR.from_pretrained(args.model).to(device).eval()
-    dtype = next(model.parameters()).dtype
-    failures: list[str] = []
-    for number, path in enumerate(tqdm(paths, unit="image", disable=len(paths) == 1)):
-        try:
-            lr = to_float(read_image(path))[None].to(device, dtype)
-        except ImageError as error:
-            failures.append(str(error))
-            continue
-        with torch.inference_mode():
-            generator = torch.Generator(device).manual_seed(args.seed)
-            samples = model.sample(lr, args.n, args.temperature, generator, on_nonfinite=args.on_nonfinite)[0]
-        bad = int((~torch.isfinite(samples)).flatten(1).any(dim=1).sum())
-        if bad:
-            failures.append(f"{bad} of {args.n} samples of {str(path)!r} are not finite: lower the temperature")
-        stem = f"{number:06d}" if args.names == "ntire" else str(path.relative_to(root).with_suffix(""))
-        for index, sample in enumerate(samples):
-            write_image(Path(args.out) / f"{stem}_sample{index:05d}.png", sample.nan_to_num(0))
-    print(f"{len(paths)} images × {args.n} samples → {args.out}")
-    if failures:
-        print(f"{len(failures)} problems:", *failures, sep="\n  ", file=sys.stderr)
-        raise ValueError(f"{len(failures)} of {len(paths)} images were not sampled as asked")
+    problems: list[str] = []
+    written: list[Path] = []
+    with within_free_memory() if device == "cpu" else contextlib.nullcontext():
+        for file, stem in zip(tqdm(files, unit="image", disable=len(files) == 1), stems):
+            try:
+                samples, problem = _sampled(model, file.path, args)
+                for target, sample in zip(_targets(out, stem, args.n), samples):
+                    write_image(target, sample)
+                    written.append(target)
+            except (ImageError, FileNotFoundError, NonFiniteSamples) as error:
+                problem = f"{str(file.path)!r}: {error}" if isinstance(error, NonFiniteSamples) else str(error)
+            except OSError as error:
+                if error.errno != errno.ENAMETOOLONG:
+                    raise
+                problem = f"{str(file.path)!r}: the names of its samples are too long; use --names ntire"
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                problem = too_large(file.path, args.n)
+            problems += [problem] if problem else []
+    of_all = "" if len(written) == args.n * len(files) else f" of {len(files)}"
+    print(f"{len(written) // args.n}{of_all} images × {args.n} samples → {args.out}")
+    _name_earlier(sorted(earlier - set(written)))
+    if len(files) == len(problems) == 1:
+        raise ValueError(problems[0])
+    if problems:
+        print(f"{len(problems)} problems:", *problems, sep="\n  ", file=sys.stderr)
+        raise ValueError(f"{len(problems)} of {len(files)} images were not sampled as asked")
+
+
+def _sampled(model: NCSR, file: Path, args: argparse.Namespace) -> tuple[Tensor, str | None]:
+    """The samples (n, 3, sH, sW) of an image, with 0 for what is not finite, and what is wrong with them."""
+    import torch
+
+    from ncsr_fast.data.images import read_image, to_float
+    from ncsr_fast.nn.sampling import advice
+
+    like = next(model.parameters())
+    lr = to_float(read_image(file))[None].to(like)
+    with torch.inference_mode():
+        generator = torch.Generator(like.device).manual_seed(args.seed)
+        samples = model.sample(lr, args.n, args.temperature, generator, on_nonfinite=args.on_nonfinite)[0]
+    bad = int((~torch.isfinite(samples)).flatten(1).any(dim=1).sum())
+    if not bad:
+        return samples, None
+    problem = f"{bad} of {args.n} samples of {str(file)!r} are not finite, and black there. {advice(model, lr)}"
+    return samples.nan_to_num(0), problem
+
+
+def _stems(files: Sequence[ImageFile], names: str) -> list[str]:
+    """How the samples of each image are called, up to _sample. Raises ValueError where two would be called the same."""
+    if names == "ntire":
+        return [f"{number:06d}" for number in range(len(files))]
+    found: dict[str, Path] = {}
+    for file in files:
+        key = unicodedata.normalize("NFC", file.stem).casefold()  # what some file systems take for the same name
+        if key in found:
+            raise ValueError(
+                f"samples of {str(found[key])!r} and {str(file.path)!r} would have the same names; rename one, "
+                "or number them by --names ntire"
+            )
+        found[key] = file.path
+    return [file.stem for file in files]
+
+
+def _targets(out: Path, stem: str, n: int) -> list[Path]:
+    return [out / f"{stem}_sample{index:05d}.png" for index in range(n)]
+
+
+def _check_targets(files: Sequence[ImageFile], stems: Sequence[str], out: Path, n: int) -> None:
+    """Raise ValueError where a sample would replace an image of the input, or be one of the next run's."""
+    searched = {(place.resolve(), file.deep) for file in files if file.folder for place in (file.folder, file.path.parent)}
+    for place in {(out / stem).parent.resolve() for stem in stems}:
+        for folder, deep in searched:
+            if folder == place or (deep and folder in place.parents):
+                raise ValueError(
+                    f"samples in {str(place)!r} would be the next run's input, which is {str(folder)!r}; choose another --out"
+                )
+    inputs = {os.path.realpath(file.path): file.path for file in files}
+    inside = {real: name for real, name in inputs.items() if out.resolve() in Path(real).parents}
+    for stem in stems if inside else ():
+        for target in _targets(out, stem, n):
+            if os.path.realpath(target) in inside:
+                raise ValueError(
+                    f"a sample would replace the input {str(inside[os.path.realpath(target)])!r}; choose another --out"
+                )
+
+
+def _name_earlier(samples: Sequence[Path]) -> None:
+    from ncsr_fast.data.search import named
+
+    if samples:
+        print(f"{len(samples)} samples of an earlier run are there still: {named(map(str, samples))}", file=sys.stderr)

@@ -9,12 +9,10 @@ import os
 import sys
 import textwrap
 import typing
-from pathlib import Path
 from typing import Any
 
 from ncsr_fast.cli._common import add_device, pick_device
 from ncsr_fast.config import PRESETS
-from ncsr_fast.files import atomic_write
 from ncsr_fast.training.configuration import VARIANTS, Configuration, configure
 from ncsr_fast.training.settings import TrainSettings
 
@@ -40,7 +38,8 @@ example:
   ncsr-fast train -opt 4X.yml --images photos/
 
 The same command again resumes a run that was stopped. The model ends up in RUN/model, for
-`ncsr-fast sample --model RUN/model` or NCSR.from_pretrained("RUN/model").
+`ncsr-fast sample --model RUN/model` or NCSR.from_pretrained("RUN/model"). A run is checked before it starts: images,
+weights, settings and the folder. One process at a time trains in a folder; RUN/lock says which.
 
 A YAML has a line `name: value` for each setting, and `preset`, `variant`, `run` and `model` beside them; each of them
 can be given here as `--name value`, with _ or -, which goes before the YAML. Lists have spaces between their values
@@ -97,13 +96,12 @@ def run(args: argparse.Namespace) -> int | None:
         raise ValueError("--run: should be the folder of the run, which only a YAML can leave out")
     if args.device != "auto":
         pick_device(args.device)
-    from ncsr_fast.training import TrainingStopped, train
+    from ncsr_fast.training import OtherProcessFailed, TrainingStopped, train
 
-    if first and configuration.report:
-        with atomic_write(Path(configuration.run) / "published_options.txt") as path:
-            path.write_text("\n".join(configuration.report) + "\n")
     try:
-        train(configuration.settings, configuration.run, device=args.device)
+        train(configuration.settings, configuration.run, device=args.device, report=configuration.report)
+    except OtherProcessFailed:  # which has said why
+        return 1
     except TrainingStopped as stopped:
         if first:
             print(f"ncsr-fast train: {stopped}", file=sys.stderr)

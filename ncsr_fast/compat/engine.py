@@ -17,6 +17,7 @@ from ncsr_fast.engine.conditioning import Features
 from ncsr_fast.engine.fused_level import Decoder, level_decoder
 from ncsr_fast.engine.memory import spare_bytes
 from ncsr_fast.engine.options import EngineOptions
+from ncsr_fast.layout import laid_out
 from ncsr_fast.precision import convolutions_are_rounded
 
 
@@ -78,8 +79,9 @@ class Engine:
             level.cache.thaw()
 
     def _options(self, like: Tensor) -> EngineOptions:
-        rounded = like.is_cuda and like.dtype == torch.float32 and convolutions_are_rounded()
-        return EngineOptions(**{"precision": "tf32" if rounded else "fp32", "checkpoint": False, **self._given_options})
+        rounded = like.is_cuda and like.dtype == torch.float32 and convolutions_are_rounded("cuda")
+        options = EngineOptions(**{"precision": "tf32" if rounded else "fp32", "checkpoint": False, **self._given_options})
+        return options.under_autocast(like)
 
     def features(self, lr: Tensor) -> Condition:
         """Of an LR image of even size."""
@@ -94,7 +96,7 @@ class Engine:
         """The same of feature maps that are there."""
         options = self.model.options
         dtype, layout = options.network_dtype(features[0].dtype), options.memory_format
-        return Condition([Features(own.to(dtype).contiguous(memory_format=layout), None) for own in features], {})
+        return Condition([Features(laid_out(own.to(dtype), layout), None) for own in features], {})
 
     def encode(self, hr: Tensor, condition: Condition, noise: Tensor | None) -> tuple[tuple[Tensor, ...], Tensor]:
         """Latents in encoding order, and the log-det (B,) with the density of all but the last."""

@@ -24,7 +24,9 @@ import torch
 from torch import Tensor, nn
 
 from ncsr_fast import ops
+from ncsr_fast.autocast import without_autocast
 from ncsr_fast.compat.replacement import Replacement, Unsupported, check_tensor, expect
+from ncsr_fast.precision import true_float32
 
 _NO_EPS = 1e-37  # Glow's scale has no lower bound, and the operator's may not be 0: this one is lost in rounding
 _TRIAL_TOLERANCE = 1e-4  # of the largest element, or of 1; float32 rounding is below 1e-5
@@ -270,12 +272,13 @@ def _try(kind: type[LayerForward], module: nn.Module) -> None:
             part.initialized.fill_(1)
     generator = torch.Generator().manual_seed(0)
     for parameter in trial.parameters():
-        parameter.add_(1e-2 * torch.randn(parameter.shape, generator=generator).to(parameter))
+        parameter.add_(1e-2 * torch.randn(parameter.shape, generator=generator, device="cpu").to(parameter))
     replacement = kind(trial)
-    x = torch.randn(2, replacement.channels(), 2, 3, generator=generator).to(next(trial.parameters()))
-    for theirs, ours in _both_directions(replacement, x):
-        if not float((theirs - ours).abs().max()) <= _TRIAL_TOLERANCE * max(1.0, float(theirs.abs().max())):
-            raise Unsupported(f"it computes something else than {kind.described()}")
+    x = torch.randn(2, replacement.channels(), 2, 3, generator=generator, device="cpu").to(next(trial.parameters()))
+    with true_float32(x), without_autocast(x.device.type):
+        for theirs, ours in _both_directions(replacement, x):
+            if not float((theirs - ours).abs().max()) <= _TRIAL_TOLERANCE * max(1.0, float(theirs.abs().max())):
+                raise Unsupported(f"it computes something else than {kind.described()}")
     if replacement.handed_over:
         raise Unsupported(next(iter(replacement.handed_over)))
 

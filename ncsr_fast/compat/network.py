@@ -125,7 +125,7 @@ class NetworkForward(Replacement):
     def _encode(self, call: Call, engine: Engine) -> tuple[Tensor | list[Tensor], Tensor, Tensor]:
         z, pixels = call.gt, call.gt.shape[2] * call.gt.shape[3]
         if call.add_gt_noise and self._dequantises():
-            z = z + (torch.rand(z.shape, device=z.device) - 0.5) / self.module.quant
+            z = z + ((torch.rand(z.shape, device=z.device) - 0.5) / self.module.quant).to(z)
         latents, logdet = engine.encode(z, self._condition(call, engine), self._noise(call))
         if call.add_gt_noise:
             logdet = logdet - math.log(self.module.quant) * pixels

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ncsr_fast.engine.function import traced
+from ncsr_fast.layout import traced
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _REPLICATE = "_replicate_for_data_parallel"  # what DataParallel calls to copy a module to another device
@@ -119,8 +119,6 @@ def check_context() -> None:
         raise Unsupported("torch.compile or torch.func traces it")
     if torch.jit.is_tracing():
         raise Unsupported("torch.jit traces it")
-    if torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu"):
-        raise Unsupported("torch.autocast is on")
     if torch.nn.modules.module._has_any_global_hook():
         raise Unsupported("there are global module hooks, which would not run")
 

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from ncsr_fast.autocast import without_autocast
 from ncsr_fast.compat.replacement import Replacement, Unsupported, expect
 from ncsr_fast.config import NCSRConfig
 from ncsr_fast.engine.folding import LOG_SCALE
 from ncsr_fast.nn.encoder import SLOPE
 from ncsr_fast.nn.ncsr import NCSR
 from ncsr_fast.nn.published import Entry, layout
-from ncsr_fast.precision import convolution_precision
+from ncsr_fast.precision import true_float32
 
 
 @dataclass
@@ -182,10 +183,11 @@ def disagreement(net: nn.Module, config: NCSRConfig, ours: Callable[[nn.Module],
         try:
             trial, generator = copy.deepcopy(net).float(), torch.Generator().manual_seed(0)
             for parameter in trial.parameters():
-                parameter.add_(step * torch.randn(parameter.shape, generator=generator).to(parameter))
+                parameter.add_(step * torch.randn(parameter.shape, generator=generator, device="cpu").to(parameter))
             images = _trial_images(config, next(trial.parameters()), generator)
             replacement = ours(trial)
-            with convolution_precision("fp32"):
+            like = next(trial.parameters())
+            with true_float32(like), without_autocast(like.device.type):
                 trial.train()
                 replacement.own("forward", **images)  # sets the actnorms that are not: inverses explode without
                 trial.eval()
@@ -202,7 +204,7 @@ def _trial_images(config: NCSRConfig, like: Tensor, generator: torch.Generator) 
     inputs = {"lr": (3, _SIZE, _SIZE), "gt": (3, config.scale * _SIZE, config.scale * _SIZE)}
     if config.noise_channels:
         inputs["std"] = inputs["gt"] if config.noise_channels == 3 else (1, 1, 1)
-    return {name: torch.rand(1, *shape, generator=generator).to(like) for name, shape in inputs.items()}
+    return {name: torch.rand(1, *shape, generator=generator, device="cpu").to(like) for name, shape in inputs.items()}
 
 
 def _differences(replacement: Replacement, direction: str, images: dict[str, Tensor]) -> str | None:

@@ -63,20 +63,22 @@ class RandomCrops(Dataset):
         self.degradation = load_degradation(degradation)
         self.broken: dict[str, str] = {}
         self._order: tuple[int, list[int]] | None = None
+        self.places = (*_places(images), *_places(lr_images))
         listed = list_sources(_places(images), _places(lr_images))
         if lr_images and self.degradation is not None:
             raise ValueError(
                 f"degradation {degradation!r} makes the LR images that lr_images names already: give one of the two"
             )
-        sizes: dict[Source, tuple[int, int]] = {}
-        self.files = [files for files in listed if self._usable(files, sizes)]
+        self.sizes: dict[Source, tuple[int, int]] = {}
+        self.files = [files for files in listed if self._usable(files)]
         if self.broken:
             self._warn(list(self.broken.values()), len(listed))
         if not self.files:
-            raise ValueError(f"no usable image is left in {', '.join(repr(str(place)) for place in _places(images))}")
-        of_files = {image: size for image, size in sizes.items() if isinstance(image, Path)}
-        wanted = cache_folder is not None and cache_bytes > 0 and of_files
-        self._cache = ImageCache(cache_folder, cache_bytes, of_files) if wanted else None
+            places = ", ".join(repr(str(place)) for place in _places(images))
+            raise ValueError(f"no usable image is left in {places}: {next(iter(self.broken.values()))}")
+        self._cache: ImageCache | None = None
+        if cache_folder is not None:
+            self.keep_decoded(cache_folder, cache_bytes)
 
     def __len__(self) -> int:
         """Number of images; items go on without end."""
@@ -84,7 +86,7 @@ class RandomCrops(Dataset):
 
     def __getitem__(self, number: int) -> dict[str, Tensor]:
         draw = random.Random(f"{self.seed}/{number}")
-        images = self._images(number)
+        _, images = self._drawn(number)
         side, (height, width) = self.crop, images[0].shape[1:]
         top = draw.randint(0, (height - side) // self.scale) * self.scale
         left = draw.randint(0, (width - side) // self.scale) * self.scale
@@ -99,16 +101,29 @@ class RandomCrops(Dataset):
         return item
 
     def batch(self, step: int, batch: int) -> dict[str, Tensor]:
-        """The whole batch of a training step, over all processes, stacked."""
+        """The whole batch of a training step, over all processes, stacked. Raises ValueError for one of no crops."""
+        if batch < 1:
+            raise ValueError(f"batch must be at least 1, not {batch!r}")
         return default_collate([self[number] for number in range(step * batch, (step + 1) * batch)])
+
+    def name(self, number: int) -> str:
+        """The name of the HR image that item `number` is cut from."""
+        files, _ = self._drawn(number)
+        return str(files[0])
+
+    def keep_decoded(self, folder: str | os.PathLike, limit: int) -> None:
+        """Keep decoded image files in `folder`, at most `limit` bytes of them: see `ImageCache`. 0 keeps none."""
+        of_files = {image: size for image, size in self.sizes.items() if isinstance(image, Path)}
+        if limit > 0 and of_files:
+            self._cache = ImageCache(folder, limit, of_files)
 
     def forget(self) -> None:
         """Delete the decoded images on disk."""
         if self._cache is not None:
             self._cache.remove()
 
-    def _images(self, number: int) -> list[Tensor]:
-        """The image (pair) that `number` falls on, or the next readable one after it."""
+    def _drawn(self, number: int) -> tuple[tuple[Source, ...], list[Tensor]]:
+        """The image (pair) that `number` falls on, or the next readable one after it, with its pixels."""
         start = self._shuffled(number)
         for offset in range(len(self.files)):
             files = self.files[(start + offset) % len(self.files)]
@@ -117,7 +132,7 @@ class RandomCrops(Dataset):
             try:
                 images = [self._read(image) for image in files]
                 self._check_pair(files, [tuple(image.shape[1:]) for image in images])
-                return images
+                return files, images
             except (ImageError, FileNotFoundError) as error:
                 self.broken[str(files[0])] = str(error)
                 self._warn([str(error)], len(self.files))
@@ -136,15 +151,15 @@ class RandomCrops(Dataset):
             return read_source(image)
         return self._cache.read(image)
 
-    def _usable(self, files: tuple[Source, ...], sizes: dict[Source, tuple[int, int]]) -> bool:
-        """Whether the headers of an image (pair) fit; their sizes are added to `sizes`."""
+    def _usable(self, files: tuple[Source, ...]) -> bool:
+        """True if the headers of an image (pair) fit; their sizes are added to `self.sizes`."""
         try:
             found = [source_size(image) for image in files]
             self._check_pair(files, found)
         except ImageError as error:
             self.broken[str(files[0])] = str(error)
             return False
-        sizes.update(zip(files, found))
+        self.sizes.update(zip(files, found))
         return True
 
     def _check_pair(self, files: tuple[Source, ...], sizes: list[tuple[int, int]]) -> None:

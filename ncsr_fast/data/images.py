@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import glob
 import os
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -11,10 +13,30 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from ncsr_fast.data.search import Search, named
 from ncsr_fast.files import atomic_write
 from ncsr_fast.metrics.fidelity import to_uint8
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+# What is read, by Pillow's names, and how such files end. Not all that Pillow knows: EPS and PDF are programs to run, others
+# hold no photographs.
+FORMATS = {
+    "PNG": (".png", ".apng"),
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
+    "MPO": (".mpo",),
+    "JPEG2000": (".jp2", ".j2k", ".jpx", ".jpf"),
+    "WEBP": (".webp",),
+    "AVIF": (".avif",),
+    "TIFF": (".tif", ".tiff"),
+    "BMP": (".bmp",),
+    "DIB": (".dib",),
+    "GIF": (".gif",),
+    "PPM": (".ppm", ".pgm", ".pbm", ".pnm"),
+    "TGA": (".tga",),
+}
+SUFFIXES = tuple(suffix for suffixes in FORMATS.values() for suffix in suffixes)
+_ORIENTATION, _KIND, _WIDTH, _HEIGHT = 274, 254, 256, 257  # tags of TIFF, the first of EXIF too
+_TAGS = ("", "x4", "x8")  # after the HR image's name, in its LR image's
+_METADATA = ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif")  # where Pillow looks for an orientation
 
 
 class ImageError(ValueError):
@@ -22,51 +44,66 @@ class ImageError(ValueError):
 
 
 def list_images(folder: str | os.PathLike) -> list[Path]:
-    """The image files (png, jpg, jpeg, webp, bmp) in `folder` and below, sorted by path.
+    """The image files in `folder` and below, sorted by path: those whose names end as `FORMATS` has it.
 
-    raises  FileNotFoundError when there is no such folder, ValueError when it holds no image
+    Links are followed, and what two of them lead to is listed once, by its own path where it has one in `folder`. All else
+    that is there is named in a warning: files of other formats, hidden ones (a name with a dot before it, as copies made by
+    macOS and halves of interrupted writes have), links that lead nowhere or to what is listed already.
+
+    Raises:
+        FileNotFoundError: There is no such folder.
+        NotADirectoryError: It is a file.
+        ValueError: It holds no image.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise FileNotFoundError(f"no folder {str(folder)!r}")
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
-    if not paths:
-        raise ValueError(f"{str(folder)!r} holds no image ({', '.join(SUFFIXES)})")
-    return paths
+        if folder.exists():
+            raise NotADirectoryError(f"{str(folder)!r} is a file; give the folder it is in")
+        hint = "; patterns are not expanded here: give the folder" if glob.has_magic(str(folder)) else ""
+        raise FileNotFoundError(f"no folder {str(folder)!r}{hint}")
+    search = Search(folder, SUFFIXES)
+    if not search.found:
+        others = f"; in it: {search.account()}" if search.left_out else ""
+        raise ValueError(f"{str(folder)!r} holds no image ({', '.join(SUFFIXES)}){others}")
+    if search.left_out:
+        count = sum(map(len, search.left_out.values()))
+        warnings.warn(f"{count} of what {str(folder)!r} holds are left out: {search.account()}", stacklevel=2)
+    return sorted(search.found)
 
 
 def image_size(path: str | os.PathLike) -> tuple[int, int]:
-    """(height, width) of an image as `read_image` returns it, from its header. Raises ImageError."""
+    """(height, width) of an image as `read_image` returns it, from its header. Raises what `read_image` does."""
     try:
-        with Image.open(path) as image:
-            # a PNG without the chunk would be decoded whole in search of it; orientations 5-8 swap the axes
-            turned = "exif" in image.info and image.getexif().get(0x0112, 1) >= 5
-            return image.size if turned else image.size[::-1]
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        with _opened(path) as image:
+            return _size(image)
+    except (FileNotFoundError, MemoryError):
+        raise
+    except Exception as error:  # of a decoder that was given arbitrary bytes
         raise _image_error(path, error) from error
 
 
 def read_image(path: str | os.PathLike) -> Tensor:
     """An image as uint8 RGB (3, H, W).
 
-    Grey and palette images become RGB, 16 bits are rounded to 8, EXIF orientation is applied, and an alpha
-    channel is dropped, as the published programs' reader does.
-    raises  FileNotFoundError; ImageError, naming the file, when it is truncated, corrupt or no image
+    Grey, palette and CMYK images become RGB, EXIF orientation is applied, and an alpha channel is dropped, as the published
+    programs' reader does. 16-bit grey is rounded to 8 bits; of 16-bit colour Pillow keeps the upper 8. The formats are those
+    of `FORMATS`, told by content, not by name.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ImageError: The file is truncated, corrupt or no image, or holds what 8-bit RGB does not: several pictures (of a
+            phone's MPO the first is taken, of a TIFF the one that is no thumbnail), floats, or 32-bit integers.
+        MemoryError: The image is too large.
     """
     try:
-        with Image.open(path) as image:
+        with _opened(path) as image:
+            _check_single(image)
             image.load()
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I"):  # 16-bit grey; Pillow's own conversion clips it
-                grey = np.asarray(image, dtype=np.float64) / 257
-                array = np.repeat(grey.round().clip(0, 255).astype(np.uint8)[..., None], 3, axis=2)
-            else:
-                array = np.array(image.convert("RGBA" if "transparency" in image.info else "RGB"))[..., :3]
-    except FileNotFoundError:
+            return torch.from_numpy(_pixels(ImageOps.exif_transpose(image)))
+    except (FileNotFoundError, MemoryError):
         raise
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Exception as error:  # of a decoder that was given arbitrary bytes
         raise _image_error(path, error) from error
-    return torch.from_numpy(np.ascontiguousarray(array.transpose(2, 0, 1)))
 
 
 def write_image(path: str | os.PathLike, image: Tensor) -> None:
@@ -90,26 +127,93 @@ def crop_to_multiple(image: Tensor, multiple: int) -> Tensor:
 def pair_up(hr: Iterable[Path], hr_root: Path, lr: Iterable[Path], lr_root: Path) -> list[tuple[Path, Path]]:
     """HR and LR files of the same relative path, suffix aside. DIV2K's `0001x4.png` matches `0001.png`.
 
-    raises  ValueError naming the first files that have no partner
+    LR files without an HR partner are named in a warning.
+
+    Raises:
+        ValueError: Naming the first HR files without a partner, or two files that would be the same image's.
     """
-
-    def key(path: Path, root: Path) -> str:
-        return str(path.relative_to(root).with_suffix(""))
-
-    lr_by_key = {key(path, lr_root): path for path in lr}
-    pairs, alone = [], []
-    for path in hr:
-        name = key(path, hr_root)
-        partner = next((lr_by_key[name + tag] for tag in ("", "x4", "x8") if name + tag in lr_by_key), None)
-        if partner is None:
-            alone.append(path)
+    hr_by_key, lr_by_key = _by_key(hr, hr_root), _by_key(lr, lr_root)
+    pairs, alone, partners = [], [], set()
+    for key, path in hr_by_key.items():
+        found = [key + tag for tag in _TAGS if key + tag in lr_by_key]
+        if len(found) > 1:
+            both = " and ".join(repr(str(lr_by_key[name])) for name in found[:2])
+            raise ValueError(f"{both} would both be the LR image of {str(path)!r}; take one away")
+        if found:
+            pairs.append((path, lr_by_key[found[0]]))
+            partners.add(found[0])
         else:
-            pairs.append((path, partner))
+            alone.append(path)
     if alone:
-        raise ValueError(f"{len(alone)} HR images have no LR partner in {str(lr_root)!r}: {', '.join(map(str, alone[:3]))}")
+        raise ValueError(f"{len(alone)} HR images have no LR partner in {str(lr_root)!r}: {named(map(str, alone))}")
+    others = [str(path) for key, path in lr_by_key.items() if key not in partners]
+    if others:
+        warnings.warn(f"{len(others)} LR images have no HR partner in {str(hr_root)!r}: {named(others)}", stacklevel=2)
     return pairs
 
 
+def _by_key(paths: Iterable[Path], root: Path) -> dict[str, Path]:
+    """Files by their relative path without the suffix."""
+    found: dict[str, Path] = {}
+    for path in paths:
+        key = str(path.relative_to(root).with_suffix(""))
+        if key in found:
+            raise ValueError(f"{str(found[key])!r} and {str(path)!r} would both be the image {key!r} of a pair; take one away")
+        found[key] = path
+    return found
+
+
+def _opened(path: str | os.PathLike) -> Image.Image:
+    Image.init()
+    return Image.open(path, formats=[name for name in FORMATS if name in Image.OPEN])  # AVIF from Pillow 11.3 on
+
+
+def _size(image: Image.Image) -> tuple[int, int]:
+    """(height, width) once the orientation is applied; orientations 5 to 8 swap the axes."""
+    if image.format == "TIFF":  # whose `size` has the orientation in it, or not, as the version of Pillow has it
+        (width, height), orientation = (image.tag_v2[_WIDTH], image.tag_v2[_HEIGHT]), image.tag_v2.get(_ORIENTATION, 1)
+    else:
+        # a PNG without metadata would be decoded whole in search of them
+        told = any(key in image.info for key in _METADATA)
+        (width, height), orientation = image.size, image.getexif().get(_ORIENTATION, 1) if told else 1
+    return (width, height) if orientation in (5, 6, 7, 8) else (height, width)
+
+
+def _check_single(image: Image.Image) -> None:
+    """Raise ValueError for animations and several pages; the pages of a TIFF that are smaller copies do not count."""
+    count = getattr(image, "n_frames", 1)
+    if count == 1 or image.format == "MPO":
+        return
+    if image.format == "TIFF":
+        kinds = []
+        for number in range(count):
+            image.seek(number)
+            kinds.append(image.tag_v2.get(_KIND, 0) & 1)
+        image.seek(0)
+        count = 1 if sum(kinds) == count - 1 and not kinds[0] else count
+    if count > 1:
+        raise ValueError(f"it holds {count} pictures; save the one that is meant in a file of its own")
+
+
+def _pixels(image: Image.Image) -> np.ndarray:
+    """uint8 (3, H, W)."""
+    if image.mode == "F":
+        raise ValueError("its pixels are floats of unknown range; save it with 8 or 16 bits")
+    if image.mode.startswith("I"):  # 16-bit grey; Pillow's own conversion clips it
+        grey = np.asarray(image, dtype=np.float64)
+        if grey.min() < 0 or grey.max() > 65535:
+            raise ValueError(f"its pixels are 32-bit integers from {grey.min():g} to {grey.max():g}; save it with 8 or 16 bits")
+        array = np.repeat((grey / 257).round().astype(np.uint8)[..., None], 3, axis=2)
+    else:
+        array = np.array(image.convert("RGBA" if "transparency" in image.info else "RGB"))[..., :3]
+    return np.ascontiguousarray(array.transpose(2, 0, 1))
+
+
 def _image_error(path: str | os.PathLike, error: Exception) -> ImageError:
-    reason = "not an image" if isinstance(error, UnidentifiedImageError) else str(error)
-    return ImageError(f"cannot read image {os.fspath(path)!r}: {reason}")
+    if isinstance(error, UnidentifiedImageError):
+        reason = f"not an image, or of another format than {', '.join(FORMATS)}"
+    elif isinstance(error, Image.DecompressionBombError):
+        reason = f"{error}; cut it into parts, or raise PIL.Image.MAX_IMAGE_PIXELS"
+    else:
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return ImageError(f"cannot read image {os.fspath(path)!r}: {' '.join(reason.split())}")

@@ -2,40 +2,59 @@
 
 from __future__ import annotations
 
+import glob
+import os
+import warnings
 from itertools import zip_longest
 from pathlib import Path
 
 from torch import Tensor
 
-from ncsr_fast.data.images import image_size, list_images, pair_up, read_image
+from ncsr_fast.data.images import SUFFIXES, image_size, list_images, pair_up, read_image
 from ncsr_fast.data.pickled import SUFFIX, PickledImage, PickledImages
 
 Source = Path | PickledImage
 
+_NAMED = 5  # files a warning spells out
 
-def list_sources(places: list[Path], lr_places: list[Path]) -> list[tuple[Source, ...]]:
+
+def list_sources(
+    places: list[Path], lr_places: list[Path], names: tuple[str, str] = ("images", "lr_images")
+) -> list[tuple[Source, ...]]:
     """The HR images of all places, or where there are LR places, one for each, the pairs (HR, LR).
 
-    raises  FileNotFoundError, ValueError for places that hold no image, or HR and LR that do not fit together
+    Args:
+        places: Folders, searched with their subfolders, and `.pklv4` files.
+        lr_places: Places of the LR counterparts, or [].
+        names: What messages call the two.
+
+    Raises:
+        FileNotFoundError: A place is not there.
+        ValueError: A place is neither a folder nor a `.pklv4` file, or holds no image, or HR and LR do not fit together.
     """
     if not places:
-        raise ValueError("images must name at least one folder of HR images or .pklv4 file")
+        raise ValueError(f"{names[0]} must name at least one folder of HR images or .pklv4 file")
     if lr_places and len(lr_places) != len(places):
-        raise ValueError(f"lr_images must name one place for each of the {len(places)} of images, not {len(lr_places)}")
+        raise ValueError(f"{names[1]} must name one place for each of the {len(places)} of {names[0]}, not {len(lr_places)}")
+    for name, found in zip(names, (places, lr_places)):
+        for place in found:
+            _check_place(name, place)
     listed: list[tuple[Source, ...]] = []
     for place, lr_place in zip_longest(places, lr_places):
         hr, pickled = _sources(place), _is_pickled(place)
         if lr_place is None:
             listed += [(image,) for image in hr]
         elif _is_pickled(lr_place) != pickled:
-            raise ValueError(f"images {str(place)!r} and lr_images {str(lr_place)!r} must both be folders, or .pklv4 files")
+            raise ValueError(
+                f"{names[0]} {str(place)!r} and {names[1]} {str(lr_place)!r} must both be folders, or .pklv4 files"
+            )
         elif pickled:
             lr = _sources(lr_place)
             if len(hr) != len(lr):
                 raise ValueError(f"{str(place)!r} holds {len(hr)} images and {str(lr_place)!r} {len(lr)}: they must be pairs")
             listed += zip(hr, lr)
         else:
-            listed += pair_up(hr, place, _sources(lr_place), lr_place)
+            listed += _paired(hr, place, _sources(lr_place), lr_place)
     return listed
 
 
@@ -47,6 +66,37 @@ def source_size(source: Source) -> tuple[int, int]:
 def read_source(source: Source) -> Tensor:
     """uint8 (3, H, W), of an image in a `.pklv4` a view. Raises what `read_image` does."""
     return source.read() if isinstance(source, PickledImage) else read_image(source)
+
+
+def _paired(hr: list[Source], place: Path, lr: list[Source], lr_place: Path) -> list[tuple[Source, ...]]:
+    """The pairs of two folders; LR images without a partner are left out with a warning."""
+    pairs = pair_up(hr, place, lr, lr_place)
+    unused = sorted(set(lr) - {partner for _, partner in pairs})
+    if unused:
+        named = ", ".join(map(str, unused[:_NAMED])) + (", …" if len(unused) > _NAMED else "")
+        warnings.warn(
+            f"{len(unused)} of {len(lr)} LR images in {str(lr_place)!r} are left out, they have no HR partner in "
+            f"{str(place)!r}: {named}",
+            stacklevel=4,
+        )
+    return pairs
+
+
+def _check_place(name: str, place: Path) -> None:
+    """Raise for what is neither a folder nor a `.pklv4` file, saying what to give instead."""
+    if place.is_dir() or _is_pickled(place) and place.is_file():
+        return
+    if not place.exists() and glob.has_magic(str(place)):
+        folder = next(parent for parent in place.parents if not glob.has_magic(str(parent)))
+        raise ValueError(
+            f"{name}: {str(place)!r} is a pattern, and patterns are not expanded; give the folder, {str(folder)!r}: all its "
+            "images are used, those of its subfolders too"
+        )
+    if place.suffix.lower() in SUFFIXES and place.is_file():
+        raise ValueError(f"{name}: {str(place)!r} is one image; give the folder of the images, as in {str(place.parent)!r}")
+    if place.exists():
+        raise ValueError(f"{name}: {str(place)!r} is neither a folder of images nor a {SUFFIX} file")
+    raise FileNotFoundError(f"{name}: there is no {str(place)!r}; relative paths begin at the current folder, {os.getcwd()!r}")
 
 
 def _is_pickled(place: Path) -> bool:

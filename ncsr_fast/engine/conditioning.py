@@ -12,6 +12,7 @@ from ncsr_fast.engine.folding import Hoisted, Mixing, Networks, Parameters, fold
 from ncsr_fast.engine.hoisting import combinations, copies_suffice, enlarged_convolution, hoisted_convolution
 from ncsr_fast.engine.level import Conditions, Level, Settings, inject, parts
 from ncsr_fast.engine.options import EngineOptions
+from ncsr_fast.layout import laid_out
 
 # Bytes of pre-activations computed together where nothing is kept for a backward pass.
 _AT_ONCE = 256 * 2**20
@@ -96,7 +97,7 @@ def hoist_noise(networks: FoldedNetworks, noise: Tensor | None, like: Tensor, op
     weight, bias, _ = networks.hoisted_noise
     if noise is None:
         return bias[None, :, None, None].expand(like.shape[0], -1, *like.shape[2:])
-    return convolution(noise.to(like.dtype).contiguous(memory_format=options.memory_format), weight, bias, options.method)
+    return convolution(laid_out(noise.to(like.dtype), options.memory_format), weight, bias, options.method)
 
 
 def conditions(
@@ -118,7 +119,7 @@ def conditions(
         last = min(first + together, count)
         pre = _of_outputs(networks.hoisted, features, half + first * hidden, half + last * hidden, options)
         # dense: read for every sample, and the pixels of a slice lie pages apart
-        pres += [of_step.contiguous(memory_format=options.memory_format) for of_step in parts(pre, networks.couplings)]
+        pres += [laid_out(of_step, options.memory_format) for of_step in parts(pre, networks.couplings)]
     noise_pre = hoist_noise(networks, noise, features.own, options)
     return Conditions(raws, pres, parts(noise_pre, networks.noise_couplings))
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ncsr_fast.autocast import autocast
 from ncsr_fast.engine.function import Piece, Tensors
-from ncsr_fast.layout import is_channels_last
+from ncsr_fast.layout import has_memory, is_channels_last, traced
 from ncsr_fast.ops._backends import implementation, resolve_backend
-from ncsr_fast.precision import convolution_precision
+from ncsr_fast.precision import convolutions_are_rounded, has_cudnn, true_float32
 
 # Channels in and out from which Winograd's transforms cost less than they save: of 64 and 12 at 80×80 pixels, the gradients
 # take 1.7 ms where oneDNN's take 2.7 (2 cores with AVX2), of 64 and 6 as long.
@@ -25,36 +27,51 @@ class ConvolutionMethod(NamedTuple):
     winograd: bool = True  # 3×3 convolutions of channels-last CPU tensors by Winograd's algorithm where there is a kernel
 
 
+_PYTORCH = ConvolutionMethod(winograd=False)
+
+
 def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, method: ConvolutionMethod | None) -> Tensor:
     """The k×k convolution of x (B, C, H, W), k odd, with zero padding that keeps the size, in the dtype of x.
 
-    `method` holds for this convolution and for its gradients; None is PyTorch's at the precision the global flags say.
+    `method` holds for this convolution and for its gradients; None is PyTorch's own in true float32, for the reference. Under
+    `torch.autocast` the dtype is the one it asks for.
     """
-    return plain_convolution(x, weight, bias) if method is None else _convolution((x, weight, bias), method)[0]
+    return _convolution((autocast(x), weight, bias), _PYTORCH if method is None else method)[0]
 
 
-def plain_convolution(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """PyTorch's, at the precision the flags now say."""
-    bias = None if bias is None else bias.to(x.dtype)
-    return F.conv2d(x, weight.to(x.dtype), bias, padding=weight.shape[-1] // 2)
+# -- without gradients ---------------------------------------------------------------------------------------------
 
 
-# -- without gradients, inside pieces that have set the precision --------------------------------------------------
+def plain_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, precision: str) -> Tensor:
+    """PyTorch's, at a precision of `ConvolutionMethod`."""
+    weight, bias, padding = weight.to(x.dtype), None if bias is None else bias.to(x.dtype), weight.shape[-1] // 2
+    if x.device.type == "cuda" and has_cudnn():
+        return convolution_of_cudnn(x, weight, bias, padding, precision == "tf32")
+    with true_float32(x):
+        return F.conv2d(x, weight, bias, padding=padding)
+
+
+def convolution_of_cudnn(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int, allow_tf32: bool) -> Tensor:
+    """F.conv2d with the flag for TF32 as an argument; cuDNN's other flags are as they are now."""
+    cudnn = torch.backends.cudnn
+    deterministic = cudnn.deterministic or torch.are_deterministic_algorithms_enabled()
+    pair, flags = [padding, padding], (cudnn.benchmark, deterministic, cudnn.enabled, allow_tf32)
+    return torch.ops.aten._convolution.default(x, weight, bias, [1, 1], pair, [1, 1], False, [0, 0], 1, *flags)
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, method: ConvolutionMethod) -> Tensor:
     """The convolution."""
     if by_winograd(x, weight, method):
-        return implementation("native").conv3x3_fwd(x, dense(weight), bias)
-    return plain_convolution(x, weight, bias)
+        return implementation("native").conv3x3_fwd(x, weight, bias)
+    return plain_convolution(x, weight, bias, method.precision)
 
 
 def convolve_into(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor, slope: float, method: ConvolutionMethod) -> None:
     """Leaky ReLU of the convolution, written to `out`, which may be other channels of the memory of x."""
     if by_winograd(x, weight, method):
-        implementation("native").conv3x3_fwd(x, dense(weight), bias, slope=slope, out=out)
+        implementation("native").conv3x3_fwd(x, weight, bias, slope=slope, out=out)
     else:
-        torch.ops.aten.leaky_relu.out(plain_convolution(x, weight, bias), slope, out=out)
+        torch.ops.aten.leaky_relu.out(plain_convolution(x, weight, bias, method.precision), slope, out=out)
 
 
 def convolution_backward(
@@ -76,14 +93,15 @@ def convolution_backward(
     if by_winograd(x, weight, method):
         native = implementation("native")
         if needed[0]:
-            dx = native.conv3x3_bwd_input(dy, dense(weight), gate=bent, slope=slope, out=dx, accumulate=dx is not None)
+            dx = native.conv3x3_bwd_input(dy, weight, gate=bent, slope=slope, out=dx, accumulate=dx is not None)
         if not (needed[1] or needed[2]):
             return dx, None, None
         return dx, *native.conv3x3_bwd_weight(dy, x, out=dweight)
     padding = [weight.shape[-1] // 2] * 2
-    found, dfound, dbias = torch.ops.aten.convolution_backward(
-        dy, x, weight.to(x.dtype), [weight.shape[0]], [1, 1], padding, [1, 1], False, [0, 0], 1, needed
-    )
+    with contextlib.nullcontext() if _rounds(x, method) else true_float32(x):
+        found, dfound, dbias = torch.ops.aten.convolution_backward(
+            dy, x, weight.to(x.dtype), [weight.shape[0]], [1, 1], padding, [1, 1], False, [0, 0], 1, needed
+        )
     if dx is None or found is None:
         dx = found
     else:
@@ -94,9 +112,9 @@ def convolution_backward(
     return dx, dfound if dweight is None or dfound is None else dweight.copy_(dfound), dbias
 
 
-def dense(weight: Tensor) -> Tensor:
-    """A weight whose 3×3 are as the kernels read them, be it some of the channels of another."""
-    return weight if weight.stride()[2:] == (3, 1) else weight.contiguous()
+def _rounds(x: Tensor, method: ConvolutionMethod) -> bool:
+    """True if the operands of the convolution of x may be rounded to TF32 where PyTorch's flags do not forbid it."""
+    return method.precision == "tf32" and x.device.type == "cuda"
 
 
 def by_winograd(x: Tensor, weight: Tensor, method: ConvolutionMethod) -> bool:
@@ -104,21 +122,20 @@ def by_winograd(x: Tensor, weight: Tensor, method: ConvolutionMethod) -> bool:
     if not method.winograd or weight.shape[-1] != 3 or min(weight.shape[:2]) < _WORTH_IT:
         return False
     same = x.device.type == "cpu" and x.dtype == weight.dtype and x.dtype in (torch.float32, torch.float64)
-    return same and is_channels_last(x) and resolve_backend("convolution", "auto", x) == "native"
+    kernel = same and is_channels_last(x) and resolve_backend("convolution", "auto", x) == "native"
+    return kernel and has_memory(x) and has_memory(weight) and not traced()
 
 
 # -- as a differentiable piece -------------------------------------------------------------------------------------
 
 
 def _forward(tensors: Tensors, method: ConvolutionMethod) -> tuple[Tensors, Tensors]:
-    with convolution_precision(method.precision):
-        return (convolve(*tensors, method),), ()
+    return (convolve(*tensors, method),), ()
 
 
 def _backward(grads: Tensors, inputs: Tensors, _: Tensors, needed: tuple[bool, ...], method: ConvolutionMethod) -> Tensors:
     x, weight, bias = inputs
-    with convolution_precision(method.precision):
-        dx, dweight, dbias = convolution_backward(grads[0], x, weight, needed, method)
+    dx, dweight, dbias = convolution_backward(grads[0], x, weight, needed, method)
     return dx, _like(dweight, weight), _like(dbias, bias)
 
 
@@ -127,8 +144,13 @@ def _like(gradient: Tensor | None, parameter: Tensor | None) -> Tensor | None:
     return None if gradient is None or parameter is None else gradient.to(parameter.dtype)
 
 
-def _reference(x: Tensor, weight: Tensor, bias: Tensor | None, _: ConvolutionMethod) -> Tensors:
-    return (plain_convolution(x, weight, bias),)
+def _reference(x: Tensor, weight: Tensor, bias: Tensor | None, method: ConvolutionMethod) -> Tensors:
+    """PyTorch's convolution, in float64 where the flags would round operands and the method does not: what autograd or a
+    transform makes of it runs when the flags are the program's again. In a compiled graph it is as the flags say."""
+    exact = x.dtype != torch.float32 or _rounds(x, method) or torch.compiler.is_compiling()
+    dtype = x.dtype if exact or not convolutions_are_rounded(x.device.type) else torch.float64
+    bias = None if bias is None else bias.to(dtype)
+    return (F.conv2d(x.to(dtype), weight.to(dtype), bias, padding=weight.shape[-1] // 2).to(x.dtype),)
 
 
 _convolution = Piece("Convolution", forward=_forward, backward=_backward, reference=_reference)

@@ -98,7 +98,7 @@ def fold_mixing(bias: Tensor, logs: Tensor, weight: Tensor, transitions: int, in
     mix = torch.cat([composed[None], mix[transitions + 1 :]])
     offset = torch.cat([composed_offset[None], offset[transitions + 1 :]])
     dtype = compute_dtype(weight)
-    return Mixing(mix.to(dtype).contiguous(), offset.to(dtype), logdet)  # kernels read the matrices row by row
+    return Mixing(mix.to(dtype).contiguous(), offset.to(dtype), logdet)  # as kernels read it, copied once for all calls
 
 
 def _maps(bias: Tensor, logs: Tensor, weight: Tensor, inverse: bool) -> Tensors:
@@ -122,7 +122,11 @@ def _native_forward(tensors: Tensors, inverse: bool) -> tuple[Tensors, Tensors]:
     fold = implementation("native").fold
     folded = [fold(_name(i), *one, inverse, torch.float64) for i, one in enumerate(zip(*(t.unbind() for t in tensors)))]
     mixes, offsets, logdets = zip(*folded)
-    return (torch.stack(mixes), torch.stack(offsets), tensors[2].new_tensor(sum(logdets), dtype=torch.float64)), ()
+    return (
+        torch.stack(mixes),
+        torch.stack(offsets),
+        torch.tensor(sum(logdets), dtype=torch.float64, device=tensors[2].device),
+    ), ()
 
 
 def _native_backward(grads: Tensors, inputs: Tensors, _: Tensors, needed: tuple[bool, ...], inverse: bool) -> Tensors:

@@ -8,19 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ncsr_fast.ops._operator import is_wrapped
+from ncsr_fast.autocast import without_autocast
+from ncsr_fast.layout import has_memory, traced
 
 Tensors = tuple[Tensor | None, ...]
-_PLAIN = (Tensor, torch.nn.Parameter)
-
-
-def traced() -> bool:
-    """Whether tensors may have no memory, under `torch.compile` or a `torch.func` transform: kernels cannot run then."""
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
 class Piece:
-    """A map (tensors, *settings) → tensors; a tensor may be None.
+    """A map (tensors, *settings) → tensors; a tensor may be None. `torch.autocast` touches neither it nor its gradient.
 
     forward    (tensors, *settings) → (outputs, what the backward pass needs beside the inputs)
     backward   (gradients of the outputs, inputs, what forward kept, needed, *settings) → gradient of every input, None where
@@ -42,7 +37,11 @@ class Piece:
 
     def __call__(self, tensors: Tensors, *settings: Any) -> Tensors:
         given = [tensor for tensor in tensors if tensor is not None]
-        if traced() or any(type(tensor) not in _PLAIN for tensor in given):
+        with without_autocast(given[0].device.type):
+            return self._compute(tensors, given, settings)
+
+    def _compute(self, tensors: Tensors, given: list[Tensor], settings: tuple[Any, ...]) -> Tensors:
+        if traced() or not all(map(has_memory, given)):
             return self.reference(*tensors, *settings)
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given):
             return self._function.apply(len(tensors), *tensors, *settings)
@@ -57,12 +56,14 @@ class Piece:
             return outputs
 
         def gradient(ctx: Any, *grads: Tensor) -> Tensors:
-            inputs, kept = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
+            saved = ctx.saved_tensors  # once: torch.utils.checkpoint computes them anew for it
+            inputs, kept = saved[: ctx.count], saved[ctx.count :]
             needed = ctx.needs_input_grad[1 : ctx.count + 1]
-            if torch.is_grad_enabled() or any(is_wrapped(grad) for grad in grads):  # the first is create_graph=True
-                found = self._gradient_of_reference(grads, inputs, needed, ctx.settings)
-            else:
-                found = self.backward(grads, inputs, kept, needed, *ctx.settings)
+            with without_autocast(grads[0].device.type):
+                if torch.is_grad_enabled() or not all(map(has_memory, grads)):  # the first is create_graph=True
+                    found = self._gradient_of_reference(grads, inputs, needed, ctx.settings)
+                else:
+                    found = self.backward(grads, inputs, kept, needed, *ctx.settings)
             return None, *found, *([None] * len(ctx.settings))
 
         methods = {"forward": staticmethod(forward), "backward": staticmethod(gradient)}

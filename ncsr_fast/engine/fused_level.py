@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ncsr_fast import ops
+from ncsr_fast.autocast import without_autocast
 from ncsr_fast.engine.cache import Cache
 from ncsr_fast.engine.conditioning import (
     Features,
@@ -25,10 +26,10 @@ from ncsr_fast.engine.conditioning import (
 )
 from ncsr_fast.engine.convolution import ConvolutionMethod, convolution
 from ncsr_fast.engine.folding import LOG_SCALE
-from ncsr_fast.engine.function import traced
 from ncsr_fast.engine.level import Settings, steps
 from ncsr_fast.engine.level_gradient import level_pass
 from ncsr_fast.engine.options import EngineOptions
+from ncsr_fast.layout import laid_out, traced
 
 Peaks = list[Tensor] | None
 Decoder = Callable[[Tensor, Tensor | None, Peaks], tuple[Tensor, Tensor]]
@@ -54,12 +55,13 @@ def encode_level(
 
     noise  (B, noise channels, h, w), or None for zero
     """
-    x = F.pixel_unshuffle(z, 2).contiguous(memory_format=options.memory_format)
-    z, logdet = _all_steps(level, features, noise, options, inverse=False)(x, None)
-    if not level.split_channels:
-        return z, None, logdet
-    z, density = ops.gaussian_split(z, _prior(level, z[:, : -level.split_channels]), backend=options.backend)
-    return z[:, : -level.split_channels], z[:, -level.split_channels :], logdet + density
+    with without_autocast(z.device.type):
+        x = laid_out(F.pixel_unshuffle(z, 2), options.memory_format)
+        z, logdet = _all_steps(level, features, noise, options, inverse=False)(x, None)
+        if not level.split_channels:
+            return z, None, logdet
+        z, density = ops.gaussian_split(z, _prior(level, z[:, : -level.split_channels]), backend=options.backend)
+        return z[:, : -level.split_channels], z[:, -level.split_channels :], logdet + density
 
 
 def level_decoder(level: FlowLevel, features: Features, noise: Tensor | None, options: EngineOptions) -> Decoder:
@@ -69,16 +71,18 @@ def level_decoder(level: FlowLevel, features: Features, noise: Tensor | None, op
     then have one that all of them share. To the list `peaks` is appended the largest magnitude (B,) of the state after each
     step decoded, NaN where it holds one; not where gradients are recorded.
     """
-    run = _all_steps(level, features, noise, options, inverse=True)
+    with without_autocast(features.own.device.type):
+        run = _all_steps(level, features, noise, options, inverse=True)
 
     def decode(z: Tensor, latent: Tensor | None, peaks: Peaks) -> tuple[Tensor, Tensor]:
         logdets = []
-        if latent is not None:
-            joined, h = torch.cat([z, latent], dim=1), _prior(level, z)
-            z, density = ops.gaussian_split(joined, h, inverse=True, backend=options.backend)
-            logdets.append(density)
-        z, logdet = run(z.contiguous(memory_format=options.memory_format), peaks)
-        return F.pixel_shuffle(z, 2), torch.stack([logdet, *logdets]).sum(dim=0)
+        with without_autocast(z.device.type):
+            if latent is not None:
+                joined, h = torch.cat([z, latent], dim=1), _prior(level, z)
+                z, density = ops.gaussian_split(joined, h, inverse=True, backend=options.backend)
+                logdets.append(density)
+            z, logdet = run(laid_out(z, options.memory_format), peaks)
+            return F.pixel_shuffle(z, 2), torch.stack([logdet, *logdets]).sum(dim=0)
 
     return decode
 

@@ -25,12 +25,9 @@ from ncsr_fast.engine.convolution import (
     convolution,
     convolution_backward,
     convolve,
-    dense,
-    plain_convolution,
 )
 from ncsr_fast.engine.function import Piece, Tensors
 from ncsr_fast.ops._backends import implementation
-from ncsr_fast.precision import convolution_precision
 
 
 def hoisted_convolution(
@@ -54,8 +51,8 @@ def _joined(own: Tensor, stacked: Tensor) -> Tensor:
     return torch.cat([own, F.interpolate(stacked, size=own.shape[2:], mode="nearest")], dim=1)
 
 
-def _reference(own: Tensor, stacked: Tensor, weight: Tensor, bias: Tensor, _: ConvolutionMethod) -> Tensors:
-    return (plain_convolution(_joined(own, stacked), weight, bias),)
+def _reference(own: Tensor, stacked: Tensor, weight: Tensor, bias: Tensor, method: ConvolutionMethod) -> Tensors:
+    return (convolution(_joined(own, stacked), weight, bias, method),)
 
 
 def _forward(tensors: Tensors, method: ConvolutionMethod) -> tuple[Tensors, Tensors]:
@@ -73,20 +70,19 @@ def enlarged_convolution(
     """`hoisted_convolution` of enlarged features, not differentiable. With `rows`, the `combinations` of the weight of the
     stacked ones, `weight` may be that of own alone."""
     split = own.shape[1]
-    with convolution_precision(method.precision):
-        y = convolve(own, weight[:, :split], bias, method)
-        if rows is None and copies_suffice(own, stacked, weight[:, split:], method):
-            weight = dense(weight[:, split:])
-            return implementation("native").conv3x3_fwd(stacked, weight, None, copies=True, out=y, accumulate=True)
-        rows = rows or combinations(weight[:, split:])
-        cells = _Cells(own, stacked)
-        # along a row first: what is added to the first, the inner and the last columns of a cell
-        for i in range(3):
-            products = [convolve(cells.difference(i, j), rows[i][j], None, method) for j in range(3)]
-            for q in range(cells.factor):
-                line = products[0] + products[_side(q, cells.factor)] if _side(q, cells.factor) else products[0]
-                for p in cells.rows(i):
-                    cells.of(y, p, q).add_(line)
+    y = convolve(own, weight[:, :split], bias, method)
+    if rows is None and copies_suffice(own, stacked, weight[:, split:], method):
+        native = implementation("native")
+        return native.conv3x3_fwd(stacked, weight[:, split:], None, copies=True, out=y, accumulate=True)
+    rows = rows or combinations(weight[:, split:])
+    cells = _Cells(own, stacked)
+    # along a row first: what is added to the first, the inner and the last columns of a cell
+    for i in range(3):
+        products = [convolve(cells.difference(i, j), rows[i][j], None, method) for j in range(3)]
+        for q in range(cells.factor):
+            line = products[0] + products[_side(q, cells.factor)] if _side(q, cells.factor) else products[0]
+            for p in cells.rows(i):
+                cells.of(y, p, q).add_(line)
     return y
 
 
@@ -101,19 +97,18 @@ def _backward(grads: Tensors, inputs: Tensors, _: Tensors, needed: tuple[bool, .
     of_stacked = weight[:, split:]
     dweight = torch.empty_like(weight, memory_format=torch.contiguous_format) if needed[2] else None
     dfirst, dlast = (None, None) if dweight is None else (dweight[:, :split], dweight[:, split:])
-    with convolution_precision(method.precision):
-        of_own = (needed[0], needed[2], needed[3])
-        down, _, dbias = convolution_backward(dy, own, weight[:, :split], of_own, method, dweight=dfirst)
-        if copies_suffice(own, stacked, of_stacked, method):
-            native, dstacked = implementation("native"), None
-            if needed[1]:
-                dstacked = native.conv3x3_bwd_input(dy, dense(of_stacked), copies=True)
-            if dlast is not None:
-                native.conv3x3_bwd_weight(dy, stacked, copies=True, out=dlast)
-        else:
-            dstacked, dcombined = _products_backward(dy, own, stacked, combinations(of_stacked), needed[1:3], method)
-            if dlast is not None:
-                dlast.copy_(_combinations_backward(dcombined))
+    of_own = (needed[0], needed[2], needed[3])
+    down, _, dbias = convolution_backward(dy, own, weight[:, :split], of_own, method, dweight=dfirst)
+    if copies_suffice(own, stacked, of_stacked, method):
+        native, dstacked = implementation("native"), None
+        if needed[1]:
+            dstacked = native.conv3x3_bwd_input(dy, of_stacked, copies=True)
+        if dlast is not None:
+            native.conv3x3_bwd_weight(dy, stacked, copies=True, out=dlast)
+    else:
+        dstacked, dcombined = _products_backward(dy, own, stacked, combinations(of_stacked), needed[1:3], method)
+        if dlast is not None:
+            dlast.copy_(_combinations_backward(dcombined))
     return down, dstacked, dweight, None if dbias is None else dbias.to(bias.dtype)
 
 

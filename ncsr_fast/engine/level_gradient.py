@@ -19,7 +19,6 @@ from ncsr_fast.engine.function import Piece, Tensors
 from ncsr_fast.engine.level import Conditions, Layers, Level, Settings, inject, networks_of_steps, parts, steps, unbind
 from ncsr_fast.engine.network import Network
 from ncsr_fast.ops._backends import implementation
-from ncsr_fast.precision import convolution_precision
 
 
 def level_pass(
@@ -77,8 +76,7 @@ def _forward(tensors: Tensors, settings: Settings, checkpoint: bool) -> tuple[Te
 
 def _backward(grads: Tensors, inputs: Tensors, kept: Tensors, needed: tuple[bool, ...], settings: Settings, _: bool) -> Tensors:
     walk = _Walk(inputs, kept, needed, settings)
-    with convolution_precision(settings.method.precision):
-        dx = walk.decoding(*grads) if settings.inverse else walk.encoding(*grads)
+    dx = walk.decoding(*grads) if settings.inverse else walk.encoding(*grads)
     found = (dx, walk.dhoisted, walk.dpre_noise, walk.dmix, walk.doffset)
     return *found, *(gradient for networks in walk.dnetworks for gradient in networks)
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ncsr_fast.engine.convolution import ConvolutionMethod, convolution, convolution_backward
-from ncsr_fast.engine.function import traced
+from ncsr_fast.layout import has_memory, traced
 from ncsr_fast.ops._backends import implementation
 
 
@@ -46,15 +46,16 @@ def layers(
     """h1, h2 and h, of a pre of as many samples as z1."""
     if not _fused(network, z1, pre, backend):
         return _plain_layers(network, z1, pre, method)
-    h1, h2 = (torch.empty(pre.shape, dtype=pre.dtype, memory_format=torch.channels_last) for _ in range(2))
+    h1, h2 = (torch.empty_like(pre, memory_format=torch.channels_last) for _ in range(2))
     return h1, h2, implementation("native").network_fwd(z1, pre, *network, hidden=(h1, h2))
 
 
 def _fused(network: Network, z1: Tensor | None, pre: Tensor, backend: str) -> bool:
     """Whether one kernel can do it."""
-    recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (z1, pre, *network))
+    tensors = [tensor for tensor in (z1, pre, *network) if tensor is not None]
+    recorded = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     there = backend == "native" and pre.device.type == "cpu" and pre.dtype in (torch.float32, torch.float64)
-    return there and not recorded and not traced()
+    return there and not recorded and not traced() and all(map(has_memory, tensors))
 
 
 def _plain_layers(network: Network, z1: Tensor | None, pre: Tensor, method: ConvolutionMethod) -> tuple[Tensor, Tensor, Tensor]:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
+from ncsr_fast.autocast import autocast_dtype
 from ncsr_fast.engine.convolution import ConvolutionMethod
 from ncsr_fast.ops._backends import BACKENDS
 
 ENGINES = ("fused", "plain")
-PRECISIONS = ("fp32", "tf32", "bf16")
+PRECISIONS = ("fp32", "tf32", "bf16")  # for training too; EngineOptions says what "fp16" is for
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}  # of the networks of a float32 model
+_AUTOCAST = {dtype: precision for precision, dtype in _DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -20,8 +24,10 @@ class EngineOptions:
     engine         "fused": what does not depend on the state is computed once, for all steps and all samples;
                    "plain": step by step as the definition has it, the oracle the other is held to
     precision      of the networks (encoder, injectors, couplings): "fp32"; "tf32", the same on a CPU; "bf16". The state, its
-                   log-determinants and the 1×1 convolutions are float32 in all of them, whatever PyTorch's global flags
-                   say. A float64 model has float64 networks, and wants "fp32".
+                   log-determinants and the 1×1 convolutions are float32 in all of them. A float64 model has float64 networks,
+                   and wants "fp32". "fp16", what float16 autocast asks for, has a narrow range: its gradients need
+                   `torch.amp.GradScaler`. PyTorch's global flags change none of it, with two exceptions: where they forbid
+                   TF32, backward passes have none either; and a graph of `torch.compile` convolves as they say.
     checkpoint     True: a level keeps its state at every step and recomputes the small networks in the backward pass;
                    False: their activations are kept, which takes more memory and less time
     backend        of the operators between the networks (`ncsr_fast.ops`)
@@ -42,7 +48,7 @@ class EngineOptions:
     samples_at_once: int | None = None
 
     def __post_init__(self) -> None:
-        for name, allowed in (("engine", ENGINES), ("precision", PRECISIONS), ("backend", ("auto", *BACKENDS))):
+        for name, allowed in (("engine", ENGINES), ("precision", (*PRECISIONS, "fp16")), ("backend", ("auto", *BACKENDS))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, not {getattr(self, name)!r}")
         if self.samples_at_once is not None and self.samples_at_once < 1:
@@ -61,4 +67,10 @@ class EngineOptions:
         """The dtype of the networks of a model of `dtype`; ValueError for a float64 model with low-precision networks."""
         if dtype == torch.float64 and self.precision != "fp32":
             raise ValueError(f"precision={self.precision!r} is for float32 models; a float64 one needs precision='fp32'")
-        return torch.bfloat16 if self.precision == "bf16" else dtype
+        return _DTYPES.get(self.precision, dtype)
+
+    def under_autocast(self, like: Tensor) -> EngineOptions:
+        """The options for a model whose parameter `like` is: under `torch.autocast`, with the precision it asks for. A model
+        of another dtype than float32 is not touched."""
+        precision = _AUTOCAST.get(autocast_dtype(like.device.type)) if like.dtype == torch.float32 else None
+        return self if precision is None else replace(self, precision=precision)

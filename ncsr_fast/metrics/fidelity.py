@@ -50,4 +50,4 @@ def ssim(image: Tensor, target: Tensor) -> Tensor:
         )
         for a, b in pairs
     ]
-    return torch.tensor(values, dtype=torch.float64)
+    return torch.tensor(values, dtype=torch.float64, device="cpu")

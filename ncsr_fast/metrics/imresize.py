@@ -8,6 +8,10 @@ import math
 import torch
 from torch import Tensor
 
+from ncsr_fast.autocast import without_autocast
+from ncsr_fast.layout import traced
+from ncsr_fast.precision import product
+
 
 def imresize(x: Tensor, scale: float) -> Tensor:
     """Resize the last two axes by `scale` with the bicubic kernel a = -0.5, as MATLAB's `imresize` does.
@@ -31,15 +35,21 @@ def imresize(x: Tensor, scale: float) -> Tensor:
     if not x.is_floating_point():
         raise TypeError(f"x must be floating point or uint8, not {x.dtype}")
     image = x if x.dtype == torch.float64 else x.float()
-    return _resize_columns(_resize_rows(image, scale), scale).to(x.dtype)
+    with without_autocast(x.device.type):
+        return _resize_columns(_resize_rows(image, scale), scale).to(x.dtype)
 
 
 def _resize_rows(x: Tensor, scale: float) -> Tensor:
-    return _matrix(x.shape[-2], scale, x.dtype, x.device) @ x
+    return product(_matrix_for(x, x.shape[-2], scale), x)
 
 
 def _resize_columns(x: Tensor, scale: float) -> Tensor:
-    return x @ _matrix(x.shape[-1], scale, x.dtype, x.device).T
+    return product(x, _matrix_for(x, x.shape[-1], scale).T)
+
+
+def _matrix_for(x: Tensor, size: int, scale: float) -> Tensor:
+    make = _matrix.__wrapped__ if traced() else _matrix  # what is made there has no values, or those of one graph
+    return make(size, scale, x.dtype, x.device)
 
 
 @functools.lru_cache(maxsize=256)
@@ -50,17 +60,18 @@ def _matrix(size: int, scale: float, dtype: torch.dtype, device: torch.device) -
 
 
 def _build_matrix(size: int, scale: float) -> Tensor:
+    options = {"dtype": torch.float64, "device": "cpu"}
     shrink = min(scale, 1.0)
     width = 4.0 / shrink
     out = math.ceil(scale * size)
-    centre = torch.arange(1, out + 1, dtype=torch.float64) / scale + 0.5 * (1 - 1 / scale)  # counted from 1
+    centre = torch.arange(1, out + 1, **options) / scale + 0.5 * (1 - 1 / scale)  # counted from 1
     left = torch.floor(centre - width / 2)
-    taps = left[:, None] + torch.arange(math.ceil(width) + 2, dtype=torch.float64)
+    taps = left[:, None] + torch.arange(math.ceil(width) + 2, **options)
     weights = _cubic((centre[:, None] - taps) * shrink) * shrink
     weights /= weights.sum(dim=1, keepdim=True)
     period = (taps.long() - 1) % (2 * size)  # mirrored: 0 … size-1, size-1 … 0
     columns = torch.where(period < size, period, 2 * size - 1 - period)
-    return torch.zeros(out, size, dtype=torch.float64).scatter_add_(1, columns, weights)
+    return torch.zeros(out, size, **options).scatter_add_(1, columns, weights)
 
 
 def _cubic(x: Tensor) -> Tensor:

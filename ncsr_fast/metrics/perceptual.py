@@ -6,6 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ncsr_fast.memory import is_out_of_memory
+from ncsr_fast.precision import true_float32
+
 
 def diversity_score(distances: Tensor) -> float:
     """How much better than the best sample the samples are together, in percent (0 when all are the same).
@@ -59,6 +62,13 @@ def lpips(samples: Tensor, target: Tensor, model) -> Tensor:
     """LPIPS maps (n, H, W) of `samples` (n, 3, H, W) against `target` (3, H, W), floats in [0, 1].
 
     model   from `lpips_model`; the mean of a map is the LPIPS distance of that sample
+    raises  ValueError for images too small for its network
     """
-    maps = model(samples * 2 - 1, (target * 2 - 1).expand_as(samples))
+    try:
+        with true_float32(samples):
+            maps = model(samples * 2 - 1, (target * 2 - 1).expand_as(samples))
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
+        raise ValueError(f"LPIPS cannot measure images of {target.shape[1]}×{target.shape[2]} pixels: {error}") from error
     return maps[:, 0]

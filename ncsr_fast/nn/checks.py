@@ -7,24 +7,30 @@ from torch import Tensor
 
 from ncsr_fast.synchronization import reading_is_free
 
+_BRIGHTEST, _DARKEST = 16.0, -1.0  # images, residuals and noise on either are far within; bytes and 16-bit pixels are not
+
 
 def check_image(name: str, image: Tensor, like: Tensor) -> None:
-    """Raise unless `image` is (B, 3, H, W), not empty, finite, and of the dtype and device of the parameter `like`.
+    """Raise unless `image` is (B, 3, H, W), of the dtype and device of the parameter `like`, finite, and not of 0 … 255.
 
-    Finiteness is read on the CPU only: on a GPU that would make the host wait.
+    Values are read on the CPU only: on a GPU that would make the host wait. B, H and W are 1 or more.
     """
     if not isinstance(image, Tensor):
         raise TypeError(f"{name} must be a tensor, not {type(image).__name__}")
-    if image.dim() != 4 or image.shape[1] != 3 or 0 in image.shape[2:]:
+    if image.dim() != 4 or image.shape[1] != 3:
         raise ValueError(f"{name} must have shape (B, 3, H, W), not {tuple(image.shape)}")
+    if 0 in image.shape:
+        raise ValueError(f"{name} must have shape (B, 3, H, W) of one image and one pixel or more, not {tuple(image.shape)}")
     check_like(name, image, like)
     check_finite(name, image)
+    if reading_is_free(image) and (values := bytes_range(image)):
+        raise ValueError(f"{name} has values {values}; images are floats in [0, 1]: divide by 255")
 
 
 def check_like(name: str, tensor: Tensor, like: Tensor) -> None:
     """Raise unless `tensor` has the dtype and device of the model, whose parameter `like` is."""
     if tensor.dtype != like.dtype:
-        hint = "; images are floats in [0, 1]" if not tensor.is_floating_point() else ""
+        hint = "; images are floats in [0, 1]: convert, then divide by 255" if not tensor.is_floating_point() else ""
         raise TypeError(f"{name} must be {like.dtype}, the dtype of the model, not {tensor.dtype}{hint}")
     if tensor.device != like.device:
         raise ValueError(f"{name} is on {tensor.device}, but the model is on {like.device}")
@@ -37,6 +43,16 @@ def check_finite(name: str, tensor: Tensor) -> None:
     finite = torch.isfinite(tensor)
     if not finite.all():
         raise ValueError(f"{name} has {int((~finite).sum())} NaN or infinite values out of {tensor.numel()}")
+
+
+def bytes_range(image: Tensor) -> str | None:
+    """The range of the values of an image that cannot be of [0, 1], such as bytes made floats; None for any other.
+
+    Far above 1 and hardly below 0, that is: an image that was decoded from a state that blew up is as far below.
+    Waits for the device.
+    """
+    darkest, brightest = (value.item() for value in image.detach().aminmax())
+    return f"from {darkest:g} to {brightest:g}" if brightest > _BRIGHTEST and darkest >= _DARKEST else None
 
 
 def check_pair(hr: Tensor, lr: Tensor, scale: int) -> None:

@@ -1,26 +1,24 @@
-"""The RRDB generator (ESRGAN, Wang et al. 2018): a super-resolution network, and the encoder of the flow."""
+"""The RRDB network: ESRGAN's generator (Wang et al. 2018) with its relatives, and the encoder of the flow."""
 
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ncsr_fast import files
 from ncsr_fast.engine.convolution import ConvolutionMethod, convolution
 from ncsr_fast.engine.dense_block import dense_block
-from ncsr_fast.hub import find_model
-from ncsr_fast.nn import published
+from ncsr_fast.nn.encoder_checkpoints import EncoderCheckpoints
 
 SLOPE = 0.2  # of every LeakyReLU
 ENGINE = ConvolutionMethod()
 RESIDUAL = 0.2  # weight of a dense block's, and of a block's, residual branch
+NOISE = 0.1  # standard deviation of nESRGAN+'s noise, relative to the features it multiplies
+LONG_SKIPS = ("conv_first", "last_block")
+TRAINING_NOISE = ("none", "dense", "all")
 
 
 def conv3x3(inputs: int, outputs: int, scale: float | None = None) -> nn.Conv2d:
@@ -33,122 +31,182 @@ def conv3x3(inputs: int, outputs: int, scale: float | None = None) -> nn.Conv2d:
     return conv
 
 
-class DenseBlock(nn.Module):
-    """Five convolutions, each reading everything before it; `x + 0.2 · conv5(...)`."""
+class ResidualNoise(nn.Module):
+    """Gaussian noise proportional to the features, y · (1 + 0.1 · n), in training mode and where it is `active`.
 
-    def __init__(self, channels: int, growth: int) -> None:
+    draw  makes n, standard normal numbers, of y. By default PyTorch's global generator does, as for dropout; another
+          function may be put in its place, to give the noise or a generator of one's own.
+    """
+
+    def __init__(self) -> None:
         super().__init__()
+        self.active = False
+        self.draw = torch.randn_like
+
+    def forward(self, y: Tensor) -> Tensor:
+        return y * (1 + NOISE * self.draw(y)) if self.active and self.training else y
+
+
+class DenseBlock(nn.Module):
+    """Five convolutions, each reading everything before it; `x + 0.2 · conv5(...)`.
+
+    residual  ESRGAN+'s (Rakotonirina and Rasoanaivo 2020): a 1×1 convolution of x is added to the output of conv2, and
+              the sum to that of conv4
+    """
+
+    def __init__(self, channels: int, growth: int, residual: bool = False) -> None:
+        super().__init__()
+        self.conv1x1 = nn.Conv2d(channels, growth, 1, bias=False) if residual else None
         for index in range(1, 5):
             setattr(self, f"conv{index}", conv3x3(channels + (index - 1) * growth, growth, scale=0.1))
         self.conv5 = conv3x3(channels + 4 * growth, channels, scale=0.1)
+        self.noise = ResidualNoise()
 
     def forward(self, x: Tensor, method: ConvolutionMethod | None = ENGINE) -> Tensor:
+        if self.conv1x1 is not None:
+            return self.noise(self._with_residuals(x, method))
         convolutions = (self.conv1, self.conv2, self.conv3, self.conv4, self.conv5)
-        return dense_block(x, [(conv.weight, conv.bias) for conv in convolutions], SLOPE, RESIDUAL, method)
+        y = dense_block(x, [(conv.weight, conv.bias) for conv in convolutions], SLOPE, RESIDUAL, method)
+        return self.noise(y)
+
+    def _with_residuals(self, x: Tensor, method: ConvolutionMethod | None) -> Tensor:
+        def convolved(conv: nn.Conv2d, *features: Tensor) -> Tensor:
+            return convolution(torch.cat(features, dim=1), conv.weight, conv.bias, method)
+
+        x1 = F.leaky_relu(convolved(self.conv1, x), SLOPE)
+        x2 = F.leaky_relu(convolved(self.conv2, x, x1), SLOPE) + convolved(self.conv1x1, x)
+        x3 = F.leaky_relu(convolved(self.conv3, x, x1, x2), SLOPE)
+        x4 = F.leaky_relu(convolved(self.conv4, x, x1, x2, x3), SLOPE) + x2
+        return torch.add(x, convolved(self.conv5, x, x1, x2, x3, x4), alpha=RESIDUAL)
 
 
 class ResidualBlock(nn.Module):
     """Residual-in-residual dense block: three dense blocks in a residual of their own."""
 
-    def __init__(self, channels: int, growth: int) -> None:
+    def __init__(self, channels: int, growth: int, dense_residual: bool = False) -> None:
         super().__init__()
-        self.rdb1, self.rdb2, self.rdb3 = (DenseBlock(channels, growth) for _ in range(3))
+        self.rdb1, self.rdb2, self.rdb3 = (DenseBlock(channels, growth, dense_residual) for _ in range(3))
+        self.noise = ResidualNoise()
 
     def forward(self, x: Tensor, method: ConvolutionMethod | None = ENGINE) -> Tensor:
         y = x
         for dense in (self.rdb1, self.rdb2, self.rdb3):
             y = dense(y, method)
-        return torch.add(x, y, alpha=RESIDUAL)
+        return self.noise(torch.add(x, y, alpha=RESIDUAL))
 
 
-class RRDB(nn.Module):
-    """Deterministic ×`scale` generator whose inner features condition the flow.
+class RRDB(EncoderCheckpoints, nn.Module):
+    """ESRGAN's ×`scale` generator, or the encoder of the flow, which is the same network but for its long skip.
 
-    `forward(lr)` is the super-resolved image (B, 3, sH, sW), what an L1 pre-training optimises.
-    `features(lr)` are the conditioning features of the flow's levels, from the HR side, without the
-    HR part of the network, which they do not need.
+    `forward(lr)` is the super-resolved image. `features(lr)` are the conditioning features of the flow's levels, from the
+    HR side, without the HR part of the network, which they do not need.
 
-    scale           a power of two
-    channels, growth, blocks   width, growth of the dense blocks, number of blocks
-    stacked_blocks  indices of the blocks whose outputs `features` appends; none for a generator alone
+    Args:
+        scale: A power of two.
+        channels: Width of the features.
+        growth: Channels that each convolution of a dense block adds.
+        blocks: Number of residual-in-residual dense blocks.
+        stacked_blocks: Indices of the blocks whose outputs `features` appends; none for a generator alone.
+        long_skip: What the convolution after the blocks is added to: "conv_first", the output of the first convolution, as
+            in ESRGAN, BasicSR, Real-ESRGAN and ESRGAN+; or "last_block", that of the last block, as in the encoders of
+            SRFlow and NCSR.
+        unshuffle: Side of the pixel blocks that become channels before the first convolution, a power of two: 2 in BasicSR's
+            ×2 generators, 4 in its ×1 ones. The sides of the image must be multiples of it.
+        in_channels: Channels of the image given, before the unshuffle.
+        out_channels: Channels of the image returned.
+        dense_residual: ESRGAN+'s dense blocks, which have residuals inside.
+        training_noise: Where features are multiplied by Gaussian noise in training mode: "none"; "dense", after each dense
+            block, as nESRGAN+ is trained; "all", after each block as well. It may be changed later:
+            `generator.training_noise = "none"`.
     """
 
     def __init__(
-        self, scale: int = 4, channels: int = 64, growth: int = 32, blocks: int = 23, stacked_blocks: tuple[int, ...] = ()
+        self,
+        scale: int = 4,
+        channels: int = 64,
+        growth: int = 32,
+        blocks: int = 23,
+        stacked_blocks: tuple[int, ...] = (),
+        *,
+        long_skip: str = "conv_first",
+        unshuffle: int = 1,
+        in_channels: int = 3,
+        out_channels: int = 3,
+        dense_residual: bool = False,
+        training_noise: str = "none",
     ) -> None:
         super().__init__()
-        if scale < 2 or scale & (scale - 1):
-            raise ValueError(f"scale must be a power of two, not {scale!r}")
+        for name, value in (("scale", scale), ("unshuffle", unshuffle)):
+            if value < 1 or value & (value - 1):
+                raise ValueError(f"{name} must be a power of two, not {value!r}")
+        if long_skip not in LONG_SKIPS:
+            raise ValueError(f"long_skip must be one of {', '.join(map(repr, LONG_SKIPS))}, not {long_skip!r}")
         self.scale, self.channels, self.growth, self.stacked_blocks = scale, channels, growth, tuple(stacked_blocks)
-        self.conv_first = conv3x3(3, channels)
-        self.body = nn.ModuleList(ResidualBlock(channels, growth) for _ in range(blocks))
+        self.long_skip, self.unshuffle, self.dense_residual = long_skip, unshuffle, dense_residual
+        self.in_channels, self.out_channels = in_channels, out_channels
+        self.conv_first = conv3x3(in_channels * unshuffle**2, channels)
+        self.body = nn.ModuleList(ResidualBlock(channels, growth, dense_residual) for _ in range(blocks))
         self.conv_body = conv3x3(channels, channels)
-        self.conv_up = nn.ModuleList(conv3x3(channels, channels) for _ in range(int(math.log2(scale))))
+        self.conv_up = nn.ModuleList(conv3x3(channels, channels) for _ in range(int(math.log2(scale * unshuffle))))
         self.conv_hr = conv3x3(channels, channels)
-        self.conv_last = conv3x3(channels, 3)
+        self.conv_last = conv3x3(channels, out_channels)
+        self.training_noise = training_noise
+
+    @property
+    def training_noise(self) -> str:
+        """Where features are multiplied by noise in training mode: "none", "dense" or "all"."""
+        return self._training_noise
+
+    @training_noise.setter
+    def training_noise(self, value: str) -> None:
+        if value not in TRAINING_NOISE:
+            raise ValueError(f"training_noise must be one of {', '.join(map(repr, TRAINING_NOISE))}, not {value!r}")
+        self._training_noise = value
+        for block in self.body:
+            block.noise.active = value == "all"
+            for dense in (block.rdb1, block.rdb2, block.rdb3):
+                dense.noise.active = value != "none"
 
     def head(self) -> list[nn.Module]:
         """The modules that only the super-resolved image uses: the last upsampling and what follows."""
-        return [self.conv_up[-1], self.conv_hr, self.conv_last]
-
-    # -- weights ---------------------------------------------------------------------------------------------
-
-    def load_published(self, source: Mapping[str, Tensor] | str | os.PathLike) -> None:
-        """Load published RRDB or ESRGAN weights: a state dict or a file, in SRFlow's, BasicSR's or ESRGAN's naming.
-
-        The `RRDB.` part of a flow checkpoint will do as well. Strict: raises CheckpointError naming what does not fit,
-        and then changes nothing.
-        """
-        published.load_encoder(self, published.read_encoder_state_dict(source))
-
-    def published_state_dict(self) -> dict[str, Tensor]:
-        """The weights under SRFlow's (and ESRGAN's new) names."""
-        return {name: tensor.clone() for name, tensor in published.encoder_layout(self)}
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        path: str | os.PathLike,
-        *,
-        revision: str | None = None,
-        cache_dir: str | os.PathLike | None = None,
-        token: str | bool | None = None,
-        local_files_only: bool = False,
-    ) -> RRDB:
-        """A generator from a directory written by `save_pretrained`, a published file, or the Hugging Face Hub.
-
-        path     a directory; a .pth or .safetensors, whose shapes tell its size; or a repository "user/name" of the Hub
-        others   and what is raised: as `NCSR.from_pretrained`
-        """
-        path = find_model(path, revision, cache_dir, token, local_files_only)
-        if path.is_dir():
-            return files.load_directory(path, "rrdb", lambda values: cls(**values))
-        return cls.from_state_dict(published.read_encoder_state_dict(path))
-
-    @classmethod
-    def from_state_dict(cls, state: Mapping[str, Tensor]) -> RRDB:
-        """A generator of the size that the shapes tell, from a state dict under SRFlow's names."""
-        encoder = cls(**published.encoder_configuration(state))
-        files.adopt_dtype(encoder, state)
-        published.load_encoder(encoder, state)
-        return encoder
-
-    def save_pretrained(self, directory: str | os.PathLike) -> Path:
-        """Write `config.json` and `model.safetensors` to `directory`, each atomically; return it."""
-        return files.save_directory(self, "rrdb", self.configuration(), directory)
+        return [*self.conv_up[-1:], self.conv_hr, self.conv_last]
 
     def configuration(self) -> dict[str, Any]:
-        """The arguments it was built with."""
-        shape = {"scale": self.scale, "channels": self.channels, "growth": self.growth, "blocks": len(self.body)}
-        return {**shape, "stacked_blocks": list(self.stacked_blocks)}
+        """The arguments the network was built with."""
+        return {
+            "scale": self.scale,
+            "channels": self.channels,
+            "growth": self.growth,
+            "blocks": len(self.body),
+            "stacked_blocks": list(self.stacked_blocks),
+            "long_skip": self.long_skip,
+            "unshuffle": self.unshuffle,
+            "in_channels": self.in_channels,
+            "out_channels": self.out_channels,
+            "dense_residual": self.dense_residual,
+            "training_noise": self.training_noise,
+        }
 
     def describe(self) -> str:
-        """The generator in a few words, for messages."""
-        return f"RRDB, ×{self.scale}, {len(self.body)} blocks of {self.channels} channels"
-
-    # -- images and features ---------------------------------------------------------------------------------
+        """The network in a few words, for messages."""
+        kind = "RRDB with ESRGAN+'s residuals" if self.dense_residual else "RRDB"
+        return f"{kind}, ×{self.scale}, {len(self.body)} blocks of {self.channels} channels"
 
     def forward(self, lr: Tensor, method: ConvolutionMethod | None = ENGINE) -> Tensor:
+        """The super-resolved image of lr.
+
+        Args:
+            lr: (B, in_channels, H, W), in [0, 1], of the dtype and device of the weights. H and W must be multiples of
+                `unshuffle`: published programs do not pad, nor is it done here.
+            method: As for `ncsr_fast.engine.convolution.convolution`.
+
+        Returns:
+            (B, out_channels, scale·H, scale·W), not clipped.
+
+        Raises:
+            ValueError: The shape of lr is not as above.
+        """
+        self._check(lr)
         fea, _ = self._trunk(lr, method)
         for conv in self.conv_up:
             fea = self._upsample(fea, conv, method)
@@ -180,14 +238,26 @@ class RRDB(nn.Module):
         return pyramid[::-1], stacked
 
     def _trunk(self, lr: Tensor, method: ConvolutionMethod | None) -> tuple[Tensor, Tensor | None]:
-        fea = self._conv(lr, self.conv_first, method)
+        x = F.pixel_unshuffle(lr, self.unshuffle) if self.unshuffle > 1 else lr
+        first = fea = self._conv(x, self.conv_first, method)
         outputs = {}
         for index, block in enumerate(self.body):
             fea = block(fea, method)
             if index in self.stacked_blocks:
                 outputs[index] = fea
         stacked = torch.cat([outputs[index] for index in self.stacked_blocks], dim=1) if outputs else None
-        return fea + self._conv(fea, self.conv_body, method), stacked
+        skip = first if self.long_skip == "conv_first" else fea
+        return skip + self._conv(fea, self.conv_body, method), stacked
+
+    def _check(self, lr: Tensor) -> None:
+        if lr.dim() != 4 or lr.shape[1] != self.in_channels:
+            raise ValueError(f"lr must have shape (B, {self.in_channels}, H, W), not {tuple(lr.shape)}")
+        if any(side % self.unshuffle for side in lr.shape[2:]):
+            height, width = lr.shape[2:]
+            raise ValueError(
+                f"the sides of lr must be multiples of {self.unshuffle} for this generator, whose first layer is a pixel "
+                f"unshuffle, not {height}×{width}; pad or crop the image"
+            )
 
     @staticmethod
     def _conv(x: Tensor, conv: nn.Conv2d, method: ConvolutionMethod | None) -> Tensor:

@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ncsr_fast.engine.cache import place
+from ncsr_fast.layout import traced
+
 if TYPE_CHECKING:
     from ncsr_fast.nn.ncsr import NCSR
 
@@ -83,7 +86,7 @@ class Freezing:
 
     def check_frozen(self) -> None:
         """Raise FrozenError when the model is frozen and a weight was changed since. Never waits for the device."""
-        if self._record is not None and not torch.compiler.is_compiling():  # a compiled graph folds what weights it is given
+        if self._record is not None and not traced():  # a traced graph folds what weights it is given
             self._record.check(self)
 
     def recording(self) -> contextlib.AbstractContextManager:
@@ -140,7 +143,7 @@ class _Record:
 
 
 def _state(parameter: Tensor) -> tuple:
-    return parameter.data_ptr(), parameter._version, parameter.dtype, parameter.shape, parameter.requires_grad
+    return *place(parameter), parameter.requires_grad
 
 
 def _visit(model: NCSR) -> None:

@@ -11,10 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ncsr_fast.autocast import without_autocast
 from ncsr_fast.config import NCSRConfig
 from ncsr_fast.engine.conditioning import Features
 from ncsr_fast.engine.fused_level import encode_level, level_decoder
 from ncsr_fast.engine.options import EngineOptions
+from ncsr_fast.layout import laid_out
 from ncsr_fast.nn import sampling
 from ncsr_fast.nn.checkpoints import Checkpoints
 from ncsr_fast.nn.checks import check_finite, check_image, check_like, check_noise, check_pair
@@ -43,7 +45,8 @@ class NCSR(Checkpoints, Freezing, nn.Module):
     Any LR size from 1×1 is accepted. Odd sizes are padded (reflection; replication of a single row or column)
     to even ones, images returned are cropped back, and latents and likelihoods are those of the padded image.
 
-    Everything is differentiable with respect to images and parameters.
+    Everything is differentiable with respect to images and parameters. `model(hr, lr, noise)` is `model.nll(hr, lr, noise)`.
+    Under `torch.autocast` the networks have the precision it asks for, as with `precision`, and the state stays float32.
 
     `engine`, `precision`, `checkpoint` and the rest of `EngineOptions` may be given to the constructor and to
     `from_pretrained`, and changed at any time: `model.precision = "bf16"`, `model.options = replace(model.options, …)`.
@@ -53,7 +56,9 @@ class NCSR(Checkpoints, Freezing, nn.Module):
         super().__init__()
         self.config = config
         self.options = EngineOptions(**options)
-        self.encoder = RRDB(config.scale, config.channels, config.growth, config.blocks, config.stacked_blocks)
+        self.encoder = RRDB(
+            config.scale, config.channels, config.growth, config.blocks, config.stacked_blocks, long_skip="last_block"
+        )
         for module in self.encoder.head():  # the flow does not use them, so its loss gives them no gradient
             module.requires_grad_(False)
         self.levels = nn.ModuleList(
@@ -101,6 +106,11 @@ class NCSR(Checkpoints, Freezing, nn.Module):
     def checkpoint(self, value: bool) -> None:
         self.options = replace(self.options, checkpoint=value)
 
+    @property
+    def served(self) -> EngineOptions:
+        """The options of a call made now: `options`, under `torch.autocast` with the precision it asks for."""
+        return self.options.under_autocast(self._like)
+
     # -- likelihood ------------------------------------------------------------------------------------------
 
     def encode(self, hr: Tensor, lr: Tensor, noise: Tensor | None = None) -> Encoded:
@@ -114,6 +124,10 @@ class NCSR(Checkpoints, Freezing, nn.Module):
         """
         with self.recording():
             return self._encode(*self._prepared(lr, hr, noise))
+
+    def forward(self, hr: Tensor, lr: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Return `nll(hr, lr, noise)`: what training optimises, and what wrappers of modules, hooks and `torch.compile` see."""
+        return self.nll(hr, lr, noise)
 
     def nll(self, hr: Tensor, lr: Tensor, noise: Tensor | None = None) -> Tensor:
         """Negative log-likelihood (B,) in bits per HR pixel *position*, `-log p / (ln 2 · H · W)`.
@@ -133,7 +147,8 @@ class NCSR(Checkpoints, Freezing, nn.Module):
         """
         self.refuse_when_frozen("initialize()")
         lr, hr, noise = self._prepared(lr, hr, noise)
-        encoded = self._encode(lr, hr, noise, initialize=True)
+        with without_autocast(lr.device.type):  # statistics are float32
+            encoded = self._encode(lr, hr, noise, initialize=True)
         self.actnorm_initialized.fill_(True)
         return _bits(encoded, hr)
 
@@ -185,8 +200,8 @@ class NCSR(Checkpoints, Freezing, nn.Module):
         """
         if n < 1:
             raise ValueError(f"n must be at least 1, not {n!r}")
-        if not temperature >= 0:
-            raise ValueError(f"temperature must not be negative, not {temperature!r}")
+        if not 0 <= temperature < math.inf:
+            raise ValueError(f"temperature must be a number of 0 or more, not {temperature!r}")
         if on_nonfinite not in sampling.ON_NONFINITE:
             raise ValueError(f"on_nonfinite must be one of {', '.join(sampling.ON_NONFINITE)}, not {on_nonfinite!r}")
         with self.recording():
@@ -204,8 +219,8 @@ class NCSR(Checkpoints, Freezing, nn.Module):
 
         raises  as `sample` does
         """
-        if not temperature >= 0:
-            raise ValueError(f"temperature must not be negative, not {temperature!r}")
+        if not 0 <= temperature < math.inf:
+            raise ValueError(f"temperature must be a number of 0 or more, not {temperature!r}")
         return check_invertibility(self, self.padded(lr), temperature, generator)
 
     def latent_shapes(self, height: int, width: int) -> list[tuple[int, int, int]]:
@@ -263,8 +278,10 @@ class NCSR(Checkpoints, Freezing, nn.Module):
         """
         if self.engine == "plain" if plain is None else plain:
             return [Features(u, None) for u in self.encoder.features(lr)]
-        lr = lr.to(self.options.network_dtype(lr.dtype)).contiguous(memory_format=self.options.memory_format)
-        pyramid, stacked = self.encoder.pyramid(lr, self.options.method)
+        options = self.served
+        lr = laid_out(lr.to(options.network_dtype(lr.dtype)), options.memory_format)
+        with without_autocast(lr.device.type):
+            pyramid, stacked = self.encoder.pyramid(lr, options.method)
         return [Features(own, stacked) for own in pyramid]
 
     def encode_features(
@@ -280,7 +297,7 @@ class NCSR(Checkpoints, Freezing, nn.Module):
             if plain:
                 z, latent, logdet = level.encode(z, features[index].own, noise_at, initialize, self.options.backend)
             else:
-                z, latent, logdet = encode_level(level, z, features[index], noise_at, self.options)
+                z, latent, logdet = encode_level(level, z, features[index], noise_at, self.served)
             logdets.append(logdet)
             if latent is not None:
                 latents.append(latent)
@@ -299,7 +316,7 @@ class NCSR(Checkpoints, Freezing, nn.Module):
             if plain:
                 z, logdet = level.decode(z, latent, features[index].own, noise_at, self.options.backend)
             else:
-                z, logdet = level_decoder(level, features[index], noise_at, self.options)(z, latent, None)
+                z, logdet = level_decoder(level, features[index], noise_at, self.served)(z, latent, None)
             logdets.append(logdet)
         return z, torch.stack(logdets).sum(dim=0)
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ncsr_fast.engine.convolution import convolution
 from ncsr_fast.engine.folding import LOG_SCALE
 from ncsr_fast.nn.actnorm import initialize_actnorm
 
@@ -29,8 +31,8 @@ class Network(NamedTuple):
 
     def __call__(self, x: Tensor, initialize: bool = False) -> Tensor:
         """(B, inputs, H, W) → (B, outputs, H, W); `initialize` first sets the two actnorms from x."""
-        x = _conv_actnorm_relu(x, self.conv1, self.norm1_bias, self.norm1_logs, 1, initialize)
-        x = _conv_actnorm_relu(x, self.conv2, self.norm2_bias, self.norm2_logs, 0, initialize)
+        x = _conv_actnorm_relu(x, self.conv1, self.norm1_bias, self.norm1_logs, initialize)
+        x = _conv_actnorm_relu(x, self.conv2, self.norm2_bias, self.norm2_logs, initialize)
         return zeros_conv(x, self.conv3, self.bias3, self.logs3)
 
 
@@ -56,20 +58,31 @@ class StackedNetworks(nn.Module):
         self.conv3 = zeros(outputs, hidden, 3, 3)
         self.bias3, self.logs3 = zeros(outputs), zeros(outputs)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """What `to()`, `half()`, `share_memory()` … do, to stacked weights as to those of single networks: a memory format of
+        4-D weights (`torch.channels_last`) is theirs."""
+        return super()._apply(lambda tensor: _of_single(fn, tensor), recurse)
+
     def unbind(self) -> list[Network]:
         """The networks one by one. Once a pass: under autograd, indexing would fill a stack of zeros per step."""
         return [Network(*tensors) for tensors in zip(*(getattr(self, name).unbind() for name in Network._fields))]
 
 
+def _of_single(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
+    if tensor.dim() != 5:
+        return fn(tensor)
+    return fn(tensor.flatten(0, 1)).unflatten(0, tensor.shape[:2])
+
+
 def zeros_conv(x: Tensor, weight: Tensor, bias: Tensor, logs: Tensor) -> Tensor:
     """Glow's zero-initialised 3×3 convolution: `(weight ∗ x + bias) · exp(3 logs)` for each output channel."""
     scale = torch.exp(LOG_SCALE * logs)
-    return F.conv2d(x, weight * scale[:, None, None, None], bias * scale, padding=1)
+    return convolution(x, weight * scale[:, None, None, None], bias * scale, None)
 
 
-def _conv_actnorm_relu(x: Tensor, weight: Tensor, bias: Tensor, logs: Tensor, padding: int, initialize: bool) -> Tensor:
+def _conv_actnorm_relu(x: Tensor, weight: Tensor, bias: Tensor, logs: Tensor, initialize: bool) -> Tensor:
     """relu((weight ∗ x + bias) · exp(logs)), the actnorm folded into the convolution."""
     if initialize:
-        initialize_actnorm(bias, logs, F.conv2d(x, weight, padding=padding))
+        initialize_actnorm(bias, logs, convolution(x, weight, None, None))
     scale = torch.exp(logs)
-    return F.relu(F.conv2d(x, weight * scale[:, None, None, None], bias * scale, padding=padding))
+    return F.relu(convolution(x, weight * scale[:, None, None, None], bias * scale, None))

@@ -1,4 +1,4 @@
-"""The state dicts of the published NCSR, SRFlow, RRDB and ESRGAN programs, and ours, in both directions.
+"""The state dicts of the published NCSR and SRFlow programs, and ours, in both directions.
 
 The published programs keep one module per flow step in one flat list (`flowUpsamplerNet.layers.N`, squeezes
 and splits included); ours stack the steps of a level. `layout` is the one table that relates the two.
@@ -6,20 +6,17 @@ and splits included); ours stack the steps of a level. `layout` is the one table
 
 from __future__ import annotations
 
-import os
-import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ncsr_fast.files import CheckpointError, compare
+from ncsr_fast.files import compare
+from ncsr_fast.nn.encoder_names import encoder_layout
 from ncsr_fast.nn.networks import StackedNetworks
-from ncsr_fast.nn.state_dicts import StateDict, read_named
 
 if TYPE_CHECKING:
-    from ncsr_fast.nn.encoder import RRDB
     from ncsr_fast.nn.ncsr import NCSR
 
 
@@ -29,9 +26,6 @@ class Entry(NamedTuple):
     name: str
     shape: tuple[int, ...]
     tensor: Tensor | None
-
-
-# -- the flow ----------------------------------------------------------------------------------------------------
 
 
 def layout(model: NCSR) -> Iterator[Entry]:
@@ -133,84 +127,3 @@ def _network(prefix: str, networks: StackedNetworks, index: int) -> Iterator[Ent
     yield _whole(f"{prefix}.4.weight", part("conv3"))
     yield _whole(f"{prefix}.4.bias", part("bias3"))
     yield _scale(f"{prefix}.4.logs", part("logs3"))
-
-
-# -- the encoder -------------------------------------------------------------------------------------------------
-
-
-def encoder_layout(encoder: RRDB) -> Iterator[tuple[str, Tensor]]:
-    """(name in the published RRDB, SRFlow and NCSR files, tensor) of every tensor of the encoder, in order."""
-    for name, tensor in encoder.state_dict().items():
-        # ours are BasicSR's names, but for the upsampling convolutions, which are a list counted from 0
-        yield _from_basicsr(re.sub(r"^conv_up\.(\d+)", lambda match: f"conv_up{int(match[1]) + 1}", name)), tensor
-
-
-def read_encoder_state_dict(source: Mapping[str, Tensor] | str | os.PathLike) -> dict[str, Tensor]:
-    """The tensors of an RRDB generator, from a state dict or a file in any of the namings, under those of SRFlow.
-
-    The namings are: the RRDB files of SRFlow and NCSR and ESRGAN's new architecture (`RRDB_trunk…`), BasicSR and
-    Real-ESRGAN (`body…`), ESRGAN's old architecture (`model.…`), and the `RRDB.` part of a flow checkpoint.
-    """
-    return read_named_encoder(source).tensors
-
-
-def read_named_encoder(source: Mapping[str, Tensor] | str | os.PathLike) -> StateDict:
-    """The same, with the names the tensors had."""
-    state, names = read_named(source)
-    rename = _encoder_naming(state)
-    renamed = {name: rename(name) for name in state if not _is_flow(state) or name.startswith("RRDB.")}
-    return StateDict({new: state[old] for old, new in renamed.items()}, {new: names[old] for old, new in renamed.items()})
-
-
-def _is_flow(state: Mapping[str, Tensor]) -> bool:
-    return any(name.startswith("RRDB.") for name in state)
-
-
-def _encoder_naming(state: Mapping[str, Tensor]) -> Callable[[str], str]:
-    """What makes SRFlow's names of those of this generator, or of the flow that it is part of."""
-    if _is_flow(state):
-        return lambda name: name.removeprefix("RRDB.")
-    if any(name.startswith("model.1.sub.") for name in state):
-        return _from_old_esrgan(state)
-    return _from_basicsr  # SRFlow's names are left as they are
-
-
-def encoder_configuration(state: Mapping[str, Tensor]) -> dict[str, int]:
-    """scale, channels, growth and blocks of the generator that has this state dict (SRFlow's names)."""
-    try:
-        growth, channels = state["RRDB_trunk.0.RDB1.conv1.weight"].shape[:2]
-    except KeyError as error:
-        raise CheckpointError(f"the checkpoint is not that of an RRDB generator: it has no {error}") from error
-    blocks = {name.split(".")[1] for name in state if name.startswith("RRDB_trunk.")}
-    doublings = {name.split(".")[0] for name in state if name.startswith("upconv")}
-    return {"scale": 2 ** len(doublings), "channels": channels, "growth": growth, "blocks": len(blocks)}
-
-
-def load_encoder(encoder: RRDB, state: Mapping[str, Tensor]) -> None:
-    """Copy a state dict under SRFlow's names into `encoder`; strict, and nothing is changed when it does not fit."""
-    entries = dict(encoder_layout(encoder))
-    expected = {name: tuple(tensor.shape) for name, tensor in entries.items()}
-    compare(expected, state, f"this encoder ({encoder.describe()})")
-    for name, tensor in entries.items():
-        tensor.copy_(state[name])
-
-
-def _from_basicsr(name: str) -> str:
-    name = re.sub(r"^body\.(\d+)\.rdb(\d)", r"RRDB_trunk.\1.RDB\2", name)
-    name = re.sub(r"^conv_body\b", "trunk_conv", name)
-    name = re.sub(r"^conv_up(\d)", r"upconv\1", name)
-    return re.sub(r"^conv_hr\b", "HRconv", name)
-
-
-def _from_old_esrgan(state: Mapping[str, Tensor]) -> Callable[[str], str]:
-    """ESRGAN's old architecture numbers all layers: model.1 are the blocks, two convolutions end the network."""
-    last = max(int(found[1]) for found in (re.match(r"model\.(\d+)\.", name) for name in state) if found)
-    doublings = (last - 4) // 3  # each is three layers: nearest neighbour, convolution, LeakyReLU
-    layers = {0: "conv_first", **{3 * n: f"upconv{n}" for n in range(1, doublings + 1)}, last - 2: "HRconv", last: "conv_last"}
-
-    def rename(name: str) -> str:
-        name = re.sub(r"^model\.1\.sub\.(\d+)\.RDB(\d)\.conv(\d)\.0", r"RRDB_trunk.\1.RDB\2.conv\3", name)
-        name = re.sub(r"^model\.1\.sub\.\d+\.(weight|bias)$", r"trunk_conv.\1", name)
-        return re.sub(r"^model\.(\d+)\.(weight|bias)$", lambda found: f"{layers.get(int(found[1]), found[1])}.{found[2]}", name)
-
-    return rename

@@ -13,6 +13,8 @@ from torch import Tensor
 from ncsr_fast.engine.conditioning import Features
 from ncsr_fast.engine.fused_level import level_decoder
 from ncsr_fast.engine.memory import spare_bytes
+from ncsr_fast.layout import has_memory
+from ncsr_fast.nn.checks import bytes_range
 
 if TYPE_CHECKING:
     from ncsr_fast.nn.ncsr import NCSR
@@ -44,14 +46,36 @@ def sample(model: NCSR, lr: Tensor, n: int, temperature: float, generator: torch
     images, first_bad = decode_samples(model, features, latents, watch)
     if not watch:
         return images
+    if not has_memory(first_bad):
+        raise ValueError(f"on_nonfinite={on_nonfinite!r} reads values, and there are none here: use on_nonfinite='ignore'")
     found = _origins(model, first_bad)
     if found and on_nonfinite == "raise":
-        raise NonFiniteSamples(_explained(found, n * lr.shape[0], temperature))
+        raise NonFiniteSamples(_explained(found, n * lr.shape[0], temperature, advice(model, lr)))
     if found and on_nonfinite == "warn":
-        warnings.warn(_explained(found, n * lr.shape[0], temperature), RuntimeWarning, stacklevel=3)
+        warnings.warn(_explained(found, n * lr.shape[0], temperature, advice(model, lr)), RuntimeWarning, stacklevel=3)
     if found and on_nonfinite == "retry":
-        return _drawn_again(model, features, shapes, images, found, temperature, generator)
+        message = _explained(found, n * lr.shape[0], temperature, advice(model, lr))
+        return _drawn_again(model, features, shapes, images, found, temperature, generator, message)
     return images
+
+
+def advice(model: NCSR, lr: Tensor) -> str:
+    """Why samples of an LR image (B, 3, H, W) blew up, as far as weights and pixels tell, and what to do."""
+    broken = [name for name, weight in model.named_parameters() if not weight.isfinite().all()]
+    if broken:
+        return (
+            f"{len(broken)} weights of the model are not finite, {broken[0]} first, so no temperature helps: load a checkpoint "
+            "from before they were."
+        )
+    if not lr.isfinite().all():
+        return "Pixels of lr are not finite."
+    values = bytes_range(lr)
+    if values:
+        return f"lr has values {values}; images are floats in [0, 1]: divide by 255."
+    return (
+        "Somewhere before, a scale near zero became a divisor: model.check_invertibility(lr) shows where. Try a lower "
+        "temperature, or on_nonfinite='retry'."
+    )
 
 
 def draw_latents(
@@ -107,7 +131,7 @@ def _decode_group(model: NCSR, features: list[Features], latents: list[Tensor], 
     for index in reversed(range(len(model.levels))):
         level, condition = model.levels[index], features[index]
         latent = latents.pop() if level.split_channels else None
-        decode = level_decoder(level, condition, None, model.options)
+        decode = level_decoder(level, condition, None, model.served)
         together = _samples_at_once(model, index, condition.own) if len(condition.own) == 1 else len(z)
         parts, peaks_of_parts = [], []
         for first in range(0, len(z), together):
@@ -143,13 +167,10 @@ def _first_bad(model: NCSR, images: Tensor, peaks: list[Tensor]) -> Tensor:
 
     The number after the last station's is the image's own, and the next one means none.
     """
-    count = len(_stations(model))
-    bad = torch.zeros((count + 2, *images.shape[:2]), dtype=torch.int8, device=images.device)
-    for station, peak in enumerate(peaks):
-        bad[station] = ~(peak <= STATE_BOUND)  # NaN included
-    bad[count] = ~images.detach().isfinite().flatten(2).all(dim=2)
-    bad[count + 1] = 1
-    return bad.argmax(dim=0)
+    of_image = ~images.detach().isfinite().flatten(2).all(dim=2)
+    bad = [~(peak <= STATE_BOUND) for peak in peaks]  # NaN included
+    bad += [torch.zeros_like(of_image)] * (len(_stations(model)) - len(bad))  # of states that were not watched
+    return torch.stack([*bad, of_image, torch.ones_like(of_image)]).to(torch.int8).argmax(dim=0)
 
 
 def _origins(model: NCSR, first_bad: Tensor) -> dict[tuple[int, int], Origin]:
@@ -159,12 +180,11 @@ def _origins(model: NCSR, first_bad: Tensor) -> dict[tuple[int, int], Origin]:
     return {(image, i): order[number] for image, i, number in numbered if number < len(order)}
 
 
-def _explained(found: dict[tuple[int, int], Origin], total: int, temperature: float) -> str:
+def _explained(found: dict[tuple[int, int], Origin], total: int, temperature: float, why: str) -> str:
     (image, i), origin = next(iter(found.items()))
     return (
         f"{len(found)} of {total} samples at temperature {temperature:g} blew up: their state is not finite or beyond "
-        f"±{STATE_BOUND:g}, first in {origin} (image {image}, sample {i}). Somewhere before, a scale near zero became a "
-        "divisor: model.check_invertibility(lr) shows where. Try a lower temperature, or on_nonfinite='retry'."
+        f"±{STATE_BOUND:g}, first in {origin} (image {image}, sample {i}). {why}"
     )
 
 
@@ -176,9 +196,9 @@ def _drawn_again(
     found: dict[tuple[int, int], Origin],
     temperature: float,
     generator: torch.Generator | None,
+    message: str,
 ) -> Tensor:
     """`images` with those of `found` drawn again, cooler each time, until they are sound or four times; warns either way."""
-    message = _explained(found, images.shape[0] * images.shape[1], temperature)
     images, left = images.clone(), list(found)
     for _ in range(RETRIES):
         temperature *= COOLING

@@ -5,8 +5,10 @@ from __future__ import annotations
 import functools
 import importlib
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from types import ModuleType
 
@@ -15,6 +17,7 @@ from torch import Tensor
 
 BACKENDS = ("reference", "native", "triton")
 _MODULES = {"reference": "ncsr_fast.ops._reference", "native": "ncsr_fast.ops._native", "triton": "ncsr_fast.kernels"}
+_NOT_INSTALLED = "this is a source tree that was not installed; in it: pip install -e ."
 _PREFERRED = {"cpu": ("native",), "cuda": ("triton", "native")}  # what "auto" tries before the reference
 
 
@@ -71,7 +74,7 @@ def _constant(function: Callable[..., str]) -> Callable[..., str]:
 
     The mark is what `torch.compiler.assume_constant_result` leaves, which would import the compiler to do so.
     """
-    function._dynamo_marked_constant = True
+    setattr(function, "_dynamo_marked_constant", True)
     cached = functools.cache(function)
 
     def call(*arguments: str | bool) -> str:
@@ -99,9 +102,7 @@ def _native_missing(kind: str) -> str:
     try:
         native = implementation("native")
     except ImportError as error:
-        built = Path(__file__).parents[1] / "build_info.txt"  # setup.py's account of the installation
-        account = built.read_text().strip() if built.exists() else "this is a source tree that was not installed"
-        return f"{error} ({account}); reinstall where there is a C++ compiler: pip install ."
+        return f"{error}; {_native_mend(Path(__file__).parents[1])}"
     return native.CUDA_MISSING if kind == "cuda" else ""
 
 
@@ -109,12 +110,34 @@ def _triton_missing(kind: str, float64: bool) -> str:
     try:
         implementation("triton")
     except ImportError as error:
-        return f"the Triton kernels cannot be imported ({error}): pip install triton"
+        return f"the Triton kernels cannot be imported ({error}): {_triton_mend(error)}"
     if float64:
         return "the Triton kernels compute in float32; use backend='native' or 'reference' for float64"
     if kind == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         return "the Triton kernels run on CUDA tensors; on CPU ones only in the interpreter (TRITON_INTERPRET=1)"
     return ""
+
+
+def _native_mend(package: Path) -> str:
+    """What to do where the compiled module cannot be imported."""
+    modules = [path.name for path in package.glob("_native.*") if path.suffix in (".so", ".pyd")]
+    account = package / "build_info.txt"  # setup.py's, of the installation
+    if any(name == f"_native{suffix}" for name in modules for suffix in EXTENSION_SUFFIXES):
+        return "it was built for another machine; install the package again on this one: pip install --force-reinstall ."
+    if modules:
+        return f"{modules[0]} was built for another Python; install the package again: {sys.executable} -m pip install ."
+    if not account.exists():
+        return _NOT_INSTALLED
+    return f"{account.read_text().strip()}; with a C++ compiler (g++ or clang++), install the package again: pip install ."
+
+
+def _triton_mend(error: ImportError) -> str:
+    """What to do where the Triton kernels cannot be imported."""
+    if error.name == _MODULES["triton"]:
+        return _NOT_INSTALLED
+    if error.name == "triton" and isinstance(error, ModuleNotFoundError):
+        return "pip install 'ncsr_fast[triton]'" if sys.platform == "linux" else "there is no Triton for this system"
+    return "another version is needed: pip install --upgrade 'ncsr_fast[triton]'"
 
 
 def _description(name: str, kind: str) -> str:

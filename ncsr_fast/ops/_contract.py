@@ -29,7 +29,8 @@ def check_state(op: str, name: str, state: Tensor) -> tuple[int, int, int, int]:
         raise ValueError(f"{op}: {name} must have shape (B, C, H, W) with C ≥ 1, not {tuple(state.shape)}")
     if state.dtype not in _DTYPES:
         raise TypeError(f"{op}: {name} must be a floating-point tensor, not {state.dtype}")
-    return state.shape
+    batch, channels, height, width = state.shape
+    return batch, channels, height, width
 
 
 def check_eps(op: str, eps: float) -> None:

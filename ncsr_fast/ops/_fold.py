@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ncsr_fast.layout import is_wrapped, traced
 from ncsr_fast.ops._contract import check_weight
 from ncsr_fast.ops._operator import LIBRARY
 
@@ -54,9 +55,17 @@ def fold_backward(
 
 def inverse_weight(op: str, weight: Tensor) -> Tensor:
     """weight⁻¹ of a float64 matrix; ValueError when it is singular to rounding. Differentiable."""
-    if torch.compiler.is_compiling():
-        return torch.ops.ncsr_fast.inverse_weight(op, weight)
-    result, _ = torch.linalg.inv_ex(weight)
+    if traced() and not is_wrapped(weight):
+        compiled: Tensor = torch.ops.ncsr_fast.inverse_weight(op, weight)
+        return compiled
+    if is_wrapped(weight):  # by torch.func, which has no values to check
+        unchecked: Tensor = torch.linalg.inv_ex(weight)[0]
+        return unchecked
+    return _checked_inverse(op, weight)
+
+
+def _checked_inverse(op: str, weight: Tensor) -> Tensor:
+    result: Tensor = torch.linalg.inv_ex(weight)[0]
     condition = torch.linalg.matrix_norm(weight, torch.inf) * torch.linalg.matrix_norm(result, torch.inf)
     check_weight(op, condition.item(), weight.shape[-1])
     return result
@@ -65,7 +74,7 @@ def inverse_weight(op: str, weight: Tensor) -> Tensor:
 # The check reads a value, which a compiled graph cannot: there it is one opaque operator.
 LIBRARY.define("inverse_weight(str op, Tensor weight) -> Tensor")
 # LAPACK's inverse is column-major, a GPU's is not: the operator's is row-major, as compiled graphs are told.
-LIBRARY.impl("inverse_weight", lambda op, weight: inverse_weight(op, weight).contiguous(), "CompositeExplicitAutograd")
+LIBRARY.impl("inverse_weight", lambda op, weight: _checked_inverse(op, weight).contiguous(), "CompositeExplicitAutograd")
 torch.library.register_fake("ncsr_fast::inverse_weight", lambda op, weight: weight.new_empty(weight.shape), lib=LIBRARY)
 torch.library.register_autograd(
     "ncsr_fast::inverse_weight",

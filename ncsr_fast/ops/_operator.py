@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ncsr_fast.layout import empty_like
+from ncsr_fast.autocast import without_autocast
+from ncsr_fast.layout import empty_like, has_memory, traced, transformed
 from ncsr_fast.ops._contract import compute_dtype
 
 LIBRARY = torch.library.Library("ncsr_fast", "DEF")  # operators live as long as it does
-_PLAIN = (Tensor, torch.nn.Parameter)
 Grads = tuple[Tensor | None, ...]
 
 
@@ -29,6 +29,8 @@ class Operator:
     backward   (dy, dlogdet, y, *tensors, *parameters) → the gradient of every tensor, None for None; y is None unless
                `keeps_output`
     reference  like forward, in plain torch; what a gradient of the gradient is taken of
+
+    The last parameter is the backend. `torch.autocast` touches neither the map nor its gradient.
     """
 
     def __init__(
@@ -57,14 +59,21 @@ class Operator:
         self._function = self._make_function(name)
 
     def __call__(self, *arguments: Any) -> tuple[Tensor, Tensor]:
-        tensors = [tensor for tensor in arguments[: self.count] if tensor is not None]
-        if torch.compiler.is_compiling() or any(type(tensor) not in _PLAIN for tensor in tensors):
-            return self._registered(*arguments)
-        if torch._C._are_functorch_transforms_active():
+        with without_autocast(arguments[0].device.type):
+            return self._compute(*arguments)
+
+    def _compute(self, *arguments: Any) -> tuple[Tensor, Tensor]:
+        if arguments[-1] == "reference" or (transformed() and not torch.compiler.is_compiling()):
             return self.reference(*arguments)
-        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-            return self._function.apply(*arguments)
-        return self.forward(*arguments)
+        output: tuple[Tensor, Tensor]
+        tensors = [tensor for tensor in arguments[: self.count] if tensor is not None]
+        if traced() or not all(map(has_memory, tensors)):
+            output = self._registered(*arguments)
+        elif torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+            output = self._function.apply(*arguments)
+        else:
+            output = self.forward(*arguments)
+        return output
 
     def _make_function(self, name: str) -> type[torch.autograd.Function]:
         def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:  # a setup_context would cost 25 µs a call
@@ -75,7 +84,7 @@ class Operator:
         def gradient(ctx: Any, dy: Tensor, dlogdet: Tensor) -> Grads:
             return self._gradient(ctx, dy, dlogdet, self.backward)
 
-        methods = {"forward": forward, "backward": gradient}
+        methods: dict[str, Callable[..., Any]] = {"forward": forward, "backward": gradient}
         return type(name, (torch.autograd.Function,), {key: staticmethod(method) for key, method in methods.items()})
 
     def _setup(self, ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -84,22 +93,26 @@ class Operator:
 
     def _gradient(self, ctx: Any, dy: Tensor, dlogdet: Tensor, backward: Callable[..., Grads]) -> Grads:
         *tensors, y = ctx.saved_tensors
-        if torch.is_grad_enabled() or is_wrapped(dy) or is_wrapped(dlogdet):  # the first is create_graph=True
-            grads = self._gradient_of_reference(dy, dlogdet, tensors, ctx.parameters)
-        else:
-            grads = backward(dy, dlogdet, y, *tensors, *ctx.parameters)
+        with without_autocast(dy.device.type):
+            if torch.is_grad_enabled() or not (has_memory(dy) and has_memory(dlogdet)):  # the first is create_graph=True
+                grads = self._gradient_of_reference(dy, dlogdet, tensors, ctx.parameters)
+            else:
+                grads = backward(dy, dlogdet, y, *tensors, *ctx.parameters)
         return *grads, *([None] * len(ctx.parameters))
 
     def _gradient_of_library(self, ctx: Any, dy: Tensor, dlogdet: Tensor) -> Grads:
         return self._gradient(ctx, dy, dlogdet, self._through_library)
 
-    def _gradient_of_reference(self, dy: Tensor, dlogdet: Tensor, tensors: list[Tensor | None], parameters: tuple) -> Grads:
+    def _gradient_of_reference(
+        self, dy: Tensor, dlogdet: Tensor, tensors: list[Tensor | None], parameters: tuple[Any, ...]
+    ) -> Grads:
         create_graph = torch.is_grad_enabled()
         with torch.enable_grad():
             # views, so that h counts as an input of its own where it was computed from z
             views = [None if tensor is None else tensor.view_as(tensor) for tensor in tensors]
-            outputs = zip(self.reference(*views, *parameters), (dy, dlogdet))
-        outputs, weights = zip(*((output, weight) for output, weight in outputs if output.requires_grad))
+            pairs = zip(self.reference(*views, *parameters), (dy, dlogdet))
+        recorded = [(output, weight) for output, weight in pairs if output.requires_grad]
+        outputs, weights = zip(*recorded)
         wanted = [view for view in views if view is not None and view.requires_grad]
         grads = iter(torch.autograd.grad(outputs, wanted, weights, create_graph=create_graph))
         return tuple(next(grads) if view is not None and view.requires_grad else None for view in views)
@@ -117,12 +130,6 @@ class Operator:
 
     def _fake_backward(self, dy: Tensor, dlogdet: Tensor, y: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
         return tuple(_empty_gradient(tensor, dy) for tensor in arguments[: self.count])
-
-
-def is_wrapped(tensor: Tensor) -> bool:
-    """Whether a transform of `torch.func` or a batched gradient put something else in a tensor's place."""
-    functorch = torch._C._functorch
-    return functorch.is_functorch_wrapped_tensor(tensor) or functorch.is_legacy_batchedtensor(tensor)
 
 
 def _empty_gradient(tensor: Tensor | None, dy: Tensor) -> Tensor:

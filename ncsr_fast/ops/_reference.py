@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ncsr_fast.layout import is_channels_last
 from ncsr_fast.ops._contract import compute_dtype
-from ncsr_fast.precision import products_are_rounded
+from ncsr_fast.precision import product
 
 
 def affine_fwd(x: Tensor, h: Tensor, kept: int, eps: float, inverse: bool) -> tuple[Tensor, Tensor]:
@@ -104,13 +104,6 @@ def mixed(mix: Tensor, x: Tensor) -> Tensor:
     if is_channels_last(x):
         return product(x.movedim(1, 3), mix.mT).movedim(3, 1)
     return product(mix, x.flatten(2)).view(x.shape)
-
-
-def product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b, in float64 where the global flags would round the operands: the state of a flow is never TF32."""
-    if a.dtype == torch.float32 and products_are_rounded(a.device.type):
-        return (a.double() @ b.double()).float()
-    return a @ b
 
 
 def _kept(x: Tensor, inverse: bool) -> tuple[int, int]:

@@ -31,8 +31,6 @@ def affine_injector(
 
 def affine(z: Tensor, h: Tensor, kept: int, eps: float, inverse: bool, backend: str) -> tuple[Tensor, Tensor]:
     """The channels of z from `kept` on shifted and scaled by the pairs in h; the arguments have been checked."""
-    if backend == "reference":
-        return _reference(z, h, kept, eps, inverse, backend)
     return _affine(z, h, kept, eps, inverse, backend)
 
 
@@ -41,13 +39,15 @@ def _reference(z: Tensor, h: Tensor, kept: int, eps: float, inverse: bool, _: st
 
 
 def _forward(z: Tensor, h: Tensor, kept: int, eps: float, inverse: bool, backend: str) -> tuple[Tensor, Tensor]:
-    return implementation(backend).affine_fwd(z, h, kept, eps, inverse)
+    y, logdet = implementation(backend).affine_fwd(z, h, kept, eps, inverse)
+    return y, logdet
 
 
 def _backward(
     dy: Tensor, dlogdet: Tensor, _: None, z: Tensor, h: Tensor, kept: int, eps: float, inverse: bool, backend: str
 ) -> tuple[Tensor, Tensor]:
-    return implementation(backend).affine_bwd(dy, dlogdet, z, h, kept, eps, inverse)
+    dz, dh = implementation(backend).affine_bwd(dy, dlogdet, z, h, kept, eps, inverse)
+    return dz, dh
 
 
 _affine = Operator(

@@ -11,8 +11,8 @@ from ncsr_fast.ops import _fold
 from ncsr_fast.ops._backends import implementation, resolve_backend
 from ncsr_fast.ops._contract import check_eps, check_state, check_tensors, compute_dtype
 from ncsr_fast.ops._operator import Operator
-from ncsr_fast.ops._reference import product
 from ncsr_fast.ops.affine_injector import affine
+from ncsr_fast.precision import product
 
 
 def flow_step(
@@ -70,8 +70,7 @@ def step(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """`flow_step` of checked arguments; `op` is who is named when the weight is singular."""
-    run = _reference if backend == "reference" else _flow_step
-    return run(z, h_coupling, bias, logs, weight, h_injector, eps, inverse, op, backend)
+    return _flow_step(z, h_coupling, bias, logs, weight, h_injector, eps, inverse, op, backend)
 
 
 def _reference(

@@ -30,10 +30,7 @@ def gaussian_split(z: Tensor, h: Tensor, *, inverse: bool = False, backend: str 
         shape = tuple(h.shape) if isinstance(h, Tensor) else type(h).__name__
         raise ValueError(f"gaussian_split: h must have shape (B, 2·C_out, H, W) with 0 < C_out < {channels}, not {shape}")
     check_tensors("gaussian_split", z, ("h", h, (batch, h.shape[1], height, width)))
-    backend = resolve_backend("gaussian_split", backend, z)
-    if backend == "reference":
-        return _reference(z, h, inverse, backend)
-    return _gaussian(z, h, inverse, backend)
+    return _gaussian(z, h, inverse, resolve_backend("gaussian_split", backend, z))
 
 
 def gaussian_log_density(eps: Tensor) -> Tensor:
@@ -53,11 +50,13 @@ def _reference(z: Tensor, h: Tensor, inverse: bool, _: str) -> tuple[Tensor, Ten
 
 
 def _forward(z: Tensor, h: Tensor, inverse: bool, backend: str) -> tuple[Tensor, Tensor]:
-    return implementation(backend).gaussian_fwd(z, h, inverse)
+    y, logdet = implementation(backend).gaussian_fwd(z, h, inverse)
+    return y, logdet
 
 
 def _backward(dy: Tensor, dlogdet: Tensor, _: None, z: Tensor, h: Tensor, inverse: bool, backend: str) -> tuple[Tensor, Tensor]:
-    return implementation(backend).gaussian_bwd(dy, dlogdet, z, h, inverse)
+    dz, dh = implementation(backend).gaussian_bwd(dy, dlogdet, z, h, inverse)
+    return dz, dh
 
 
 _gaussian = Operator(

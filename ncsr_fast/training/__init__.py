@@ -1,7 +1,16 @@
 """Training: the encoder by L1, then the flow by its likelihood."""
 
+from ncsr_fast.training.lock import RunInUse
 from ncsr_fast.training.loop import TrainingDiverged, TrainingOutOfMemory, train
-from ncsr_fast.training.processes import TrainingStopped
+from ncsr_fast.training.processes import OtherProcessFailed, TrainingStopped
 from ncsr_fast.training.settings import TrainSettings
 
-__all__ = ["TrainSettings", "TrainingDiverged", "TrainingOutOfMemory", "TrainingStopped", "train"]
+__all__ = [
+    "OtherProcessFailed",
+    "RunInUse",
+    "TrainSettings",
+    "TrainingDiverged",
+    "TrainingOutOfMemory",
+    "TrainingStopped",
+    "train",
+]

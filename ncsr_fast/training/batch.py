@@ -31,9 +31,9 @@ class Draws(NamedTuple):
         generator.manual_seed(random.Random(f"{settings.seed}/noise/{step}").getrandbits(63))
         batch, options = settings.batch, {"generator": generator, "device": generator.device}
         drawn = cls(
-            std=torch.rand(batch, 1, 1, 1, **options),
-            noise=torch.randn(batch, 3, settings.crop, settings.crop, **options),
-            flips=torch.rand(batch, **options) < (0.5 if settings.flip else 0.0),
+            std=torch.rand(batch, 1, 1, 1, dtype=torch.float32, **options),
+            noise=torch.randn(batch, 3, settings.crop, settings.crop, dtype=torch.float32, **options),
+            flips=torch.rand(batch, dtype=torch.float32, **options) < (0.5 if settings.flip else 0.0),
             turns=torch.randint(4 if settings.rotate else 1, (batch,), **options),
         )
         return cls(*(tensor[share] for tensor in drawn))

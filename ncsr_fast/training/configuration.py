@@ -41,8 +41,9 @@ def configure(path: str | os.PathLike | None = None, overrides: Mapping[str, Any
     overrides  the same keys; texts are read as a YAML's would be
     raises     ValueError with one line for each wrong value
     """
+    path = None if path is None else os.path.expanduser(path)
     overrides, given = dict(overrides or {}), _read(path) if path is not None else {}
-    problems = _Problems(None if path is None else os.fspath(path), overrides)
+    problems = _Problems(path, overrides)
     report: list[str] = []
     name = None if path is None else Path(path).stem
     if "network_G" in given:
@@ -71,10 +72,10 @@ def configure(path: str | os.PathLike | None = None, overrides: Mapping[str, Any
             values["max_std"] = PUBLISHED[f"ncsr-x{model.scale}"]["max_std"]
     settings = _validated(TrainSettings, values, problems)
     run = overrides.get("run", given.get("run", f"runs/{name}" if name else None))
-    if run is not None and not isinstance(run, str):
+    if run is not None and not (isinstance(run, str) and run):
         problems.add("run", f"should be a folder, not {run!r}")
     problems.raise_all()
-    return Configuration(settings, run, tuple(report))
+    return Configuration(settings, None if run is None else os.path.expanduser(run), tuple(report))
 
 
 class _Problems:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
 from ncsr_fast.nn.level import FlowLevel
 from ncsr_fast.nn.ncsr import NCSR
 from ncsr_fast.training.batch import Batch
+
+_FLAT = 0.95  # of the pixels are equal to their neighbours; of photographs it is less than half, in an even sky too
 
 
 def first_nonfinite(
@@ -61,7 +65,21 @@ def _in_gradients(model: NCSR, parts: Tensor) -> str | None:
     if bad:
         name, gradient = bad[-1]  # backward comes to the last level first
         return f"gradient of {_place(model, name, gradient, last=True)}"
+    largest = {name: float(p.grad.abs().max()) for name, p in model.named_parameters() if p.grad is not None}
+    if not _finite(torch.nn.utils.clip_grad_norm_(model.parameters(), math.inf)):
+        name = max(largest, key=largest.get)
+        return f"the norm of the gradient, which overflows; its largest value, {largest[name]:.3g}, is of {name}"
     return None
+
+
+def without_texture(images: Tensor) -> Tensor:
+    """(B,) bool: which of the uint8 images (B, C, H, W) are flat, nearly all pixels equal to their neighbours along a side.
+
+    Without noise such images have no density, and the likelihood of a flow that is trained on them grows without bound.
+    """
+    pairs = ((images[..., 1:], images[..., :-1]), (images[..., 1:, :], images[..., :-1, :]))
+    shares = [(first == second).all(dim=1).float().mean(dim=(1, 2)) for first, second in pairs]
+    return torch.maximum(*shares) > _FLAT
 
 
 def _place(model: NCSR, name: str, tensor: Tensor, last: bool = False) -> str:

@@ -6,7 +6,10 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -14,16 +17,22 @@ from tqdm import tqdm
 
 from ncsr_fast.data.crops import RandomCrops, crop_loader
 from ncsr_fast.graphs import TrainingStep, adam
-from ncsr_fast.nn.encoder import RRDB
+from ncsr_fast.memory import is_out_of_memory
 from ncsr_fast.nn.ncsr import NCSR
 from ncsr_fast.synchronization import reading_is_free
 from ncsr_fast.training.batch import Draws
-from ncsr_fast.training.memory import advice, is_out_of_memory
+from ncsr_fast.training.diagnose import without_texture
+from ncsr_fast.training.lock import sole_writer
+from ncsr_fast.training.memory import advice
 from ncsr_fast.training.processes import Processes, StopSignals, TrainingStopped, joined
 from ncsr_fast.training.run import Run
 from ncsr_fast.training.settings import TrainSettings
 from ncsr_fast.training.stages import EncoderStage, FlowStage, Stage
-from ncsr_fast.training.validation import Validation
+from ncsr_fast.training.start import Start, prepared
+from ncsr_fast.training.validation import Validation, lower
+
+_EXAMINED = 256  # crops looked at after a run has diverged
+_NAMED = 5  # images an error spells out
 
 
 class TrainingDiverged(ArithmeticError):
@@ -34,72 +43,95 @@ class TrainingOutOfMemory(MemoryError):
     """A step needs more memory than there is; the message says what would fit."""
 
 
-def train(settings: TrainSettings, folder: str | os.PathLike, device: str = "auto") -> NCSR:
+def train(settings: TrainSettings, folder: str | os.PathLike, device: str = "auto", *, report: Sequence[str] = ()) -> NCSR:
     """Train a model from nothing to `folder`/model, or go on where a run in `folder` was stopped.
 
     A run that is stopped at any moment, by whatever, and started again ends with the same weights, bit for bit, as one that
     was not (on a GPU as far as PyTorch's kernels there are deterministic). There is no state of a random generator to
-    restore: the crops, the noise and the learning rate of a step are decided by the seed and its number alone.
+    restore: the crops, the noise and the learning rate of a step are decided by the seed and its number alone. A run that is
+    resumed with other images warns of it.
+
+    Everything is checked before the first file is written, and a start that fails leaves nothing behind. One process at a
+    time trains in a folder: see `sole_writer`.
 
     Started by torchrun in several processes, these train together: `settings.batch` is the batch of all of them, and they do
     to it what one process would.
 
-    returns  the model, in eval mode
-    raises   ValueError for a folder with a run of other settings or without a usable image; TrainingDiverged after
-             `max_skipped` steps in a row that are not finite, with the last checkpoint kept; TrainingOutOfMemory;
-             TrainingStopped on SIGTERM or Ctrl-C, after saving
+    Args:
+        folder: The run's, outside the folders of images.
+        device: "auto", "cpu", "cuda" or "cuda:1" and so on.
+        report: Lines for RUN/published_options.txt.
+
+    Returns:
+        The model, in eval mode, float32.
+
+    Raises:
+        ValueError, OSError, ImportError: The run cannot start; the message names the settings or files, a line for each.
+        RunInUse: Another process trains in the folder.
+        OtherProcessFailed: The run cannot start in another of the processes.
+        TrainingDiverged: `max_skipped` steps in a row were not finite; the last checkpoint is kept.
+        TrainingOutOfMemory: A step needs more memory than there is.
+        TrainingStopped: On SIGTERM or Ctrl-C, after saving.
     """
-    with joined(device) as processes, StopSignals() as signals:
-        run = Run(folder, settings, writes=processes.first)
-        crops = RandomCrops(
-            settings.images,
-            settings.lr_images,
-            scale=settings.model.scale,
-            crop=settings.crop,
-            seed=settings.seed,
-            degradation=settings.degradation,
-            cache_folder=run.folder / "cache" / platform.node(),  # of each machine its own
-            cache_bytes=int(settings.cache_gib * 2**30),
-        )
+    folder = Path(folder).expanduser()
+    with joined(device) as processes, StopSignals() as signals, ExitStack() as stack:
+        processes.together(lambda: stack.enter_context(sole_writer(folder)) if processes.first else None)
+        start = processes.together(lambda: prepared(settings, folder, processes))
+        signals.started()
+        start.write(tuple(report))
+        if start.changed is not None:
+            _warn_of_other_images(start)
+        model, run = start.model.to(processes.device).train(), start.run
+        # of each machine its own
+        start.crops.keep_decoded(folder / "cache" / platform.node(), int(settings.cache_gib * 2**30))
         processes.wait()  # for what the first of them removed or made
-        model = _model(settings).to(processes.device).train()
+        validation = Validation(model, run, processes, start.pairs)
         try:
-            if settings.encoder_steps and not run.started("flow"):
-                StageLoop(EncoderStage(model, settings), model, run, crops, processes, signals).run()
-                if processes.first:
-                    model.encoder.save_pretrained(run.folder / "encoder")
-            StageLoop(FlowStage(model, settings), model, run, crops, processes, signals).run()
+            if settings.encoder_steps and "flow" not in start.checkpoints:
+                stage = EncoderStage(model, settings)
+                StageLoop(stage, model, run, start.crops, processes, signals, validation).run(start.checkpoints)
+                run.save_model(model.encoder, "encoder")
+            stage = FlowStage(model, settings)
+            StageLoop(stage, model, run, start.crops, processes, signals, validation).run(start.checkpoints)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
             raise TrainingOutOfMemory(advice(settings, error, processes=processes.world)) from error
         model.eval()
+        run.save_model(model, "model")
         if processes.first:
-            model.save_pretrained(run.folder / "model")
             shutil.rmtree(run.folder / "cache", ignore_errors=True)
         processes.wait()  # until the model is there for whoever reads it next
     return model
 
 
-def _model(settings: TrainSettings) -> NCSR:
-    torch.manual_seed(settings.seed)
-    model = NCSR(settings.model, precision=settings.precision, checkpoint=settings.checkpoint)
-    if settings.start_from is not None:
-        model.load_published(NCSR.from_pretrained(settings.start_from).published_state_dict())
-    if settings.encoder_weights is not None:
-        model.encoder.load_published(RRDB.from_pretrained(settings.encoder_weights).published_state_dict())
-    return model
+def _warn_of_other_images(start: Start) -> None:
+    """Say, and log after the steps done so far, that the run goes on with other images."""
+    stage, checkpoint = next(iter(start.checkpoints.items()), ("encoder", {"step": 0}))
+    start.run.log(stage, checkpoint["step"], event="other images", changed=start.changed)
+    warnings.warn(
+        f"the images are not those that the run in {str(start.run.folder)!r} began with: {start.changed}. It goes on with "
+        "them, and will not end as it would have with the others",
+        stacklevel=3,
+    )
 
 
 class StageLoop:
     """A stage of a run, from its newest checkpoint to its last step."""
 
     def __init__(
-        self, stage: Stage, model: NCSR, run: Run, crops: RandomCrops, processes: Processes, signals: StopSignals
+        self,
+        stage: Stage,
+        model: NCSR,
+        run: Run,
+        crops: RandomCrops,
+        processes: Processes,
+        signals: StopSignals,
+        validation: Validation,
     ) -> None:
         self.stage, self.model, self.run_folder, self.crops = stage, model, run, crops
         self.processes, self.signals, self.settings = processes, signals, run.settings
-        self.validation = Validation(model, run, processes)
+        self.validation = validation
         self.generator = torch.Generator(processes.device)
         groups = stage.groups()
         self.base_rates = [group["lr"] for group in groups]
@@ -109,13 +141,16 @@ class StageLoop:
         self.step: TrainingStep | None = None
         self.reported = 0  # skipped steps that are in the log
 
-    def run(self) -> None:
+    def run(self, checkpoints: dict[str, dict]) -> None:
+        """Train from the stage's checkpoint among `checkpoints`, which is taken from them, or from the first step."""
         settings, steps = self.settings, self.stage.steps
-        checkpoint = self.run_folder.latest(self.stage.name)
+        checkpoint = checkpoints.pop(self.stage.name, None)
         if checkpoint is not None:
             self.first = checkpoint["step"]
         self.begin(self.first, checkpoint)
+        del checkpoint  # the weights in it are copied
         self.run_folder.rewind(self.stage.name, self.first)
+        self._validate_after_checkpoint()
         losses: list[Tensor] = []
         waited, started = 0.0, time.perf_counter()
         with self._progress() as progress:
@@ -136,11 +171,7 @@ class StageLoop:
                     self._log(done, losses, norm, elapsed, waited, progress)
                     losses.clear()
                     waited, started = 0.0, time.perf_counter()
-                if done % settings.validate_every == 0 or done == steps:
-                    paused = time.perf_counter()
-                    self.best = self.validation(self.stage, done, self.best)
-                    started += time.perf_counter() - paused
-                # last: what a run stopped before this did since the previous checkpoint, its log included, is done again
+                # what a run that is stopped before this has done since the previous checkpoint, its log included, is done again
                 stop = self.processes.largest(self.signals.received)
                 if done % settings.save_every == 0 or done == steps or stop:
                     self.save(done)
@@ -150,8 +181,23 @@ class StageLoop:
                         f"{str(self.run_folder.folder)!r}; the same command resumes the run",
                         stop,
                     )
+                if self._is_validated(done):  # after the checkpoint: whatever happens here, the training is not lost
+                    paused = time.perf_counter()
+                    self.best = self.validation(self.stage, done, self.best)
+                    started += time.perf_counter() - paused
 
-    # -- a step ----------------------------------------------------------------------------------------------
+    def _is_validated(self, done: int) -> bool:
+        return done % self.settings.validate_every == 0 or done == self.stage.steps
+
+    def _validate_after_checkpoint(self) -> None:
+        """Do the validation that follows the first checkpoint, unless it is in the log already."""
+        if not self.first or not self._is_validated(self.first):
+            return
+        means, *_ = self.processes.gathered(self.run_folder.validated(self.stage.name, self.first))  # as the first one reads it
+        if means is None:
+            self.best = self.validation(self.stage, self.first, self.best)
+        else:
+            self.best = lower(self.best, means)
 
     def begin(self, number: int, checkpoint: dict | None) -> None:
         """Be ready for step `number`, after a checkpoint or, at the start of the stage, a look at the first batch."""
@@ -215,8 +261,6 @@ class StageLoop:
         hr, lr = (batch[key].to(self.processes.device, non_blocking=True) if key in batch else None for key in ("hr", "lr"))
         return hr, lr, *Draws.of_step(number, self.settings, self.generator, share)
 
-    # -- what is said and kept -------------------------------------------------------------------------------
-
     def _progress(self) -> tqdm:
         return tqdm(
             desc=self.stage.name,
@@ -260,9 +304,27 @@ class StageLoop:
             tqdm.write(message)
         if in_a_row >= self.settings.max_skipped:
             raise TrainingDiverged(
-                f"{message}. The checkpoints in {str(self.run_folder.folder)!r} are from before. Try a lower learning rate, "
-                "backoff 0.5, a smaller max_grad_norm, precision fp32; or resume from a checkpoint with another seed."
+                f"{message}. The checkpoints in {str(self.run_folder.folder)!r} are from before. {self._flat_images(number)}"
+                "Try a lower learning rate, backoff 0.5, a smaller max_grad_norm or precision fp32 in a new run: "
+                f"{self.run_folder.continued()}."
             )
+
+    def _flat_images(self, number: int) -> str:
+        """Advice about images without texture among the crops up to step `number`, where their likelihood has no bound."""
+        if self.stage.name != "flow" or self.settings.max_std > 0:
+            return ""
+        stop = (number + 1) * self.settings.batch
+        crops = range(max(0, stop - _EXAMINED), stop)
+        flat = [crop for crop in crops if without_texture(self.crops[crop]["hr"][None])]
+        names = list(dict.fromkeys(map(self.crops.name, flat)))
+        if not names:
+            return ""
+        listed = ", ".join(map(repr, names[:_NAMED])) + (", …" if len(names) > _NAMED else "")
+        return (
+            f"{len(flat)} of the last {len(crops)} crops are flat, from {len(names)} images: {listed}. Without noise (max_std "
+            "0, as in SRFlow) the likelihood of flat images has no bound: leave them out, or train with noise, --max-std 0.02 "
+            "or --variant noise. If that is not the cause: "
+        )
 
     def _origin(self, number: int) -> str:
         """Where step `number` was first not finite, in the share of the first process that finds it with the weights it has."""

@@ -17,6 +17,7 @@ from torch import nn
 
 from ncsr_fast.memory import peak_bytes
 from ncsr_fast.nn.ncsr import NCSR
+from ncsr_fast.training.model import random_model
 from ncsr_fast.training.settings import TrainSettings
 
 _USABLE = 0.9  # of the memory there is; the rest for what is not tensors
@@ -142,15 +143,6 @@ def available_memory(device: torch.device | str) -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out, on a GPU or on the CPU, whose allocator raises a plain RuntimeError."""
-    if isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and any(
-        text in str(error) for text in ("can't allocate memory", "not enough memory", "out of memory", "_ALLOC_FAILED")
-    )
-
-
 def advice(settings: TrainSettings, error: BaseException, available_bytes: int | None = None, processes: int = 1) -> str:
     """What to say when memory ran out: what was asked for, and what by the estimate would fit.
 
@@ -204,7 +196,7 @@ def _options(settings: TrainSettings, found: MemoryEstimate, processes: int) -> 
 
 def _model(settings: TrainSettings) -> NCSR:
     with torch.device("meta"):
-        return NCSR(settings.model, precision=settings.precision, checkpoint=settings.checkpoint)
+        return random_model(settings)
 
 
 def _encoder_stage(settings: TrainSettings, sizes: tuple[int, int]) -> dict[str, StepMemory]:
@@ -245,7 +237,7 @@ def _run(objective: nn.Module, settings: TrainSettings, batch: int) -> None:
     crop, small = settings.crop, settings.crop // settings.model.scale
     with torch.device("meta"):
         hr, lr = (torch.empty(batch, 3, side, side, dtype=torch.uint8) for side in (crop, small))
-        std, noise = torch.empty(batch, 1, 1, 1), torch.empty(batch, 3, crop, crop)
+        std, noise = (torch.empty(shape, dtype=torch.float32) for shape in ((batch, 1, 1, 1), (batch, 3, crop, crop)))
         draws = Draws(std, noise, torch.empty(batch, dtype=torch.bool), torch.empty(batch, dtype=torch.int64))
     objective(hr, lr, *draws)[0].backward()
 

@@ -30,26 +30,31 @@ def plot(run: str | os.PathLike, out: str | os.PathLike | None = None) -> Path:
 
     raises  FileNotFoundError without a log, ValueError for one that has no rows, ImportError without matplotlib
     """
-    target = Path(run) / "training.png" if out is None else Path(out)
+    run = Path(run).expanduser()
+    target = run / "training.png" if out is None else Path(out).expanduser()
     rows = read_log(run)
-    draw(rows, Path(run).resolve().name).savefig(target, dpi=130)
+    draw(rows, run.resolve().name).savefig(target, dpi=130)
     return target
 
 
 def read_log(run: str | os.PathLike) -> list[Row]:
-    """The rows of RUN/log.jsonl, but for a last line that was cut. Raises as `plot` does."""
+    """The rows of RUN/log.jsonl, but for a last line that was cut. Raises as `plot` does, and ValueError for a bad line."""
     path = Path(run) / "log.jsonl"
     if not path.is_file():
         raise FileNotFoundError(
             f"{str(path)!r} does not exist: {str(run)!r} is not the folder of a training run that has begun"
         )
-    rows, lines = [], path.read_text().splitlines()
+    rows, lines = [], path.read_text(errors="replace").splitlines()
     for number, line in enumerate(lines, start=1):
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except json.JSONDecodeError as error:
             if number < len(lines):
-                raise ValueError(f"line {number} of {str(path)!r} is not JSON: {error}") from error
+                raise ValueError(f"line {number} of {str(path)!r} is not JSON: {error}; remove the line") from error
+            continue
+        if not isinstance(row, dict):
+            raise ValueError(f"line {number} of {str(path)!r} is no row of a log but {line[:40]!r}; remove the line")
+        rows.append(row)
     if not rows:
         raise ValueError(f"{str(path)!r} has no rows yet")
     return rows

@@ -6,17 +6,18 @@ import gc
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+T = TypeVar("T")
 _TIMEOUT = timedelta(hours=1)  # the others wait for the one that decodes a large data set or saves to a slow disk
 
 
@@ -26,6 +27,10 @@ class TrainingStopped(Exception):
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message)
         self.exit_status = 128 + signal_number
+
+
+class OtherProcessFailed(RuntimeError):
+    """The run could not start in another of its processes, which says why."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +78,26 @@ class Processes:
         dist.all_gather_object(values, value)
         return values
 
+    def together(self, call: Callable[[], T]) -> T:
+        """The result of `call`, after all processes have made the call without an error.
+
+        Raises:
+            Exception: What `call` raised here, once among processes in which it raised the same.
+            OtherProcessFailed: `call` raised in another process.
+        """
+        result, error = None, None
+        try:
+            result = call()
+        except Exception as caught:  # noqa: BLE001 - the others must not wait for this one
+            error = caught
+        messages = self.gathered(None if error is None else str(error))
+        if error is not None and messages.index(str(error)) == self.rank:
+            raise error
+        for rank, message in enumerate(messages):
+            if message is not None:
+                raise OtherProcessFailed(f"process {rank} of {self.world}: {message}")
+        return result
+
     def wait(self) -> None:
         """Until all have come here."""
         self.largest(0)
@@ -108,10 +133,14 @@ def joined(device: str) -> Iterator[Processes]:
 
 
 class StopSignals:
-    """Within it, SIGTERM and Ctrl-C are noted in `received` instead of ending the process; a second Ctrl-C ends it."""
+    """Within it, SIGTERM and Ctrl-C raise TrainingStopped until `started`, when there is nothing to be saved.
+
+    From then on they are noted in `received`; a second Ctrl-C ends the process.
+    """
 
     def __init__(self) -> None:
         self.received = 0
+        self._starting = True
 
     def __enter__(self) -> StopSignals:
         # only the main thread may set handlers; a run in another one is stopped as its host program sees fit
@@ -123,7 +152,18 @@ class StopSignals:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
+    def started(self) -> None:
+        """Let later signals be noted; raise TrainingStopped if one was received, in case the first raise was caught."""
+        self._starting = False
+        if self.received:
+            raise self._stopped()
+
     def _note(self, number: int, frame: object) -> None:
         if number == signal.SIGINT and self.received:
             raise KeyboardInterrupt
         self.received = int(number)
+        if self._starting:
+            raise self._stopped()
+
+    def _stopped(self) -> TrainingStopped:
+        return TrainingStopped(f"stopped by signal {self.received} before the first step; nothing was written", self.received)

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import os
+import re
+import shutil
 import warnings
 import zipfile
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ncsr_fast.data.images import write_image
-from ncsr_fast.files import CheckpointError, atomic_write
+from ncsr_fast.files import CheckpointError, atomic_write, check_finite, differences, listed, read_checkpoint
 from ncsr_fast.training.board import Board
+from ncsr_fast.training.processes import TrainingStopped
 from ncsr_fast.training.settings import TrainSettings
 
 # settings that may differ when a run is resumed: where the same files lie now, how they are read, what is reported when
@@ -22,42 +28,55 @@ _FREE = (
     "images", "lr_images", "validation", "validation_lr", "workers", "cache_gib", "graph", "max_skipped", "log_every",
     "validate_every", "save_every", "keep", "validation_images", "validation_size", "temperatures", "tensorboard",
 )  # fmt: skip
+_FOLDERS = ("checkpoints", "samples", "best", "encoder", "model", "tensorboard", "cache")
+_CHECKPOINT = {"stage", "step", "model", "optimizer", "counters", "rate", "best"}  # its keys
+_MIB = 2**20
 
 
 class Run:
-    """RUN/settings.json, log.jsonl, checkpoints/STAGE-STEP.pt, samples/*.png, best/, encoder/, model/, tensorboard/, cache/.
+    """A run's folder, which holds, beside the `_FOLDERS`:
 
-    Of the processes that train together, only the first (`writes`) writes any of it.
+    settings.json, data.json (the images trained on), log.jsonl, checkpoints/STAGE-STEP.pt, samples/*.png, lock while a
+    process trains, and published_options.txt where the settings are those of a published YAML.
+
+    Of the processes that train together, only the first (`writes`) writes any of it. Nothing is written before `begin`.
     """
 
     def __init__(self, folder: str | os.PathLike, settings: TrainSettings, writes: bool = True) -> None:
-        """Create the folder, or open it to resume.
+        """Look at the folder that a run begins or is resumed in.
 
-        raises  ValueError naming what differs when the folder holds a run with other settings
+        Raises:
+            ValueError: The folder holds a run with other settings, or one of which a part is missing or damaged.
+            OSError: The folder cannot be written to.
+            ImportError: The settings ask for TensorBoard, which is not installed.
         """
         self.folder = Path(folder)
         self.settings, self.writes = settings, writes
         self.board = Board(self.folder / "tensorboard") if writes and settings.tensorboard else None
-        stored = self.folder / "settings.json"
-        if stored.exists():
-            before, now = json.loads(stored.read_text()), settings.to_dict()
-            changed = [key for key in now if key not in _FREE and before.get(key) != now[key]]
-            if changed:
-                listed = ", ".join(f"{key} (was {before.get(key)!r}, now {now[key]!r})" for key in changed)
-                raise ValueError(f"{str(self.folder)!r} holds a run with other settings: {listed}; choose another folder")
+        self._refuse_other_settings()
         if writes:
-            with atomic_write(stored) as path:
-                path.write_text(json.dumps(settings.to_dict(), indent=2) + "\n")
-            (self.folder / "checkpoints").mkdir(exist_ok=True)
-            for left in (self.folder / "checkpoints").glob(".*"):  # by a process that was killed as it wrote
-                left.unlink()
+            self._check_writable()
 
-    def log(self, stage: str, step: int, **values: Any) -> None:
-        """Append one JSON line to log.jsonl; numbers, those of a validation too, go to TensorBoard as well."""
+    def begin(self, report: Sequence[str] = ()) -> None:
+        """Write the settings, and lines about what of a published YAML is not followed."""
         if not self.writes:
             return
-        with open(self.folder / "log.jsonl", "a") as file:
-            file.write(json.dumps({"stage": stage, "step": step, **values}) + "\n")
+        with self._writing("settings.json") as path, atomic_write(path) as temporary:
+            temporary.write_text(json.dumps(self.settings.to_dict(), indent=2) + "\n")
+        if report:
+            with self._writing("published_options.txt") as path, atomic_write(path) as temporary:
+                temporary.write_text("\n".join(report) + "\n")
+        with self._writing("checkpoints") as path:
+            path.mkdir(exist_ok=True)
+        for left in (self.folder / "checkpoints").glob(".*"):  # by a process that was killed as it wrote
+            left.unlink(missing_ok=True)
+
+    def log(self, stage: str, step: int, **values: Any) -> None:
+        """Append one JSON line to log.jsonl, null for a number that is not finite; numbers go to TensorBoard as well."""
+        if not self.writes:
+            return
+        with self._writing("log.jsonl") as path, open(path, "a") as file:
+            file.write(json.dumps(_finite({"stage": stage, "step": step, **values}), allow_nan=False) + "\n")
         if self.board is not None:
             validation = {f"validation/{key}": value for key, value in values.get("validation", {}).items()}
             self.board.scalars(step, stage, validation or {key: v for key, v in values.items() if isinstance(v, (int, float))})
@@ -66,53 +85,134 @@ class Run:
         """Keep a picture (3, H, W) as samples/STAGE-STEP.png."""
         if not self.writes:
             return
-        write_image(self.folder / "samples" / f"{stage}-{step:08d}.png", picture)
+        with self._writing(f"samples/{stage}-{step:08d}.png") as path:
+            write_image(path, picture)
         if self.board is not None:
             self.board.image(step, stage, "samples", picture)
 
     def rewind(self, stage: str, step: int) -> None:
         """Drop the log lines of `stage` after `step`: a resumed run will do those steps, and log them, again."""
-        path = self.folder / "log.jsonl"
-        if not self.writes or not path.exists():
+        if not self.writes or not (self.folder / "log.jsonl").exists():
             return
-        lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]  # the last may be cut
-        rows = [json.loads(line) for line in lines]
-        kept = [line for line, row in zip(lines, rows) if row["stage"] != stage or row["step"] <= step]
-        with atomic_write(path) as temporary:
+        kept = [line for line, row in self._logged() if row["stage"] != stage or row["step"] <= step]
+        with self._writing("log.jsonl") as path, atomic_write(path) as temporary:
             temporary.write_text("".join(kept))
+
+    def validated(self, stage: str, step: int) -> dict[str, float] | None:
+        """The metrics logged by the validation after `step`; None where there was none."""
+        if not (self.folder / "log.jsonl").exists():
+            return None
+        rows = [row for _, row in self._logged() if row["stage"] == stage and row["step"] == step and "validation" in row]
+        return rows[-1]["validation"] if rows else None
 
     def save(self, stage: str, step: int, state: dict[str, Any]) -> None:
         """Write a checkpoint atomically, then remove all but the last few of the stage."""
         if not self.writes:
             return
-        with atomic_write(self.folder / "checkpoints" / f"{stage}-{step:08d}.pt") as path:
-            torch.save({"stage": stage, "step": step, **state}, path)
+        with self._writing(f"checkpoints/{stage}-{step:08d}.pt") as path, atomic_write(path) as temporary:
+            torch.save({"stage": stage, "step": step, **state}, temporary)
         for old in self._paths(stage)[: -self.settings.keep]:
-            old.unlink()
+            old.unlink(missing_ok=True)
+
+    def save_model(self, model: nn.Module, name: str, metrics: Mapping[str, float] | None = None) -> None:
+        """Write a model, and if they are given its metrics, to the subfolder `name`."""
+        if not self.writes:
+            return
+        with self._writing(name) as path:
+            model.save_pretrained(path)
+            if metrics is not None:
+                with atomic_write(path / "validation.json") as temporary:
+                    temporary.write_text(json.dumps(_finite(metrics), indent=2, allow_nan=False) + "\n")
 
     def started(self, stage: str) -> bool:
-        """Whether there is any checkpoint of `stage`."""
+        """True if there is any checkpoint of `stage`."""
         return bool(self._paths(stage))
 
-    def latest(self, stage: str) -> dict[str, Any] | None:
+    def latest(self, stage: str, model: nn.Module) -> dict[str, Any] | None:
         """The newest checkpoint of `stage` that is whole; a damaged one is reported and the one before it used.
 
-        raises  CheckpointError when there are checkpoints and all are damaged
+        Raises:
+            CheckpointError: There are checkpoints and all are damaged, or the newest is of another model than `model`.
         """
         paths = self._paths(stage)
         for path in reversed(paths):
             try:
-                return _load(path)
+                checkpoint = _load(path)
+            except TrainingStopped:
+                raise
             except Exception as error:  # noqa: BLE001 - a damaged zip or pickle raises almost anything
                 warnings.warn(f"checkpoint {str(path)!r} is damaged and is not used: {error}", stacklevel=2)
+                continue
+            _check(checkpoint, model, path)
+            return checkpoint
         if paths:
             raise CheckpointError(
                 f"no checkpoint of stage {stage!r} in {str(self.folder)!r} can be read; remove them to begin the stage anew"
             )
         return None
 
+    def continued(self) -> str:
+        """Advice how a new run can train on what this one has learned."""
+        found = next((name for name in ("model", "best") if (self.folder / name / "config.json").is_file()), None)
+        if found is None:
+            return "choose another folder"
+        return f"choose another folder; with --start-from {self.folder / found} the new run begins with the weights of this one"
+
+    def _refuse_other_settings(self) -> None:
+        stored = self.folder / "settings.json"
+        if not stored.exists():
+            found = [str(path) for stage in ("encoder", "flow") for path in self._paths(stage)]
+            if found:
+                raise ValueError(
+                    f"{str(self.folder)!r} holds checkpoints ({found[-1]!r}) but no settings.json: the folder of the run was "
+                    "not copied whole; copy it again, or choose another folder"
+                )
+            return
+        try:
+            before = dict(json.loads(stored.read_text()))
+        except (ValueError, TypeError) as error:
+            raise ValueError(
+                f"{str(stored)!r} is damaged ({error}); copy it again from where the run was, or choose another folder"
+            ) from error
+        now = self.settings.to_dict()
+        changed = [key for key in now if key not in _FREE and before.get(key) != now[key]]
+        if changed:
+            differing = ", ".join(f"{key} (was {before.get(key)!r}, now {now[key]!r})" for key in changed)
+            raise ValueError(f"{str(self.folder)!r} holds a run with other settings: {differing}; {self.continued()}")
+
+    def _check_writable(self) -> None:
+        for path in (self.folder / name for name in ("settings.json", "log.jsonl", *_FOLDERS)):
+            if path.exists() and not os.access(path, os.W_OK):
+                raise PermissionError(f"{str(path)!r} cannot be written to; change its permissions, or choose another folder")
+
+    @contextlib.contextmanager
+    def _writing(self, name: str) -> Iterator[Path]:
+        """The path of a file of the folder; an error in writing it says what becomes of the run."""
+        path = self.folder / name
+        try:
+            yield path
+        except (OSError, RuntimeError) as error:  # torch.save raises the latter where a disk is full
+            free = f", {shutil.disk_usage(self.folder).free / _MIB:.0f} MiB are free there" if self.folder.exists() else ""
+            reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
+            raise OSError(
+                f"{str(path)!r} could not be written ({reason}{free}); when it can be, the same command resumes the run from "
+                "its last checkpoint"
+            ) from error
+
+    def _logged(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """The lines of the log and what they say, but for a last one that was cut, and damaged ones, after a warning."""
+        path = self.folder / "log.jsonl"
+        for number, line in enumerate(path.read_text(errors="replace").splitlines(keepends=True), start=1):
+            try:
+                row = json.loads(line) if line.endswith("\n") else None
+                if row is not None:
+                    yield line, {"stage": row["stage"], "step": row["step"], **row}
+            except (ValueError, KeyError, TypeError):
+                warnings.warn(f"line {number} of {str(path)!r} is damaged and is dropped", stacklevel=3)
+
     def _paths(self, stage: str) -> list[Path]:
-        return sorted((self.folder / "checkpoints").glob(f"{stage}-*.pt"))
+        paths = (self.folder / "checkpoints").glob(f"{stage}-*.pt")
+        return sorted(path for path in paths if re.fullmatch(rf"{stage}-\d{{8,}}\.pt", path.name))
 
 
 def _load(path: Path) -> dict[str, Any]:
@@ -121,4 +221,25 @@ def _load(path: Path) -> dict[str, Any]:
         damaged = archive.testzip()
     if damaged is not None:
         raise CheckpointError(f"the checksum of {damaged} is wrong")
-    return torch.load(path, map_location="cpu", weights_only=True)
+    checkpoint = read_checkpoint(path)
+    if isinstance(checkpoint, dict) and "model" in checkpoint:  # without it, `_check` says what it is
+        check_finite(checkpoint["model"], "its model")
+    return checkpoint
+
+
+def _check(checkpoint: Any, model: nn.Module, path: Path) -> None:
+    missing = _CHECKPOINT - set(checkpoint if isinstance(checkpoint, dict) else ())
+    problems = {} if missing else differences({key: t.shape for key, t in model.state_dict().items()}, checkpoint["model"])
+    if missing or problems:
+        what = f"it has no {', '.join(sorted(missing))}" if missing else listed(problems)
+        raise CheckpointError(
+            f"checkpoint {str(path)!r} is not of a run with these settings: {what}; copy the run's folder again, or choose "
+            "another"
+        )
+
+
+def _finite(value: Any) -> Any:
+    """`value` with None for the numbers that are not finite, which JSON does not have."""
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value

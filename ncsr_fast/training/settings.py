@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +18,8 @@ _AT_LEAST_ONE = (
 _NOT_NEGATIVE = (
     "encoder_steps", "steps", "max_std", "nll_weight", "l1_weight", "unfreeze", "weight_decay", "workers", "cache_gib",
 )  # fmt: skip
+_FINITE = ("milestones", "temperatures", "betas")
+_PLACES = ("images", "lr_images", "validation", "validation_lr", "start_from", "encoder_weights")
 _POSITIVE = ("encoder_lr", "lr", "unfrozen_lr", "max_grad_norm", "gamma", "backoff")
 
 
@@ -27,10 +31,12 @@ class TrainSettings:
     model              its architecture
     start_from         model directory, published .pth or shipped name whose weights, actnorms included, both stages start
                        from, to fine-tune it; None for random weights and data-dependent actnorms
-    encoder_weights    what the encoder starts from: a published RRDB or ESRGAN file, or RUN/encoder of another run
+    encoder_weights    what the encoder starts from: a published RRDB or ESRGAN file, or RUN/encoder of another run. Its long
+                       skip starts at the last block whatever it is: of an ESRGAN generator, whose skip starts at the first
+                       convolution, the weights are a start and not the same pictures
 
-    Data
-    images             folders of HR images, and published .pklv4 files, taken together
+    Data (relative paths begin at the current folder, also those of a YAML; ~ is the home folder, patterns are not expanded)
+    images             folders of HR images, subfolders included, and published .pklv4 files, taken together
     lr_images          LR counterparts, one for each of `images`; () to degrade the crops
     degradation        "bicubic" (MATLAB's), or the "module:function" of one's own (`ncsr_fast.data.degradation`)
     validation         folder of HR images to validate on, None to look at training images instead; validation_lr their LR
@@ -121,7 +127,11 @@ class TrainSettings:
     def __post_init__(self) -> None:
         for name in ("images", "lr_images", "milestones", "betas", "temperatures"):
             value = getattr(self, name)
-            object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
+            object.__setattr__(self, name, (value,) if isinstance(value, (str, os.PathLike)) else tuple(value))
+        for name in _PLACES:
+            value = getattr(self, name)
+            paths = tuple(_path(name, path) for path in (value if isinstance(value, tuple) else (value,)) if path is not None)
+            object.__setattr__(self, name, paths if isinstance(value, tuple) else next(iter(paths), None))
         if not self.images:
             raise ValueError("images must name at least one folder of HR images or .pklv4 file")
         if self.lr_images and len(self.lr_images) != len(self.images):
@@ -130,8 +140,9 @@ class TrainSettings:
             raise ValueError("degradation makes the LR images that lr_images names already: give one of the two")
         for names, sound, what in (
             (_AT_LEAST_ONE, lambda value: value >= 1, "at least 1"),
-            (_NOT_NEGATIVE, lambda value: value >= 0, "0 or more"),
-            (_POSITIVE, lambda value: value > 0, "positive"),
+            (_NOT_NEGATIVE, lambda value: 0 <= value < math.inf, "0 or more and finite"),
+            (_POSITIVE, lambda value: 0 < value < math.inf, "positive and finite"),
+            (_FINITE, lambda value: all(map(math.isfinite, value)), "finite"),
         ):
             for name in names:
                 value = getattr(self, name)
@@ -143,6 +154,12 @@ class TrainSettings:
             raise ValueError(f"backoff must be at most 1, not {self.backoff!r}")
         if self.crop < 1 or self.crop % (2 * self.model.scale):
             raise ValueError(f"crop must be a positive multiple of 2·scale = {2 * self.model.scale}, not {self.crop!r}")
+        if self.validation_size < 2 * self.model.scale:
+            raise ValueError(f"validation_size must be at least 2·scale = {2 * self.model.scale}, not {self.validation_size!r}")
+        if self.validation_lr is not None and self.validation is None:
+            raise ValueError("validation_lr holds the LR images of validation, which is missing")
+        if any(temperature < 0 for temperature in self.temperatures):
+            raise ValueError(f"temperatures must be 0 or more, not {self.temperatures}")
         if not all(0 <= beta < 1 for beta in self.betas) or len(self.betas) != 2:
             raise ValueError(f"betas must be two numbers in [0, 1), not {self.betas}")
 
@@ -161,6 +178,14 @@ class TrainSettings:
         """The learning rate of `step` (from 0) of a stage of `steps`: base · gamma^(milestones passed)."""
         passed = sum(step >= (place * steps if place < 1 else place) for place in self.milestones)
         return base * self.gamma**passed
+
+
+def _path(name: str, path: str | os.PathLike) -> str:
+    """`path` as text, `~` expanded."""
+    text = os.path.expanduser(os.fspath(path))
+    if not text:
+        raise ValueError(f"{name} must be a path, not an empty text")
+    return text
 
 
 # What differs between the published models: the paper's noise, batch and number of steps.

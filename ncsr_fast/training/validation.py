@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -11,53 +13,62 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ncsr_fast.data.degradation import load_degradation
-from ncsr_fast.data.images import to_float
+from ncsr_fast.data.images import ImageError, to_float
 from ncsr_fast.data.perturb import degrade
-from ncsr_fast.data.sources import list_sources, read_source
-from ncsr_fast.files import atomic_write
+from ncsr_fast.data.sources import Source, list_sources, read_source
 from ncsr_fast.nn.ncsr import NCSR
 from ncsr_fast.training.processes import Processes
 from ncsr_fast.training.run import Run
 from ncsr_fast.training.settings import TrainSettings
 from ncsr_fast.training.stages import Stage
 
+_NAMED = 5  # problems an error spells out
 _SEED = 2**31  # of the noise and latents of validation, apart from those of training
 
 
-class Validation:
-    """Metrics of some images, those of the validation folder, or training images without one: the middle of each.
+Pairs = dict[int, tuple[Tensor, Tensor]]
 
-    The processes share them. They are read at the first look, and kept.
+
+class Validation:
+    """Metrics of some images, which the processes share.
+
+    Args:
+        pairs: The uint8 images (3, H, W), HR and LR, that this process looks at, by number: see `validation_pairs`.
     """
 
-    def __init__(self, model: NCSR, run: Run, processes: Processes) -> None:
-        self.model, self.run, self.processes = model, run, processes
-        self._pairs: dict[int, tuple[Tensor, Tensor]] | None = None
+    def __init__(self, model: NCSR, run: Run, processes: Processes, pairs: Pairs) -> None:
+        self.model, self.run, self.processes, self._pairs = model, run, processes, pairs
 
     @torch.no_grad()
     def __call__(self, stage: Stage, step: int, best: float | None) -> float | None:
-        """Log the mean of every metric, and show samples of the first image.
+        """Log the mean of every metric, and show samples of the first image; return the lower of `best` and the mean `nll`.
 
-        A flow whose `nll` is lower than `best` goes to RUN/best, as a model. Returns the better of the two.
+        A flow whose `nll` is lower than `best` goes to RUN/best, as a model. An image that cannot be looked at (memory that
+        does not suffice, say) is reported in the log and passed over; then no model goes to RUN/best.
         """
-        if self._pairs is None:
-            numbers = slice(self.processes.rank, None, self.processes.world)
-            self._pairs = validation_pairs(self.run.settings, numbers)
+        rows: dict[int, dict[str, float]] = {}
+        problems: dict[int, str] = {}
         self.model.eval()
-        rows = {number: self._look(stage, step, number, *pair) for number, pair in self._pairs.items()}
+        for number, pair in self._pairs.items():
+            try:
+                rows[number] = self._look(stage, step, number, *pair)
+            except Exception as error:  # noqa: BLE001 - nothing in a look at the model is worth the end of its training
+                problems[number] = f"{type(error).__name__}: {error}".partition("\n")[0]
         self.model.train()
-        found = [item for share in self.processes.gathered(rows) for item in share.items()]
-        rows = [row for _, row in sorted(found)]  # in the images' order: sums do not depend on the number of processes
-        columns = {key: [row[key] for row in rows if key in row] for row in rows for key in row}
+        shares = self.processes.gathered((rows, problems))
+        rows = dict(sorted(item for share, _ in shares for item in share.items()))
+        problems = dict(sorted(item for _, share in shares for item in share.items()))
+        for number, problem in problems.items():
+            self._report_problem(stage.name, step, number, problem)
+        # in the images' order: sums do not depend on the number of processes
+        columns = {key: [row[key] for row in rows.values() if key in row] for row in rows.values() for key in row}
         means = {key: sum(values) / len(values) for key, values in columns.items()}
-        self._report(stage.name, step, means)
-        if "nll" not in means or not (best is None or means["nll"] < best):
-            return best
-        if self.processes.first:
-            self.model.save_pretrained(self.run.folder / "best")
-            with atomic_write(self.run.folder / "best" / "validation.json") as path:
-                path.write_text(json.dumps({"step": step, **means}, indent=2) + "\n")
-        return means["nll"]
+        lowest = best if problems else lower(best, means)
+        if lowest != best:
+            self.run.save_model(self.model, "best", {"step": step, **means})
+        if means:
+            self._report(stage.name, step, means)  # after the rest: it says that this validation need not be done again
+        return lowest
 
     def _look(self, stage: Stage, step: int, number: int, hr: Tensor, lr: Tensor) -> dict[str, float]:
         hr, lr = (to_float(image)[None].to(self.processes.device) for image in (hr, lr))
@@ -77,32 +88,84 @@ class Validation:
         if self.processes.first and any(value > 0 for key, value in means.items() if key.startswith("nonfinite")):
             tqdm.write("  there are samples that are not finite: the inverse explodes, which the likelihood does not show")
 
+    def _report_problem(self, stage: str, step: int, number: int, problem: str) -> None:
+        self.run.log(stage, step, event="validation failed", image=number, problem=problem)
+        if self.processes.first:
+            tqdm.write(
+                f"{stage} {step}: validation image {number} is passed over ({problem}); training goes on. Where memory does "
+                "not suffice, a smaller validation_size helps"
+            )
 
-def validation_pairs(settings: TrainSettings, numbers: slice) -> dict[int, tuple[Tensor, Tensor]]:
-    """The uint8 pairs (3, H, W) of some of the images validated on, by number."""
-    places = (settings.validation, settings.validation_lr)
+
+def lower(best: float | None, means: Mapping[str, float | None]) -> float | None:
+    """The lower of `best` (None: nothing yet) and the `nll` of `means`, where there is one that is finite."""
+    nll = means.get("nll")
+    if nll is None or not math.isfinite(nll):
+        return best
+    return nll if best is None else min(best, nll)
+
+
+def validation_pairs(settings: TrainSettings, training: Sequence[tuple[Source, ...]], numbers: slice) -> Pairs:
+    """The middles of the images validated on, by number: of the validation folder, or without one of training images.
+
+    Args:
+        training: The training images; those that cannot be read are passed over, as in training.
+        numbers: The part of the images to return; the processes share them.
+
+    Raises:
+        ValueError: A file of the validation folder cannot be read, is too small, or does not fit its LR image.
+        FileNotFoundError: There is no such folder.
+    """
     if settings.validation is None:
-        places = (settings.images[0], settings.lr_images[0] if settings.lr_images else None)
-    sources = list_sources(*([Path(place)] if place else [] for place in places))[: settings.validation_images]
-    degradation = load_degradation(settings.degradation)
-    scale, pairs = settings.model.scale, {}
-    for number in range(len(sources))[numbers]:
-        hr, *given = (read_source(source) for source in sources[number])
-        hr, top, left = _middle(hr, settings.validation_size, 2 * scale)
-        if given:
-            height, width = (side // scale for side in hr.shape[1:])
-            lr = given[0][:, top // scale : top // scale + height, left // scale : left // scale + width]
-        elif degradation is not None:
-            lr = degradation(hr, scale, torch.Generator().manual_seed(_SEED + number))
-        else:
-            lr = degrade(hr, scale)
-        pairs[number] = hr, lr
+        return _readable_pairs(settings, training, numbers)
+    places = ([Path(place)] if place else [] for place in (settings.validation, settings.validation_lr))
+    sources = list_sources(*places, ("validation", "validation_lr"))
+    pairs, problems = {}, []
+    for number in range(min(len(sources), settings.validation_images))[numbers]:
+        try:
+            pairs[number] = _pair(settings, sources[number], number)
+        except (ImageError, OSError) as error:
+            problems.append(str(error))
+    if problems:
+        named = "; ".join(problems[:_NAMED]) + ("; …" if len(problems) > _NAMED else "")
+        raise ImageError(f"validation: {named}; remove or mend what is not right")
     return pairs
 
 
+def _readable_pairs(settings: TrainSettings, training: Sequence[tuple[Source, ...]], numbers: slice) -> Pairs:
+    pairs: Pairs = {}
+    for files in training:
+        with contextlib.suppress(ImageError, OSError):
+            pairs[len(pairs)] = _pair(settings, files, len(pairs))
+        if len(pairs) == settings.validation_images:
+            break
+    return {number: pairs[number] for number in range(len(pairs))[numbers]}
+
+
+def _pair(settings: TrainSettings, files: tuple[Source, ...], number: int) -> tuple[Tensor, Tensor]:
+    scale = settings.model.scale
+    image, *given = (read_source(source) for source in files)
+    height, width = image.shape[1:]
+    if min(height, width) < 2 * scale:
+        raise ImageError(f"{str(files[0])!r} is {height}×{width}, smaller than the {2 * scale}×{2 * scale} that are looked at")
+    if given and tuple(given[0].shape[1:]) != (height // scale, width // scale):
+        raise ImageError(
+            f"{str(files[1])!r} is {given[0].shape[1]}×{given[0].shape[2]}, not 1/{scale} of its HR image's {height}×{width}"
+        )
+    hr, top, left = _middle(image, settings.validation_size, 2 * scale)
+    if given:
+        height, width = (side // scale for side in hr.shape[1:])
+        lr = given[0][:, top // scale : top // scale + height, left // scale : left // scale + width]
+        return hr, lr.clone()
+    degradation = load_degradation(settings.degradation)
+    if degradation is not None:
+        return hr, degradation(hr, scale, torch.Generator().manual_seed(_SEED + number))
+    return hr, degrade(hr, scale)
+
+
 def _middle(image: Tensor, size: int, multiple: int) -> tuple[Tensor, int, int]:
-    """The middle of (3, H, W) with sides of at most `size`, multiples of `multiple`, and where it starts: such ones too."""
+    """The middle of (3, H, W), its sides at most `size`, and its top and left: all of them multiples of `multiple`."""
     sides = [min(side, size) // multiple * multiple for side in image.shape[1:]]
     starts = [(have - side) // 2 // multiple * multiple for have, side in zip(image.shape[1:], sides)]
     (top, left), (height, width) = starts, sides
-    return image[:, top : top + height, left : left + width], top, left
+    return image[:, top : top + height, left : left + width].clone(), top, left  # a view would keep the whole image

@@ -187,6 +187,18 @@ def test_nothing_left_is_an_error(photos):
         crops[0]
 
 
+def test_a_batch_of_no_crops(photos):
+    with pytest.raises(ValueError, match="batch must be at least 1, not 0"):
+        RandomCrops(photos, scale=4, crop=32).batch(0, 0)
+
+
+def test_more_crops_than_images(photos):
+    """The images are gone through again."""
+    crops = RandomCrops(photos, scale=4, crop=32)
+    assert crops.batch(0, 7)["hr"].shape == (7, 3, 32, 32)
+    assert sorted(map(crops.name, range(3, 6))) == [str(path) for path in list_images(photos)]
+
+
 def test_bad_crop_sizes(photos):
     with pytest.raises(ValueError, match="crop must be a positive multiple of 2·scale = 8, not 30"):
         RandomCrops(photos, scale=4, crop=30)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from ncsr_fast.data import ImageError, crop_to_multiple, list_images, read_image, write_image
-from ncsr_fast.data.images import image_size, pair_up
+from ncsr_fast.data.images import SUFFIXES, image_size, pair_up
 
 RGB = np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3) * 3
+FORMAT_OF = {".jpf": "JPEG2000", ".dib": "DIB"}
 GREY = np.arange(24, dtype=np.uint8).reshape(4, 6) * 10
 
 
@@ -52,11 +55,84 @@ def test_sixteen_bits_are_rounded_to_eight(tmp_path):
     assert torch.equal(image[0], image[2])
 
 
-def test_orientation(tmp_path):
+@pytest.mark.parametrize("mode", ["1", "P", "PA", "CMYK", "YCbCr", "RGBA", "LA"])
+def test_other_kinds_of_pixels(tmp_path, mode):
+    image = Image.fromarray(RGB).convert("P").convert(mode) if mode == "PA" else Image.fromarray(RGB).convert(mode)
+    image.save(tmp_path / "x.tif")
+    expected = np.array(image.convert("RGBA").convert("RGB") if mode == "PA" else image.convert("RGB"))
+    assert (read_image(tmp_path / "x.tif").permute(1, 2, 0).int() - torch.from_numpy(expected)).abs().max() <= (
+        3 if mode == "YCbCr" else 0
+    )
+
+
+@pytest.mark.parametrize(
+    "dtype, pixels, said",
+    [
+        (np.float32, [0, 1], "its pixels are floats"),
+        (np.int32, [-5, 3], "32-bit integers from -5 to 3"),
+        (np.int32, [5, 70000], "32-bit integers from 5 to 70000"),
+    ],
+)
+def test_pixels_that_are_no_colours(tmp_path, dtype, pixels, said):
+    with pytest.raises(ImageError, match=f"x.tif': .*{said}.*; save it with 8 or 16 bits"):
+        read_image(save(tmp_path / "x.tif", np.array([pixels], dtype=dtype)))
+
+
+@pytest.mark.parametrize("suffix", ["gif", "png", "webp", "tif"])
+def test_several_pictures_in_a_file(tmp_path, suffix):
+    frames = [Image.fromarray(RGB + 9 * number) for number in range(3)]
+    frames[0].save(tmp_path / f"x.{suffix}", save_all=True, append_images=frames[1:])
+    with pytest.raises(ImageError, match="it holds 3 pictures; save the one"):
+        read_image(tmp_path / f"x.{suffix}")
+
+
+def test_smaller_copies_in_a_file_are_no_pictures_of_their_own(tmp_path):
+    """A phone's MPO, and the overviews of a satellite's TIFF."""
+    frames, expected = [Image.fromarray(RGB), Image.fromarray(RGB[::2, ::2])], torch.from_numpy(RGB.transpose(2, 0, 1).copy())
+    frames[1].encoderinfo = {"tiffinfo": {254: 1}}
+    frames[0].save(tmp_path / "x.tif", save_all=True, append_images=frames[1:])
+    assert torch.equal(read_image(tmp_path / "x.tif"), expected)
+    frames[0].save(tmp_path / "x.mpo", save_all=True, append_images=frames[1:], quality=95)
+    assert read_image(tmp_path / "x.mpo").shape == (3, 4, 6)
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "tif", "webp"])
+@pytest.mark.parametrize("orientation", [1, 3, 6])
+def test_orientation(tmp_path, suffix, orientation):
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned a quarter
-    path = save(tmp_path / "turned.png", RGB, exif=exif)
-    assert read_image(path).shape == (3, 6, 4) and image_size(path) == (6, 4)
+    exif[0x0112] = orientation
+    path = save(tmp_path / f"turned.{suffix}", RGB, exif=exif)
+    size = (6, 4) if orientation == 6 else (4, 6)
+    assert tuple(read_image(path).shape[1:]) == image_size(path) == size
+
+
+def test_orientation_in_xmp(tmp_path):
+    path = save(tmp_path / "x.jpg", RGB, xmp=b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><r tiff:Orientation="6"/></x:xmpmeta>')
+    assert tuple(read_image(path).shape[1:]) == image_size(path) == (6, 4)
+
+
+def test_an_image_of_too_many_pixels(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    for read in (read_image, image_size):
+        with pytest.raises(ImageError, match="x.png': .*exceeds limit of 20 pixels.*; cut it into parts, or raise PIL"):
+            read(save(tmp_path / "x.png", RGB))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_damaged_files_are_image_errors(tmp_path):
+    """Whatever a decoder makes of them."""
+    random = np.random.default_rng(0)
+    for suffix in (suffix for suffix in SUFFIXES if suffix not in (".avif", ".apng")):
+        path = save(tmp_path / f"x{suffix}", random.integers(0, 255, (9, 12, 3), dtype=np.uint8), format=FORMAT_OF.get(suffix))
+        whole = bytearray(path.read_bytes())
+        for _ in range(40):
+            damaged = whole.copy()
+            for place in random.integers(0, len(whole), 4):
+                damaged[place] = random.integers(0, 256)
+            path.write_bytes(damaged[: random.integers(1, len(damaged) + 1)])
+            for read in (read_image, image_size):
+                with contextlib.suppress(ImageError, MemoryError):
+                    read(path)
 
 
 def test_write_and_read(tmp_path):
@@ -77,28 +153,34 @@ def test_unreadable_files(tmp_path):
         read_image(tmp_path / "absent.png")
 
 
-def test_listing(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no folder"):
-        list_images(tmp_path / "absent")
-    with pytest.raises(ValueError, match=r"holds no image \(\.png"):
-        list_images(tmp_path)
-    (tmp_path / "deep" / "er").mkdir(parents=True)
-    for name in ("b.PNG", "a.jpeg", "deep/er/c.webp"):
-        save(tmp_path / name, RGB)
-    (tmp_path / "notes.txt").touch()
-    assert [str(path.relative_to(tmp_path)) for path in list_images(tmp_path)] == ["a.jpeg", "b.PNG", "deep/er/c.webp"]
-
-
 def test_pairs(tmp_path):
     hr, lr = tmp_path / "hr", tmp_path / "lr"
-    for folder, names in ((hr, ("0001.png", "sub/2.png")), (lr, ("0001x4.png", "sub/2.jpg"))):
+    for folder, names in ((hr, ("0001.png", "sub/2.png")), (lr, ("0001x4.png", "sub/2.jpg", "3.png"))):
         for name in names:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             save(folder / name, RGB)
-    pairs = pair_up(list_images(hr), hr, list_images(lr), lr)
+    with pytest.warns(UserWarning, match="1 LR images have no HR partner in '.*hr': '.*3.png'"):
+        pairs = pair_up(list_images(hr), hr, list_images(lr), lr)
     assert [(a.name, b.name) for a, b in pairs] == [("0001.png", "0001x4.png"), ("2.png", "2.jpg")]
     (lr / "0001x4.png").unlink()
     with pytest.raises(ValueError, match="1 HR images have no LR partner in .*0001.png"):
+        pair_up(list_images(hr), hr, list_images(lr), lr)
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("hr/1.jpg", "'.*hr/1.jpg' and '.*hr/1.png' would both be the image '1' of a pair"),
+        ("lr/1.jpg", "'.*lr/1.jpg' and '.*lr/1.png' would both be the image '1' of a pair"),
+        ("lr/1x4.png", "'.*lr/1.png' and '.*lr/1x4.png' would both be the LR image of '.*hr/1.png'"),
+    ],
+)
+def test_pairs_of_which_two_files_are_one(tmp_path, name, message):
+    for path in ("hr/1.png", "lr/1.png", name):
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        save(tmp_path / path, RGB)
+    hr, lr = tmp_path / "hr", tmp_path / "lr"
+    with pytest.raises(ValueError, match=message):
         pair_up(list_images(hr), hr, list_images(lr), lr)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import threading
 from unittest import mock
 
 import pytest
@@ -12,6 +13,7 @@ from support import image, tiny_model
 
 from ncsr_fast import NCSR
 from ncsr_fast.engine import conditioning, fused_level
+from ncsr_fast.engine.cache import Cache
 
 
 def optimizer_step(model: NCSR) -> NCSR:
@@ -140,3 +142,23 @@ def test_singular_weight_is_refused():
         model.levels[1].invconv[1] = 1.0
         with pytest.raises(ValueError, match="step 1.*singular"):
             model.sample(image(1, 3, 2, 2), n=1)
+
+
+def test_threads_hold_a_cache_each_for_itself():
+    """What one relies on while it holds is compared by the others."""
+    cache, weight, found = Cache(), torch.ones(2), []
+
+    def value() -> float:
+        return cache.get("value", [weight], lambda: float(weight.sum()))
+
+    def change() -> None:
+        weight.add_(1)
+        found.append(value())
+
+    thread = threading.Thread(target=change)
+    with cache.held():
+        assert value() == 2
+        thread.start()
+        thread.join()
+        assert found == [4] and value() == 2
+    assert value() == 4

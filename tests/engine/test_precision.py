@@ -7,39 +7,15 @@ import torch
 from support import image, relative_error, tiny_model
 
 from ncsr_fast import NCSR
-from ncsr_fast.precision import convolution_precision, products_are_rounded
+from ncsr_fast.precision import products_are_rounded
 
 
 @pytest.fixture
 def low_precision_flags():
     """What a training script may have set: every float32 product and convolution may be rounded."""
     torch.set_float32_matmul_precision("medium")
-    torch.backends.cudnn.allow_tf32 = True
     yield
     torch.set_float32_matmul_precision("highest")
-
-
-def results(model: NCSR) -> list[torch.Tensor]:
-    lr, hr = image(1, 3, 4, 4, dtype=torch.float32), image(1, 3, 16, 16, dtype=torch.float32)
-    model.zero_grad()
-    encoded = model.encode(hr, lr)
-    encoded.log_likelihood.sum().backward()
-    latents = [latent.detach() for latent in encoded.latents]
-    with torch.no_grad():
-        decoded = model.decode(latents, lr)
-    gradients = [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
-    return [encoded.log_likelihood.detach(), *latents, decoded, *gradients]
-
-
-@pytest.mark.parametrize("backend", ["reference", "native"])
-def test_global_flags_do_not_reach_the_state(backend, request):
-    """Results differ by roundings of float32 (PyTorch then chooses other loops for some), not by those of bf16, 4e-3."""
-    model = tiny_model(dtype=torch.float32, steps=2, noise_steps=(0, 2, 2))
-    model.options = type(model.options)(backend=backend)
-    expected = results(model)
-    request.getfixturevalue("low_precision_flags")
-    for found, value in zip(results(model), expected, strict=True):
-        assert relative_error(found, value) < 1e-5
 
 
 @pytest.mark.parametrize("checkpoint", [True, False])
@@ -47,9 +23,12 @@ def test_no_matrix_product_of_the_state_can_be_rounded(checkpoint, low_precision
     """Whether PyTorch rounds a float32 product depends on its size and the processor; so none may be float32."""
     model = tiny_model(dtype=torch.float32, steps=2, noise_steps=(0, 2, 2))
     model.options = type(model.options)(backend="reference", checkpoint=checkpoint)
+    lr, hr = image(1, 3, 4, 4, dtype=torch.float32), image(1, 3, 16, 16, dtype=torch.float32)
     dtypes: list[torch.dtype] = []
     with _Watch(("mm", "bmm", "addmm", "baddbmm"), lambda tensors: dtypes.extend(t.dtype for t in tensors)):
-        results(model)
+        encoded = model.encode(hr, lr)
+        encoded.log_likelihood.sum().backward()
+        model.decode([latent.detach() for latent in encoded.latents], lr)
     assert len(dtypes) > 50 and set(dtypes) == {torch.float64}
 
 
@@ -57,26 +36,6 @@ def test_flags_are_seen(low_precision_flags):
     assert products_are_rounded("cpu")
     torch.set_float32_matmul_precision("highest")
     assert not products_are_rounded("cpu")
-
-
-@pytest.mark.skipif(not hasattr(torch.backends.cudnn, "conv"), reason="flags of one operator each came with torch 2.9")
-@pytest.mark.parametrize("precision, expected", [("fp32", "ieee"), ("tf32", "tf32"), ("bf16", "ieee")])
-def test_convolutions_run_at_the_stated_precision(precision, expected):
-    """Forward and backward, wherever the engine convolves; and the flags are as they were afterwards."""
-    flag = torch.backends.cudnn.conv
-    before, seen = flag.fp32_precision, []
-    mode = _Watch(("convolution", "convolution_backward"), lambda _: seen.append(flag.fp32_precision))
-    model = tiny_model(dtype=torch.float32)
-    model.precision = precision
-    with mode:
-        model.nll(image(1, 3, 8, 8, dtype=torch.float32), image(1, 3, 2, 2, dtype=torch.float32)).sum().backward()
-    assert len(seen) > 50
-    # the split's prior shapes the state: float32 always
-    assert set(seen) <= {expected, "ieee"} and seen.count(expected) >= len(seen) - 2
-    assert flag.fp32_precision == before
-    with pytest.raises(RuntimeError), convolution_precision("tf32"):
-        raise RuntimeError
-    assert flag.fp32_precision == before
 
 
 class _Watch(torch.utils._python_dispatch.TorchDispatchMode):

@@ -68,7 +68,7 @@ def on_the_emulation(emulated, monkeypatch):
         call(*rest, x.dtype == torch.float64, (1, 0, 0, memory.data_ptr()))
 
     monkeypatch.setattr(calls, "native", emulated)
-    monkeypatch.setattr(calls, "_run", run_emulated)
+    monkeypatch.setattr(calls, "_launch", run_emulated)
 
 
 @operators

@@ -6,6 +6,8 @@ import pytest
 import torch
 from support import image, tiny_model
 
+from ncsr_fast.nn.sampling import NonFiniteSamples
+
 LR, HR = image(2, 3, 4, 6, seed=1), image(2, 3, 16, 24, seed=2)
 
 
@@ -19,7 +21,10 @@ BAD_PAIRS = {
     "batch": ((HR[:1], LR), ValueError, r"hr must have shape \(2, 3, 16, 24\)"),
     "channels": ((HR, LR[:, :1]), ValueError, r"lr must have shape \(B, 3, H, W\), not \(2, 1, 4, 6\)"),
     "rank": ((HR, LR[0]), ValueError, r"lr must have shape \(B, 3, H, W\), not \(3, 4, 6\)"),
-    "empty": ((HR, LR[..., :0]), ValueError, "lr must have shape"),
+    "empty": ((HR, LR[..., :0]), ValueError, r"lr must have shape .* of one image and one pixel or more, not \(2, 3, 4, 0\)"),
+    "no-image": ((HR[:0], LR[:0]), ValueError, r"lr must have shape .* of one image and one pixel or more, not \(0, 3, 4, 6\)"),
+    "0-255": ((HR, LR * 255), ValueError, r"lr has values from \d.* to 25\d.*; images are floats in \[0, 1\]: divide by 255"),
+    "0-255-hr": ((HR * 255, LR), ValueError, r"hr has values from .*; images are floats in \[0, 1\]: divide by 255"),
     "dtype": ((HR.float(), LR), TypeError, "hr must be torch.float64, the dtype of the model, not torch.float32"),
     "bytes": ((HR, LR.mul(255).byte()), TypeError, r"lr must be torch.float64.*not torch.uint8; images are floats in \[0, 1\]"),
     "device": ((HR.to("meta"), LR), ValueError, "hr is on meta, but the model is on cpu"),
@@ -81,7 +86,12 @@ def test_bad_latents(model):
 
 
 @pytest.mark.parametrize(
-    "arguments, message", [({"n": 0}, "n must be at least 1"), ({"temperature": -1.0}, "temperature must not")]
+    "arguments, message",
+    [
+        ({"n": 0}, "n must be at least 1"),
+        ({"temperature": -1.0}, "temperature must be a number of 0 or more, not -1.0"),
+        ({"temperature": float("inf")}, "temperature must be a number of 0 or more, not inf"),
+    ],
 )
 def test_bad_sampling(model, arguments, message):
     with pytest.raises(ValueError, match=message):
@@ -94,3 +104,36 @@ def test_singular_convolution(model):
         broken.levels[1].invconv[0, 0] = broken.levels[1].invconv[0, 1]
     with pytest.raises(ValueError, match="weight is singular"):
         broken.sample(LR, n=1)
+
+
+def test_images_beside_0_to_1_are_images(model):
+    """Noise is added to them, residuals have either sign, and what blew up is decoded to values on both sides."""
+    for hr in (HR + torch.randn_like(HR), -HR, 8 * (HR - 0.5), 100 * (HR - 0.5)):
+        model.nll(hr, LR + 0.5 * torch.randn_like(LR))
+
+
+CAUSES = {
+    "weights": "1 weights of the model are not finite, levels.1.actnorm_bias first, so no temperature helps",
+    "pixels": r"lr has values from 0 to 2\d\d.*; images are floats in \[0, 1\]: divide by 255",
+    "scales": "a scale near zero became a divisor.* Try a lower temperature",
+}
+
+
+@pytest.mark.parametrize("cause", CAUSES)
+def test_what_is_said_of_samples_that_blew_up(cause, monkeypatch):
+    """The real cause; the range of pixels is read here only where it was not before, which is on a GPU."""
+    model, lr = tiny_model(), LR
+    monkeypatch.setattr("ncsr_fast.nn.checks.reading_is_free", lambda tensor: False)
+    if cause == "pixels":
+        lr = 255 * (LR - LR.min())
+    with torch.no_grad():
+        if cause == "weights":
+            model.levels[1].actnorm_bias[0] = torch.nan
+        else:
+            model.levels[0].actnorm_logs.fill_(-600)
+    with pytest.raises(NonFiniteSamples, match=CAUSES[cause]):
+        model.sample(lr, n=1, on_nonfinite="raise")
+    with pytest.warns(RuntimeWarning, match=CAUSES[cause]):
+        model.sample(lr, n=1, on_nonfinite="warn")
+    with pytest.warns(RuntimeWarning, match=CAUSES[cause]):
+        model.sample(lr, n=1, on_nonfinite="retry")

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from support import assert_same_weights, image, tiny_config, tiny_model
 
 from ncsr_fast import NCSR, RRDB, CheckpointError, NCSRConfig
-from ncsr_fast.nn.published import read_encoder_state_dict
+from ncsr_fast.nn.encoder_names import read_generator
 from ncsr_fast.nn.state_dicts import read_state_dict
 
 
@@ -85,7 +85,7 @@ def test_a_safetensors_file(tmp_path):
     save_file(model.published_state_dict(), tmp_path / "model.safetensors")
     assert_same_weights(model, NCSR.from_pretrained(tmp_path / "model.safetensors", config=model.config))
     (tmp_path / "model.safetensors").write_bytes((tmp_path / "model.safetensors").read_bytes()[:-9])
-    with pytest.raises(CheckpointError, match="model.safetensors' is truncated or corrupt"):
+    with pytest.raises(CheckpointError, match="model.safetensors' is not a readable checkpoint: it is truncated or corrupt"):
         read_state_dict(tmp_path / "model.safetensors")
 
 
@@ -116,7 +116,7 @@ def test_bad_pth_files(tmp_path):
     (tmp_path / "text.pth").write_text("not a checkpoint")
     torch.save({"x": Malicious(tmp_path / "trace")}, tmp_path / "malicious.pth")
     for name in ("truncated.pth", "text.pth", "malicious.pth"):
-        with pytest.raises(CheckpointError, match=f"{name}' is not a readable PyTorch checkpoint"):
+        with pytest.raises(CheckpointError, match=f"{name}' is not a readable checkpoint"):
             read_state_dict(tmp_path / name)
     with pytest.raises(CheckpointError, match="it holds a .*open, which is more than tensors and is not run") as caught:
         read_state_dict(tmp_path / "malicious.pth")
@@ -150,9 +150,9 @@ def test_a_file_of_no_preset_asks_for_its_configuration(tmp_path):
 # -- encoder weights ---------------------------------------------------------------------------------------------
 
 
-def encoder() -> RRDB:
-    torch.manual_seed(0)
-    return RRDB(4, channels=4, growth=2, blocks=2)
+def encoder(scale: int = 4, seed: int = 0) -> RRDB:
+    torch.manual_seed(seed)
+    return RRDB(scale, channels=4, growth=2, blocks=2, long_skip="last_block")
 
 
 def basicsr(name: str) -> str:
@@ -174,7 +174,7 @@ def test_old_esrgan_of_any_scale(doublings):
     assert old_esrgan("HRconv.bias") == "model.8.bias" and old_esrgan("conv_last.bias") == "model.10.bias"  # ESRGAN ×4 itself
     source = RRDB(2**doublings, channels=4, growth=2, blocks=2)
     state = {old_esrgan(name, doublings): tensor for name, tensor in source.published_state_dict().items()}
-    again = RRDB.from_state_dict(read_encoder_state_dict(state))
+    again = RRDB.from_state_dict(read_generator(state))
     assert again.configuration() == source.configuration()
     assert all(torch.equal(a, b) for a, b in zip(source.parameters(), again.parameters()))
 
@@ -187,8 +187,7 @@ def test_encoder_weights_in_every_naming(rename):
     published = source.published_state_dict()
     assert "RRDB_trunk.1.RDB3.conv5.weight" in published and "upconv2.bias" in published
     state = {rename(name): tensor for name, tensor in published.items()}
-    torch.manual_seed(1)
-    target = RRDB(4, channels=4, growth=2, blocks=2)
+    target = encoder(seed=1)
     target.load_published(state)
     assert all(torch.equal(a, b) for a, b in zip(source.parameters(), target.parameters()))
 
@@ -197,7 +196,7 @@ def test_encoder_weights_that_do_not_fit():
     with pytest.raises(
         CheckpointError, match=r"not that of this encoder \(RRDB, ×8, 2 blocks of 4 channels\); 2 missing: upconv3.weight"
     ):
-        RRDB(8, channels=4, growth=2, blocks=2).load_published(encoder().published_state_dict())
+        encoder(8).load_published(encoder().published_state_dict())
 
 
 @pytest.mark.parametrize("scale", [4, 8])
@@ -217,7 +216,7 @@ def test_the_size_of_a_generator_file_is_read_off_its_shapes(tmp_path, scale):
 
 def test_encoder_part_of_a_flow_checkpoint():
     model = tiny_model(dtype=torch.float32)
-    target = RRDB(4, channels=4, growth=2, blocks=2)
+    target = encoder()
     target.load_published(model.published_state_dict())
     lr = image(1, 3, 4, 4, dtype=torch.float32)
     assert torch.equal(target(lr), model.encoder(lr))

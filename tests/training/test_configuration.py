@@ -60,6 +60,13 @@ def test_the_run_is_called_after_the_yaml(write):
     assert configure(path, {"run": "mine"}).run == "mine"
 
 
+def test_paths_begin_at_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a.yml").write_text("images: [~/photos]\nrun: ~/runs/a\n")
+    done = configure("~/a.yml")
+    assert done.settings.images == (f"{tmp_path}/photos",) and done.run == f"{tmp_path}/runs/a"
+
+
 def test_texts_of_a_command_line():
     given = {
         "preset": "ncsr-compact-x4", "images": ["1", "b"], "steps": "1e3", "lr": "2e-4", "flip": "false", "graph": "none",
@@ -138,6 +145,8 @@ PROBLEMS = {
     "preset": ("images: [a]\npreset: ncsr-x2", f"preset: should be one of {', '.join(PRESETS)}, not 'ncsr-x2'"),
     "variant": ("images: [a]\nvariant: some", "variant: should be one of noise, noise-all, std, no-layer, srflow, not 'some'"),
     "run": ("images: [a]\nrun: 3", "run: should be a folder, not 3"),
+    "empty-run": ("images: [a]\nrun: ''", "run: should be a folder, not ''"),
+    "empty-path": ("images: ['']", "images must be a path, not an empty text"),
     "range": ("images: [a]\ncrop: 90", "crop must be a positive multiple of 2·scale = 8, not 90"),
     "model-range": ("images: [a]\nmodel: {scale: 3}", "model.scale must be 4 or 8, not 3"),
     "model-type": ("images: [a]\nmodel: {steps: deep}", "model.steps: should be an integer, not 'deep'"),

@@ -12,10 +12,10 @@ from support import tiny_config
 
 from ncsr_fast import NCSR
 from ncsr_fast.benchmarks import harness
-from ncsr_fast.memory import peak_bytes
+from ncsr_fast.memory import is_out_of_memory, peak_bytes
 from ncsr_fast.training import memory
 from ncsr_fast.training.batch import Draws
-from ncsr_fast.training.memory import MemoryEstimate, Variant, advice, available_memory, estimate, is_out_of_memory
+from ncsr_fast.training.memory import MemoryEstimate, Variant, advice, available_memory, estimate
 from ncsr_fast.training.settings import TrainSettings
 from ncsr_fast.training.stages import EncoderStage, FlowStage
 

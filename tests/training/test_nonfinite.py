@@ -161,6 +161,15 @@ def test_where_it_began(step, name, place, value, where):
     assert where in first_nonfinite(model, objective, inputs, batch)
 
 
+def test_a_gradient_whose_norm_overflows(step):
+    """Each of its values is finite, their squares are not."""
+    model, objective, inputs, batch = step
+    original = objective.forward
+    objective.forward = lambda *inputs: original(*inputs) + 1e30 * model.levels[1].actnorm_bias[0, 0]
+    said = first_nonfinite(model, objective, inputs, batch)
+    assert said == "the norm of the gradient, which overflows; its largest value, 1e+30, is of levels.1.actnorm_bias"
+
+
 def test_a_gradient_that_is_not_finite(step):
     """Forwards all is finite: sqrt'(0) is not."""
     model, objective, inputs, batch = step

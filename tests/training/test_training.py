@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -179,6 +180,14 @@ def test_learning_rate_schedule(settings):
         ({"lr_images": ("a",), "degradation": "mine:blur"}, "give one of the two"),
         ({"precision": "fp16"}, "precision must be one of fp32, tf32, bf16"),
         ({"backoff": 2.0}, "backoff must be at most 1"),
+        ({"lr": float("inf")}, "lr must be positive and finite, not inf"),
+        ({"max_std": float("nan")}, "max_std must be 0 or more and finite, not nan"),
+        ({"milestones": (0.5, float("nan"))}, "milestones must be finite"),
+        ({"temperatures": (0.8, -0.1)}, r"temperatures must be 0 or more, not \(0.8, -0.1\)"),
+        ({"validation_size": 7}, "validation_size must be at least 2·scale = 8, not 7"),
+        ({"validation_lr": "lr"}, "validation_lr holds the LR images of validation, which is missing"),
+        ({"images": ("a", "")}, "images must be a path, not an empty text"),
+        ({"start_from": ""}, "start_from must be a path, not an empty text"),
         ({"crop": 30}, r"crop must be a positive multiple of 2·scale = 8, not 30"),
         ({"betas": (0.9, 1.0)}, "betas must be two numbers"),
     ],
@@ -186,6 +195,16 @@ def test_learning_rate_schedule(settings):
 def test_bad_settings(settings, changes, message):
     with pytest.raises(ValueError, match=message):
         replace(settings, **changes)
+
+
+def test_paths_may_be_objects_and_begin_at_home(settings, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    given = {"images": Path("~/a"), "lr_images": ["~/b"], "validation": "~", "validation_lr": Path("c/~"), "start_from": "~/d"}
+    found = replace(settings, **given, encoder_weights="~/e.pth").to_dict()
+    assert found["images"] == ["/home/me/a"] and found["lr_images"] == ["/home/me/b"] and found["validation"] == "/home/me"
+    assert found["validation_lr"] == "c/~" and found["start_from"] == "/home/me/d"
+    assert found["encoder_weights"] == "/home/me/e.pth"
+    assert replace(settings, images="~/a").images == ("/home/me/a",)
 
 
 def test_settings_round_trip(settings):

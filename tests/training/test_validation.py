@@ -9,7 +9,7 @@ import pytest
 import torch
 from support import image, tiny_model, tiny_settings
 
-from ncsr_fast.data import degrade, read_image, write_image
+from ncsr_fast.data import ImageError, RandomCrops, degrade, read_image, write_image
 from ncsr_fast.training.validation import validation_pairs
 from ncsr_fast.training.watch import health, sample_metrics
 
@@ -62,7 +62,7 @@ def test_health_names_the_smallest_scale(model):
 
 def test_pairs_are_the_middles_of_validation_images(photos):
     settings = tiny_settings("elsewhere", validation=str(photos), validation_images=2, validation_size=70)
-    pairs = validation_pairs(settings, slice(None))
+    pairs = validation_pairs(settings, (), slice(None))
     assert list(pairs) == [0, 1]
     hr, lr = pairs[0]
     assert torch.equal(hr, read_image(photos / "a.png")[:, 16:80, 24:88]), "64 of 96 and 120, from a multiple of 8"
@@ -73,15 +73,28 @@ def test_pairs_of_given_lr_images_lie_at_the_same_place(photos, tmp_path):
     for path in photos.rglob("*.png"):
         write_image(tmp_path / "lr" / path.relative_to(photos), read_image(path)[:, ::4, ::4])
     settings = tiny_settings(photos, lr_images=(str(tmp_path / "lr"),), validation_size=40)
-    for hr, lr in validation_pairs(settings, slice(None)).values():
+    training = RandomCrops(photos, tmp_path / "lr", scale=4, crop=32).files
+    for hr, lr in validation_pairs(settings, training, slice(None)).values():
         assert torch.equal(lr, hr[:, ::4, ::4])
     both = replace(settings, images=("a",), lr_images=(), validation=str(photos), validation_lr=str(tmp_path / "lr"))
-    assert torch.equal(validation_pairs(both, slice(None))[2][1], lr)
+    assert torch.equal(validation_pairs(both, (), slice(None))[2][1], lr)
+
+
+def test_training_images_that_cannot_be_read_are_passed_over(photos):
+    """Where a folder is named for validation, they are an error instead."""
+    path = photos / "a.png"
+    path.write_bytes(path.read_bytes()[:-200])  # found only when it is decoded
+    settings = tiny_settings(photos, validation_images=2, validation_size=70)
+    pairs = validation_pairs(settings, RandomCrops(photos, scale=4, crop=32).files, slice(None))
+    assert torch.equal(pairs[0][0], read_image(photos / "b.png")[:, 16:80, 24:88]) and list(pairs) == [0, 1]
+    with pytest.raises(ImageError, match="^validation: cannot read image '.*a.png'"):
+        validation_pairs(replace(settings, validation=str(photos)), (), slice(None))
 
 
 def test_processes_share_them(photos):
     settings = tiny_settings(photos)
-    whole = validation_pairs(settings, slice(None))
-    shares = [validation_pairs(settings, slice(rank, None, 2)) for rank in range(2)]
+    training = RandomCrops(photos, scale=4, crop=32).files
+    whole = validation_pairs(settings, training, slice(None))
+    shares = [validation_pairs(settings, training, slice(rank, None, 2)) for rank in range(2)]
     assert [list(share) for share in shares] == [[0, 2], [1]]
     assert all(torch.equal(pair[0], whole[number][0]) for share in shares for number, pair in share.items())

@@ -1,0 +1,94 @@
+"""Looking for files in a folder, so that nothing that is there is passed over without a word."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Collection, Iterable
+from pathlib import Path
+
+_NAMED = 3  # files that a message spells out of each kind
+
+
+class Search:
+    """The files below a folder whose names end as asked for, and the rest by what it is.
+
+    Links are followed. What two of them lead to is found once, at its own path where it has one in the folder.
+
+    Args:
+        folder: Where to look.
+        suffixes: What names may end in, in lower case and with the dot.
+    """
+
+    def __init__(self, folder: Path, suffixes: Collection[str]) -> None:
+        self.found: list[Path] = []
+        self.left_out: dict[str, list[Path]] = {}
+        self._folder, self._suffixes = folder, suffixes
+        self._places: set[tuple[int, int]] = set()  # by what the file system knows files and folders by
+        self._links: list[Path] = []
+        self._enter(folder, linked=False)
+        while self._links:  # when all that is there by itself is listed
+            self._follow(self._links.pop(0))
+
+    def account(self) -> str:
+        """What was left out, in a line: how many files of each kind, and the first few."""
+        names = {kind: [str(path.relative_to(self._folder)) for path in sorted(paths)] for kind, paths in self.left_out.items()}
+        return "; ".join(f"{len(found)} {kind} ({named(found)})" for kind, found in names.items())
+
+    def _enter(self, folder: Path, linked: bool) -> None:
+        try:
+            if not self._is_new(folder.stat()):
+                self._leave("that are listed under another path", folder)
+                return
+            with os.scandir(folder) as entries:
+                entries = sorted(entries, key=lambda entry: entry.name)
+        except OSError as error:
+            self._leave(f"that cannot be opened: {error.strerror}", folder)
+            return
+        for entry in entries:
+            path = folder / entry.name
+            if entry.name.startswith("."):
+                self._leave("hidden", path)
+            elif entry.is_symlink():
+                self._links.append(path)
+            elif entry.is_dir():
+                self._enter(path, linked)
+            else:
+                self._add(path, entry.stat(), linked)
+
+    def _follow(self, link: Path) -> None:
+        try:
+            status = link.stat()
+        except OSError:
+            self._leave("links that lead nowhere", link)
+            return
+        if stat.S_ISDIR(status.st_mode):
+            self._enter(link, linked=True)
+        else:
+            self._add(link, status, linked=True)
+
+    def _add(self, path: Path, status: os.stat_result, linked: bool) -> None:
+        if not stat.S_ISREG(status.st_mode):
+            self._leave("that are neither files nor folders", path)
+        elif path.suffix.lower() not in self._suffixes:
+            self._leave(f"that end in {path.suffix}" if path.suffix else "whose names have no ending", path)
+        elif not self._is_new(status) and linked:  # without links they are two names of one content, each meant
+            self._leave("that are listed under another path", path)
+        else:
+            self.found.append(path)
+
+    def _is_new(self, status: os.stat_result) -> bool:
+        """Note a file or folder, and say if it was not noted before."""
+        place = (status.st_dev, status.st_ino)
+        known = place in self._places
+        self._places.add(place)
+        return not known
+
+    def _leave(self, kind: str, path: Path) -> None:
+        self.left_out.setdefault(kind, []).append(path)
+
+
+def named(names: Iterable[str]) -> str:
+    """The first few names, for a message."""
+    names = list(names)
+    return ", ".join(map(repr, names[:_NAMED])) + (", …" if len(names) > _NAMED else "")

@@ -1,0 +1,150 @@
+"""The tensors of an RRDB network in the files of SRFlow, BasicSR, ESRGAN and ESRGAN+, by name, and the network they make.
+
+The names of SRFlow, which are also those of NCSR and of ESRGAN's new architecture, are what all others are turned into.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from torch import Tensor
+
+from ncsr_fast.files import CheckpointError
+from ncsr_fast.nn.state_dicts import StateDict, read_named
+
+if TYPE_CHECKING:
+    from ncsr_fast.nn.encoder import RRDB
+
+_OF_FLOW = "RRDB."  # what the names of a flow's encoder begin with
+
+
+class GeneratorState(NamedTuple):
+    """The tensors of an RRDB network, and where they come from."""
+
+    tensors: dict[str, Tensor]  # by SRFlow's names
+    names: dict[str, str]  # SRFlow's name → name in the file
+    of_flow: bool  # the encoder of a flow, whose long skip starts at the last block
+
+
+def read_generator(source: Mapping[str, Tensor] | str | os.PathLike) -> GeneratorState:
+    """The tensors of an RRDB network, from a state dict or a file in any of the namings.
+
+    The namings are: the RRDB files of SRFlow and NCSR and ESRGAN's new architecture (`RRDB_trunk…`), BasicSR and
+    Real-ESRGAN (`body…`), ESRGAN's old architecture and ESRGAN+ (`model.…`), and the `RRDB.` part of a flow checkpoint.
+    """
+    return generator_state(read_named(source))
+
+
+def generator_state(named: StateDict) -> GeneratorState:
+    """The part of a checkpoint that is an RRDB network, under SRFlow's names."""
+    state, names = named
+    of_flow = any(name.startswith(_OF_FLOW) for name in state)
+    rename = _naming(state, of_flow)
+    renamed = {name: rename(name) for name in state if not of_flow or name.startswith(_OF_FLOW)}
+    return GeneratorState(
+        {new: state[old] for old, new in renamed.items()}, {new: names[old] for old, new in renamed.items()}, of_flow
+    )
+
+
+def configuration_of(state: Mapping[str, Tensor], unshuffle: int | None = None) -> dict[str, Any]:
+    """The arguments of the network that has this state dict (SRFlow's names), but for its long skip.
+
+    unshuffle  None: BasicSR's ×2 or ×1 generator where the first convolution reads 4 or 16 times the channels that the last
+               one makes, and there are two doublings, as in all of BasicSR's
+    """
+    try:
+        growth, channels = state["RRDB_trunk.0.RDB1.conv1.weight"].shape[:2]
+    except KeyError as error:
+        raise CheckpointError(f"the checkpoint is not that of an RRDB generator: it has no {error}") from error
+    read = state["conv_first.weight"].shape[1] if "conv_first.weight" in state else 3
+    made = state["conv_last.weight"].shape[0] if "conv_last.weight" in state else 3
+    doublings = len({name.split(".")[0] for name in state if name.startswith("upconv")})
+    if unshuffle is None:
+        unshuffle = {4 * made: 2, 16 * made: 4}.get(read, 1) if doublings == 2 else 1
+    if read % unshuffle**2 or unshuffle > 2**doublings:
+        raise ValueError(f"unshuffle={unshuffle}: the file's network reads {read} channels and doubles {doublings} times")
+    residual = any(name.endswith(".conv1x1.weight") for name in state)
+    return {
+        "scale": 2**doublings // unshuffle,
+        "channels": channels,
+        "growth": growth,
+        "blocks": len({name.split(".")[1] for name in state if name.startswith("RRDB_trunk.")}),
+        "unshuffle": unshuffle,
+        "in_channels": read // unshuffle**2,
+        "out_channels": made,
+        "dense_residual": residual,
+        "training_noise": "dense" if residual else "none",  # as ESRGAN+'s program trains: no file says whether it was
+    }
+
+
+def encoder_layout(encoder: RRDB) -> Iterator[tuple[str, Tensor]]:
+    """(SRFlow's name, tensor) of every tensor of the network, in the order of its own state dict."""
+    for name, tensor in encoder.state_dict().items():
+        yield _from_basicsr(_to_basicsr(name)), tensor
+
+
+def published_layout(encoder: RRDB) -> Iterator[tuple[str, Tensor]]:
+    """The same, with the names that the program whose network it is reads.
+
+    ESRGAN+'s has ESRGAN's old names, those with a pixel unshuffle have BasicSR's, all others are in SRFlow's.
+    """
+    for name, tensor in encoder.state_dict().items():
+        name = _to_basicsr(name)
+        if encoder.dense_residual:
+            name = _to_old_esrgan(_from_basicsr(name), len(encoder.body), len(encoder.conv_up))
+        elif encoder.unshuffle == 1:
+            name = _from_basicsr(name)
+        yield name, tensor
+
+
+def _naming(state: Mapping[str, Tensor], of_flow: bool) -> Callable[[str], str]:
+    """The function that makes SRFlow's names of those in a state dict."""
+    if of_flow:
+        return lambda name: name.removeprefix(_OF_FLOW)
+    if any(name.startswith("model.1.sub.") for name in state):
+        return _from_old_esrgan(state)
+    return _from_basicsr  # SRFlow's names are left as they are
+
+
+def _to_basicsr(name: str) -> str:
+    """BasicSR's name of a tensor of our module: only the upsampling convolutions, a list counted from 0, have another."""
+    return re.sub(r"^conv_up\.(\d+)", lambda match: f"conv_up{int(match[1]) + 1}", name)
+
+
+def _from_basicsr(name: str) -> str:
+    name = re.sub(r"^body\.(\d+)\.rdb(\d)", r"RRDB_trunk.\1.RDB\2", name)
+    name = re.sub(r"^conv_body\b", "trunk_conv", name)
+    name = re.sub(r"^conv_up(\d)", r"upconv\1", name)
+    return re.sub(r"^conv_hr\b", "HRconv", name)
+
+
+def _old_esrgan_layers(doublings: int) -> dict[int, str]:
+    """ESRGAN's old architecture numbers all layers; model.1 are the blocks, a doubling is three layers (nearest neighbour,
+    convolution, LeakyReLU), and two convolutions end the network."""
+    end = 3 * doublings
+    upsampling = {3 * number: f"upconv{number}" for number in range(1, doublings + 1)}
+    return {0: "conv_first", **upsampling, end + 2: "HRconv", end + 4: "conv_last"}
+
+
+def _from_old_esrgan(state: Mapping[str, Tensor]) -> Callable[[str], str]:
+    last = max(int(found[1]) for found in (re.match(r"model\.(\d+)\.", name) for name in state) if found)
+    layers = _old_esrgan_layers((last - 4) // 3)
+
+    def rename(name: str) -> str:
+        name = re.sub(r"^model\.1\.sub\.(\d+)\.RDB(\d)\.conv(\d)\.0", r"RRDB_trunk.\1.RDB\2.conv\3", name)
+        name = re.sub(r"^model\.1\.sub\.(\d+)\.RDB(\d)\.conv1x1", r"RRDB_trunk.\1.RDB\2.conv1x1", name)
+        name = re.sub(r"^model\.1\.sub\.\d+\.(weight|bias)$", r"trunk_conv.\1", name)
+        return re.sub(r"^model\.(\d+)\.(weight|bias)$", lambda found: f"{layers.get(int(found[1]), found[1])}.{found[2]}", name)
+
+    return rename
+
+
+def _to_old_esrgan(name: str, blocks: int, doublings: int) -> str:
+    layers = {new: f"model.{number}" for number, new in _old_esrgan_layers(doublings).items()}
+    layers["trunk_conv"] = f"model.1.sub.{blocks}"
+    name = re.sub(r"^RRDB_trunk\.(\d+)\.(RDB\d\.conv\d)\b", r"model.1.sub.\1.\2.0", name)
+    name = re.sub(r"^RRDB_trunk\.", "model.1.sub.", name)
+    return re.sub(r"^\w+", lambda found: layers.get(found[0], found[0]), name)

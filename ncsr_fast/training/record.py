@@ -1,0 +1,79 @@
+"""Which images a run is trained on: recorded in RUN/data.json, and compared when the run is resumed."""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from pathlib import Path
+from typing import Any
+
+from ncsr_fast.data.crops import RandomCrops
+from ncsr_fast.data.pickled import PickledImage
+from ncsr_fast.data.sources import Source
+from ncsr_fast.files import atomic_write
+
+_END = 64 * 1024  # bytes at a file's end that are looked at: all of it is too slow, and an image changed anywhere differs there
+_NAMED = 3  # images spelled out of each kind
+
+
+def data_record(crops: RandomCrops) -> dict[str, Any]:
+    """JSON-ready: "images" in the order crops are drawn from, each as name, height, width, bytes and checksum, a pair as both
+    one after the other; and "left_out", the reasons by file. Names begin with the number of the place, which may move.
+
+    The checksum is of a file's last 64 KiB, where compressed images that differ anywhere differ; of an image in a `.pklv4`
+    it is of all pixels.
+    """
+    images = [[value for source in files for value in _entry(crops, source)] for files in crops.files]
+    return {"images": images, "left_out": dict(sorted(crops.broken.items()))}
+
+
+def changes(path: Path, now: dict[str, Any]) -> str | None:
+    """What differs between the images recorded in the file and those of `now`; None for nothing, or without a file.
+
+    Raises:
+        ValueError: The file is no record; the message says what to do.
+    """
+    try:
+        before = json.loads(path.read_text())["images"]
+        old, new = ({image[0]: image[1:] for image in images} for images in (before, now["images"]))
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        raise ValueError(f"{str(path)!r} is damaged ({error}); remove it, and the images are recorded anew") from error
+    found = (
+        ("new", [name for name in new if name not in old]),
+        ("gone", [name for name in old if name not in new]),
+        ("changed", [name for name in new if name in old and new[name] != old[name]]),
+    )
+    listed = [f"{len(names)} {kind} ({_some(names)})" for kind, names in found if names]
+    if not listed and before != now["images"]:
+        listed = ["the same images in another order"]
+    return "; ".join(listed) or None
+
+
+def write_record(path: Path, record: dict[str, Any]) -> None:
+    """One image a line."""
+    lines = ",\n".join(json.dumps(image) for image in record["images"])
+    with atomic_write(path) as temporary:
+        temporary.write_text(f'{{"images": [\n{lines}\n], "left_out": {json.dumps(record["left_out"], indent=1)}}}\n')
+
+
+def _entry(crops: RandomCrops, source: Source) -> list[Any]:
+    number, place = next((item for item in enumerate(crops.places) if _within(source, item[1])), (0, Path()))
+    height, width = crops.sizes[source]
+    if isinstance(source, PickledImage):
+        pixels = source.read().permute(1, 2, 0).contiguous().numpy()
+        return [f"{number}[{source.index}]", height, width, pixels.nbytes, zlib.crc32(pixels)]
+    with open(source, "rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - _END))
+        return [f"{number}/{source.relative_to(place).as_posix()}", height, width, size, zlib.crc32(file.read())]
+
+
+def _within(source: Source, place: Path) -> bool:
+    return source.images.path == place if isinstance(source, PickledImage) else source.is_relative_to(place)
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:_NAMED]) + (", …" if len(names) > _NAMED else "")

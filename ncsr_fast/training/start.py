@@ -1,0 +1,146 @@
+"""All that a run needs, looked at before it starts."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ncsr_fast.data.crops import RandomCrops
+from ncsr_fast.nn.ncsr import NCSR
+from ncsr_fast.training.model import first_model, random_model
+from ncsr_fast.training.processes import Processes
+from ncsr_fast.training.record import changes, data_record, write_record
+from ncsr_fast.training.run import Run
+from ncsr_fast.training.settings import TrainSettings
+from ncsr_fast.training.validation import Pairs, validation_pairs
+
+T = TypeVar("T")
+_STATE = 3  # values in a checkpoint for each weight: itself and Adam's two moments
+_MIB = 2**20
+
+
+@dataclass
+class Start:
+    """What a run begins or goes on with."""
+
+    run: Run
+    crops: RandomCrops
+    pairs: Pairs  # validated on
+    model: NCSR
+    checkpoints: dict[str, dict[str, Any]]  # by stage: the newest one of the newest stage, if any
+    data: dict[str, Any] | None  # record of the images; None in processes that write nothing
+    changed: str | None  # what of the images differs from those the run began with
+
+    def write(self, report: tuple[str, ...] = ()) -> None:
+        """Write the first files of the run: see `Run.begin`."""
+        self.run.begin(report)
+        if self.data is not None:
+            write_record(self.run.folder / "data.json", self.data)
+
+
+@dataclass
+class _Problems:
+    """Errors that are raised together, so that a user mends them together."""
+
+    errors: list[Exception] = field(default_factory=list)
+
+    def attempt(self, call: Callable[..., T], *arguments: Any) -> T | None:
+        """What `call` returns, or None after an error."""
+        try:
+            return call(*arguments)
+        except (ValueError, OSError, ImportError) as error:
+            self.errors.append(error)
+            return None
+
+    def raise_all(self) -> None:
+        """Raise the error if there is one, a ValueError with a line for each if there are several."""
+        if len(self.errors) == 1:
+            raise self.errors[0]
+        if self.errors:
+            raise ValueError("\n".join(map(str, self.errors)))
+
+
+def prepared(settings: TrainSettings, folder: Path, processes: Processes) -> Start:
+    """All that the run of these settings in `folder` needs, read and checked. Nothing is written.
+
+    Raises:
+        ValueError, OSError, ImportError: The settings do not fit the folder, the images, the weights, the number of processes
+            or the disk; several such errors are one ValueError with a line for each.
+    """
+    problems = _Problems()
+    problems.attempt(_check_share, settings, processes)
+    problems.attempt(_check_outside_images, settings, folder)
+    run = problems.attempt(Run, folder, settings, processes.first)
+    crops = problems.attempt(_crops, settings)
+    share = slice(processes.rank, None, processes.world)
+    pairs = None
+    if crops is not None or settings.validation is not None:
+        pairs = problems.attempt(validation_pairs, settings, crops.files if crops else (), share)
+    if crops is not None:
+        problems.attempt(crops.__getitem__, 0)  # the degradation works, and not all files are broken
+    stage = next((stage for stage in ("flow", "encoder") if run is not None and run.started(stage)), None)
+    # a run that is resumed has its weights in a checkpoint, and needs no longer what it began with
+    model = problems.attempt(first_model if stage is None else random_model, settings)
+    checkpoint = None
+    if model is not None and stage is not None:
+        checkpoint = problems.attempt(run.latest, stage, model)
+    if model is not None and processes.first:
+        problems.attempt(_check_room, folder, model)
+    data = changed = None
+    if crops is not None and processes.first:
+        data = problems.attempt(data_record, crops)
+    if data is not None:
+        changed = problems.attempt(changes, folder / "data.json", data)
+    problems.raise_all()
+    return Start(run, crops, pairs, model, {} if checkpoint is None else {stage: checkpoint}, data, changed)
+
+
+def _crops(settings: TrainSettings) -> RandomCrops:
+    return RandomCrops(
+        settings.images,
+        settings.lr_images,
+        scale=settings.model.scale,
+        crop=settings.crop,
+        seed=settings.seed,
+        degradation=settings.degradation,
+    )
+
+
+def _check_share(settings: TrainSettings, processes: Processes) -> None:
+    if settings.batch % processes.world:
+        raise ValueError(
+            f"batch must be a multiple of the number of processes, {processes.world}, which share it, not {settings.batch}"
+        )
+    if settings.graph and processes.device.type != "cuda":
+        raise ValueError(f"graph: CUDA graphs need a GPU, and the device is {str(processes.device)!r}; leave graph out")
+
+
+def _check_outside_images(settings: TrainSettings, folder: Path) -> None:
+    """Refuse a run whose samples would be among the images at the next start."""
+    for name, place in _image_places(settings):
+        if Path(place).is_dir() and folder.resolve().is_relative_to(Path(place).resolve()):
+            raise ValueError(
+                f"the run's folder {str(folder)!r} is inside {name} {place!r}, so that its samples would be trained on when it "
+                "is resumed; choose another folder"
+            )
+
+
+def _image_places(settings: TrainSettings) -> Iterator[tuple[str, str]]:
+    for name in ("images", "lr_images"):
+        yield from ((name, place) for place in getattr(settings, name))
+    for name in ("validation", "validation_lr"):
+        if getattr(settings, name) is not None:
+            yield name, getattr(settings, name)
+
+
+def _check_room(folder: Path, model: NCSR) -> None:
+    needed = _STATE * sum(weight.numel() * weight.element_size() for weight in model.parameters())
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(
+            f"the disk of {str(folder)!r} has {free / _MIB:.0f} MiB free, and a checkpoint takes {needed / _MIB:.0f} MiB; "
+            "make room, or choose another folder"
+        )

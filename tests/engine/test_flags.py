@@ -1,0 +1,440 @@
+"""PyTorch's global flags for float32 convolutions and products: what they are wherever the package does either, and afterwards.
+
+Which of them rounds anything depends on the processor and on the sizes, so it is the flags that are looked at.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+from compat.networks import SMALL
+from support import image, relative_error, tiny_model
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ncsr_fast import RRDB, accelerate
+from ncsr_fast.engine import convolution
+from ncsr_fast.engine.convolution import convolution_of_cudnn
+from ncsr_fast.engine.options import EngineOptions
+from ncsr_fast.export import Decoder
+from ncsr_fast.metrics import imresize, lpips
+from ncsr_fast.precision import convolutions_are_rounded, products_are_rounded, true_float32
+
+PER_OPERATOR = hasattr(torch.backends.cudnn, "conv")  # torch ≥ 2.9
+needs_per_operator = pytest.mark.skipif(not PER_OPERATOR, reason="flags of one operator each came with torch 2.9")
+
+
+def of_mkldnn(operator: str, value: str) -> None:
+    torch._C._set_fp32_precision_setter("mkldnn", operator, value)
+
+
+def of_all(value: str) -> None:
+    torch.backends.fp32_precision = value
+
+
+SETTINGS = {precision: [(torch.set_float32_matmul_precision, precision)] for precision in ("highest", "high", "medium")}
+if PER_OPERATOR:
+    SETTINGS |= {
+        "convolutions": [(of_mkldnn, "conv", "bf16")],
+        "products": [(of_mkldnn, "matmul", "tf32")],
+        "backend": [(of_mkldnn, "all", "bf16")],
+        "all": [(of_all, "tf32")],
+        "all, and backend": [(of_all, "tf32"), (of_mkldnn, "all", "tf32")],
+        "all, and one": [(of_all, "tf32"), (of_mkldnn, "conv", "bf16")],
+        "one, and it is exact": [(of_all, "bf16"), (of_mkldnn, "conv", "ieee")],
+    }
+WORST = "all, and one" if PER_OPERATOR else "medium"
+
+
+def set_flags(setting: str) -> dict[str, str]:
+    """Set them; returns what they are then."""
+    for setter, *arguments in SETTINGS[setting]:
+        setter(*arguments)
+    return values()
+
+
+def values() -> dict[str, str]:
+    """Every flag as it is now, and as it would be were another value set for all backends: it may inherit that."""
+    if not PER_OPERATOR:
+        return {"matmul": torch.get_float32_matmul_precision(), "cudnn": str(torch.backends.cudnn.allow_tf32)}
+    names = [(backend, operator) for backend in ("mkldnn", "cuda") for operator in ("all", "conv", "rnn", "matmul")]
+    now, found = torch.backends.fp32_precision, {"generic/all": torch.backends.fp32_precision}
+    for of_all_backends in ("none", "ieee", "tf32"):
+        torch.backends.fp32_precision = of_all_backends
+        found |= {f"{b}/{o} if {of_all_backends}": torch._C._get_fp32_precision_getter(b, o) for b, o in names}
+    torch.backends.fp32_precision = now
+    return found
+
+
+@pytest.fixture(autouse=True)
+def default_flags():
+    """Before and after each test."""
+    reset()
+    yield
+    reset()
+
+
+def reset() -> None:
+    torch.set_float32_matmul_precision("highest")
+    if PER_OPERATOR:
+        torch.backends.fp32_precision = "none"
+        for name in ("mkldnn/all", "mkldnn/conv", "mkldnn/matmul", "cuda/matmul"):
+            torch._C._set_fp32_precision_setter(*name.split("/"), "none")
+
+
+def exact_on_cpu(convolution: bool = True) -> bool:
+    """Whether PyTorch would round no operand of a float32 convolution (it computes some as products), or of a product."""
+    if not PER_OPERATOR:
+        return torch.get_float32_matmul_precision() == "highest"
+    operators = ("conv", "matmul") if convolution else ("matmul",)
+    return {getattr(torch.backends.mkldnn, operator).fp32_precision for operator in operators} <= {"ieee", "none"}
+
+
+class Watch(TorchDispatchMode):
+    """Calls a function at every convolution and every product, and asserts that the flags round none of float32 there."""
+
+    CONVOLUTIONS = (
+        "convolution", "_convolution", "convolution_backward", "_convolution_double_backward", "convolution_overrideable",
+        "mkldnn_convolution", "thnn_conv2d", "slow_conv2d_forward",
+    )  # fmt: skip
+    PRODUCTS = ("mm", "bmm", "addmm", "baddbmm", "addbmm", "mv", "addmv", "dot", "vdot", "linear", "matmul", "einsum")
+
+    def __init__(self, call=lambda: None) -> None:
+        super().__init__()
+        self.call, self.convolutions, self.products = call, 0, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.name().split("::")[1].split(".")[0]
+        if name in self.CONVOLUTIONS or name in self.PRODUCTS:
+            self.convolutions += name in self.CONVOLUTIONS
+            self.products += name in self.PRODUCTS
+            self.call()
+            float32 = any(isinstance(argument, torch.Tensor) and argument.dtype == torch.float32 for argument in args)
+            assert not float32 or exact_on_cpu(name in self.CONVOLUTIONS), f"{name} may be rounded"
+        return function(*args, **(kwargs or {}))
+
+
+# -- every pass ----------------------------------------------------------------------------------------------------
+
+LR, HR = image(1, 3, 4, 4, dtype=torch.float32), image(1, 3, 16, 16, dtype=torch.float32)
+
+
+def model_of(engine: str, backend: str):
+    model = tiny_model(dtype=torch.float32, steps=2, noise_steps=(0, 2, 2))
+    model.options = EngineOptions(engine=engine, backend=backend)
+    return model
+
+
+def gradients(module: torch.nn.Module, value: torch.Tensor) -> list[torch.Tensor]:
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    found = torch.autograd.grad(value, parameters, allow_unused=True)
+    return [gradient for gradient in found if gradient is not None]
+
+
+def nll(model) -> list[torch.Tensor]:
+    value = model.nll(HR, LR)
+    return [value.detach(), *gradients(model, value.sum())]
+
+
+def images(model) -> list[torch.Tensor]:
+    with torch.no_grad():
+        latents, likelihood = model.encode(HR, LR)
+        sampled = model.sample(LR, n=2, temperature=0.5, generator=torch.Generator().manual_seed(0))
+        return [*latents, likelihood, model.decode(latents, LR), sampled]
+
+
+def decoded(model) -> list[torch.Tensor]:
+    latents = [0.5 * image(1, *shape, dtype=torch.float32) for shape in model.latent_shapes(4, 4)]
+    value = model.decode(latents, LR)
+    return [value.detach(), *gradients(model, value.square().mean())]
+
+
+def initialized(model) -> list[torch.Tensor]:
+    return [model.initialize(HR, LR), *(level.actnorm_bias.detach().clone() for level in model.levels)]
+
+
+def checked(model) -> list[torch.Tensor]:
+    report = model.check_invertibility(LR, 0.5, torch.Generator().manual_seed(0))
+    return [torch.tensor([step.largest_state for step in report.steps])]
+
+
+def second_order(model) -> list[torch.Tensor]:
+    lr = LR.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(model.nll(HR, lr).sum(), lr, create_graph=True)
+    return [gradient.detach(), *gradients(model, gradient.square().sum())]
+
+
+def functional(model) -> list[torch.Tensor]:
+    def loss(parameters):
+        return torch.func.functional_call(model, parameters, (HR, LR)).sum()
+
+    return [g.detach() for g in torch.func.grad(loss)(dict(model.named_parameters())).values()]
+
+
+def exported(model) -> list[torch.Tensor]:
+    decoder = Decoder(model, clip=False)
+    return [decoder(*decoder.example(1, 4, 4))]
+
+
+PASSES = [nll, images, decoded, initialized, checked, second_order, functional, exported]
+
+
+@pytest.mark.parametrize("backend", ["reference", "native"])
+@pytest.mark.parametrize("engine", ["fused", "plain"])
+@pytest.mark.parametrize("run", PASSES, ids=lambda run: run.__name__)
+def test_no_pass_of_a_flow_lets_pytorch_round(run, engine, backend):
+    """Nor do numbers change, but by roundings of float32: those of TF32, 5e-4, or bfloat16, 4e-3, show on processors that have
+    them."""
+    expected = run(model_of(engine, backend))
+    before = set_flags(WORST)
+    with Watch() as watch:
+        found = run(model_of(engine, backend))
+    assert watch.convolutions > 20 and values() == before
+    for value, of in zip(found, expected, strict=True):
+        assert relative_error(value, of) < 1e-4 if of.any() else not value.any()
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_nor_does_a_pass_under_other_flags(setting):
+    before = set_flags(setting)
+    with Watch() as watch:
+        nll(model_of("fused", "reference"))
+    assert watch.convolutions > 50 and watch.products > 20 and values() == before
+
+
+def test_nor_does_an_encoder():
+    encoder = RRDB(4, 4, 4, 1, (0,))
+    before = set_flags(WORST)
+    with Watch() as watch:
+        gradients(encoder, encoder(LR).sum())
+        gradients(encoder, sum(features.sum() for features in encoder.features(LR)))
+        gradients(encoder, sum(features.sum() for features in encoder.pyramid(LR)[0]))
+    assert watch.convolutions > 60 and values() == before
+
+
+def test_nor_do_an_accelerated_network_and_its_trial():
+    net, arguments = SMALL.build(torch.float32), SMALL.images(torch.float32)
+    before = set_flags(WORST)
+    with Watch() as watch:
+        report = accelerate(net)
+        net(**arguments)[1].sum().backward()
+        with torch.no_grad():
+            net(lr=arguments["lr"], z=image(2, 96, 4, 5).float(), eps_std=0.5, reverse=True, **SMALL.condition(torch.float32))
+    assert not report.handed_over and watch.convolutions > 100 and values() == before
+
+
+def test_nor_does_a_metric():
+    expected = imresize(HR, 0.25)
+    set_flags(WORST)
+    with Watch() as watch:
+        assert relative_error(imresize(HR, 0.25), expected) < 1e-6
+        lpips(HR, HR[0], lambda x, y: torch.nn.functional.conv2d(x, y[:, :, :3, :3]))
+    assert watch.products == 2 and watch.convolutions == 1
+
+
+# -- who else sees the flags ---------------------------------------------------------------------------------------
+
+
+def test_what_the_flags_say_can_be_read_inside_a_pass():
+    """By hooks of the user's, and by other threads."""
+
+    def read() -> None:
+        assert isinstance(torch.backends.cudnn.allow_tf32, bool)
+        assert isinstance(torch.backends.cuda.matmul.allow_tf32, bool)
+        assert torch.get_float32_matmul_precision() == "medium"
+        assert products_are_rounded("cpu") and convolutions_are_rounded("cpu")  # as the program has set them
+
+    set_flags("medium")
+    model = model_of("fused", "native")
+    model.encoder.body[0].register_forward_hook(lambda *_: read())
+    with Watch(read) as watch:
+        nll(model)
+    assert watch.convolutions > 50
+
+
+IN_A_PROCESS = """
+from types import SimpleNamespace
+
+import torch
+from ncsr_fast import NCSR, NCSRConfig
+from ncsr_fast.precision import true_float32
+
+def cuda_says():
+    return torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision
+
+of_gpu = SimpleNamespace(device=torch.device("cuda"), dtype=torch.float32)
+default = cuda_says()
+assert default[0] == "tf32"
+for precision in ("tf32", "ieee"):  # what nobody set follows what is set for all; what was set stays
+    for _ in range(2):
+        with true_float32(of_gpu):
+            assert set(cuda_says()) == {"ieee"}
+            with true_float32(of_gpu):
+                pass
+            assert set(cuda_says()) == {"ieee"}
+    torch.backends.fp32_precision = precision
+    assert cuda_says()[0] == precision
+    torch.backends.fp32_precision = "none"
+    assert cuda_says() == default
+torch.backends.cudnn.conv.fp32_precision = "tf32"
+with true_float32(of_gpu):
+    assert set(cuda_says()) == {"ieee"}
+torch.backends.fp32_precision = "ieee"
+assert cuda_says() == ("tf32", "ieee")
+
+def enter_flags(*_):
+    with torch.backends.cudnn.flags(enabled=True):
+        pass
+
+torch.backends.fp32_precision, torch.backends.cudnn.allow_tf32 = "none", True
+config = NCSRConfig(scale=4, channels=4, growth=2, blocks=1, stacked_blocks=(), steps=1, hidden_channels=4)
+model = NCSR(config)
+model.encoder.body[0].register_forward_hook(enter_flags)
+model(torch.rand(1, 3, 16, 16), torch.rand(1, 3, 4, 4)).sum().backward()
+"""
+
+
+@needs_per_operator
+def test_cudnn_flags_are_what_they_were(tmp_path):
+    """Inherited ones too. In a process of its own: the default of cuDNN's cannot be put back."""
+    subprocess.run([sys.executable, "-c", IN_A_PROCESS], check=True, cwd=tmp_path)
+
+
+@pytest.mark.parametrize("entered_again", [False, True])
+def test_a_flag_that_is_set_meanwhile_stays(entered_again):
+    high = set_flags("high")
+    set_flags("medium")
+    with true_float32(LR):
+        assert exact_on_cpu()
+        set_flags("high")
+        if entered_again:
+            with true_float32(LR):
+                assert exact_on_cpu()
+            assert exact_on_cpu() and products_are_rounded("cpu")
+    assert values() == high and torch.get_float32_matmul_precision() == "high"
+
+
+def test_passes_of_other_dtypes_change_no_flag():
+    before = set_flags("medium")
+    for dtype in (torch.float64, torch.bfloat16, torch.float16):
+        with true_float32(LR.to(dtype)):
+            assert values() == before
+
+
+def test_flags_are_put_back_after_an_error():
+    before = set_flags(WORST)
+    with pytest.raises(KeyError), true_float32(LR):
+        raise KeyError
+    assert values() == before
+
+
+def test_the_convolution_whose_flag_is_an_argument():
+    """What runs on a GPU; there, its last argument decides."""
+    x, weight, bias = image(2, 6, 5, 7, dtype=torch.float32), image(4, 6, 3, 3, seed=1).float(), image(4, seed=2).float()
+    expected = torch.nn.functional.conv2d(x, weight, bias, padding=1)
+    for allowed in (False, True):
+        assert torch.equal(convolution_of_cudnn(x, weight, bias, 1, allowed), expected)
+
+
+@needs_per_operator
+@pytest.mark.parametrize("precision, backward", [("fp32", "ieee"), ("tf32", "tf32")])
+def test_what_a_gpu_is_asked_for(precision, backward, monkeypatch):
+    """Forward, the argument says it and no flag is changed; backward, the flag is. Tensors without memory will do."""
+    monkeypatch.setattr(convolution, "has_cudnn", lambda: True)
+    seen = []
+
+    class Calls(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.append((function, args[-1], torch.backends.cudnn.conv.fp32_precision))
+            return function(*args, **(kwargs or {}))
+
+    method = convolution.ConvolutionMethod(precision)
+    with FakeTensorMode():
+        x, weight = torch.empty(1, 3, 8, 8, device="cuda"), torch.empty(4, 3, 3, 3, device="cuda")
+        with Calls():
+            y = convolution.convolve(x, weight, None, method)
+            convolution.convolution_backward(y, x, weight, (True, True, False), method)
+    aten, default = torch.ops.aten, torch.backends.cudnn.conv.fp32_precision
+    assert (aten._convolution.default, precision == "tf32", default) in seen
+    assert (aten.convolution_backward.default, [True, True, False], backward) in seen
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("precision", ["fp32", "tf32"])
+def test_precision_on_a_gpu(precision):
+    """Whatever the flags: true float32 is as near to float64 as that, TF32 is not."""
+    torch.backends.cudnn.allow_tf32 = precision == "fp32"  # the other way round
+    expected = tiny_model(channels=16, growth=16).cuda().nll(HR.double().cuda(), LR.double().cuda())
+    model = tiny_model(dtype=torch.float32, channels=16, growth=16).cuda()
+    model.precision = precision
+    error = relative_error(model.nll(HR.cuda(), LR.cuda()).detach(), expected.detach())
+    assert error < 1e-5 if precision == "fp32" else error > 1e-5
+
+
+# -- threads -------------------------------------------------------------------------------------------------------
+
+
+def in_threads(*functions) -> list:
+    """Call them at once; returns their values, raises their errors."""
+    results: list = [None] * len(functions)
+
+    def call(index: int) -> None:
+        try:
+            results[index] = functions[index]()
+        except BaseException as error:
+            results[index] = error
+
+    threads = [threading.Thread(target=call, args=(index,)) for index in range(len(functions))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
+    return results
+
+
+def test_a_pass_that_ends_leaves_the_flags_to_one_that_does_not():
+    """Both are inside their first convolution; one ends, the other goes on, and then the flags are put back."""
+    before = set_flags(WORST)
+    both_inside, one_is_out = threading.Barrier(2, timeout=60), threading.Event()
+
+    def run(*at_first_convolution) -> int:
+        waits = list(at_first_convolution)
+
+        def wait() -> None:
+            while waits:
+                waits.pop(0)()
+
+        with Watch(wait) as watch:
+            nll(model_of("fused", "native"))
+        one_is_out.set()
+        return watch.convolutions
+
+    def stays() -> None:
+        assert one_is_out.wait(60)
+
+    assert in_threads(lambda: run(both_inside.wait), lambda: run(both_inside.wait, stays))[0] > 50
+    assert values() == before
+
+
+def test_threads_share_a_model():
+    """Samples and gradients of every thread are those of one alone, to the last bit, and the flags are what they were."""
+    before = set_flags(WORST)
+    model = model_of("fused", "native")
+
+    def run(seed: int) -> list[torch.Tensor]:
+        with torch.no_grad():
+            sampled = model.sample(LR, n=2, temperature=0.5, generator=torch.Generator().manual_seed(seed))
+        return [sampled, *nll(model)]
+
+    expected = [run(seed) for seed in range(4)]
+    for _ in range(3):
+        for found, of in zip(in_threads(*(lambda seed=seed: run(seed) for seed in range(4))), expected):
+            assert all(torch.equal(value, other) for value, other in zip(found, of, strict=True))
+        assert values() == before

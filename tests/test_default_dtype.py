@@ -1,0 +1,120 @@
+"""PyTorch's default dtype is the program's to choose: float64 makes float64 models, and float32 ones stay what they are."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from compat.networks import SMALL
+from support import image, relative_error, tiny_config
+
+from ncsr_fast import NCSR, RRDB, accelerate, graphs, metrics
+from ncsr_fast.evaluation import evaluate
+from ncsr_fast.export import Decoder, export_program
+
+
+@pytest.fixture(autouse=True)
+def float64_by_default():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture(params=[torch.float32, torch.float64], ids=str)
+def dtype(request) -> torch.dtype:
+    return request.param
+
+
+@pytest.fixture(params=["fused", "plain"])
+def model(request, dtype) -> NCSR:
+    """One made under the default, or of float32."""
+    torch.manual_seed(0)
+    model = NCSR(tiny_config(), engine=request.param)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float64}
+    return model.to(dtype)
+
+
+def images(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    return image(2, 3, 16, 16, seed=1, dtype=dtype), image(2, 3, 4, 4, seed=2, dtype=dtype)
+
+
+def test_a_flow(model, dtype):
+    hr, lr = images(dtype)
+    assert model.initialize(hr, lr).dtype == dtype
+    nll = model(hr, lr)
+    nll.sum().backward()
+    assert nll.dtype == dtype and all(p.grad.dtype == dtype for p in model.parameters() if p.grad is not None)
+    with torch.no_grad():
+        latents, likelihood = model.encode(hr, lr)
+        assert {latent.dtype for latent in latents} == {likelihood.dtype} == {dtype}
+        decoded = model.decode(latents, lr)
+        assert decoded.dtype == dtype and relative_error(decoded, hr) < 1e-4
+        for on_nonfinite in ("warn", "retry"):
+            assert model.sample(lr, 2, 0.5, torch.Generator().manual_seed(0), on_nonfinite=on_nonfinite).dtype == dtype
+        assert model.check_invertibility(lr, 0.5).healthy
+        assert model.freeze_for_inference().sample(lr, 2, 0.5).dtype == dtype
+
+
+def test_results_do_not_depend_on_it(model, dtype):
+    hr, lr = images(dtype)
+    with torch.no_grad():
+        found = [model(hr, lr), model.sample(lr, 2, 0.5, torch.Generator().manual_seed(0))]
+        torch.set_default_dtype(torch.float32)
+        expected = [model(hr, lr), model.sample(lr, 2, 0.5, torch.Generator().manual_seed(0))]
+    assert all(torch.equal(value, of) for value, of in zip(found, expected))
+
+
+def test_an_encoder(dtype):
+    encoder = RRDB(4, 4, 4, 1, (0,)).to(dtype)
+    _, lr = images(dtype)
+    encoder(lr).sum().backward()
+    assert encoder(lr).dtype == dtype and {features.dtype for features in encoder.features(lr)} == {dtype}
+
+
+def test_saved_and_loaded(model, dtype, tmp_path):
+    model.save_pretrained(tmp_path)
+    loaded = NCSR.from_pretrained(tmp_path)
+    assert {parameter.dtype for parameter in loaded.parameters()} == {dtype}
+
+
+def test_a_step_of_training(model, dtype):
+    hr, lr = images(dtype)
+    optimizer = graphs.adam(model, lr=1e-3)
+    assert optimizer.param_groups[0]["lr"].dtype == torch.float32  # a fused Adam on a GPU takes no other
+    step = graphs.TrainingStep(model, optimizer, max_grad_norm=1.0, graph=False)
+    before = model.levels[0].invconv.detach().clone()
+    loss, norm = step(hr, lr)
+    assert loss.dtype == dtype and not torch.equal(model.levels[0].invconv, before)
+    assert step.counters.tolist() == [1, 0, 0, -1] and step.rate.dtype == torch.float32
+    sr, first_bad = graphs.Sampler(model, 2, graph=False)(lr, 0.5)
+    assert sr.dtype == dtype and (first_bad == 4).all()
+
+
+def test_metrics(model, dtype):
+    hr, lr = images(dtype)
+    assert metrics.imresize(hr, 0.25).dtype == dtype
+    assert metrics.psnr(hr, hr.flip(2)).dtype == metrics.ssim(hr, hr.flip(2)).dtype == torch.float64
+    photo = (hr[0] * 255).to(torch.uint8)
+    assert all(torch.tensor(list(score.means().values())).isfinite().all() for score in evaluate(model, [photo], [0.5], n=2))
+
+
+def test_an_accelerated_network(dtype):
+    net, arguments = SMALL.build(dtype), SMALL.images(dtype)
+    with torch.no_grad():
+        expected = net(**arguments)
+        report = accelerate(net)
+        found = net(**arguments)
+        dequantised = net(**arguments, add_gt_noise=True)
+        decoded = net(
+            lr=arguments["lr"], z=image(2, 96, 4, 5, dtype=dtype), eps_std=0.5, reverse=True, **SMALL.condition(dtype)
+        )
+    assert {value.dtype for value in (*dequantised, *decoded)} == {dtype}
+    assert not report.handed_over
+    for value, of in zip(found, expected):
+        assert value.dtype == of.dtype and relative_error(value, of) < 1e-4
+
+
+def test_an_exported_decoder(dtype):
+    model = NCSR(tiny_config()).to(dtype)
+    decoder = Decoder(model)
+    example = decoder.example(1, 4, 4)
+    assert export_program(decoder).module()(*example).dtype == decoder(*example).dtype == dtype
