@@ -152,7 +152,7 @@ def resume(images: Path, scratch: Path, args: argparse.Namespace) -> Iterator[Ro
         loop.save(1)
         saved.append(time.perf_counter() - started)
         started = time.perf_counter()
-        checkpoint = loop.run_folder.latest("flow")
+        checkpoint = loop.run_folder.latest("flow", loop.model)
         loop.begin(1, checkpoint)
         loaded.append(time.perf_counter() - started)
     (path,) = (scratch / "resume" / "checkpoints").glob("*.pt")

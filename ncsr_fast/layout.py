@@ -8,10 +8,15 @@ from torch import Tensor
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
+def is_eager(x: Tensor) -> bool:
+    """True for a plain tensor, one on the meta device included: no fake one, no other subclass that says what operators do to
+    it (DTensor …), none that a transform of `torch.func` or a batched gradient wraps."""
+    return _is_plain(x) and not is_wrapped(x)
+
+
 def has_memory(x: Tensor) -> bool:
-    """True for a plain tensor, whose values lie in memory of its own: no fake one, no other subclass that says what operators
-    do to it (DTensor …), none that a transform of `torch.func` or a batched gradient wraps."""
-    return _is_plain(x) and x.device.type != "meta" and not is_wrapped(x)
+    """True for an eager tensor whose values lie in memory of its own."""
+    return is_eager(x) and x.device.type != "meta"
 
 
 def is_wrapped(x: Tensor) -> bool:

@@ -203,7 +203,8 @@ def test_weights_that_are_not_finite(tmp_path, value):
 
 def test_resuming_passes_over_weights_that_are_not_finite(tmp_path, photos):
     run = Run(tmp_path, replace(tiny_settings(photos), keep=5))
-    run.save("flow", 1, {"model": tiny_model().state_dict()})
-    run.save("flow", 2, {"model": broken_model(torch.nan).state_dict()})
+    rest = {"stage": "flow", "optimizer": {}, "counters": {}, "rate": 1.0, "best": None}
+    for step, model in ((1, tiny_model()), (2, broken_model(torch.nan))):
+        run.save("flow", step, {**rest, "step": step, "model": model.state_dict()})
     with pytest.warns(UserWarning, match="flow-00000002.pt' is damaged and is not used: its model has NaN or infinite values"):
-        assert run.latest("flow")["step"] == 1
+        assert run.latest("flow", tiny_model())["step"] == 1

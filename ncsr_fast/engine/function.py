@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ncsr_fast.autocast import without_autocast
-from ncsr_fast.layout import has_memory, traced
+from ncsr_fast.layout import is_eager, traced
 
 Tensors = tuple[Tensor | None, ...]
 
@@ -41,7 +41,7 @@ class Piece:
             return self._compute(tensors, given, settings)
 
     def _compute(self, tensors: Tensors, given: list[Tensor], settings: tuple[Any, ...]) -> Tensors:
-        if traced() or not all(map(has_memory, given)):
+        if traced() or not all(map(is_eager, given)):
             return self.reference(*tensors, *settings)
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given):
             return self._function.apply(len(tensors), *tensors, *settings)
@@ -60,7 +60,7 @@ class Piece:
             inputs, kept = saved[: ctx.count], saved[ctx.count :]
             needed = ctx.needs_input_grad[1 : ctx.count + 1]
             with without_autocast(grads[0].device.type):
-                if torch.is_grad_enabled() or not all(map(has_memory, grads)):  # the first is create_graph=True
+                if torch.is_grad_enabled() or not all(map(is_eager, grads)):  # the first is create_graph=True
                     found = self._gradient_of_reference(grads, inputs, needed, ctx.settings)
                 else:
                     found = self.backward(grads, inputs, kept, needed, *ctx.settings)

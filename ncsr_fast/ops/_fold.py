@@ -55,12 +55,12 @@ def fold_backward(
 
 def inverse_weight(op: str, weight: Tensor) -> Tensor:
     """weight⁻¹ of a float64 matrix; ValueError when it is singular to rounding. Differentiable."""
-    if traced() and not is_wrapped(weight):
-        compiled: Tensor = torch.ops.ncsr_fast.inverse_weight(op, weight)
-        return compiled
-    if is_wrapped(weight):  # by torch.func, which has no values to check
+    if not torch.compiler.is_compiling() and is_wrapped(weight):  # by torch.func, which has no values to check
         unchecked: Tensor = torch.linalg.inv_ex(weight)[0]
         return unchecked
+    if traced():
+        compiled: Tensor = torch.ops.ncsr_fast.inverse_weight(op, weight)
+        return compiled
     return _checked_inverse(op, weight)
 
 

@@ -179,11 +179,11 @@ def test_an_image_too_large_for_memory_is_passed_over(model, photos, tmp_path, c
     assert out.startswith("2 of 3 images × 1 samples → ") and err.endswith("1 of 3 images were not sampled as asked\n")
 
 
-def test_nonfinite_samples_of_one_image_do_not_end_a_folder(tmp_path, capsys, recwarn):
+def test_nonfinite_samples_of_one_image_do_not_end_a_folder(tmp_path, capsys, recwarn, monkeypatch):
     broken = tiny_model(dtype=torch.float32)
     with torch.no_grad():
         broken.levels[0].actnorm_bias[0] = torch.nan
-    broken.save_pretrained(tmp_path / "model")
+    monkeypatch.setattr(NCSR, "from_pretrained", lambda path: broken)  # no file with such weights is loaded
     images(tmp_path / "in", "a.png", "b.png")
     arguments = (tmp_path / "in", "--out", tmp_path / "out", "--on-nonfinite")
     assert sample(str(tmp_path / "model"), *arguments, "raise") == 1
