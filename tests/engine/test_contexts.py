@@ -261,12 +261,12 @@ def test_ensembles(model, recorded):
     """Models stacked, and one call for all of them, of both directions."""
     models = [copy.deepcopy(model), model_of(seed=1, checkpoint=model.checkpoint)]
     inputs = {Likelihood: (HR, LR, NOISE), Images: tuple(latents(model))}
-    for kind, arguments in inputs.items():
+    for kind, given in inputs.items():
         members = [kind(member) for member in models]
         stacked = torch.func.stack_module_state(members)
         with torch.set_grad_enabled(recorded):
-            call = torch.func.vmap(lambda p, b: torch.func.functional_call(members[0], (p, b), arguments))
-            found, expected = call(*stacked), torch.stack([member(*arguments) for member in members])
+            call = torch.func.vmap(lambda p, b: torch.func.functional_call(members[0], (p, b), given))
+            found, expected = call(*stacked), torch.stack([member(*given) for member in members])
         assert_same({"value": found.detach()}, {"value": expected.detach()})
         if recorded:
             found.sin().sum().backward()
