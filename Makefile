@@ -63,7 +63,7 @@ define lint_with
 	$(1)/ruff check
 	$(1)/ruff format --check
 	$(1)/clang-format --dry-run --Werror csrc/* tests/native/*.cpp
-	$(1)/mypy ncsr_fast/ops
+	$(1)/mypy
 endef
 
 $(BIN)/python $(DEV)/bin/python:

@@ -63,6 +63,17 @@ def _check_installed() -> None:
     if editable is not None and (editable != CHECKOUT or package.parent != CHECKOUT):
         raise Incomplete(f"the tests of {CHECKOUT} would run against {package}, installed from {editable}: {remedy}")
 
+    if editable is not None:
+        _check_compiled(package)
+
+
+def _check_compiled(package: Path) -> None:
+    """A compiled module from before a change in csrc/ fails in obscure ways, or passes tests of the code it replaced."""
+    for module in package.glob("_native.*.so"):
+        newer = [path.name for path in (CHECKOUT / "csrc").iterdir() if path.stat().st_mtime > module.stat().st_mtime]
+        if newer:
+            raise Incomplete(f"csrc/{min(newer)} has changed since {module.name} was compiled: run `make dev` again")
+
 
 def _editable_checkout() -> Path | None:
     """Folder of the checkout that is installed as it lies, None if a copy is installed."""

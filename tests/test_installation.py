@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.machinery
 import importlib.util
+import os
 import shutil
 import subprocess
 import sys
@@ -32,6 +34,15 @@ def test_nothing_installed_is_said(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(installation.Incomplete, match="ncsr_fast is not installed: `make dev`"):
         installation.check()
+
+
+def test_a_compiled_module_that_is_older_than_its_source_is_refused(tmp_path):
+    module = tmp_path / f"_native.{importlib.machinery.EXTENSION_SUFFIXES[0]}"
+    module.touch()
+    installation._check_compiled(tmp_path)
+    os.utime(module, (0, 0))
+    with pytest.raises(installation.Incomplete, match=r"csrc/arithmetic.h has changed since _native.*: run `make dev` again"):
+        installation._check_compiled(tmp_path)
 
 
 @pytest.mark.parametrize("backend", [cell[1] for cell in installation.cells() if cell[0] == "cpu"])

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ncsr_fast.layout import traced
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_GLOBAL_HOOKS = tuple(f"_global{hooks}" for hooks in _HOOKS)
 _REPLICATE = "_replicate_for_data_parallel"  # what DataParallel calls to copy a module to another device
 
 
@@ -119,7 +120,7 @@ def check_context() -> None:
         raise Unsupported("torch.compile or torch.func traces it")
     if torch.jit.is_tracing():
         raise Unsupported("torch.jit traces it")
-    if torch.nn.modules.module._has_any_global_hook():
+    if any(getattr(torch.nn.modules.module, hooks) for hooks in _GLOBAL_HOOKS):
         raise Unsupported("there are global module hooks, which would not run")
 
 
