@@ -167,7 +167,6 @@ def test_warnings_are_one_line_and_only_in_a_command(doctor, capfd):
 
 CLOSED = """\
 import sys
-import types
 from ncsr_fast.cli import doctor, main
 doctor.run = lambda args: print("×")
 sys.exit(main.main(["doctor"]))
