@@ -163,7 +163,8 @@ def _copy(source: Tensor) -> Callable[[], Any]:
 def _compiled(case: Case) -> Function:
     """The reference under torch.compile for this case alone, compiled and found right."""
     torch._dynamo.reset()  # so that no call pays for the guards of earlier shapes, or meets the limit of recompilations
-    torch._functorch.config.donated_buffer = False  # else its backward can be called only once
+    if hasattr(torch._functorch.config, "donated_buffer"):  # came with torch 2.6; its backward could be called only once
+        torch._functorch.config.donated_buffer = False
     function = torch.compile(case.function(REFERENCE), dynamic=False)
     try:
         complaints = wrong_results(case, {COMPILED: function})

@@ -18,6 +18,7 @@ import torch
 from caching import made_once
 from operator_cases import ROUNDING, arguments, assert_close, differentiable, directions, formula, laid_out, operators, run
 
+pytestmark = pytest.mark.slow  # a minute of compilation, where pytest's cache does not have it
 HERE = Path(__file__).parent
 SOURCES = HERE.parent.parent / "csrc"
 
@@ -113,7 +114,6 @@ def test_emulated_empty(on_the_emulation, size, batch):
         assert grad.isfinite().all()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("architecture", [pytest.param("80", marks=pytest.mark.exhaustive), "90"])
 def test_cuda_kernels_do_not_spill(architecture, pytestconfig, compiler_report):
     nvcc = shutil.which("nvcc")

@@ -22,7 +22,7 @@ from support import Watch
 
 from ncsr_fast import ops
 
-LAYOUTS = ("nchw", "channels-last", "channels")
+LAYOUTS = ("nchw", *(pytest.param(way, marks=pytest.mark.slow) for way in ("channels-last", "channels")))
 REGISTERED = {"affine_injector": "affine", "affine_coupling": "affine", "gaussian_split": "gaussian"}
 
 
@@ -95,6 +95,7 @@ def test_compile_fullgraph(name, device, backend, inverse, way):
         assert_close(grad, reference, 20 * ROUNDING[torch.float32], "gradient")
 
 
+@pytest.mark.slow
 @cells
 @registered
 def test_compile_with_inductor_and_sizes_that_change(device, backend):
