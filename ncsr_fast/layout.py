@@ -16,7 +16,7 @@ def is_eager(x: Tensor) -> bool:
 
 def has_memory(x: Tensor) -> bool:
     """True for an eager tensor whose values lie in memory of its own."""
-    return is_eager(x) and x.device.type != "meta"
+    return is_eager(x) and not x.is_meta
 
 
 def is_wrapped(x: Tensor) -> bool:

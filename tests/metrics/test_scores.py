@@ -67,14 +67,16 @@ def test_error_maps():
 def lpips_network():
     """LPIPS with a random backbone, whose weights would be a download.
 
-    lpips imports torchvision, whose compiled operators do not load with every torch: those it registers kernels for
-    at import are declared first where they are missing.
+    lpips imports torchvision, whose compiled operators do not load with every torch: then those it registers kernels for at
+    import are declared first.
     """
     library = torch.library.Library("torchvision", "FRAGMENT")
-    for name in ("nms", "qnms"):
-        if not hasattr(torch.ops.torchvision, name):
+    try:
+        import lpips as package
+    except RuntimeError:  # operator torchvision::nms does not exist
+        for name in ("nms", "qnms"):
             library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    package = pytest.importorskip("lpips", reason="the lpips package is not installed")
+        import lpips as package
     torch.manual_seed(0)
     yield package.LPIPS(net="alex", spatial=True, pnet_rand=True, verbose=False).eval()
     del library
