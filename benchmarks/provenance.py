@@ -1,4 +1,4 @@
-"""What a row says of where it was measured: device, processor, versions, commit, date, command."""
+"""Provenance of a row: device, processor, versions, commit, date, command."""
 
 from __future__ import annotations
 

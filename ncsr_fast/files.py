@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import pickle
 import re
@@ -88,6 +89,15 @@ def write_pickled(path: Path, value: Any) -> None:
     buffer = io.BytesIO()
     torch.save(value, buffer)
     path.write_bytes(buffer.getbuffer())
+
+
+def json_value(value: Any) -> Any:
+    """`value` with None for each number that is not finite, which JSON does not have; mappings and lists are gone through."""
+    if isinstance(value, Mapping):
+        return {key: json_value(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [json_value(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def shipped() -> list[str]:
@@ -187,7 +197,7 @@ def _line(error: Exception) -> str:
 
 
 def _meant(directory: Path) -> str:
-    """What to give instead of a folder that is no model."""
+    """Advice on what to give instead of a folder that is no model."""
     if (directory / "model" / CONFIG).is_file():
         return f"give the model in it, {str(directory / 'model')!r}"
     found = sorted(path for path in directory.iterdir() if path.suffix in (".pth", ".pt", ".ckpt", ".safetensors"))

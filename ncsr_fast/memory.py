@@ -32,7 +32,7 @@ def peak_bytes(call: Callable[[], Any]) -> int:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out, on a GPU or on the CPU, whose allocator raises a plain RuntimeError."""
+    """True for an error of memory that ran out, on a GPU or on the CPU, whose allocator raises a plain RuntimeError."""
     if isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(

@@ -1,4 +1,4 @@
-"""What the subcommands share: arguments, the choice of a device, and checks of paths before the work begins."""
+"""Arguments of the subcommands, the choice of a device, checks of paths before the work begins, and the account at its end."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import argparse
 import glob
 import math
 import os
-from collections.abc import Callable, Iterable
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -132,8 +133,20 @@ def check_file(option: str, file: str | os.PathLike) -> Path:
     return Path(file)
 
 
+def raise_problems(problems: Sequence[str], total: int, done: str) -> None:
+    """Raise ValueError if there are problems: the one of a single image, or how many of `total` images were not `done`.
+
+    Several are printed to stderr, a line each.
+    """
+    if total == len(problems) == 1:
+        raise ValueError(problems[0])
+    if problems:
+        print(f"{len(problems)} problems:", *problems, sep="\n  ", file=sys.stderr)
+        raise ValueError(f"{len(problems)} of {total} images were not {done}")
+
+
 def too_large(file: str | os.PathLike, n: int) -> str:
-    """What to say of an image that memory ran out for."""
+    """A message about an image that memory ran out for."""
     return (
         f"{os.fspath(file)!r} with {n} samples does not fit in memory: ask for fewer (--n), take a smaller --model, or crop it"
     )

@@ -80,7 +80,7 @@ def report() -> dict[str, dict[str, str]]:
 
 
 def _installation() -> str:
-    """How the package got to where it is."""
+    """A description of how the package was installed."""
     try:
         origin = importlib.metadata.distribution("ncsr_fast").read_text("direct_url.json") or "{}"
     except importlib.metadata.PackageNotFoundError:

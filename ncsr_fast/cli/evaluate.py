@@ -5,12 +5,22 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import math
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from ncsr_fast.cli._common import add_device, add_model, check_file, count, path, pick_device, seed, temperature, too_large
+from ncsr_fast.cli._common import (
+    add_device,
+    add_model,
+    check_file,
+    count,
+    path,
+    pick_device,
+    raise_problems,
+    seed,
+    temperature,
+    too_large,
+)
 
 if TYPE_CHECKING:
     from ncsr_fast.evaluation import Evaluation, Scores
@@ -76,11 +86,7 @@ def run(args: argparse.Namespace) -> None:
         print(table(evaluation.scores))
         if args.json:
             _write(args.json, [str(hr.relative_to(args.images)) for hr in measured], evaluation.scores)
-    if len(pairs) == len(problems) == 1:
-        raise ValueError(problems[0])
-    if problems:
-        print(f"{len(problems)} problems:", *problems, sep="\n  ", file=sys.stderr)
-        raise ValueError(f"{len(problems)} of {len(pairs)} images were not measured")
+    raise_problems(problems, len(pairs), "measured")
 
 
 def _pairs(args: argparse.Namespace) -> list[tuple[Path, Path | None]]:
@@ -94,7 +100,7 @@ def _pairs(args: argparse.Namespace) -> list[tuple[Path, Path | None]]:
 
 
 def _add(evaluation: Evaluation, hr: Path, lr: Path | None, n: int) -> str | None:
-    """Why an image could not be measured, None where it was."""
+    """Measure an image; return the reason where it cannot be measured, else None."""
     from tqdm import tqdm
 
     from ncsr_fast.data.images import ImageError, crop_to_multiple, read_image
@@ -119,17 +125,8 @@ def _add(evaluation: Evaluation, hr: Path, lr: Path | None, n: int) -> str | Non
 
 
 def _write(file: str, names: list[str], scores: list[Scores]) -> None:
-    from ncsr_fast.files import atomic_write
+    from ncsr_fast.files import atomic_write, json_value
 
     rows = [{"method": score.method, "means": score.means(), "images": score.values} for score in scores]
     with atomic_write(file) as temporary:
-        temporary.write_text(json.dumps(_finite({"files": names, "scores": rows}), indent=1, allow_nan=False) + "\n")
-
-
-def _finite(value: Any) -> Any:
-    """The same, with None for numbers that JSON has no word for."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        temporary.write_text(json.dumps(json_value({"files": names, "scores": rows}), indent=1, allow_nan=False) + "\n")

@@ -20,6 +20,7 @@ from ncsr_fast.cli._common import (
     image_files,
     path,
     pick_device,
+    raise_problems,
     seed,
     temperature,
     too_large,
@@ -104,14 +105,10 @@ def run(args: argparse.Namespace) -> None:
                     raise
                 problem = too_large(file.path, args.n)
             problems += [problem] if problem else []
-    of_all = "" if len(written) == args.n * len(files) else f" of {len(files)}"
-    print(f"{len(written) // args.n}{of_all} images × {args.n} samples → {args.out}")
+    share = "" if len(written) == args.n * len(files) else f" of {len(files)}"
+    print(f"{len(written) // args.n}{share} images × {args.n} samples → {args.out}")
     _name_earlier(sorted(earlier - set(written)))
-    if len(files) == len(problems) == 1:
-        raise ValueError(problems[0])
-    if problems:
-        print(f"{len(problems)} problems:", *problems, sep="\n  ", file=sys.stderr)
-        raise ValueError(f"{len(problems)} of {len(files)} images were not sampled as asked")
+    raise_problems(problems, len(files), "sampled as asked")
 
 
 def _sampled(model: NCSR, file: Path, args: argparse.Namespace) -> tuple[Tensor, str | None]:
@@ -134,7 +131,7 @@ def _sampled(model: NCSR, file: Path, args: argparse.Namespace) -> tuple[Tensor,
 
 
 def _stems(files: Sequence[ImageFile], names: str) -> list[str]:
-    """How the samples of each image are called, up to _sample. Raises ValueError where two would be called the same."""
+    """Names of each image's samples, up to _sample. Raises ValueError where two images would have the same."""
     if names == "ntire":
         return [f"{number:06d}" for number in range(len(files))]
     found: dict[str, Path] = {}

@@ -31,7 +31,7 @@ class Search:
             self._follow(self._links.pop(0))
 
     def account(self) -> str:
-        """What was left out, in a line: how many files of each kind, and the first few."""
+        """A line about the files left out: how many of each kind, and the first few."""
         names = {kind: [str(path.relative_to(self._folder)) for path in sorted(paths)] for kind, paths in self.left_out.items()}
         return "; ".join(f"{len(found)} {kind} ({named(found)})" for kind, found in names.items())
 
@@ -88,7 +88,7 @@ class Search:
         self.left_out.setdefault(kind, []).append(path)
 
 
-def named(names: Iterable[str]) -> str:
-    """The first few names, for a message."""
+def named(names: Iterable[str], count: int = _NAMED) -> str:
+    """The first `count` names, for a message."""
     names = list(names)
-    return ", ".join(map(repr, names[:_NAMED])) + (", …" if len(names) > _NAMED else "")
+    return ", ".join(map(repr, names[:count])) + (", …" if len(names) > count else "")

@@ -29,14 +29,14 @@ class Cache:
 
     def __init__(self) -> None:
         self._entries: dict[object, tuple[tuple, object]] = {}
-        self._of_thread = threading.local()  # its `held`, in a thread that holds: the values that were made or compared since
+        self._thread = threading.local()  # its `held`, in a thread that holds: the values that were made or compared since
         self._frozen: dict[object, object] | None = None  # while frozen: what was made since
 
     def get(self, name: object, weights: Iterable[Tensor], build: Callable[[], Built]) -> Built:
         """The value called `name`, built when there is none or a weight changed since. Never recorded by autograd."""
         if traced():
             return build()
-        frozen, held = self._frozen, getattr(self._of_thread, "held", None)
+        frozen, held = self._frozen, getattr(self._thread, "held", None)
         if frozen is not None:
             if name not in frozen:
                 frozen[name] = build()
@@ -61,11 +61,11 @@ class Cache:
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
         """Inside, weights do not change: this thread makes or compares every value once."""
-        self._of_thread.held = {}
+        self._thread.held = {}
         try:
             yield
         finally:
-            self._of_thread.held = None
+            self._thread.held = None
 
     def freeze(self) -> None:
         """From now on every value is made once, on any device, until `thaw`."""

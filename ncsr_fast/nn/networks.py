@@ -59,8 +59,8 @@ class StackedNetworks(nn.Module):
         self.bias3, self.logs3 = zeros(outputs), zeros(outputs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """What `to()`, `half()`, `share_memory()` … do, to stacked weights as to those of single networks: a memory format of
-        4-D weights (`torch.channels_last`) is theirs."""
+        """Apply `to()`, `half()`, `share_memory()` … to stacked weights as to the 4-D weights of single networks, which can
+        have the memory format `torch.channels_last`."""
         return super()._apply(lambda tensor: _of_single(fn, tensor), recurse)
 
     def unbind(self) -> list[Network]:

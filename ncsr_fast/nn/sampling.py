@@ -60,7 +60,7 @@ def sample(model: NCSR, lr: Tensor, n: int, temperature: float, generator: torch
 
 
 def advice(model: NCSR, lr: Tensor) -> str:
-    """Why samples of an LR image (B, 3, H, W) blew up, as far as weights and pixels tell, and what to do."""
+    """The reason why samples of an LR image (B, 3, H, W) blew up, as far as weights and pixels tell, and advice."""
     broken = [name for name, weight in model.named_parameters() if not weight.isfinite().all()]
     if broken:
         return (

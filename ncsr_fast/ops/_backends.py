@@ -119,7 +119,7 @@ def _triton_missing(kind: str, float64: bool) -> str:
 
 
 def _native_mend(package: Path) -> str:
-    """What to do where the compiled module cannot be imported."""
+    """Advice where the compiled module cannot be imported."""
     modules = [path.name for path in package.glob("_native.*") if path.suffix in (".so", ".pyd")]
     account = package / "build_info.txt"  # setup.py's, of the installation
     if any(name == f"_native{suffix}" for name in modules for suffix in EXTENSION_SUFFIXES):
@@ -132,7 +132,7 @@ def _native_mend(package: Path) -> str:
 
 
 def _triton_mend(error: ImportError) -> str:
-    """What to do where the Triton kernels cannot be imported."""
+    """Advice where the Triton kernels cannot be imported."""
     if error.name == _MODULES["triton"]:
         return _NOT_INSTALLED
     if error.name == "triton" and isinstance(error, ModuleNotFoundError):

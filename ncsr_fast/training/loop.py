@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ncsr_fast.data.crops import RandomCrops, crop_loader
+from ncsr_fast.data.search import named
 from ncsr_fast.graphs import TrainingStep, adam
 from ncsr_fast.memory import is_out_of_memory
 from ncsr_fast.nn.ncsr import NCSR
@@ -319,11 +320,10 @@ class StageLoop:
         names = list(dict.fromkeys(map(self.crops.name, flat)))
         if not names:
             return ""
-        listed = ", ".join(map(repr, names[:_NAMED])) + (", …" if len(names) > _NAMED else "")
         return (
-            f"{len(flat)} of the last {len(crops)} crops are flat, from {len(names)} images: {listed}. Without noise (max_std "
-            "0, as in SRFlow) the likelihood of flat images has no bound: leave them out, or train with noise, --max-std 0.02 "
-            "or --variant noise. If that is not the cause: "
+            f"{len(flat)} of the last {len(crops)} crops are flat, from {len(names)} images: {named(names, _NAMED)}. "
+            "Without noise (max_std 0, as in SRFlow) the likelihood of flat images has no bound: leave them out, or train with "
+            "noise, --max-std 0.02 or --variant noise. If that is not the cause: "
         )
 
     def _origin(self, number: int) -> str:

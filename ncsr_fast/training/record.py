@@ -1,4 +1,4 @@
-"""Which images a run is trained on: recorded in RUN/data.json, and compared when the run is resumed."""
+"""Record of the images a run is trained on: RUN/data.json, compared when the run is resumed."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def data_record(crops: RandomCrops) -> dict[str, Any]:
 
 
 def changes(path: Path, now: dict[str, Any]) -> str | None:
-    """What differs between the images recorded in the file and those of `now`; None for nothing, or without a file.
+    """Differences between the images recorded in the file and the images of `now`; None for none, or without a file.
 
     Raises:
         ValueError: The file is no record; the message says what to do.

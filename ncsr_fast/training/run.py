@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import re
 import shutil
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ncsr_fast.data.images import write_image
-from ncsr_fast.files import CheckpointError, atomic_write, check_finite, differences, listed, read_checkpoint
+from ncsr_fast.files import CheckpointError, atomic_write, check_finite, differences, json_value, listed, read_checkpoint
 from ncsr_fast.training.board import Board
 from ncsr_fast.training.processes import TrainingStopped
 from ncsr_fast.training.settings import TrainSettings
@@ -76,7 +75,7 @@ class Run:
         if not self.writes:
             return
         with self._writing("log.jsonl") as path, open(path, "a") as file:
-            file.write(json.dumps(_finite({"stage": stage, "step": step, **values}), allow_nan=False) + "\n")
+            file.write(json.dumps(json_value({"stage": stage, "step": step, **values}), allow_nan=False) + "\n")
         if self.board is not None:
             validation = {f"validation/{key}": value for key, value in values.get("validation", {}).items()}
             self.board.scalars(step, stage, validation or {key: v for key, v in values.items() if isinstance(v, (int, float))})
@@ -122,7 +121,7 @@ class Run:
             model.save_pretrained(path)
             if metrics is not None:
                 with atomic_write(path / "validation.json") as temporary:
-                    temporary.write_text(json.dumps(_finite(metrics), indent=2, allow_nan=False) + "\n")
+                    temporary.write_text(json.dumps(json_value(metrics), indent=2, allow_nan=False) + "\n")
 
     def started(self, stage: str) -> bool:
         """True if there is any checkpoint of `stage`."""
@@ -236,10 +235,3 @@ def _check(checkpoint: Any, model: nn.Module, path: Path) -> None:
             f"checkpoint {str(path)!r} is not of a run with these settings: {what}; copy the run's folder again, or choose "
             "another"
         )
-
-
-def _finite(value: Any) -> Any:
-    """`value` with None for the numbers that are not finite, which JSON does not have."""
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value

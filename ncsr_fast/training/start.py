@@ -24,7 +24,7 @@ _MIB = 2**20
 
 @dataclass
 class Start:
-    """What a run begins or goes on with."""
+    """State that a run begins or goes on with."""
 
     run: Run
     crops: RandomCrops
@@ -48,7 +48,7 @@ class _Problems:
     errors: list[Exception] = field(default_factory=list)
 
     def attempt(self, call: Callable[..., T], *arguments: Any) -> T | None:
-        """What `call` returns, or None after an error."""
+        """The value of `call`, or None after an error, which is noted."""
         try:
             return call(*arguments)
         except (ValueError, OSError, ImportError) as error:
