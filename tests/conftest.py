@@ -70,6 +70,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("gpu")
         elif parameters.get("backend") == "triton":
             item.add_marker("interpreter")
+        for mark in item.iter_markers("cells_marked"):
+            name, *condition = mark.args
+            if _holds(item, *condition):
+                item.add_marker(name)
         if item.get_closest_marker("exhaustive"):
             item.add_marker("slow")
 

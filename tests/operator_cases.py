@@ -33,6 +33,11 @@ def where(predicate: Callable[..., bool]) -> pytest.MarkDecorator:
     return pytest.mark.cells_where.with_args(predicate, tuple(inspect.signature(predicate).parameters))
 
 
+def marked(mark: str, predicate: Callable[..., bool]) -> pytest.MarkDecorator:
+    """Decorator that marks as "slow" or "exhaustive" those cells of a test for which a predicate of some parameters holds."""
+    return pytest.mark.cells_marked.with_args(mark, predicate, tuple(inspect.signature(predicate).parameters))
+
+
 def pairwise_but_on_the_widest(**choices: Iterable) -> pytest.MarkDecorator:
     """Decorator of a test of all combinations of these parameters on each instruction set: all on the widest one, on the
     others a few in which each pair of values of any two parameters is there.
