@@ -10,7 +10,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from support import image, randomize, relative_error, tiny_config, tiny_model
+from support import exports, image, randomize, relative_error, tiny_config, tiny_model
 
 from ncsr_fast import NCSR, NCSRConfig, export
 from ncsr_fast.export import Decoder, export_onnx, export_program
@@ -74,6 +74,7 @@ def test_a_pixel_that_overflowed_is_nan():
     assert decoder(lr, *latents).nan_to_num(7).tolist() == [7, 7, 7, 1, 0, 0.5]
 
 
+@exports
 @pytest.mark.parametrize("name", ["ncsr-x4", "ncsr-x8"])
 def test_torch_export_of_the_decoder(name):
     model = MODELS[name]()
@@ -94,6 +95,7 @@ class Decoding(torch.nn.Module):
         return self.model.decode(latents, lr)
 
 
+@exports
 @pytest.mark.parametrize("engine", ["plain", "fused"])
 def test_torch_export_of_the_model_itself(engine):
     """Its operators stay what they are in the graph."""
@@ -115,6 +117,7 @@ MORE_ONNX = [("ncsr-x8", False, False), ("compact", False, True), ("compact", Tr
 
 
 @pytest.mark.slow
+@exports
 @pytest.mark.parametrize(
     "name, deterministic, clip", [*ONNX, *(pytest.param(*cell, marks=pytest.mark.exhaustive) for cell in MORE_ONNX)]
 )
@@ -148,6 +151,7 @@ def test_onnx(tmp_path, name, deterministic, clip):
             session.run(None, {"lr": np.zeros((1, 3, 5, 4), np.float32)})
 
 
+@exports
 def test_what_differs_from_the_model_is_not_written(tmp_path, monkeypatch):
     def wrong(self, *arguments):
         original(self, *arguments)
@@ -180,6 +184,15 @@ def test_without_a_package(package, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ImportError, match=rf"writing ONNX needs {package}: pip install 'ncsr_fast\[export\]'"):
         export_onnx(tiny_model(), tmp_path / "x.onnx")
+
+
+def test_with_a_pytorch_that_cannot_export(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.onnx, "export", lambda model, args, f, opset_version, dynamo: None)  # the parameters of 2.4
+    with pytest.raises(ImportError, match="exporting needs a newer PyTorch than .*: pip install --upgrade torch"):
+        export_program(Decoder(tiny_model()))
+    with pytest.raises(ImportError, match="exporting needs a newer PyTorch"):
+        export_onnx(tiny_model(), tmp_path / "x.onnx")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("opset", [3, 999])

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import re
 
+from support import exports
+
 from ncsr_fast.cli.main import main
 
 
+@exports
 def test_export(model, tmp_path, capsys):
     assert main(["export", model, "--out", str(tmp_path / "x.onnx"), "--deterministic"]) == 0
     out = capsys.readouterr().out

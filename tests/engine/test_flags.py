@@ -337,7 +337,7 @@ def test_the_convolution_whose_flag_is_an_argument():
     x, weight, bias = image(2, 6, 5, 7, dtype=torch.float32), image(4, 6, 3, 3, seed=1).float(), image(4, seed=2).float()
     expected = torch.nn.functional.conv2d(x, weight, bias, padding=1)
     for allowed in (False, True):
-        assert torch.equal(convolution_of_cudnn(x, weight, bias, 1, allowed), expected)
+        assert torch.equal(convolution_of_cudnn(x, weight, bias, allowed), expected)
 
 
 @needs_per_operator
