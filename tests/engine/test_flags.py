@@ -245,7 +245,8 @@ def test_what_the_flags_say_can_be_read_inside_a_pass():
     def read() -> None:
         assert isinstance(torch.backends.cudnn.allow_tf32, bool)
         assert isinstance(torch.backends.cuda.matmul.allow_tf32, bool)
-        assert torch.get_float32_matmul_precision() == "medium"
+        if PER_OPERATOR:  # before, it is the flag that a pass itself makes exact
+            assert torch.get_float32_matmul_precision() == "medium"
         assert products_are_rounded("cpu") and convolutions_are_rounded("cpu")  # as the program has set them
 
     set_flags("medium")
