@@ -139,6 +139,14 @@ def row(backend: str, milliseconds: float, direction: str = "forward") -> dict:
     return {**values, **times, "operator": "affine_coupling", "backend": backend, "direction": direction, "shape": [1, 2, 3, 4]}
 
 
+@pytest.mark.parametrize("content", ["", "text", "[1]", '{"a": 1}', '[{"operator": "flow_step"}]'])
+def test_a_file_of_other_rows_is_named(tmp_path, capsys, content):
+    (tmp_path / "other.json").write_text(content)
+    for arguments in (["--table", "other.json"], ["--plot", "other.json", "plot.png"]):
+        assert main(["bench", *(str(tmp_path / word) if word[0] != "-" else word for word in arguments)]) == 1
+        assert "other.json' is no file of rows that `ncsr-fast bench` wrote: " in capsys.readouterr().err
+
+
 def test_table_marks_what_loses():
     arms = {"reference": 4.0, "torch.compile": 1.0}
     rows = [row(name, time, direction) for name, time in arms.items() for direction in ("forward", "inverse")]

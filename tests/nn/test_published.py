@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from support import assert_same_weights, image, tiny_config, tiny_model
 
 from ncsr_fast import NCSR, RRDB, CheckpointError, NCSRConfig
+from ncsr_fast.nn import published
 from ncsr_fast.nn.encoder_names import read_generator
 from ncsr_fast.nn.state_dicts import read_state_dict
 
@@ -33,6 +34,17 @@ def test_exported_tensors_are_copies():
     for tensor in model.published_state_dict().values():
         tensor.zero_()
     assert model.levels[0].invconv.abs().sum() > 0
+
+
+def test_places_of_parameters_in_one_buffer():
+    """As optimizers and wrappers that flatten a model lay them."""
+    model = tiny_model()
+    expected = published.places(model)
+    assert len({place for place in expected.values() if place}) == len([place for place in expected.values() if place])
+    buffer = torch.cat([parameter.data.flatten() for parameter in model.parameters()])
+    for part, parameter in zip(buffer.split([p.numel() for p in model.parameters()]), model.parameters()):
+        parameter.data = part.view_as(parameter)
+    assert published.places(model) == expected
 
 
 def test_a_state_dict_that_does_not_fit_changes_nothing_and_is_explained():
