@@ -6,7 +6,7 @@ from unittest import mock
 
 import pytest
 import torch
-from compat.networks import SMALL, twins
+from compat.networks import SMALL, accelerated_twins, twins
 from support import image, relative_error
 
 import ncsr_fast
@@ -22,8 +22,7 @@ def decode(net, lr, **condition):
 
 @pytest.fixture
 def pair():
-    net, untouched = twins(SMALL)
-    ncsr_fast.accelerate(net)
+    net, untouched, _ = accelerated_twins(SMALL)
     decode(net, SMALL.images()["lr"])  # fills what is kept
     return net, untouched
 

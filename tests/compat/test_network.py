@@ -7,7 +7,7 @@ import pickle
 
 import pytest
 import torch
-from compat.networks import PUBLISHED, SMALL, STAND_INS, gradients, twins
+from compat.networks import PUBLISHED, SMALL, STAND_INS, accelerated_twins, gradients, twins
 from support import image, relative_error
 
 import ncsr_fast
@@ -33,8 +33,7 @@ def assert_served(report, calls: int = 0) -> None:
 
 @every_network
 def test_encoding_and_every_gradient_in_float64(network):
-    net, untouched = twins(network)
-    report = ncsr_fast.accelerate(net)
+    net, untouched, report = accelerated_twins(network)
     images = network.images()
     variants = [{}, {"epses": []}, {"add_gt_noise": True}]
     if network.noise:
@@ -55,8 +54,7 @@ def test_encoding_and_every_gradient_in_float64(network):
 
 
 def test_gradients_of_images_and_of_partly_frozen_networks():
-    net, untouched = twins(SMALL)
-    report = ncsr_fast.accelerate(net)
+    net, untouched, report = accelerated_twins(SMALL)
     for one in (net, untouched):
         one.RRDB.requires_grad_(False)
         one.flowUpsamplerNet.layers[3].requires_grad_(False)
@@ -75,8 +73,7 @@ def test_gradients_of_images_and_of_partly_frozen_networks():
 
 @every_network
 def test_both_directions_in_float32(network):
-    net, untouched = twins(network, torch.float32, step=0.003)
-    report = ncsr_fast.accelerate(net)
+    net, untouched, report = accelerated_twins(network, torch.float32, step=0.003)
     images = network.images(torch.float32)
     condition = {"std": images["std"]} if network.noise else {}
     with torch.no_grad():
@@ -92,8 +89,7 @@ def test_both_directions_in_float32(network):
 
 @every_network
 def test_seeded_samples_are_the_same_samples(network):
-    net, untouched = twins(network, torch.float32, step=0.003)
-    report = ncsr_fast.accelerate(net)
+    net, untouched, report = accelerated_twins(network, torch.float32, step=0.003)
     lr, results = network.images(torch.float32)["lr"], []
     z = 0.8 * torch.randn(net(**network.images(torch.float32))[0].shape, generator=torch.Generator().manual_seed(5))
     for one in (net, untouched):
@@ -106,8 +102,7 @@ def test_seeded_samples_are_the_same_samples(network):
 
 
 def test_gradients_through_the_inverse_in_float64():
-    net, untouched = twins(SMALL)
-    report = ncsr_fast.accelerate(net)
+    net, untouched, report = accelerated_twins(SMALL)
     images = SMALL.images()
     latents = untouched(**images, epses=[])[0]
     found = []
@@ -122,8 +117,7 @@ def test_gradients_through_the_inverse_in_float64():
 
 
 def test_features_that_are_given():
-    net, untouched = twins(SMALL)
-    report = ncsr_fast.accelerate(net)
+    net, untouched, report = accelerated_twins(SMALL)
     images = SMALL.images()
     features = net.rrdbPreprocessing(images["lr"])
     assert_close(net(**images, lr_enc=features), untouched(**images), FLOAT64)
@@ -241,8 +235,7 @@ def test_distributed_data_parallel(tmp_path):
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net))], ids=["copy", "pickle"])
 def test_a_copy_has_its_own_parameters(duplicate):
-    net, untouched = twins(SMALL)
-    ncsr_fast.accelerate(net)
+    net, untouched, _ = accelerated_twins(SMALL)
     arguments = dict(lr=SMALL.images()["lr"], z=image(2, 96, 4, 5), eps_std=0.0, reverse=True, **SMALL.condition())
     expected = untouched(**arguments)
     net(**arguments)
@@ -278,5 +271,5 @@ def test_report():
         "  + generator: NCSR, noise-conditional, ×4, 4 blocks, 2 steps a level",
         "  1 calls ran the module's own code: y_label is given",
     ]
-    assert ncsr_fast.accelerate(net).replaced.keys() == {""}  # again: anew
-    assert "the module itself" in str(ncsr_fast.accelerate(net))
+    again = ncsr_fast.accelerate(net)  # anew
+    assert again.replaced.keys() == {""} and "the module itself" in str(again)

@@ -327,10 +327,16 @@ def test_second_derivatives(model):
 # -- tracing, and tensors of other kinds ---------------------------------------------------------------------------
 
 
+TRACED = [("recomputed", True), ("recomputed", False), ("stored", True)]  # without gradients nothing is stored
+
+
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of torch.jit.trace, about sizes and itself
-@pytest.mark.parametrize("recorded", [True, False])
-def test_traced_graphs_compute(model, recorded):
+@pytest.mark.parametrize("activations, recorded", TRACED)
+def test_traced_graphs_compute(activations, recorded):
     """Kernels would write where no graph sees it."""
+    model = tiny_model(blocks=1, stacked_blocks=(0,), steps=2, noise_steps=(0, 1, 2))
+    model.checkpoint = activations == "recomputed"
     other = image(*HR.shape, seed=8)
     with torch.set_grad_enabled(recorded):
         expected = {"value": model.nll(other, LR, NOISE).detach()}
@@ -343,7 +349,7 @@ def test_traced_graphs_compute(model, recorded):
 
 def test_fake_tensors(model):
     with FakeTensorMode() as mode:
-        fake = NCSR(tiny_config(noise_steps=(0, 1, 1)))
+        fake = NCSR(tiny_config(blocks=1, stacked_blocks=(0,)))
         fake.options = model.options
         hr, lr, noise = (mode.from_tensor(value).float() for value in (HR, LR, NOISE))
         value = fake.nll(hr, lr, noise)
