@@ -147,13 +147,16 @@ def exported(request, tmp_path_factory) -> Export:
     return Export(model, deterministic, clip, path, difference, *made)
 
 
-# with latents and a noise condition; and without either, clipped. The others differ in what `test_the_decoder_is_the_model`
-# looks at: the number of levels and steps, and the weights
-ONNX = [("ncsr-std-x4", False, False), ("srflow-x4", True, True)]
-MORE_ONNX = [("ncsr-x4", False, False), ("ncsr-x8", False, False), ("compact", False, True), ("compact", True, True)]
+# one with latents and a noise condition. `test_the_decoder_is_the_model` fails for a mistake in another number of levels or
+# steps, or without latents; the export of that is tests/test_default_dtype.py's
+ONNX = ("ncsr-std-x4", False, True)
+MORE_ONNX = [
+    ("srflow-x4", True, True), ("ncsr-x4", False, False), ("ncsr-x8", False, False), ("compact", False, True),
+    ("compact", True, True),
+]  # fmt: skip
 every_export = pytest.mark.parametrize(
     "exported",
-    [*ONNX, *(pytest.param(cell, marks=pytest.mark.exhaustive) for cell in MORE_ONNX)],
+    [ONNX, *(pytest.param(cell, marks=pytest.mark.exhaustive) for cell in MORE_ONNX)],
     ids=lambda cell: "-".join(map(str, cell)),
     indirect=True,
 )
@@ -165,6 +168,7 @@ def test_torch_export_of_the_decoder(exported):
     program = exported.program.module()
     for size in SIZES:
         lr, latents, expected = exported.expected(*size)
+        assert ((0 < expected) & (expected < 1)).double().mean() > 0.5  # so that clipping hides no mistake
         assert relative_error(program(lr, *latents), expected) < 1e-5  # float32
 
 
@@ -197,9 +201,9 @@ def test_onnx(exported):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("exported", ONNX[1:], ids=["srflow-x4"], indirect=True)
+@pytest.mark.parametrize("exported", [ONNX], ids=["ncsr-std-x4"], indirect=True)
 def test_what_differs_from_the_model_is_not_written(exported, tmp_path, monkeypatch):
-    """The graph that the exporter returns is that of a model whose last weights were a little others."""
+    """The exporter returns the graph of a model whose weights were different."""
     monkeypatch.setattr(export, "export_program", lambda decoder: exported.program)
     monkeypatch.setattr(torch.onnx, "export", lambda program, **options: exported.onnx_program)
     arguments = {"deterministic": exported.deterministic, "clip": exported.clip}
