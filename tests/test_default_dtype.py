@@ -24,7 +24,7 @@ def dtype(request) -> torch.dtype:
     return request.param
 
 
-@pytest.fixture(params=["fused", "plain"])
+@pytest.fixture(params=["fused", pytest.param("plain", marks=pytest.mark.slow)])
 def model(request, dtype) -> NCSR:
     """One made under the default, or of float32."""
     torch.manual_seed(0)
@@ -97,6 +97,7 @@ def test_metrics(model, dtype):
     assert all(torch.tensor(list(score.means().values())).isfinite().all() for score in evaluate(model, [photo], [0.5], n=2))
 
 
+@pytest.mark.slow
 def test_an_accelerated_network(dtype):
     net, arguments = SMALL.build(dtype), SMALL.images(dtype)
     with torch.no_grad():

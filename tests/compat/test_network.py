@@ -15,6 +15,7 @@ import ncsr_fast
 
 FLOAT64, FLOAT32 = 1e-6, 2e-5  # issue 6's; measured are 1e-14 and 1e-6
 every_network = pytest.mark.parametrize("network", [*STAND_INS, *PUBLISHED], ids=lambda network: network.name)
+slow_but_for_one = marked("slow", lambda network: network is not SMALL)
 # scales and kinds of noise are those of the encodings and of both directions, which every stand-in has
 more_exhaustively = marked("exhaustive", lambda network: network in STAND_INS[1:3])
 
@@ -34,6 +35,7 @@ def assert_served(report, calls: int = 0) -> None:
     assert sum(report.handed_over.values()) == calls, report.handed_over
 
 
+@slow_but_for_one
 @every_network
 def test_encoding_and_every_gradient_in_float64(network):
     net, untouched, report = accelerated_twins(network)
@@ -56,6 +58,7 @@ def test_encoding_and_every_gradient_in_float64(network):
     assert_served(report)
 
 
+@pytest.mark.slow
 def test_gradients_of_images_and_of_partly_frozen_networks():
     net, untouched, report = accelerated_twins(SMALL)
     for one in (net, untouched):
@@ -74,6 +77,7 @@ def test_gradients_of_images_and_of_partly_frozen_networks():
     assert_served(report)
 
 
+@slow_but_for_one
 @every_network
 def test_both_directions_in_float32(network):
     net, untouched, report = accelerated_twins(network, torch.float32, step=0.003)
@@ -90,6 +94,7 @@ def test_both_directions_in_float32(network):
     assert_served(report)
 
 
+@slow_but_for_one
 @more_exhaustively
 @every_network
 def test_seeded_samples_are_the_same_samples(network):
@@ -120,6 +125,7 @@ def test_gradients_through_the_inverse_in_float64():
     assert_served(report)
 
 
+@pytest.mark.slow
 def test_features_that_are_given():
     net, untouched, report = accelerated_twins(SMALL)
     images = SMALL.images()
@@ -137,6 +143,7 @@ def test_features_that_are_given():
 # -- training ------------------------------------------------------------------------------------------------------
 
 
+@slow_but_for_one
 @more_exhaustively
 @every_network
 def test_a_fresh_network_initialises_itself_and_trains_as_if_left_alone(network):
@@ -164,6 +171,7 @@ def test_a_fresh_network_initialises_itself_and_trains_as_if_left_alone(network)
     assert max(moved.values()) <= 1e-6, max(moved, key=moved.get)
 
 
+@pytest.mark.slow
 def test_a_network_with_initialised_actnorms_does_so_once_more_as_its_own_code_does():
     net, untouched = twins(SMALL)
     report = ncsr_fast.accelerate(net.train())
@@ -195,6 +203,7 @@ def test_modes_and_hooks_of_the_network():
 # -- wrappers and copies -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_data_parallel_and_a_replica():
     net, untouched = twins(SMALL)
     wrapped = torch.nn.DataParallel(net)
@@ -224,6 +233,7 @@ def replicate(net: torch.nn.Module) -> torch.nn.Module:
     return replicas[id(net)]
 
 
+@pytest.mark.slow
 def test_distributed_data_parallel(tmp_path):
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
     try:
@@ -252,6 +262,7 @@ def test_a_copy_has_its_own_parameters(duplicate):
     assert other.calls == 0
 
 
+@pytest.mark.slow
 def test_restore():
     net, untouched = twins(SMALL)
     attributes = set(net.__dict__)

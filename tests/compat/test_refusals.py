@@ -178,6 +178,7 @@ def test_networks_changed_afterwards_run_their_own_code(reason):
     assert report.handed_over == {reason: 1}
 
 
+@pytest.mark.slow
 def test_calls_that_are_not_served_run_the_networks_own_code():
     net, untouched, report = accelerated_twins(SMALL)
     images = SMALL.images()
@@ -222,6 +223,7 @@ def test_a_network_without_a_noise_condition_is_given_none():
     assert sum(report.handed_over.values()) == 1
 
 
+@pytest.mark.slow
 def test_contexts_in_which_the_own_code_runs():
     net, untouched, report = accelerated_twins(SMALL, torch.float32, step=0.003)
     images = SMALL.images(torch.float32)

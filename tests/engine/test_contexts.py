@@ -30,7 +30,7 @@ def model_of(seed: int = 0, engine: str = "fused", checkpoint: bool = True) -> N
     return model
 
 
-@pytest.fixture(params=[True, False], ids=["recomputed", "stored"])
+@pytest.fixture(params=[True, pytest.param(False, marks=pytest.mark.slow)], ids=["recomputed", "stored"])
 def model(request) -> NCSR:
     return model_of(checkpoint=request.param)
 
@@ -347,6 +347,7 @@ def test_traced_graphs_compute(activations, recorded):
         assert_same({"value": graph(other, LR, NOISE).detach()}, expected, torch.finfo(torch.float32).eps)
 
 
+@pytest.mark.slow
 def test_fake_tensors(model):
     with FakeTensorMode() as mode:
         fake = NCSR(tiny_config(blocks=1, stacked_blocks=(0,)))

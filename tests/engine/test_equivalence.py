@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from operator_cases import marked
 from support import image, tiny_model
 
 from ncsr_fast import NCSR
@@ -68,6 +69,7 @@ def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
         assert error < EXACT, f"{name} is off by {error:.1e}"
 
 
+@marked("slow", lambda variant: variant not in ("noise", "srflow"))
 @pytest.mark.parametrize("inverse", [False, True], ids=["nll", "decode"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_variants(variant, inverse):
@@ -75,6 +77,7 @@ def test_variants(variant, inverse):
     assert_same(outcome(model, {}, inverse), outcome(model, {"engine": "plain"}, inverse))
 
 
+@marked("slow", lambda options: options not in ("fused", "stored-activations"))
 @pytest.mark.parametrize("inverse", [False, True], ids=["nll", "decode"])
 @pytest.mark.parametrize("options", OPTIONS)
 def test_options(options, inverse):

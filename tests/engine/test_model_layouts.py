@@ -81,6 +81,7 @@ FEW = ("channels_last", "sliced", "strange single")
 
 
 @marked("exhaustive", lambda options, layout: options != "recomputed" and layout not in FEW)
+@marked("slow", lambda options, layout: options != "recomputed" or layout not in FEW)
 @pytest.mark.parametrize("options", OPTIONS)
 @layouts
 def test_models(options, layout, expected):
@@ -98,6 +99,7 @@ def published():
         return net(**SMALL.images())[1], right
 
 
+@marked("slow", lambda layout: layout not in FEW)
 @layouts
 def test_accelerated_networks(layout, published):
     net, _, _ = accelerated_twins(SMALL)
@@ -141,6 +143,7 @@ def test_memory_formats(memory_format, expected):
         assert all(torch.equal(*pair) for pair in zip(fresh.parameters(), model.parameters()))
 
 
+@pytest.mark.slow
 def test_memory_formats_of_others():
     encoder, net = RRDB(channels=4, growth=2, blocks=1), SMALL.build()
     lr = image(1, 3, 4, 4, dtype=torch.float32)
@@ -159,6 +162,7 @@ def test_a_format_of_other_dimensions_is_refused_as_by_every_2d_network():
     assert all(parameter.is_contiguous() for parameter in model.parameters())
 
 
+@pytest.mark.slow
 def test_copies_and_moves(expected):
     model = model_of().to(memory_format=torch.channels_last)
     model.share_memory()

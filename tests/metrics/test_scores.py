@@ -82,6 +82,7 @@ def lpips_network():
     del library
 
 
+@pytest.mark.slow
 def test_lpips_maps(lpips_network):
     target = image(3, 64, 64, dtype=torch.float32)
     samples = torch.stack([target, 1 - target])

@@ -52,7 +52,11 @@ def loaded(name: str, dtype: torch.dtype) -> NCSR:
     return made_of(name, published(name), dtype)
 
 
+slow_but_for_one = marked("slow", lambda name: name != SMALL[0])
+
+
 # full depth in float64 and a small network in float32 fail for what these would
+@slow_but_for_one
 @marked("exhaustive", lambda name, dtype: name not in SMALL and dtype == torch.float32)
 @every_dtype
 @every_case
@@ -69,6 +73,7 @@ def test_actnorm_initialisation(name, dtype):
     assert relative_error(nll, vectors.tensor("init_nll")) < VALUE[dtype]
 
 
+@slow_but_for_one
 @every_dtype
 @every_case
 def test_likelihood_and_latents(name, dtype):
@@ -83,6 +88,7 @@ def test_likelihood_and_latents(name, dtype):
         assert relative_error(latent, target) < VALUE[dtype]
 
 
+@slow_but_for_one
 @every_case
 def test_gradients(name):
     vectors, model = case(name), loaded(name, torch.float64)
@@ -143,6 +149,7 @@ def unused_names(model: NCSR) -> set[str]:
     return {entry.name for entry in layout(model) if entry.tensor is None}
 
 
+@slow_but_for_one
 @every_dtype
 @every_case
 def test_decoding(name, dtype):
@@ -155,6 +162,7 @@ def test_decoding(name, dtype):
     assert relative_error(logdet, vectors.tensor("sample_logdet")) < VALUE[dtype]
 
 
+@slow_but_for_one
 @every_dtype
 @small_cases
 def test_conditioning_features(name, dtype):
@@ -167,6 +175,7 @@ def test_conditioning_features(name, dtype):
         assert relative_error(features[level], vectors.tensor(key)) < VALUE[dtype]
 
 
+@slow_but_for_one
 @marked("exhaustive", lambda name, dtype: name not in SMALL and dtype == torch.float32)
 @every_dtype
 @every_case
@@ -177,6 +186,7 @@ def test_encoder_as_generator(name, dtype):
         assert relative_error(model.encoder(lr), vectors.tensor("rrdb_out")) < VALUE[dtype]
 
 
+@slow_but_for_one
 @every_case
 def test_state_dict_there_and_back(name):
     vectors, weights, state = case(name), published(name), loaded(name, torch.float64).published_state_dict()
@@ -186,6 +196,7 @@ def test_state_dict_there_and_back(name):
         assert torch.equal(value, weights[key]), key
 
 
+@pytest.mark.slow
 def test_unused_tensors_are_those_without_a_gradient():
     """152 tensors of the ×4 model: the noise couplings of level 1, the encoder's HR end, and `f`."""
     vectors = case("ncsr_x4_full")

@@ -11,6 +11,7 @@ from unittest import mock
 
 import pytest
 import torch
+from operator_cases import marked
 from support import assert_same_weights, image, tiny_model
 
 from ncsr_fast import NCSR, graphs
@@ -174,6 +175,7 @@ PASSES = {
 }
 
 
+@marked("slow", lambda change: change not in (in_place, replaced_data))
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 def test_noticed(change, device):
     model = tiny_model().freeze_for_inference()
