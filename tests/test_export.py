@@ -14,6 +14,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from operator_cases import marked
 from support import image, randomize, relative_error, tiny_config, tiny_model
 
 from ncsr_fast import NCSR, NCSRConfig, export
@@ -47,6 +48,7 @@ def decoded(model: NCSR, lr: torch.Tensor, latents: list[torch.Tensor] | None) -
     return model.decode(latents, lr)
 
 
+@marked("slow", lambda name: name not in ("ncsr-x4", "srflow-x4"))
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("deterministic", [False, True], ids=["latents", "deterministic"])
 def test_the_decoder_is_the_model(name, deterministic):
@@ -168,7 +170,8 @@ def test_torch_export_of_the_decoder(exported):
     program = exported.program.module()
     for size in SIZES:
         lr, latents, expected = exported.expected(*size)
-        assert ((0 < expected) & (expected < 1)).double().mean() > 0.5  # so that clipping hides no mistake
+        if exported.clip:  # which must not hide a mistake
+            assert ((0 < expected) & (expected < 1)).double().mean() > 0.5
         assert relative_error(program(lr, *latents), expected) < 1e-5  # float32
 
 

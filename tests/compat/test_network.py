@@ -143,7 +143,7 @@ def test_features_that_are_given():
 # -- training ------------------------------------------------------------------------------------------------------
 
 
-@slow_but_for_one
+@pytest.mark.slow
 @more_exhaustively
 @every_network
 def test_a_fresh_network_initialises_itself_and_trains_as_if_left_alone(network):
@@ -248,6 +248,7 @@ def test_distributed_data_parallel(tmp_path):
     assert_served(report)
 
 
+@marked("slow", lambda duplicate: duplicate is not copy.deepcopy)
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net))], ids=["copy", "pickle"])
 def test_a_copy_has_its_own_parameters(duplicate):
     net, untouched, _ = accelerated_twins(SMALL)
@@ -276,6 +277,7 @@ def test_restore():
     ncsr_fast.restore(net)  # nothing to do
 
 
+@pytest.mark.slow
 def test_report():
     net, _ = twins(SMALL)
     holder = torch.nn.ModuleDict({"generator": net, "other": torch.nn.Linear(2, 2)})

@@ -8,6 +8,7 @@ import pytest
 import torch
 from compat.networks import SMALL, STAND_INS, accelerated_twins
 from compat.standin import Split, StandInNCSR
+from operator_cases import marked
 from support import image
 
 import ncsr_fast
@@ -111,6 +112,7 @@ REFUSED = {
 }
 
 
+@marked("slow", lambda what: what not in ("coupling", "eps", "hook", "likelihood", "something else"))
 @pytest.mark.parametrize("what", REFUSED)
 def test_refused_with_a_reason(what):
     build, reason = REFUSED[what]
@@ -128,6 +130,7 @@ def test_refused_options():
         ncsr_fast.accelerate(SMALL.build(), speed="high")
 
 
+@pytest.mark.slow
 def test_a_refused_network_beside_a_served_one_is_in_the_report():
     report = ncsr_fast.accelerate(torch.nn.ModuleList([SMALL.build(), of_class(OtherFormula)]))
     assert list(report.replaced) == ["0"] and list(report.left) == ["1"]
@@ -168,6 +171,7 @@ CHANGED = {
 }
 
 
+@marked("slow", lambda reason: CHANGED[reason] not in (add_a_hook, change_an_attribute))
 @pytest.mark.parametrize("reason", CHANGED)
 def test_networks_changed_afterwards_run_their_own_code(reason):
     net, untouched, report = accelerated_twins(SMALL)
@@ -216,6 +220,7 @@ def outcome(net, arguments):
         return error
 
 
+@pytest.mark.slow
 def test_a_network_without_a_noise_condition_is_given_none():
     net, untouched, report = accelerated_twins(SRFLOW)
     arguments = SRFLOW.images() | {"std": SRFLOW.images()["gt"]}

@@ -7,7 +7,7 @@ import contextlib
 import pytest
 import torch
 from compat.networks import SMALL, accelerated_twins
-from operator_cases import arguments, differentiable, directions, operators, run
+from operator_cases import arguments, differentiable, directions, marked, operators, run
 from support import image, relative_error, tiny_model
 
 import ncsr_fast
@@ -60,6 +60,7 @@ def assert_equal(found, expected) -> None:
 nothing = contextlib.nullcontext
 
 
+@marked("slow", lambda inside: inside)
 @precisions
 @checkpoints
 @pytest.mark.parametrize("inside", [False, True], ids=["backward outside", "backward inside"])
@@ -111,6 +112,7 @@ def test_float64_models_are_not_touched(precision):
         assert relative_error(found[name], value) < 1e-10, name
 
 
+@pytest.mark.slow
 @precisions
 def test_every_call(precision):
     lr, hr = images()[1], images()[0]
@@ -192,6 +194,7 @@ def test_the_generator(precision, plain):
     assert not torch.equal(rounded, exact) and relative_error(rounded, exact) < ROUNDED[precision]
 
 
+@pytest.mark.slow
 @precisions
 def test_accelerated_networks(precision):
     """Served at the precision asked for, and not by their own code, which would round the state."""
@@ -213,6 +216,7 @@ def test_accelerated_networks(precision):
         assert (ours.grad is None and theirs.grad is None) or torch.equal(ours.grad, theirs.grad)
 
 
+@pytest.mark.slow
 def test_networks_are_recognised_under_autocast():
     with autocast("bf16"):
         assert list(ncsr_fast.accelerate(SMALL.build()).replaced) == [""]

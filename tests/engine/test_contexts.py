@@ -9,7 +9,7 @@ import threading
 import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
-from operator_cases import arguments
+from operator_cases import arguments, marked
 from support import image, tiny_config, tiny_model
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -206,6 +206,7 @@ SURROUNDINGS = {
 }
 
 
+@marked("slow", lambda surrounding: surrounding in ("anomaly mode", "default dtype"))
 @pytest.mark.parametrize("surrounding", SURROUNDINGS)
 def test_surroundings(model, right, surrounding):
     reference = model_of()
@@ -256,6 +257,7 @@ def test_functional_call_and_its_gradient(model, right):
         assert_same({"image": found}, {"image": model_of(seed=1).decode(latents(model), LR, NOISE)})
 
 
+@marked("slow", lambda recorded: not recorded)
 @pytest.mark.parametrize("recorded", [True, False])
 def test_ensembles(model, recorded):
     """Models stacked, and one call for all of them, of both directions."""
@@ -307,6 +309,7 @@ def test_forward_mode(model, recorded):
     assert_same({"tangent": found.detach()}, expected)
 
 
+@marked("slow", lambda options: bool(options))
 @pytest.mark.parametrize("options", [{}, {"vectorize": True}, {"vectorize": True, "strategy": "forward-mode"}], ids=str)
 def test_jacobians(model, options):
     plain = model_of(engine="plain")

@@ -102,6 +102,7 @@ def test_no_pass_of_a_flow_lets_pytorch_round(run, engine, backend):
         assert relative_error(value, of) < 1e-4 if of.any() else not value.any()
 
 
+@marked("slow", lambda setting: setting not in ("medium", WORST))
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_nor_does_a_pass_under_other_flags(setting):
     before = set_flags(setting)

@@ -56,6 +56,7 @@ def test_a_pass_that_ends_leaves_the_flags_to_one_that_does_not():
     assert values() == before
 
 
+@pytest.mark.slow
 def test_threads_share_a_model():
     """Samples and gradients of every thread are those of one alone, to the last bit, and the flags are what they were."""
     before = set_flags(WORST)

@@ -99,7 +99,7 @@ def published():
         return net(**SMALL.images())[1], right
 
 
-@marked("slow", lambda layout: layout not in FEW)
+@marked("slow", lambda layout: layout != "channels_last")
 @layouts
 def test_accelerated_networks(layout, published):
     net, _, _ = accelerated_twins(SMALL)
@@ -130,6 +130,7 @@ def test_another_layout_of_the_same_memory_is_a_change():
 # -- Module.to and what else there is ------------------------------------------------------------------------------
 
 
+@marked("slow", lambda memory_format: memory_format is not torch.channels_last)
 @pytest.mark.parametrize("memory_format", [torch.channels_last, torch.preserve_format, torch.contiguous_format], ids=str)
 def test_memory_formats(memory_format, expected):
     model = model_of().to(memory_format=memory_format)

@@ -23,6 +23,9 @@ GRADIENT = 2e-6
 every_case = pytest.mark.parametrize("name", CASES, scope="module")
 small_cases = pytest.mark.parametrize("name", SMALL, scope="module")
 every_dtype = pytest.mark.parametrize("dtype", VALUE, ids=["float64", "float32"], scope="module")
+slow_but_for_one = marked("slow", lambda name: name != SMALL[0])
+# full depth in float64 and a small network in float32 fail for what these would, and so do likelihood and decoding of both
+exhaustive_at_full_depth = marked("exhaustive", lambda name, dtype: name not in SMALL and dtype == torch.float32)
 
 
 @functools.lru_cache(maxsize=1)
@@ -52,12 +55,8 @@ def loaded(name: str, dtype: torch.dtype) -> NCSR:
     return made_of(name, published(name), dtype)
 
 
-slow_but_for_one = marked("slow", lambda name: name != SMALL[0])
-
-
-# full depth in float64 and a small network in float32 fail for what these would
 @slow_but_for_one
-@marked("exhaustive", lambda name, dtype: name not in SMALL and dtype == torch.float32)
+@exhaustive_at_full_depth
 @every_dtype
 @every_case
 def test_actnorm_initialisation(name, dtype):
@@ -176,7 +175,7 @@ def test_conditioning_features(name, dtype):
 
 
 @slow_but_for_one
-@marked("exhaustive", lambda name, dtype: name not in SMALL and dtype == torch.float32)
+@exhaustive_at_full_depth
 @every_dtype
 @every_case
 def test_encoder_as_generator(name, dtype):

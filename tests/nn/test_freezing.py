@@ -58,6 +58,7 @@ def test_the_same_results_bit_for_bit_and_without_gradients(engine):
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
+@marked("slow", lambda device: device != "cpu")
 def test_folded_at_once_and_never_again(device):
     model = tiny_model()
     with counted() as count:
@@ -78,6 +79,7 @@ def test_folded_at_once_and_never_again(device):
         assert count() == (9, 12)
 
 
+@marked("slow", lambda device: device != "cpu")
 def test_unfreezing_restores_what_was(device):
     model = tiny_model()
     flags = [parameter.requires_grad for parameter in model.parameters()]
@@ -109,6 +111,7 @@ REFUSED = {
 }
 
 
+@marked("slow", lambda device: device != "cpu")
 @pytest.mark.parametrize("what", REFUSED)
 def test_refused(what, device):
     model = tiny_model().freeze_for_inference()

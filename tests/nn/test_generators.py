@@ -75,7 +75,7 @@ def case(name: str) -> GeneratorCase:
 
 # full depth in float64, with noise or ESRGAN's, and the small networks fail for what these would
 @marked("exhaustive", lambda name, dtype: name == "esrganplus_x4_full" and dtype == torch.float32)
-@marked("slow", lambda name, layout: name in FULL or layout != "nchw")
+@marked("slow", lambda name, layout, dtype: name in FULL or layout != "nchw" or dtype != torch.float64)
 @DTYPES
 @CASES
 def test_images(name, dtype, layout):
@@ -92,7 +92,7 @@ def test_images(name, dtype, layout):
 
 
 @marked("exhaustive", lambda name: name == "esrganplus_x4_full")  # whose gradients with noise are below
-@marked("slow", lambda name, layout: name in FULL or layout != "nchw")
+@marked("slow", lambda name, layout: name not in ("esrgan_x4_small", "basicsr_x2_small") or layout != "nchw")
 @CASES
 def test_gradients(name, layout):
     vectors = case(name)
@@ -186,6 +186,7 @@ SHAPES = {
 }
 
 
+@marked("slow", lambda kind: kind == "directory")
 @pytest.mark.parametrize("kind", ["file", "directory"])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_every_shape_is_read_again(tmp_path, shape, kind):

@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+from operator_cases import marked
 from safetensors.torch import save_file
 from support import assert_same_weights, image, tiny_config, tiny_model
 
@@ -67,6 +68,7 @@ WRAPS = {
 }
 
 
+@marked("slow", lambda wrap, prefix: wrap != "ours" and prefix != "module.")
 @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.module."])
 @pytest.mark.parametrize("wrap", WRAPS)
 def test_files(tmp_path, wrap, prefix):
