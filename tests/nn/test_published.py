@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+from operator_cases import marked
 from safetensors.torch import save_file
 from support import assert_same_weights, image, tiny_config, tiny_model
 
@@ -79,6 +80,7 @@ WRAPS = {
 }
 
 
+@marked("slow", lambda wrap, prefix: wrap != "ours" and prefix != "module.")
 @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.module."])
 @pytest.mark.parametrize("wrap", WRAPS)
 def test_files(tmp_path, wrap, prefix):
@@ -141,6 +143,7 @@ def test_bad_pth_files(tmp_path):
         read_state_dict(tmp_path / "absent.pth")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [{"preset": "ncsr-compact-x4"}, {"preset": "ncsr-compact-x4", "noise_channels": 1}],
@@ -153,6 +156,7 @@ def test_the_configuration_of_a_file_is_found_by_its_shapes(tmp_path, changes):
     assert NCSR.from_pretrained(tmp_path / "model.pth").config == model.config
 
 
+@pytest.mark.slow
 def test_a_file_of_no_preset_asks_for_its_configuration(tmp_path):
     torch.save(tiny_model().published_state_dict(), tmp_path / "model.pth")
     with pytest.raises(CheckpointError, match="of no preset .* of the nearest, .*config=NCSRConfig.from_published"):
