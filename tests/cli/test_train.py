@@ -34,6 +34,7 @@ def trained(monkeypatch, tmp_path):
 def test_train_and_use(photos, tmp_path, capsys):
     run = tmp_path / "run"
     arguments = ["train", "--images", str(photos), "--run", str(run), "--preset", "ncsr-compact-x4", "--crop", "32"]
+    arguments += ["--model", "steps=1", "noise_steps=0,1,1", "--validation-images", "1", "--validation-size", "32"]
     arguments += ["--batch", "1", "--workers", "0", "--encoder-steps", "1", "--seed", "3", "--device", "cpu"]
     assert main([*arguments, "--steps", "1"]) == 0
     settings = json.loads((run / "settings.json").read_text())
