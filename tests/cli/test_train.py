@@ -59,6 +59,17 @@ def test_train_reads_flags_and_a_yaml(trained, tmp_path, capsys):
     assert capsys.readouterr().out == "the model is in runs/mine/model\n" and not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize("option", ([], ["-opt"]))
+def test_train_expands_the_home_folder(option, trained, tmp_path, monkeypatch):
+    """Also where a shell does not, as in --run=~/r."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine.yml").write_text("preset: ncsr-compact-x4\nimages: [a]\n")
+    assert main(["train", *option, "~/mine.yml", "--run=~/r", "--images=~/b"]) == 0
+    assert trained["run"] == f"{tmp_path}/r" and trained["settings"].images == (f"{tmp_path}/b",)
+    with pytest.raises(SystemExit):
+        main(["train", "--run", ""])
+
+
 def test_train_has_a_flag_for_every_setting(trained):
     """Each of them, given as text, arrives; so --help need not be tried by hand when a setting is added."""
     from ncsr_fast.training.settings import TrainSettings

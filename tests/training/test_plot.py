@@ -116,9 +116,10 @@ def test_logs_that_cannot_be_plotted(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_command_writes_where_it_is_told(tmp_path, capsys):
+def test_the_command_writes_where_it_is_told(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path.parent))
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS[:2]))
-    assert main(["plot", str(tmp_path), "--out", str(tmp_path / "picture.png")]) == 0
+    assert main(["plot", f"~/{tmp_path.name}", f"--out=~/{tmp_path.name}/picture.png"]) == 0
     assert capsys.readouterr().out.strip() == str(tmp_path / "picture.png")
     assert (tmp_path / "picture.png").stat().st_size > 10_000
     assert main(["plot", str(tmp_path / "nowhere")]) == 1
