@@ -65,6 +65,7 @@ def test_bytes_that_must_move():
     assert entry.bytes_moved(inputs, outputs, shape, backward=True) == image + logdet + image // 2 + h + image + h
 
 
+@pytest.mark.slow
 def test_a_row_has_every_field(tmp_path, capsys):
     assert bench(tmp_path, "--threads", str(torch.get_num_threads())) == 0
     rows = stored(tmp_path)
@@ -82,6 +83,7 @@ def test_a_row_has_every_field(tmp_path, capsys):
     assert capsys.readouterr().out.strip() in output
 
 
+@pytest.mark.slow
 def test_the_compiled_reference_is_a_baseline(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))  # no compiler needed
     only = ["--operators", "affine_coupling", "--layout", "NCHW", "--directions", "forward", "backward"]
