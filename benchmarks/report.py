@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from pathlib import Path
 from typing import Any
 
 from .harness import COMPILED, REFERENCE
@@ -24,6 +26,17 @@ _HEAD = (
 def to_json(rows: list[Row]) -> str:
     """A list with one row a line."""
     return "[\n" + ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n]\n"
+
+
+def stored_rows(path: str | os.PathLike) -> list[Row]:
+    """The rows of operators in a file. Raises ValueError for a file of anything else."""
+    try:
+        rows = json.loads(Path(path).read_text())
+        if not all({*_CELL[:5], "backend", "median_ms"} <= row.keys() for row in rows):
+            raise ValueError("its rows are not of operators")
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{os.fspath(path)!r} is no file of rows that `ncsr-fast bench` wrote: {error}") from error
+    return rows
 
 
 def compared(rows: list[Row]) -> list[tuple[Row, Row | None, Row | None]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import shlex
 from collections.abc import Iterable, Sequence
@@ -27,10 +26,10 @@ def run(args: argparse.Namespace) -> None:
     """What `ncsr-fast bench` does. Raises ValueError, and prints and stores no figure, when a result is wrong."""
     if args.table or args.plot:
         if args.table:
-            print(report.table(json.loads(Path(args.table).read_text())))
+            print(report.table(report.stored_rows(args.table)))
         if args.plot:
             source, picture = args.plot
-            report.plot(json.loads(Path(source).read_text()), picture)
+            report.plot(report.stored_rows(source), picture)
         return
     device = pick_device(args.device)
     cuda = torch.device(device).type == "cuda"

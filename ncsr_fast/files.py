@@ -81,7 +81,12 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write a safetensors file. Raises OSError when the disk is full, where safetensors' own function has another error."""
     from safetensors.torch import save
 
-    path.write_bytes(save(dict(tensors), metadata={"format": "pt"}))
+    path.write_bytes(save(dense(tensors), metadata={"format": "pt"}))
+
+
+def dense(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same values on the CPU, one after the other in memory, as files hold them."""
+    return {name: tensor.detach().cpu().resolve_neg().contiguous() for name, tensor in tensors.items()}
 
 
 def write_pickled(path: Path, value: Any) -> None:
@@ -108,9 +113,8 @@ def shipped() -> list[str]:
 def save_directory(model: nn.Module, model_type: str, configuration: dict[str, Any], directory: str | os.PathLike) -> Path:
     """Write config.json (`model_type` and the configuration) and model.safetensors to `directory`; return it."""
     directory = Path(directory)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     with atomic_write(directory / WEIGHTS) as path:
-        write_tensors(path, tensors)
+        write_tensors(path, model.state_dict())
     with atomic_write(directory / CONFIG) as path:
         path.write_text(json.dumps({"model_type": model_type, **configuration}, indent=2) + "\n")
     return directory

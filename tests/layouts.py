@@ -51,6 +51,10 @@ LAYOUTS = {
 }
 
 
+# of an image that a kernel reads or writes through its strides: dense ones, and parts of larger ones
+IMAGES = ("contiguous", "channels_last", "channels of channels_last", "sliced", "transposed")
+
+
 def laid_out(x: Tensor | None, layout: str) -> Tensor | None:
     """A leaf like x, detached."""
     return None if x is None else LAYOUTS[layout](x.detach()).detach().requires_grad_(x.requires_grad)

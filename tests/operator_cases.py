@@ -42,7 +42,7 @@ def pairwise_but_on_the_widest(**choices: Iterable) -> pytest.MarkDecorator:
     """Decorator of a test of all combinations of these parameters on each instruction set: all on the widest one, on the
     others a few in which each pair of values of any two parameters is there.
     """
-    few = _pairwise([list(values) for values in choices.values()])
+    few = pairwise(*choices.values())
 
     def wanted(instruction_set: str, *values) -> bool:
         return instruction_set == WIDEST or values in few
@@ -50,7 +50,7 @@ def pairwise_but_on_the_widest(**choices: Iterable) -> pytest.MarkDecorator:
     return pytest.mark.cells_where.with_args(wanted, ("instruction_set", *choices))
 
 
-def _pairwise(choices: list[list]) -> set[tuple]:
+def pairwise(*choices: Iterable) -> set[tuple]:
     """Combinations of one of each, chosen greedily until each pair is in one of them."""
     every = [(each, set(itertools.combinations(enumerate(each), 2))) for each in itertools.product(*choices)]
     missing, chosen = set().union(*(pairs for _, pairs in every)), set()
@@ -122,22 +122,6 @@ def formula(name: str, state: Tensor, *rest: Tensor, inverse: bool = False) -> t
 
 def run(name: str, *tensors: Tensor, inverse: bool = False, backend: str = "auto") -> tuple[Tensor, Tensor]:
     return getattr(ops, name)(*tensors, inverse=inverse, backend=backend)
-
-
-LAYOUTS = {
-    "nchw": lambda x: x.clone(memory_format=torch.contiguous_format),
-    "channels-last": lambda x: x.clone(memory_format=torch.channels_last),
-    "channels": lambda x: torch.cat([x, x], dim=1)[:, x.shape[1] :],
-    "channels-last-channels": lambda x: torch.cat([x, x], dim=1).to(memory_format=torch.channels_last)[:, x.shape[1] :],
-    "crop": lambda x: torch.nn.functional.pad(x, (1, 2, 2, 1))[:, :, 2:-1, 1:-2],
-    "transposed": lambda x: x.transpose(2, 3).clone(memory_format=torch.contiguous_format).transpose(2, 3),
-}
-
-
-def laid_out(tensors: list[Tensor], layout: str) -> list[Tensor]:
-    """The same values, the images among them lying otherwise in memory; a matrix lies transposed."""
-    result = [LAYOUTS[layout](x) if x.dim() == 4 else x.T.clone().T if x.dim() == 2 else x for x in tensors]
-    return [x.detach().requires_grad_(y.requires_grad) for x, y in zip(result, tensors)]
 
 
 def differentiable(tensors: list[Tensor]) -> list[Tensor]:

@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -83,23 +82,6 @@ class Watch(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         self.call(function.name().split(".")[0], args)
         return function(*args, **(kwargs or {}))
-
-
-def _slice_of_channels_last(x: Tensor) -> Tensor:
-    batch, channels, *size = x.shape
-    around = torch.full((batch, channels + 10, *size), float("nan"), dtype=x.dtype).to(memory_format=torch.channels_last)
-    around[:, 3 : 3 + channels] = x
-    return around[:, 3 : 3 + channels]
-
-
-# the same values, lying otherwise in memory; what lies around them is NaN
-LAYOUTS = {
-    "nchw": lambda x: x.contiguous(),
-    "channels-last": lambda x: x.contiguous(memory_format=torch.channels_last),
-    "slice of channels-last": _slice_of_channels_last,
-    "crop": lambda x: F.pad(x, (2, 3, 1, 2), value=float("nan"))[:, :, 1:-2, 2:-3],
-    "turned": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
-}
 
 
 @dataclass

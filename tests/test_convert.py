@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from operator_cases import marked
 from safetensors.torch import load_file
 from support import assert_same_weights, full_disk, tiny_model
 
@@ -32,6 +33,7 @@ def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> boo
     return alike and all(torch.equal(first[name], second[name]) for name in first)
 
 
+@marked("slow", lambda dtype: dtype != torch.float32)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
 def test_every_kind_of_file_into_every_other(model, dtype):
     published = {name: tensor.to(dtype) for name, tensor in model.published_state_dict().items()}

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
+from dataclasses import dataclass
+from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
 import torch
+from operator_cases import marked
 from support import exports, image, randomize, relative_error, tiny_config, tiny_model
 
 from ncsr_fast import NCSR, NCSRConfig, export
@@ -22,7 +27,7 @@ MODELS = {
     "ncsr-x4": lambda: tiny_model(dtype=torch.float32, steps=2, noise_steps=(0, 1, 2)),
     "ncsr-std-x4": lambda: tiny_model(dtype=torch.float32, noise_channels=1),
     "ncsr-x8": lambda: tiny_model(dtype=torch.float32, scale=8, noise_steps=(0, 0, 1, 1)),
-    "srflow-x4": lambda: tiny_model(dtype=torch.float32, noise_channels=0, noise_steps=()),
+    "srflow-x4": lambda: tiny_model(dtype=torch.float32, noise_channels=0, noise_steps=(), blocks=1, stacked_blocks=(0,)),
     "compact": lambda: NCSR.from_pretrained("ncsr-compact-x4"),
 }
 
@@ -43,6 +48,7 @@ def decoded(model: NCSR, lr: torch.Tensor, latents: list[torch.Tensor] | None) -
     return model.decode(latents, lr)
 
 
+@marked("slow", lambda name: name not in ("ncsr-x4", "srflow-x4"))
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("deterministic", [False, True], ids=["latents", "deterministic"])
 def test_the_decoder_is_the_model(name, deterministic):
@@ -74,16 +80,6 @@ def test_a_pixel_that_overflowed_is_nan():
     assert decoder(lr, *latents).nan_to_num(7).tolist() == [7, 7, 7, 1, 0, 0.5]
 
 
-@exports
-@pytest.mark.parametrize("name", ["ncsr-x4", "ncsr-x8"])
-def test_torch_export_of_the_decoder(name):
-    model = MODELS[name]()
-    program = export_program(Decoder(model, clip=False)).module()
-    for size in SIZES:
-        lr, latents = inputs(model, *size)
-        assert relative_error(program(lr, *latents), decoded(model, lr, latents)) < 1e-5  # float32
-
-
 class Decoding(torch.nn.Module):
     """A model's `decode`, as torch.export wants it."""
 
@@ -96,10 +92,11 @@ class Decoding(torch.nn.Module):
 
 
 @exports
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["plain", "fused"])
 def test_torch_export_of_the_model_itself(engine):
     """Its operators stay what they are in the graph."""
-    model = tiny_model(dtype=torch.float32)
+    model = tiny_model(dtype=torch.float32, blocks=1, stacked_blocks=(0,))
     model.engine = engine
     shapes = Decoder(model).dynamic_shapes()
     lr, latents = inputs(model, 2, 6, 8)
@@ -111,56 +108,119 @@ def test_torch_export_of_the_model_itself(engine):
             assert relative_error(program(lr, latents), decoded(model, lr, latents)) < 1e-5  # float32
 
 
-# with latents and a noise condition; and without either, clipped: PyTorch's exporter takes half a minute each time
-ONNX = [("ncsr-x4", False, False), ("srflow-x4", True, True)]
-MORE_ONNX = [("ncsr-x8", False, False), ("compact", False, True), ("compact", True, True)]
+@dataclass
+class Export:
+    """A model written as ONNX, and what was made on the way."""
+
+    model: NCSR
+    deterministic: bool
+    clip: bool
+    path: Path
+    difference: float
+    program: torch.export.ExportedProgram
+    onnx_program: torch.onnx.ONNXProgram
+
+    def expected(self, batch: int, height: int, width: int) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
+        """An image, its latents, and what the model decodes of them."""
+        lr, latents = inputs(self.model, batch, height, width)
+        latents = [] if self.deterministic else latents
+        sr = decoded(self.model, lr, latents)
+        return lr, latents, sr.clamp(0, 1) if self.clip else sr
 
 
-@pytest.mark.slow
-@exports
-@pytest.mark.parametrize(
-    "name, deterministic, clip", [*ONNX, *(pytest.param(*cell, marks=pytest.mark.exhaustive) for cell in MORE_ONNX)]
+@pytest.fixture(scope="module")
+def exported(request, tmp_path_factory) -> Export:
+    """One export for all tests that look at it: PyTorch's exporter takes 10 to 20 s each time."""
+    name, deterministic, clip = request.param
+    model, path = MODELS[name](), tmp_path_factory.mktemp("exported") / "x.onnx"
+    made = []
+
+    def recorded(make):
+        def call(*args, **kwargs):
+            made.append(make(*args, **kwargs))
+            return made[-1]
+
+        return call
+
+    with (
+        mock.patch.object(export, "export_program", recorded(export_program)),
+        mock.patch.object(torch.onnx, "export", recorded(torch.onnx.export)),
+    ):
+        difference = export_onnx(model, path, deterministic=deterministic, clip=clip)
+    return Export(model, deterministic, clip, path, difference, *made)
+
+
+# one with latents and a noise condition. `test_the_decoder_is_the_model` fails for a mistake in another number of levels or
+# steps, or without latents; the export of that is tests/test_default_dtype.py's
+ONNX = ("ncsr-std-x4", False, True)
+MORE_ONNX = [
+    ("srflow-x4", True, True), ("ncsr-x4", False, False), ("ncsr-x8", False, False), ("compact", False, True),
+    ("compact", True, True),
+]  # fmt: skip
+every_export = pytest.mark.parametrize(
+    "exported",
+    [ONNX, *(pytest.param(cell, marks=pytest.mark.exhaustive) for cell in MORE_ONNX)],
+    ids=lambda cell: "-".join(map(str, cell)),
+    indirect=True,
 )
-def test_onnx(tmp_path, name, deterministic, clip):
-    model = MODELS[name]()
-    difference = export_onnx(model, tmp_path / "x.onnx", deterministic=deterministic, clip=clip)
-    assert difference < TOLERANCE and [path.name for path in tmp_path.iterdir()] == ["x.onnx"]
-    graph = onnx.load(tmp_path / "x.onnx")
+
+
+@exports
+@pytest.mark.slow
+@every_export
+def test_torch_export_of_the_decoder(exported):
+    program = exported.program.module()
+    for size in SIZES:
+        lr, latents, expected = exported.expected(*size)
+        if exported.clip:  # which must not hide a mistake
+            assert ((0 < expected) & (expected < 1)).double().mean() > 0.5
+        assert relative_error(program(lr, *latents), expected) < 1e-5  # float32
+
+
+@exports
+@pytest.mark.slow
+@every_export
+def test_onnx(exported):
+    assert exported.difference < TOLERANCE and [path.name for path in exported.path.parent.iterdir()] == ["x.onnx"]
+    graph = onnx.load(exported.path)
     onnx.checker.check_model(graph, full_check=True)
     assert {opset.domain for opset in graph.opset_import} == {""}, "plain operators alone"
-    metadata = {entry.key: entry.value for entry in graph.metadata_props}
-    assert NCSRConfig.from_dict(json.loads(metadata["config"])) == model.config
-    assert metadata["scale"] == str(model.config.scale) and metadata["lr_multiple"] == "2"
-    assert (json.loads(metadata["clip"]), json.loads(metadata["deterministic"])) == (clip, deterministic)
-    session = onnxruntime.InferenceSession(tmp_path / "x.onnx", providers=["CPUExecutionProvider"])
+    metadata, config = {entry.key: entry.value for entry in graph.metadata_props}, exported.model.config
+    assert NCSRConfig.from_dict(json.loads(metadata["config"])) == config
+    assert metadata["scale"] == str(config.scale) and metadata["lr_multiple"] == "2"
+    assert json.loads(metadata["clip"]) == exported.clip
+    assert json.loads(metadata["deterministic"]) == exported.deterministic
+    session = onnxruntime.InferenceSession(exported.path, providers=["CPUExecutionProvider"])
     described = json.loads(metadata["latents"])
     assert [i.name for i in session.get_inputs()] == ["lr", *(latent["name"] for latent in described)]
     for batch, height, width in [*SIZES, (1, 2, 2)]:
-        lr, latents = inputs(model, batch, height, width)
-        latents = [] if deterministic else latents
+        lr, latents, expected = exported.expected(batch, height, width)
         shapes = [(batch, d["channels"], int(d["scale"] * height), int(d["scale"] * width)) for d in described]
         assert shapes == [tuple(latent.shape) for latent in latents]
         feed = {"lr": lr, **dict(zip((d["name"] for d in described), latents))}
         (found,) = session.run(["sr"], {key: value.numpy() for key, value in feed.items()})
-        expected = decoded(model, lr, latents)
-        expected = expected.clamp(0, 1) if clip else expected
         assert np.isfinite(found).all()
         assert (torch.from_numpy(found) - expected).abs().max() < TOLERANCE * expected.abs().max().clamp(min=1)
-    if name == "srflow-x4":
+    if exported.deterministic:
         with pytest.raises(Exception, match="(?i)broadcast|dimension|shape"):  # an odd size is refused, not decoded wrongly
             session.run(None, {"lr": np.zeros((1, 3, 5, 4), np.float32)})
 
 
 @exports
-def test_what_differs_from_the_model_is_not_written(tmp_path, monkeypatch):
-    def wrong(self, *arguments):
-        original(self, *arguments)
-        self.eps += 0.01
-
-    original = export._Level.__init__
-    monkeypatch.setattr(export._Level, "__init__", wrong)
+@pytest.mark.slow
+@pytest.mark.parametrize("exported", [ONNX], ids=["ncsr-std-x4"], indirect=True)
+def test_what_differs_from_the_model_is_not_written(exported, tmp_path, monkeypatch):
+    """The exporter returns the graph of a model whose weights were different."""
+    monkeypatch.setattr(export, "export_program", lambda decoder: exported.program)
+    monkeypatch.setattr(torch.onnx, "export", lambda program, **options: exported.onnx_program)
+    arguments = {"deterministic": exported.deterministic, "clip": exported.clip}
+    model = copy.deepcopy(exported.model)
+    assert export_onnx(model, tmp_path / "x.onnx", **arguments) == exported.difference
+    (tmp_path / "x.onnx").unlink()
+    with torch.no_grad():
+        model.levels[0].couplings.bias3 += 0.01
     with pytest.raises(ValueError, match="the ONNX graph differs from the model by .*not written"):
-        export_onnx(tiny_model(), tmp_path / "x.onnx", deterministic=True)
+        export_onnx(model, tmp_path / "x.onnx", **arguments)
     assert not list(tmp_path.iterdir())
 
 

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from layouts import LAYOUTS, laid_out
 from support import full_disk, image, tiny_model
 
 from ncsr_fast import NCSR, RRDB, CheckpointError, NCSRConfig, files
@@ -21,6 +22,18 @@ def test_save_and_load(tmp_path, dtype):
     assert again.config == model.config
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in again.state_dict().items())
     assert [p.requires_grad for p in again.parameters()] == [p.requires_grad for p in model.parameters()]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_weights_in_any_layout(tmp_path, layout):
+    """A file holds their values, whatever memory they lie in."""
+    model = tiny_model()
+    expected = {name: value.clone() for name, value in model.state_dict().items()}
+    for parameter in model.parameters():
+        parameter.data = laid_out(parameter.data, layout)
+    model.save_pretrained(tmp_path / "model")
+    again = NCSR.from_pretrained(tmp_path / "model")
+    assert all(torch.equal(value, expected[name]) for name, value in again.state_dict().items())
 
 
 def test_save_and_load_a_generator(tmp_path):

@@ -42,6 +42,7 @@ def lay_out_cache(save, name: str = "user/model", branch: str = "main") -> Path:
     return Path("cache")
 
 
+@pytest.mark.slow
 def test_a_repository_from_the_cache():
     model = tiny_model()
     cache = lay_out_cache(model.save_pretrained)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from support import fresh_process
 
 import ncsr_fast
@@ -9,6 +10,7 @@ import ncsr_fast
 BLOCKED = ("triton", "PIL", "safetensors", "tqdm", "skimage", "lpips", "ncsr_fast._native", "ncsr_fast.kernels")
 
 
+@pytest.mark.slow
 def test_import_and_model_without_anything_but_torch(tmp_path):
     code = f"""
 import sys
@@ -22,6 +24,7 @@ print(tuple(model.sample(torch.rand(1, 3, 2, 2), n=2).shape), ncsr_fast.ops.back
     assert fresh_process(code, tmp_path) == "(1, 2, 3, 8, 8) True"
 
 
+@pytest.mark.slow
 def test_import_pulls_in_nothing_heavy(tmp_path):
     code = "import sys, torch; before = set(sys.modules); import ncsr_fast; print(*set(sys.modules) - before)"
     added = fresh_process(code, tmp_path).split()

@@ -17,6 +17,7 @@ import ncsr_fast
 from ncsr_fast import ops
 
 
+@pytest.mark.slow
 def test_a_tree_that_is_not_installed_is_refused(tmp_path):
     """`python -m pytest` there puts the tree before what is installed."""
     shutil.copytree(Path(ncsr_fast.__file__).parent, tmp_path / "ncsr_fast", ignore=shutil.ignore_patterns("*.so", "models"))

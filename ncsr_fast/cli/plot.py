@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from ncsr_fast.cli._common import path
+
 HELP = "plot the log of a training run"
 EXAMPLE = """\
 example:
@@ -14,8 +16,8 @@ it RUN/log.jsonl has. Works while the run goes on. Needs matplotlib."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", help="folder of the run")
-    parser.add_argument("--out", metavar="PNG", help="(default: RUN/training.png)")
+    parser.add_argument("run", type=path, help="folder of the run")
+    parser.add_argument("--out", metavar="PNG", type=path, help="(default: RUN/training.png)")
 
 
 def run(args: argparse.Namespace) -> None:

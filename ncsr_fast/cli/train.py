@@ -11,7 +11,7 @@ import textwrap
 import typing
 from typing import Any
 
-from ncsr_fast.cli._common import add_device, pick_device
+from ncsr_fast.cli._common import add_device, path, pick_device
 from ncsr_fast.config import PRESETS
 from ncsr_fast.training.configuration import VARIANTS, Configuration, configure
 from ncsr_fast.training.settings import TrainSettings
@@ -53,11 +53,14 @@ Defaults, where the preset has no other:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = "ncsr-fast train [CONFIG.yml] [--run RUN] [--SETTING VALUE ...]"
-    parser.add_argument("config", nargs="?", help="YAML of settings, or a YAML of the published NCSR and SRFlow programs")
-    parser.add_argument("-opt", metavar="YAML", help="the same, as the published programs call it")
+    parser.add_argument(
+        "config", nargs="?", type=path, help="YAML of settings, or a YAML of the published NCSR and SRFlow programs"
+    )
+    parser.add_argument("-opt", metavar="YAML", type=path, help="the same, as the published programs call it")
     parser.add_argument(
         "--run",
         "--run-dir",  # torchrun takes a plain --run for one of its own options
+        type=path,
         help="folder of the run: log, checkpoints, samples, model (default: runs/NAME of the YAML); under torchrun --run-dir",
     )
     parser.add_argument("--preset", help=f"architecture, and the settings that go with it: {', '.join(PRESETS)}")

@@ -93,13 +93,13 @@ def network_state_dict(model: NCSR) -> dict[str, Tensor]:
 
 def places(model: NCSR) -> dict[str, str | None]:
     """For every published name, the tensor of ours that it is, as in "levels.0.invconv[3]"; None: no computation uses it."""
-    parameters = {value.untyped_storage().data_ptr(): (name, value) for name, value in model.named_parameters()}
+    found = {}
+    for name, parameter in model.named_parameters():
+        found[parameter.data_ptr(), parameter.shape] = name
+        found |= {(part.data_ptr(), part.shape): f"{name}[{index}]" for index, part in enumerate(parameter)}
 
     def place(tensor: Tensor) -> str:
-        name, parameter = parameters[tensor.untyped_storage().data_ptr()]
-        if tensor.numel() == parameter.numel() and tensor.dim() == parameter.dim():
-            return name
-        return f"{name}[{tensor.storage_offset() // parameter.stride(0)}]"
+        return found[tensor.data_ptr(), tensor.shape]
 
     return {entry.name: None if entry.tensor is None else place(entry.tensor) for entry in layout(model)}
 

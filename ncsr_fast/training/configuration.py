@@ -41,7 +41,7 @@ def configure(path: str | os.PathLike | None = None, overrides: Mapping[str, Any
     overrides  the same keys; texts are read as a YAML's would be
     raises     ValueError with one line for each wrong value
     """
-    path = None if path is None else os.path.expanduser(path)
+    path = None if path is None else os.fspath(path)
     overrides, given = dict(overrides or {}), _read(path) if path is not None else {}
     problems = _Problems(path, overrides)
     report: list[str] = []

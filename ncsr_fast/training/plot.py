@@ -30,8 +30,8 @@ def plot(run: str | os.PathLike, out: str | os.PathLike | None = None) -> Path:
 
     raises  FileNotFoundError without a log, ValueError for one that has no rows, ImportError without matplotlib
     """
-    run = Path(run).expanduser()
-    target = run / "training.png" if out is None else Path(out).expanduser()
+    run = Path(run)
+    target = run / "training.png" if out is None else Path(out)
     rows = read_log(run)
     draw(rows, run.resolve().name).savefig(target, dpi=130)
     return target

@@ -154,7 +154,7 @@ class FlowObjective(nn.Module):
 
     def forward(self, hr: Tensor, lr: Tensor | None, *draws: Tensor) -> Tensor:
         batch = prepare(hr, lr, Draws(*draws), self.settings)
-        nll = self.model.nll(batch.noisy_hr, batch.noisy_lr, batch.noise).mean()
+        nll = self.model(batch.noisy_hr, batch.noisy_lr, batch.noise).mean()
         loss = self.settings.nll_weight * nll
         if not self.settings.l1_weight:
             return torch.stack([loss, nll])

@@ -65,6 +65,7 @@ def test_bytes_that_must_move():
     assert entry.bytes_moved(inputs, outputs, shape, backward=True) == image + logdet + image // 2 + h + image + h
 
 
+@pytest.mark.slow
 def test_a_row_has_every_field(tmp_path, capsys):
     assert bench(tmp_path, "--threads", str(torch.get_num_threads())) == 0
     rows = stored(tmp_path)
@@ -82,6 +83,7 @@ def test_a_row_has_every_field(tmp_path, capsys):
     assert capsys.readouterr().out.strip() in output
 
 
+@pytest.mark.slow
 def test_the_compiled_reference_is_a_baseline(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))  # no compiler needed
     only = ["--operators", "affine_coupling", "--layout", "NCHW", "--directions", "forward", "backward"]
@@ -137,6 +139,14 @@ def row(backend: str, milliseconds: float, direction: str = "forward") -> dict:
     values = {**dict.fromkeys(FIELDS, 1), "layout": "NCHW", "dtype": "float32"}
     times = dict.fromkeys(("median_ms", "p20_ms", "p80_ms"), milliseconds)
     return {**values, **times, "operator": "affine_coupling", "backend": backend, "direction": direction, "shape": [1, 2, 3, 4]}
+
+
+@pytest.mark.parametrize("content", ["", "text", "[1]", '{"a": 1}', '[{"operator": "flow_step"}]'])
+def test_a_file_of_other_rows_is_named(tmp_path, capsys, content):
+    (tmp_path / "other.json").write_text(content)
+    for arguments in (["--table", "other.json"], ["--plot", "other.json", "plot.png"]):
+        assert main(["bench", *(str(tmp_path / word) if word[0] != "-" else word for word in arguments)]) == 1
+        assert "other.json' is no file of rows that `ncsr-fast bench` wrote: " in capsys.readouterr().err
 
 
 def test_table_marks_what_loses():

@@ -18,6 +18,7 @@ def measured(arms=ARMS, task=None, **changes) -> list[dict]:
     return end_to_end.measure(task, model, own, "cpu", rounds=2, with_memory=True, tf32=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", [end_to_end.Task("sample", 1, 4, n=2), end_to_end.Task("train", 2, 4, frozen_encoder=True)])
 def test_every_arm_has_a_row(task):
     rows = [row | {"device": "this", "torch": "2", "conv_flops_per_s": 1e11} for row in measured(task=task)]

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forks import Fork
 from installation import CHECKOUT
 
 import ncsr_fast
@@ -67,10 +68,11 @@ def test_the_folder_of_a_checkout_is_refused(module):
 
 @pytest.mark.parametrize("module", ["end_to_end", "training"])
 def test_rows_go_to_the_working_directory(module, tmp_path):
-    command = [sys.executable, "-m", f"ncsr_fast.benchmarks.{module}", "--help"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert f"usage: python -m ncsr_fast.benchmarks.{module}" in done.stdout
-    assert "folder of the JSON rows (default: .)" in done.stdout
+    program = "import runpy, sys; runpy.run_module(f'ncsr_fast.benchmarks.{sys.argv.pop(1)}', run_name='__main__')"
+    fork = Fork(program, module, "--help", folder=tmp_path)
+    assert fork.wait() == 0, fork.errors
+    assert f"usage: python -m ncsr_fast.benchmarks.{module}" in fork.out
+    assert "folder of the JSON rows (default: .)" in fork.out
 
 
 @pytest.mark.parametrize("path", sorted((CHECKOUT / "benchmarks" / "results").rglob("*.json")), ids=lambda path: path.name)

@@ -21,6 +21,7 @@ def small(monkeypatch):
     monkeypatch.setattr(training, "_CROPS", 4)
 
 
+@pytest.mark.slow
 def test_steps_take_turns(args, photos, tmp_path):
     rows = list(training.steps(photos, tmp_path, args))
     assert [row["arm"] for row in rows] == ["ncsr_fast", "ncsr_fast, bf16"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import pytest
 import torch
 from support import tiny_model
 
@@ -11,6 +12,7 @@ from ncsr_fast import NCSR, NCSRConfig
 from ncsr_fast.cli.main import main
 
 
+@pytest.mark.slow
 def test_convert_there_and_back(tmp_path, capsys):
     published = tiny_model(dtype=torch.float32).published_state_dict()
     torch.save({"params": {f"module.{name}": value for name, value in published.items()}}, tmp_path / "net.pth")
@@ -31,6 +33,7 @@ def test_convert_there_and_back(tmp_path, capsys):
     assert all(torch.equal(again[name], published[name]) for name in used)
 
 
+@pytest.mark.slow
 def test_convert_names_every_tensor_that_does_not_fit(tmp_path, capsys):
     state = NCSR(NCSRConfig.preset("ncsr-compact-x4")).published_state_dict()
     gone = [name for name in state if name.endswith("fFeatures.0.weight")]

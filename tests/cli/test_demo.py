@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
+
 from ncsr_fast.cli.main import main
 from ncsr_fast.data import read_image
 
 
+@pytest.mark.slow
 def test_demo(model, tmp_path, capsys):
     assert main(["demo", "--model", model, "--out", str(tmp_path), "--n", "3"]) == 0
     out = capsys.readouterr().out

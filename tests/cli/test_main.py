@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import importlib
 import io
-import os
 import subprocess
 import sys
 import warnings
 
 import pytest
 import torch
+from forks import Fork
 
 from ncsr_fast.cli.main import COMMANDS, main
 
@@ -34,6 +34,7 @@ def test_examples_parse(command):
     build_parser().parse_args(line.split()[1:])
 
 
+@pytest.mark.slow
 def test_entry_point(tmp_path):
     command = [sys.executable, "-m", "ncsr_fast.cli.main", "--version"]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)  # not in the checkout
@@ -166,8 +167,14 @@ def test_warnings_are_one_line_and_only_in_a_command(doctor, capfd):
 
 
 CLOSED = """\
-import sys
+import os, sys
 from ncsr_fast.cli import doctor, main
+if sys.argv[1] == "pipe":
+    read, write = os.pipe()
+    os.close(read)
+    os.dup2(write, 1)
+if sys.argv[1] == "latin":
+    sys.stdout.reconfigure(encoding="ascii")
 doctor.run = lambda args: print("×")
 sys.exit(main.main(["doctor"]))
 """
@@ -176,10 +183,8 @@ sys.exit(main.main(["doctor"]))
 @pytest.mark.parametrize("target", ["pipe", "/dev/full", "latin"])
 def test_output_that_cannot_be_written(tmp_path, target):
     """A reader that went away, a full disk, an encoding without a ×: no traceback, and not one at the end either."""
-    environment = os.environ | {"PYTHONIOENCODING": "ascii" if target == "latin" else "utf-8"}
-    read, write = os.pipe()
-    os.close(read)
-    out = write if target == "pipe" else open("/dev/full" if target == "/dev/full" else os.devnull, "w")
-    done = subprocess.run([sys.executable, "-c", CLOSED], stdout=out, stderr=subprocess.PIPE, text=True, env=environment)
+    program = Fork(CLOSED, target, folder=tmp_path, out=target if target == "/dev/full" else None)
     expected = {"pipe": (141, ""), "/dev/full": (1, "No space left on device; make room"), "latin": (0, "")}[target]
-    assert done.returncode == expected[0] and expected[1] in done.stderr and done.stderr.count("\n") == bool(expected[1])
+    assert program.wait() == expected[0], program.errors
+    assert expected[1] in program.errors and program.errors.count("\n") == bool(expected[1])
+    assert target != "latin" or program.out == "\\xd7\n"

@@ -34,6 +34,7 @@ def trained(monkeypatch, tmp_path):
 def test_train_and_use(photos, tmp_path, capsys):
     run = tmp_path / "run"
     arguments = ["train", "--images", str(photos), "--run", str(run), "--preset", "ncsr-compact-x4", "--crop", "32"]
+    arguments += ["--model", "steps=1", "noise_steps=0,1,1", "--validation-images", "1", "--validation-size", "32"]
     arguments += ["--batch", "1", "--workers", "0", "--encoder-steps", "1", "--seed", "3", "--device", "cpu"]
     assert main([*arguments, "--steps", "1"]) == 0
     settings = json.loads((run / "settings.json").read_text())
@@ -56,6 +57,17 @@ def test_train_reads_flags_and_a_yaml(trained, tmp_path, capsys):
     model = settings.model
     assert (model.steps, model.stacked_blocks, model.blocks, model.noise_channels) == (2, (0, 1), 2, 1)
     assert capsys.readouterr().out == "the model is in runs/mine/model\n" and not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("option", ([], ["-opt"]))
+def test_train_expands_the_home_folder(option, trained, tmp_path, monkeypatch):
+    """Also where a shell does not, as in --run=~/r."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine.yml").write_text("preset: ncsr-compact-x4\nimages: [a]\n")
+    assert main(["train", *option, "~/mine.yml", "--run=~/r", "--images=~/b"]) == 0
+    assert trained["run"] == f"{tmp_path}/r" and trained["settings"].images == (f"{tmp_path}/b",)
+    with pytest.raises(SystemExit):
+        main(["train", "--run", ""])
 
 
 def test_train_has_a_flag_for_every_setting(trained):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import importlib
 import os
 import sys
@@ -14,6 +15,9 @@ import pytest
 import torch
 from compat.standin import StandIn, StandInNCSR
 from support import image, randomize
+
+import ncsr_fast
+from ncsr_fast.compat.accelerate import AccelerationReport
 
 _CHECKOUTS = {"NCSRNet": "NCSR_PUBLISHED", "SRFlowNet": "NCSR_PUBLISHED_SRFLOW"}
 _NOT_NEEDED = ("cv2", "yaml", "torchvision", "torchvision.utils", "natsort", "imageio")
@@ -100,6 +104,19 @@ def twins(network: Network, dtype: torch.dtype = torch.float64, **options) -> tu
     """The same network twice: for us, and untouched."""
     net = network.build(dtype, **options)
     return net, copy.deepcopy(net)
+
+
+@functools.cache
+def _accelerated(network: Network, dtype: torch.dtype, step: float) -> tuple:
+    net, untouched = twins(network, dtype, step=step)
+    return net, untouched, ncsr_fast.accelerate(net)
+
+
+def accelerated_twins(
+    network: Network, dtype: torch.dtype = torch.float64, step: float = 0.01
+) -> tuple[torch.nn.Module, torch.nn.Module, AccelerationReport]:
+    """The same network accelerated, and untouched, and the report: copies of what is made once, whose trials take longer."""
+    return copy.deepcopy(_accelerated(network, dtype, step))
 
 
 def gradients(net: torch.nn.Module, **arguments) -> dict[str, torch.Tensor | None]:

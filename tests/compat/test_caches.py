@@ -6,7 +6,8 @@ from unittest import mock
 
 import pytest
 import torch
-from compat.networks import SMALL, twins
+from compat.networks import SMALL, accelerated_twins, twins
+from operator_cases import marked
 from support import image, relative_error
 
 import ncsr_fast
@@ -22,8 +23,7 @@ def decode(net, lr, **condition):
 
 @pytest.fixture
 def pair():
-    net, untouched = twins(SMALL)
-    ncsr_fast.accelerate(net)
+    net, untouched, _ = accelerated_twins(SMALL)
     decode(net, SMALL.images()["lr"])  # fills what is kept
     return net, untouched
 
@@ -65,6 +65,7 @@ def through_numpy(lr):
     return lr
 
 
+@marked("slow", lambda change: change is not flipped_through_data)
 @pytest.mark.parametrize("change", [in_place, through_data, flipped_through_data, through_numpy], ids=lambda f: f.__name__)
 def test_changed_images(pair, change):
     net, untouched = pair
@@ -76,6 +77,7 @@ def test_changed_images(pair, change):
     assert relative_error(after, before) > 1e-5
 
 
+@pytest.mark.slow
 def test_an_image_in_the_memory_of_one_that_is_gone(pair):
     net, untouched = pair
     memory = torch.empty(2, 3, 8, 10, dtype=torch.float64)
@@ -86,6 +88,7 @@ def test_an_image_in_the_memory_of_one_that_is_gone(pair):
         del lr
 
 
+@pytest.mark.slow
 def test_another_noise_condition(pair):
     net, untouched = pair
     lr, std = SMALL.images()["lr"], SMALL.images()["std"]
@@ -128,6 +131,7 @@ def dtype_and_back(net):
     net.float().double()
 
 
+@marked("slow", lambda change: change not in (weight_in_place, encoder_weight_through_data))
 @pytest.mark.parametrize(
     "change",
     [
@@ -147,6 +151,7 @@ def test_changed_weights(pair, change):
     assert relative_error(after, before) > 1e-9
 
 
+@pytest.mark.slow
 def test_another_dtype(pair):
     net, untouched = pair
     lr = SMALL.images()["lr"]
@@ -157,6 +162,7 @@ def test_another_dtype(pair):
         assert found.dtype == dtype and relative_error(found, expected) <= (1e-6 if dtype == torch.float64 else 2e-5)
 
 
+@pytest.mark.slow
 def test_training_lets_go_of_what_was_kept(pair):
     net, untouched = pair
     lr = SMALL.images()["lr"]
@@ -167,6 +173,7 @@ def test_training_lets_go_of_what_was_kept(pair):
     assert encodings(net, lr) == 0
 
 
+@pytest.mark.slow
 def test_too_large_an_image_keeps_its_features_alone(pair, monkeypatch):
     monkeypatch.setattr("ncsr_fast.engine.memory._OF_CPU", 0)
     net, untouched = pair
@@ -184,6 +191,7 @@ def test_images_with_nan_are_computed_anew(pair):
     assert decode(net, lr).isnan().any()
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_networks_without_a_count_of_changes():
     net, untouched = twins(SMALL)

@@ -7,13 +7,17 @@ import pickle
 
 import pytest
 import torch
-from compat.networks import PUBLISHED, SMALL, STAND_INS, gradients, twins
+from compat.networks import PUBLISHED, SMALL, STAND_INS, accelerated_twins, gradients, twins
+from operator_cases import marked
 from support import image, relative_error
 
 import ncsr_fast
 
 FLOAT64, FLOAT32 = 1e-6, 2e-5  # issue 6's; measured are 1e-14 and 1e-6
 every_network = pytest.mark.parametrize("network", [*STAND_INS, *PUBLISHED], ids=lambda network: network.name)
+slow_but_for_one = marked("slow", lambda network: network is not SMALL)
+# scales and kinds of noise are those of the encodings and of both directions, which every stand-in has
+more_exhaustively = marked("exhaustive", lambda network: network in STAND_INS[1:3])
 
 
 def assert_close(found, expected, allowed: float) -> None:
@@ -31,10 +35,10 @@ def assert_served(report, calls: int = 0) -> None:
     assert sum(report.handed_over.values()) == calls, report.handed_over
 
 
+@slow_but_for_one
 @every_network
 def test_encoding_and_every_gradient_in_float64(network):
-    net, untouched = twins(network)
-    report = ncsr_fast.accelerate(net)
+    net, untouched, report = accelerated_twins(network)
     images = network.images()
     variants = [{}, {"epses": []}, {"add_gt_noise": True}]
     if network.noise:
@@ -54,9 +58,9 @@ def test_encoding_and_every_gradient_in_float64(network):
     assert_served(report)
 
 
+@pytest.mark.slow
 def test_gradients_of_images_and_of_partly_frozen_networks():
-    net, untouched = twins(SMALL)
-    report = ncsr_fast.accelerate(net)
+    net, untouched, report = accelerated_twins(SMALL)
     for one in (net, untouched):
         one.RRDB.requires_grad_(False)
         one.flowUpsamplerNet.layers[3].requires_grad_(False)
@@ -73,10 +77,10 @@ def test_gradients_of_images_and_of_partly_frozen_networks():
     assert_served(report)
 
 
+@slow_but_for_one
 @every_network
 def test_both_directions_in_float32(network):
-    net, untouched = twins(network, torch.float32, step=0.003)
-    report = ncsr_fast.accelerate(net)
+    net, untouched, report = accelerated_twins(network, torch.float32, step=0.003)
     images = network.images(torch.float32)
     condition = {"std": images["std"]} if network.noise else {}
     with torch.no_grad():
@@ -90,10 +94,11 @@ def test_both_directions_in_float32(network):
     assert_served(report)
 
 
+@slow_but_for_one
+@more_exhaustively
 @every_network
 def test_seeded_samples_are_the_same_samples(network):
-    net, untouched = twins(network, torch.float32, step=0.003)
-    report = ncsr_fast.accelerate(net)
+    net, untouched, report = accelerated_twins(network, torch.float32, step=0.003)
     lr, results = network.images(torch.float32)["lr"], []
     z = 0.8 * torch.randn(net(**network.images(torch.float32))[0].shape, generator=torch.Generator().manual_seed(5))
     for one in (net, untouched):
@@ -106,8 +111,7 @@ def test_seeded_samples_are_the_same_samples(network):
 
 
 def test_gradients_through_the_inverse_in_float64():
-    net, untouched = twins(SMALL)
-    report = ncsr_fast.accelerate(net)
+    net, untouched, report = accelerated_twins(SMALL)
     images = SMALL.images()
     latents = untouched(**images, epses=[])[0]
     found = []
@@ -121,9 +125,9 @@ def test_gradients_through_the_inverse_in_float64():
     assert_served(report)
 
 
+@pytest.mark.slow
 def test_features_that_are_given():
-    net, untouched = twins(SMALL)
-    report = ncsr_fast.accelerate(net)
+    net, untouched, report = accelerated_twins(SMALL)
     images = SMALL.images()
     features = net.rrdbPreprocessing(images["lr"])
     assert_close(net(**images, lr_enc=features), untouched(**images), FLOAT64)
@@ -139,6 +143,8 @@ def test_features_that_are_given():
 # -- training ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
+@more_exhaustively
 @every_network
 def test_a_fresh_network_initialises_itself_and_trains_as_if_left_alone(network):
     net = network.fresh().double().train()
@@ -165,6 +171,7 @@ def test_a_fresh_network_initialises_itself_and_trains_as_if_left_alone(network)
     assert max(moved.values()) <= 1e-6, max(moved, key=moved.get)
 
 
+@pytest.mark.slow
 def test_a_network_with_initialised_actnorms_does_so_once_more_as_its_own_code_does():
     net, untouched = twins(SMALL)
     report = ncsr_fast.accelerate(net.train())
@@ -196,6 +203,7 @@ def test_modes_and_hooks_of_the_network():
 # -- wrappers and copies -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_data_parallel_and_a_replica():
     net, untouched = twins(SMALL)
     wrapped = torch.nn.DataParallel(net)
@@ -225,6 +233,7 @@ def replicate(net: torch.nn.Module) -> torch.nn.Module:
     return replicas[id(net)]
 
 
+@pytest.mark.slow
 def test_distributed_data_parallel(tmp_path):
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
     try:
@@ -239,10 +248,10 @@ def test_distributed_data_parallel(tmp_path):
     assert_served(report)
 
 
+@marked("slow", lambda duplicate: duplicate is not copy.deepcopy)
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net))], ids=["copy", "pickle"])
 def test_a_copy_has_its_own_parameters(duplicate):
-    net, untouched = twins(SMALL)
-    ncsr_fast.accelerate(net)
+    net, untouched, _ = accelerated_twins(SMALL)
     arguments = dict(lr=SMALL.images()["lr"], z=image(2, 96, 4, 5), eps_std=0.0, reverse=True, **SMALL.condition())
     expected = untouched(**arguments)
     net(**arguments)
@@ -254,6 +263,7 @@ def test_a_copy_has_its_own_parameters(duplicate):
     assert other.calls == 0
 
 
+@pytest.mark.slow
 def test_restore():
     net, untouched = twins(SMALL)
     attributes = set(net.__dict__)
@@ -267,6 +277,7 @@ def test_restore():
     ncsr_fast.restore(net)  # nothing to do
 
 
+@pytest.mark.slow
 def test_report():
     net, _ = twins(SMALL)
     holder = torch.nn.ModuleDict({"generator": net, "other": torch.nn.Linear(2, 2)})
@@ -278,5 +289,5 @@ def test_report():
         "  + generator: NCSR, noise-conditional, ×4, 4 blocks, 2 steps a level",
         "  1 calls ran the module's own code: y_label is given",
     ]
-    assert ncsr_fast.accelerate(net).replaced.keys() == {""}  # again: anew
-    assert "the module itself" in str(ncsr_fast.accelerate(net))
+    again = ncsr_fast.accelerate(net)  # anew
+    assert again.replaced.keys() == {""} and "the module itself" in str(again)

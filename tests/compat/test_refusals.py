@@ -6,8 +6,9 @@ import copy
 
 import pytest
 import torch
-from compat.networks import SMALL, STAND_INS, twins
+from compat.networks import SMALL, STAND_INS, accelerated_twins
 from compat.standin import Split, StandInNCSR
+from operator_cases import marked
 from support import image
 
 import ncsr_fast
@@ -111,6 +112,7 @@ REFUSED = {
 }
 
 
+@marked("slow", lambda what: what not in ("coupling", "eps", "hook", "likelihood", "something else"))
 @pytest.mark.parametrize("what", REFUSED)
 def test_refused_with_a_reason(what):
     build, reason = REFUSED[what]
@@ -128,6 +130,7 @@ def test_refused_options():
         ncsr_fast.accelerate(SMALL.build(), speed="high")
 
 
+@pytest.mark.slow
 def test_a_refused_network_beside_a_served_one_is_in_the_report():
     report = ncsr_fast.accelerate(torch.nn.ModuleList([SMALL.build(), of_class(OtherFormula)]))
     assert list(report.replaced) == ["0"] and list(report.left) == ["1"]
@@ -168,10 +171,10 @@ CHANGED = {
 }
 
 
+@marked("slow", lambda reason: CHANGED[reason] not in (add_a_hook, change_an_attribute))
 @pytest.mark.parametrize("reason", CHANGED)
 def test_networks_changed_afterwards_run_their_own_code(reason):
-    net, untouched = twins(SMALL)
-    report = ncsr_fast.accelerate(net)
+    net, untouched, report = accelerated_twins(SMALL)
     net(**SMALL.images())
     for one in (net, untouched):
         CHANGED[reason](one)
@@ -179,9 +182,9 @@ def test_networks_changed_afterwards_run_their_own_code(reason):
     assert report.handed_over == {reason: 1}
 
 
+@pytest.mark.slow
 def test_calls_that_are_not_served_run_the_networks_own_code():
-    net, untouched = twins(SMALL)
-    report = ncsr_fast.accelerate(net)
+    net, untouched, report = accelerated_twins(SMALL)
     images = SMALL.images()
     odd = {"lr": image(1, 3, 8, 9), "gt": image(1, 3, 32, 36), "std": image(1, 3, 32, 36)}
     z = image(2, 96, 4, 5)
@@ -217,17 +220,17 @@ def outcome(net, arguments):
         return error
 
 
+@pytest.mark.slow
 def test_a_network_without_a_noise_condition_is_given_none():
-    net, untouched = twins(SRFLOW)
-    report = ncsr_fast.accelerate(net)
+    net, untouched, report = accelerated_twins(SRFLOW)
     arguments = SRFLOW.images() | {"std": SRFLOW.images()["gt"]}
     assert isinstance(outcome(net, arguments), TypeError) and isinstance(outcome(untouched, arguments), TypeError)
     assert sum(report.handed_over.values()) == 1
 
 
+@pytest.mark.slow
 def test_contexts_in_which_the_own_code_runs():
-    net, untouched = twins(SMALL, torch.float32, step=0.003)
-    report = ncsr_fast.accelerate(net)
+    net, untouched, report = accelerated_twins(SMALL, torch.float32, step=0.003)
     images = SMALL.images(torch.float32)
     hook = torch.nn.modules.module.register_module_forward_hook(lambda *arguments: None)
     net(**images)
@@ -241,8 +244,7 @@ def test_contexts_in_which_the_own_code_runs():
 
 
 def test_half_precision_parameters_run_the_networks_own_code():
-    net, _ = twins(SMALL, torch.float32, step=0.003)
-    report = ncsr_fast.accelerate(net)
+    net, _, report = accelerated_twins(SMALL, torch.float32, step=0.003)
     net.bfloat16()
     outcome(net, SMALL.images(torch.bfloat16))
     assert report.handed_over == {"its parameters are torch.bfloat16 on cpu": 1}

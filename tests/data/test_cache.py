@@ -71,7 +71,7 @@ def test_images_are_decoded_once(sizes, folder, decoded):
     assert len(decoded) == 3, "a resumed run uses what is there"
 
 
-@pytest.mark.parametrize("context", [FORK, SPAWN], ids=["fork", "spawn"])
+@pytest.mark.parametrize("context", [FORK, pytest.param(SPAWN, marks=pytest.mark.slow)], ids=["fork", "spawn"])
 def test_what_other_processes_decode_is_there(sizes, folder, decoded, context):
     cache = ImageCache(folder, 2**30, sizes)
     assert in_processes(context, cache.read, list(sizes)[1]) == [0]
@@ -88,6 +88,7 @@ def _start_and_read(barrier, folder, sizes) -> None:
     assert sorted(os.listdir(folder)) == ["flags", "index", "lock", "pixels"]
 
 
+@pytest.mark.slow
 def test_processes_that_start_and_fill_a_cache_at_once(sizes, folder, decoded):
     for _ in range(5):
         barrier = FORK.Barrier(4)

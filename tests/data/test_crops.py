@@ -84,6 +84,7 @@ def test_bad_shares(photos):
             crop_loader(crops, 6, 0, 1, rank=rank, world=2)
 
 
+@pytest.mark.slow
 def test_spawned_workers(photos, tmp_path):
     """They open the cache anew, and share what a `.pklv4` holds."""
     arrays = [np.random.default_rng(n).integers(0, 256, (40, 50, 3), dtype=np.uint8) for n in range(40)]

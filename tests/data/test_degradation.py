@@ -108,7 +108,7 @@ def test_items_are_decided_by_seed_and_number(folder, photos):
     assert not torch.equal(other[0]["lr"], crops[0]["lr"])
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_in_workers(folder, photos, method):
     """A spawned worker imports the module itself, from the current folder too."""
     crops = RandomCrops(photos, scale=4, crop=32, degradation="own_degradations:noisy")

@@ -5,12 +5,11 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
 import torch
+from forks import Fork
 
 from ncsr_fast.data import RandomCrops, crop_loader
 
@@ -18,9 +17,8 @@ _ENDING = """
 import sys
 from ncsr_fast.data import RandomCrops, crop_loader
 
-if __name__ == "__main__":
-    iterator = iter(crop_loader(RandomCrops(sys.argv[1], scale=4, crop=32), 2, 0, 10**6, workers=1))
-    next(iterator)  # and it is still there when the interpreter ends
+iterator = iter(crop_loader(RandomCrops(sys.argv[1], scale=4, crop=32), 2, 0, 10**6, workers=1))
+next(iterator)  # and it is still there when the interpreter ends
 """
 
 
@@ -55,8 +53,5 @@ def test_workers_outlive_signals(photos, number, interruptible):
 
 def test_the_main_process_ends_with_batches_still_to_come(photos, tmp_path):
     """`multiprocessing` ends its children by SIGTERM then, and waits for them."""
-    script = tmp_path / "script.py"
-    script.write_text(_ENDING)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    result = subprocess.run([sys.executable, script, photos], env=environment, capture_output=True, text=True, timeout=60)
-    assert result.returncode == 0 and result.stderr == ""
+    fork = Fork(_ENDING, str(photos), folder=tmp_path)
+    assert fork.wait() == 0 and fork.errors == ""

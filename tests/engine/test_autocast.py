@@ -6,8 +6,8 @@ import contextlib
 
 import pytest
 import torch
-from compat.networks import SMALL, twins
-from operator_cases import arguments, differentiable, directions, operators, run
+from compat.networks import SMALL, accelerated_twins
+from operator_cases import arguments, differentiable, directions, marked, operators, run
 from support import image, relative_error, tiny_model
 
 import ncsr_fast
@@ -19,7 +19,7 @@ from ncsr_fast.nn.encoder import RRDB
 F32 = torch.float32
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 ROUNDED = {"bf16": 3e-2, "fp16": 4e-3}  # four halves of an eps of the networks, beside the largest element
-precisions = pytest.mark.parametrize("precision", DTYPES)
+precisions = pytest.mark.parametrize("precision", ["bf16", pytest.param("fp16", marks=pytest.mark.slow)])
 checkpoints = pytest.mark.parametrize("checkpoint", [True, False], ids=["recomputed", "stored"])
 
 
@@ -60,6 +60,7 @@ def assert_equal(found, expected) -> None:
 nothing = contextlib.nullcontext
 
 
+@marked("slow", lambda inside: inside)
 @precisions
 @checkpoints
 @pytest.mark.parametrize("inside", [False, True], ids=["backward outside", "backward inside"])
@@ -81,6 +82,7 @@ def test_a_backward_pass_under_another_autocast(checkpoint):
         assert_equal(step(model, nothing(), autocast(precision)), expected)
 
 
+@pytest.mark.slow
 def test_scaled_gradients_and_disabled_regions():
     scaled = step(model_of(), autocast("fp16"), nothing(), scale=2.0**12)
     exact = step(model_of(), nothing(), nothing())
@@ -110,6 +112,7 @@ def test_float64_models_are_not_touched(precision):
         assert relative_error(found[name], value) < 1e-10, name
 
 
+@pytest.mark.slow
 @precisions
 def test_every_call(precision):
     lr, hr = images()[1], images()[0]
@@ -191,12 +194,12 @@ def test_the_generator(precision, plain):
     assert not torch.equal(rounded, exact) and relative_error(rounded, exact) < ROUNDED[precision]
 
 
+@pytest.mark.slow
 @precisions
 def test_accelerated_networks(precision):
     """Served at the precision asked for, and not by their own code, which would round the state."""
-    net, _ = twins(SMALL, F32, step=0.003)
-    other, _ = twins(SMALL, F32, step=0.003)
-    report, inputs = ncsr_fast.accelerate(net), SMALL.images(F32)
+    net, other, report = accelerated_twins(SMALL, F32, step=0.003)
+    inputs = SMALL.images(F32)
     ncsr_fast.accelerate(other, precision=precision)
     with autocast(precision):
         likelihood = net(**inputs)[1]
@@ -213,6 +216,7 @@ def test_accelerated_networks(precision):
         assert (ours.grad is None and theirs.grad is None) or torch.equal(ours.grad, theirs.grad)
 
 
+@pytest.mark.slow
 def test_networks_are_recognised_under_autocast():
     with autocast("bf16"):
         assert list(ncsr_fast.accelerate(SMALL.build()).replaced) == [""]

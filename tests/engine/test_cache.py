@@ -9,6 +9,7 @@ from unittest import mock
 
 import pytest
 import torch
+from operator_cases import marked
 from support import image, tiny_model
 
 from ncsr_fast import NCSR
@@ -83,6 +84,7 @@ def results(model: NCSR) -> list[torch.Tensor]:
     return [model.decode(model.encode(hr, lr).latents, lr.flip(2)), model.nll(hr, lr)]
 
 
+@marked("slow", lambda change: change not in (fused_optimizer_step, in_place, replaced_data))
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 @pytest.mark.parametrize("values_are_read", [True, False], ids=["cpu", "as-on-a-gpu"])
 def test_never_stale(change, values_are_read, monkeypatch):

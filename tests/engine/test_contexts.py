@@ -9,7 +9,7 @@ import threading
 import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
-from operator_cases import arguments
+from operator_cases import arguments, marked
 from support import image, tiny_config, tiny_model
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -30,7 +30,7 @@ def model_of(seed: int = 0, engine: str = "fused", checkpoint: bool = True) -> N
     return model
 
 
-@pytest.fixture(params=[True, False], ids=["recomputed", "stored"])
+@pytest.fixture(params=[True, pytest.param(False, marks=pytest.mark.slow)], ids=["recomputed", "stored"])
 def model(request) -> NCSR:
     return model_of(checkpoint=request.param)
 
@@ -206,6 +206,7 @@ SURROUNDINGS = {
 }
 
 
+@marked("slow", lambda surrounding: surrounding in ("anomaly mode", "default dtype"))
 @pytest.mark.parametrize("surrounding", SURROUNDINGS)
 def test_surroundings(model, right, surrounding):
     reference = model_of()
@@ -256,6 +257,7 @@ def test_functional_call_and_its_gradient(model, right):
         assert_same({"image": found}, {"image": model_of(seed=1).decode(latents(model), LR, NOISE)})
 
 
+@marked("slow", lambda recorded: not recorded)
 @pytest.mark.parametrize("recorded", [True, False])
 def test_ensembles(model, recorded):
     """Models stacked, and one call for all of them, of both directions."""
@@ -307,6 +309,7 @@ def test_forward_mode(model, recorded):
     assert_same({"tangent": found.detach()}, expected)
 
 
+@marked("slow", lambda options: bool(options))
 @pytest.mark.parametrize("options", [{}, {"vectorize": True}, {"vectorize": True, "strategy": "forward-mode"}], ids=str)
 def test_jacobians(model, options):
     plain = model_of(engine="plain")
@@ -327,10 +330,16 @@ def test_second_derivatives(model):
 # -- tracing, and tensors of other kinds ---------------------------------------------------------------------------
 
 
+TRACED = [("recomputed", True), ("recomputed", False), ("stored", True)]  # without gradients nothing is stored
+
+
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of torch.jit.trace, about sizes and itself
-@pytest.mark.parametrize("recorded", [True, False])
-def test_traced_graphs_compute(model, recorded):
+@pytest.mark.parametrize("activations, recorded", TRACED)
+def test_traced_graphs_compute(activations, recorded):
     """Kernels would write where no graph sees it."""
+    model = tiny_model(blocks=1, stacked_blocks=(0,), steps=2, noise_steps=(0, 1, 2))
+    model.checkpoint = activations == "recomputed"
     other = image(*HR.shape, seed=8)
     with torch.set_grad_enabled(recorded):
         expected = {"value": model.nll(other, LR, NOISE).detach()}
@@ -341,9 +350,10 @@ def test_traced_graphs_compute(model, recorded):
         assert_same({"value": graph(other, LR, NOISE).detach()}, expected, torch.finfo(torch.float32).eps)
 
 
+@pytest.mark.slow
 def test_fake_tensors(model):
     with FakeTensorMode() as mode:
-        fake = NCSR(tiny_config(noise_steps=(0, 1, 1)))
+        fake = NCSR(tiny_config(blocks=1, stacked_blocks=(0,)))
         fake.options = model.options
         hr, lr, noise = (mode.from_tensor(value).float() for value in (HR, LR, NOISE))
         value = fake.nll(hr, lr, noise)

@@ -7,11 +7,27 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import threading
 
 import pytest
 import torch
 from compat.networks import SMALL
+from engine.flags import (
+    HR,
+    LR,
+    PER_OPERATOR,
+    SETTINGS,
+    WORST,
+    Watch,
+    exact_on_cpu,
+    gradients,
+    model_of,
+    needs_per_operator,
+    nll,
+    put_back,
+    set_flags,
+    values,
+)
+from operator_cases import marked
 from support import image, relative_error, tiny_model
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -19,125 +35,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ncsr_fast import RRDB, accelerate
 from ncsr_fast.engine import convolution
 from ncsr_fast.engine.convolution import convolution_of_cudnn
-from ncsr_fast.engine.options import EngineOptions
 from ncsr_fast.export import Decoder
 from ncsr_fast.metrics import imresize, lpips
 from ncsr_fast.precision import convolutions_are_rounded, products_are_rounded, true_float32
 
-PER_OPERATOR = hasattr(torch.backends.cudnn, "conv")  # torch ≥ 2.9
-needs_per_operator = pytest.mark.skipif(not PER_OPERATOR, reason="flags of one operator each came with torch 2.9")
-
-
-def of_mkldnn(operator: str, value: str) -> None:
-    torch._C._set_fp32_precision_setter("mkldnn", operator, value)
-
-
-def of_all(value: str) -> None:
-    torch.backends.fp32_precision = value
-
-
-SETTINGS = {precision: [(torch.set_float32_matmul_precision, precision)] for precision in ("highest", "high", "medium")}
-if PER_OPERATOR:
-    SETTINGS |= {
-        "convolutions": [(of_mkldnn, "conv", "bf16")],
-        "products": [(of_mkldnn, "matmul", "tf32")],
-        "backend": [(of_mkldnn, "all", "bf16")],
-        "all": [(of_all, "tf32")],
-        "all, and backend": [(of_all, "tf32"), (of_mkldnn, "all", "tf32")],
-        "all, and one": [(of_all, "tf32"), (of_mkldnn, "conv", "bf16")],
-        "one, and it is exact": [(of_all, "bf16"), (of_mkldnn, "conv", "ieee")],
-    }
-WORST = "all, and one" if PER_OPERATOR else "medium"
-
-
-def set_flags(setting: str) -> dict[str, str]:
-    """Set them; returns what they are then."""
-    for setter, *arguments in SETTINGS[setting]:
-        setter(*arguments)
-    return values()
-
-
-def values() -> dict[str, str]:
-    """Every flag as it is now, and as it would be were another value set for all backends: it may inherit that."""
-    if not PER_OPERATOR:
-        return {"matmul": torch.get_float32_matmul_precision(), "cudnn": str(torch.backends.cudnn.allow_tf32)}
-    names = [(backend, operator) for backend in ("mkldnn", "cuda") for operator in ("all", "conv", "rnn", "matmul")]
-    now, found = torch.backends.fp32_precision, {"generic/all": torch.backends.fp32_precision}
-    for of_all_backends in ("none", "ieee", "tf32"):
-        torch.backends.fp32_precision = of_all_backends
-        found |= {f"{b}/{o} if {of_all_backends}": torch._C._get_fp32_precision_getter(b, o) for b, o in names}
-    torch.backends.fp32_precision = now
-    return found
-
-
-@pytest.fixture(autouse=True)
-def default_flags():
-    """Before and after each test."""
-    reset()
-    yield
-    reset()
-
-
-def reset() -> None:
-    torch.set_float32_matmul_precision("highest")
-    if PER_OPERATOR:
-        torch.backends.fp32_precision = "none"
-        for name in ("mkldnn/all", "mkldnn/conv", "mkldnn/matmul", "cuda/matmul"):
-            torch._C._set_fp32_precision_setter(*name.split("/"), "none")
-
-
-def exact_on_cpu(convolution: bool = True) -> bool:
-    """Whether PyTorch would round no operand of a float32 convolution (it computes some as products), or of a product."""
-    if not PER_OPERATOR:
-        return torch.get_float32_matmul_precision() == "highest"
-    operators = ("conv", "matmul") if convolution else ("matmul",)
-    return {getattr(torch.backends.mkldnn, operator).fp32_precision for operator in operators} <= {"ieee", "none"}
-
-
-class Watch(TorchDispatchMode):
-    """Calls a function at every convolution and every product, and asserts that the flags round none of float32 there."""
-
-    CONVOLUTIONS = (
-        "convolution", "_convolution", "convolution_backward", "_convolution_double_backward", "convolution_overrideable",
-        "mkldnn_convolution", "thnn_conv2d", "slow_conv2d_forward",
-    )  # fmt: skip
-    PRODUCTS = ("mm", "bmm", "addmm", "baddbmm", "addbmm", "mv", "addmv", "dot", "vdot", "linear", "matmul", "einsum")
-
-    def __init__(self, call=lambda: None) -> None:
-        super().__init__()
-        self.call, self.convolutions, self.products = call, 0, 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function.name().split("::")[1].split(".")[0]
-        if name in self.CONVOLUTIONS or name in self.PRODUCTS:
-            self.convolutions += name in self.CONVOLUTIONS
-            self.products += name in self.PRODUCTS
-            self.call()
-            float32 = any(isinstance(argument, torch.Tensor) and argument.dtype == torch.float32 for argument in args)
-            assert not float32 or exact_on_cpu(name in self.CONVOLUTIONS), f"{name} may be rounded"
-        return function(*args, **(kwargs or {}))
-
-
-# -- every pass ----------------------------------------------------------------------------------------------------
-
-LR, HR = image(1, 3, 4, 4, dtype=torch.float32), image(1, 3, 16, 16, dtype=torch.float32)
-
-
-def model_of(engine: str, backend: str):
-    model = tiny_model(dtype=torch.float32, steps=2, noise_steps=(0, 2, 2))
-    model.options = EngineOptions(engine=engine, backend=backend)
-    return model
-
-
-def gradients(module: torch.nn.Module, value: torch.Tensor) -> list[torch.Tensor]:
-    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    found = torch.autograd.grad(value, parameters, allow_unused=True)
-    return [gradient for gradient in found if gradient is not None]
-
-
-def nll(model) -> list[torch.Tensor]:
-    value = model.nll(HR, LR)
-    return [value.detach(), *gradients(model, value.sum())]
+default_flags = pytest.fixture(put_back, autouse=True)
 
 
 def images(model) -> list[torch.Tensor]:
@@ -183,6 +85,9 @@ def exported(model) -> list[torch.Tensor]:
 PASSES = [nll, images, decoded, initialized, checked, second_order, functional, exported]
 
 
+# the plain engine convolves the same whatever the operators, whose products the others have
+@marked("exhaustive", lambda engine, backend: (engine, backend) == ("plain", "native"))
+@marked("slow", lambda backend: backend == "reference")
 @pytest.mark.parametrize("backend", ["reference", "native"])
 @pytest.mark.parametrize("engine", ["fused", "plain"])
 @pytest.mark.parametrize("run", PASSES, ids=lambda run: run.__name__)
@@ -198,6 +103,7 @@ def test_no_pass_of_a_flow_lets_pytorch_round(run, engine, backend):
         assert relative_error(value, of) < 1e-4 if of.any() else not value.any()
 
 
+@marked("slow", lambda setting: setting not in ("medium", WORST))
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_nor_does_a_pass_under_other_flags(setting):
     before = set_flags(setting)
@@ -216,6 +122,7 @@ def test_nor_does_an_encoder():
     assert watch.convolutions > 60 and values() == before
 
 
+@pytest.mark.slow
 def test_nor_do_an_accelerated_network_and_its_trial():
     net, arguments = SMALL.build(torch.float32), SMALL.images(torch.float32)
     before = set_flags(WORST)
@@ -299,6 +206,7 @@ model(torch.rand(1, 3, 16, 16), torch.rand(1, 3, 4, 4)).sum().backward()
 """
 
 
+@pytest.mark.slow
 @needs_per_operator
 def test_cudnn_flags_are_what_they_were(tmp_path):
     """Inherited ones too. In a process of its own: the default of cuDNN's cannot be put back."""
@@ -374,68 +282,3 @@ def test_precision_on_a_gpu(precision):
     model.precision = precision
     error = relative_error(model.nll(HR.cuda(), LR.cuda()).detach(), expected.detach())
     assert error < 1e-5 if precision == "fp32" else error > 1e-5
-
-
-# -- threads -------------------------------------------------------------------------------------------------------
-
-
-def in_threads(*functions) -> list:
-    """Call them at once; returns their values, raises their errors."""
-    results: list = [None] * len(functions)
-
-    def call(index: int) -> None:
-        try:
-            results[index] = functions[index]()
-        except BaseException as error:
-            results[index] = error
-
-    threads = [threading.Thread(target=call, args=(index,)) for index in range(len(functions))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for result in results:
-        if isinstance(result, BaseException):
-            raise result
-    return results
-
-
-def test_a_pass_that_ends_leaves_the_flags_to_one_that_does_not():
-    """Both are inside their first convolution; one ends, the other goes on, and then the flags are put back."""
-    before = set_flags(WORST)
-    both_inside, one_is_out = threading.Barrier(2, timeout=60), threading.Event()
-
-    def run(*at_first_convolution) -> int:
-        waits = list(at_first_convolution)
-
-        def wait() -> None:
-            while waits:
-                waits.pop(0)()
-
-        with Watch(wait) as watch:
-            nll(model_of("fused", "native"))
-        one_is_out.set()
-        return watch.convolutions
-
-    def stays() -> None:
-        assert one_is_out.wait(60)
-
-    assert in_threads(lambda: run(both_inside.wait), lambda: run(both_inside.wait, stays))[0] > 50
-    assert values() == before
-
-
-def test_threads_share_a_model():
-    """Samples and gradients of every thread are those of one alone, to the last bit, and the flags are what they were."""
-    before = set_flags(WORST)
-    model = model_of("fused", "native")
-
-    def run(seed: int) -> list[torch.Tensor]:
-        with torch.no_grad():
-            sampled = model.sample(LR, n=2, temperature=0.5, generator=torch.Generator().manual_seed(seed))
-        return [sampled, *nll(model)]
-
-    expected = [run(seed) for seed in range(4)]
-    for _ in range(3):
-        for found, of in zip(in_threads(*(lambda seed=seed: run(seed) for seed in range(4))), expected):
-            assert all(torch.equal(value, other) for value, other in zip(found, of, strict=True))
-        assert values() == before

@@ -7,9 +7,10 @@ import pickle
 
 import pytest
 import torch
-from compat.networks import SMALL, twins
+from compat.networks import SMALL, accelerated_twins
 from compat.networks import gradients as gradients_of_published
 from layouts import LAYOUTS, laid_out
+from operator_cases import marked
 from support import image, tiny_model
 
 import ncsr_fast
@@ -75,6 +76,12 @@ def expected():
     return {name: outcome(model_of(**options), *images()) for name, options in OPTIONS.items()}
 
 
+# every layout with the default, every option with a layout of memory alone, of views and of strides that mean nothing
+FEW = ("channels_last", "sliced", "strange single")
+
+
+@marked("exhaustive", lambda options, layout: options != "recomputed" and layout not in FEW)
+@marked("slow", lambda options, layout: options != "recomputed" or layout not in FEW)
 @pytest.mark.parametrize("options", OPTIONS)
 @layouts
 def test_models(options, layout, expected):
@@ -83,14 +90,21 @@ def test_models(options, layout, expected):
     assert_same(outcome(model, *(laid_out(x, layout) for x in images()), layout), expected[options])
 
 
-@layouts
-def test_accelerated_networks(layout):
-    net, untouched = twins(SMALL)
-    ncsr_fast.accelerate(net)
-    inputs = SMALL.images()
-    right = gradients_of_published(untouched, **inputs)
+@pytest.fixture(scope="module")
+def published():
+    """The likelihood and the gradients of a network left alone."""
+    net = SMALL.build()
+    right = gradients_of_published(net, **SMALL.images())
     with torch.no_grad():
-        likelihood = untouched(**inputs)[1]
+        return net(**SMALL.images())[1], right
+
+
+@marked("slow", lambda layout: layout != "channels_last")
+@layouts
+def test_accelerated_networks(layout, published):
+    net, _, _ = accelerated_twins(SMALL)
+    inputs, (likelihood, right) = SMALL.images(), published
+    with torch.no_grad():
         net(**inputs)  # what is kept is of the parameters as they lie now
         lay_out(net, layout)
         lying = {name: laid_out(value, layout) for name, value in inputs.items()}
@@ -116,6 +130,7 @@ def test_another_layout_of_the_same_memory_is_a_change():
 # -- Module.to and what else there is ------------------------------------------------------------------------------
 
 
+@marked("slow", lambda memory_format: memory_format is not torch.channels_last)
 @pytest.mark.parametrize("memory_format", [torch.channels_last, torch.preserve_format, torch.contiguous_format], ids=str)
 def test_memory_formats(memory_format, expected):
     model = model_of().to(memory_format=memory_format)
@@ -129,6 +144,7 @@ def test_memory_formats(memory_format, expected):
         assert all(torch.equal(*pair) for pair in zip(fresh.parameters(), model.parameters()))
 
 
+@pytest.mark.slow
 def test_memory_formats_of_others():
     encoder, net = RRDB(channels=4, growth=2, blocks=1), SMALL.build()
     lr = image(1, 3, 4, 4, dtype=torch.float32)
@@ -147,6 +163,7 @@ def test_a_format_of_other_dimensions_is_refused_as_by_every_2d_network():
     assert all(parameter.is_contiguous() for parameter in model.parameters())
 
 
+@pytest.mark.slow
 def test_copies_and_moves(expected):
     model = model_of().to(memory_format=torch.channels_last)
     model.share_memory()

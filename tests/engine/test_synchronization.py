@@ -7,6 +7,7 @@ from unittest import mock
 
 import pytest
 import torch
+from operator_cases import marked
 from support import Watch, image, tiny_model, tiny_settings
 
 from ncsr_fast import NCSR, graphs
@@ -68,6 +69,7 @@ def test_training_step(model, checkpoint):
         step(hr, lr, noise)
 
 
+@marked("slow", lambda l1_weight: not l1_weight)
 @pytest.mark.parametrize("l1_weight", [0.0, 1.0])
 def test_a_step_of_the_trainer(model, l1_weight):
     """From bytes and a seed: augmentation, bicubic, noise, both losses, clipping, Adam, and the look for NaN."""

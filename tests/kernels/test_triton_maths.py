@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+pytestmark = pytest.mark.slow  # in `make check` the tests of the operators run these kernels
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if not installation.expects("triton"):
     pytest.skip("the Triton backend is not among the cells", allow_module_level=True)

@@ -39,6 +39,7 @@ def test_lr_psnr_of_a_consistent_image_is_infinite():
     assert metrics.lr_psnr(hr, lr, 4)[1].item() == pytest.approx(10 * math.log10(255**2 / (16 / 72)))
 
 
+@pytest.mark.slow
 def test_ssim():
     a = metrics.to_uint8(image(2, 3, 16, 16))
     assert metrics.ssim(a, a).tolist() == [1.0, 1.0]
@@ -82,6 +83,7 @@ def lpips_network():
     del library
 
 
+@pytest.mark.slow
 def test_lpips_maps(lpips_network):
     target = image(3, 64, 64, dtype=torch.float32)
     samples = torch.stack([target, 1 - target])

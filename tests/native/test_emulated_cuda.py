@@ -16,7 +16,19 @@ import installation
 import pytest
 import torch
 from caching import made_once
-from operator_cases import ROUNDING, arguments, assert_close, differentiable, directions, formula, laid_out, operators, run
+from layouts import laid_out
+from operator_cases import (
+    ROUNDING,
+    arguments,
+    assert_close,
+    differentiable,
+    directions,
+    formula,
+    marked,
+    operators,
+    pairwise,
+    run,
+)
 
 pytestmark = pytest.mark.slow  # a minute of compilation, where pytest's cache does not have it
 HERE = Path(__file__).parent
@@ -72,14 +84,19 @@ def on_the_emulation(emulated, monkeypatch):
     monkeypatch.setattr(calls, "_launch", run_emulated)
 
 
+LAYOUTS, DTYPES = ["contiguous", "channels_last", "sliced"], [torch.float64, torch.float32, torch.bfloat16]
+IN_EVERY_RUN = pairwise([False, True], LAYOUTS, DTYPES)
+
+
 @operators
 @directions
-@pytest.mark.parametrize("way", ["nchw", "channels-last", "crop"])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-def test_emulated_kernels(on_the_emulation, name, inverse, way, dtype):
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@marked("exhaustive", lambda inverse, layout, dtype: (inverse, layout, dtype) not in IN_EVERY_RUN)
+def test_emulated_kernels(on_the_emulation, name, inverse, layout, dtype):
     """Values, log-det and gradients; sizes that leave remainders of every tile, and channels of both paths."""
     for channels, size in ((5, (7, 11)), (12, (9, 8))):
-        tensors = laid_out(differentiable(arguments(name, channels, size=size, dtype=dtype)), way)
+        tensors = [laid_out(tensor, layout) for tensor in differentiable(arguments(name, channels, size=size, dtype=dtype))]
         doubles = differentiable([tensor.double() for tensor in tensors])
         y, logdet = run(name, *tensors, inverse=inverse, backend="native")
         expected, expected_logdet = formula(name, *doubles, inverse=inverse)

@@ -8,8 +8,9 @@ import installation
 import pytest
 import torch
 import torch.nn.functional as F
+from layouts import IMAGES, LAYOUTS
 from operator_cases import assert_close, pairwise_but_on_the_widest
-from support import LAYOUTS, fresh_process
+from support import fresh_process
 from torch import Tensor
 
 if not installation.expects("native"):
@@ -106,11 +107,11 @@ def test_pieces_of_an_image(instruction_set, dtype, kept, outputs, size):
     assert_like_the_formula(network(kept, 64, outputs, size, batch=1, dtype=dtype))
 
 
-@pairwise_but_on_the_widest(of_x=[*LAYOUTS, "none"], of_pre=LAYOUTS, hidden=[32, 33], dtype=DTYPES)
+@pairwise_but_on_the_widest(of_x=[*IMAGES, "none"], of_pre=IMAGES, hidden=[32, 33], dtype=DTYPES)
 @dtypes
 @pytest.mark.parametrize("hidden", [32, 33])
-@pytest.mark.parametrize("of_pre", LAYOUTS)
-@pytest.mark.parametrize("of_x", [*LAYOUTS, "none"])
+@pytest.mark.parametrize("of_pre", IMAGES)
+@pytest.mark.parametrize("of_x", [*IMAGES, "none"])
 def test_layouts(instruction_set, dtype, hidden, of_x, of_pre):
     """x and pre are read as they lie, each in its own way, and nothing beside them."""
     x, pre, *rest = network(0 if of_x == "none" else 6, hidden, 12, (5, 7), dtype=dtype)
@@ -122,8 +123,8 @@ def test_layouts(instruction_set, dtype, hidden, of_x, of_pre):
 @pytest.mark.parametrize("kept", [0, 6])
 def test_samples_may_share_pre(instruction_set, dtype, kept):
     x, pre, *rest = network(kept, 64, 12, (5, 7), batch=3, dtype=dtype)
-    for layout in LAYOUTS.values():
-        shared = layout(pre[:1]).expand(3, -1, -1, -1)
+    for layout in IMAGES:
+        shared = LAYOUTS[layout](pre[:1]).expand(3, -1, -1, -1)
         assert shared.stride(0) == 0
         assert_like_the_formula([x, shared, *rest])
 
@@ -168,6 +169,7 @@ def test_nan_stays_where_it_is(instruction_set, dtype, hidden):
     assert torch.equal(network_fwd(*tensors), expected)
 
 
+@pytest.mark.slow
 def test_nothing_is_read_beyond_a_tensor(tmp_path):
     """Every tensor ends where the memory does, in a process of its own: it would not survive."""
     code = """

@@ -9,8 +9,9 @@ import installation
 import pytest
 import torch
 import torch.nn.functional as F
-from operator_cases import assert_close, pairwise_but_on_the_widest
-from support import LAYOUTS, fresh_process
+from layouts import IMAGES, LAYOUTS
+from operator_cases import WIDEST, assert_close, marked, pairwise_but_on_the_widest
+from support import fresh_process
 from torch import Tensor
 
 if not installation.expects("native"):
@@ -120,6 +121,7 @@ def test_channels(instruction_set, dtype, inputs, outputs):
     [(200, 1100, (6, 8), 3), (700, 40, (5, 8), 1), (200, 1100, (41, 42), 1), (700, 24, (61, 60), 1)],
     ids=str,
 )
+@pytest.mark.slow
 def test_pieces(instruction_set, dtype, inputs, outputs, size, batch):
     assert_like_torch(inputs, outputs, size, batch, dtype=dtype)
 
@@ -129,11 +131,11 @@ def memory(x: Tensor) -> Tensor:
     return torch.as_strided(x, (x.untyped_storage().nbytes() // x.element_size(),), (1,), 0)
 
 
-@pairwise_but_on_the_widest(of_x=LAYOUTS, of_out=LAYOUTS, dtype=DTYPES, accumulate=EITHER)
+@pairwise_but_on_the_widest(of_x=IMAGES, of_out=IMAGES, dtype=DTYPES, accumulate=EITHER)
 @dtypes
 @pytest.mark.parametrize("accumulate", EITHER)
-@pytest.mark.parametrize("of_out", LAYOUTS)
-@pytest.mark.parametrize("of_x", LAYOUTS)
+@pytest.mark.parametrize("of_out", IMAGES)
+@pytest.mark.parametrize("of_x", IMAGES)
 def test_layouts(instruction_set, dtype, of_x, of_out, accumulate):
     """x is read and out written as they lie, each in its own way, and nothing beside them."""
     x, weight, bias, before = case(33, 35, (5, 6), dtype=dtype)
@@ -185,12 +187,12 @@ def test_what_follows_the_sums(instruction_set, dtype, inputs, outputs, slope, w
     assert_close(out, F.leaky_relu(sums, slope) + before.double() * accumulate, forward_tolerance(dtype, inputs, out), "y")
 
 
-@pairwise_but_on_the_widest(gated=[32, 64, 2, 53, 17], of_gate=LAYOUTS, accumulate=EITHER, dtype=DTYPES)
+@pairwise_but_on_the_widest(gated=[32, 64, 2, 53, 17], of_gate=IMAGES, accumulate=EITHER, dtype=DTYPES)
 @dtypes
 @pytest.mark.parametrize(
     "inputs, outputs, gated", [(96, 32, 32), (64, 32, 64), (5, 7, 2), (33, 40, 32), (70, 40, 53), (40, 700, 17)]
 )
-@pytest.mark.parametrize("of_gate", LAYOUTS)
+@pytest.mark.parametrize("of_gate", IMAGES)
 @pytest.mark.parametrize("accumulate", EITHER)
 def test_a_gradient_through_a_gate(instruction_set, dtype, inputs, outputs, gated, of_gate, accumulate):
     """Of the last channels of x, a leaky relu's: whole vectors of them, and some that begin within one."""
@@ -210,6 +212,10 @@ def enlarged(x: Tensor) -> Tensor:
 @dtypes
 @pytest.mark.parametrize("size", [(1, 1), (1, 4), (3, 2), (8, 5), (31, 30)], ids=str)
 @pytest.mark.parametrize("inputs, outputs", [(16, 32), (5, 7), (70, 130), (200, 1100), (700, 40)])
+@marked("slow", lambda inputs: inputs > 16)
+@marked(
+    "exhaustive", lambda inputs, size, dtype, instruction_set: inputs > 100 and size == (31, 30) and instruction_set != WIDEST
+)
 def test_copies(instruction_set, dtype, size, inputs, outputs):
     """The convolution of 2x2 copies of every pixel and its gradients, as those of the enlarged image."""
     x, weight, bias, dy, y, dx, dw, db = case_by_torch(inputs, outputs, size, 2, dtype, copies=True)
@@ -221,11 +227,11 @@ def test_copies(instruction_set, dtype, size, inputs, outputs):
     assert_close(dbias, db, weight_tolerance(dtype, dy), "dbias")
 
 
-@pairwise_but_on_the_widest(of_x=LAYOUTS, of_out=LAYOUTS, dtype=DTYPES, accumulate=EITHER)
+@pairwise_but_on_the_widest(of_x=IMAGES, of_out=IMAGES, dtype=DTYPES, accumulate=EITHER)
 @dtypes
 @pytest.mark.parametrize("accumulate", EITHER)
-@pytest.mark.parametrize("of_x", LAYOUTS)
-@pytest.mark.parametrize("of_out", LAYOUTS)
+@pytest.mark.parametrize("of_x", IMAGES)
+@pytest.mark.parametrize("of_out", IMAGES)
 def test_layouts_of_copies(instruction_set, dtype, of_x, of_out, accumulate):
     x, weight, _, _ = case(33, 35, (5, 6), dtype=dtype)
     x, before = LAYOUTS[of_x](x), case(35, 1, (10, 12), dtype=dtype)[0]
@@ -284,6 +290,10 @@ def test_empty(instruction_set, dtype, shape):
 @pytest.mark.parametrize(
     "inputs, outputs, size, batch", [(64, 32, (20, 20), 1), (5, 7, (17, 9), 3), (200, 1100, (10, 10), 2), (700, 40, (9, 9), 1)]
 )
+@marked("slow", lambda inputs: inputs > 100)
+@marked(
+    "exhaustive", lambda inputs, dtype, instruction_set: inputs > 100 and dtype == torch.float64 and instruction_set != WIDEST
+)
 def test_the_same_bits_whatever_the_number_of_threads(instruction_set, threads, dtype, inputs, outputs, size, batch):
     x, weight, bias, dy = (t.to(memory_format=LAST) if t.dim() == 4 else t for t in case(inputs, outputs, size, batch, dtype))
     weight = weight.contiguous()
@@ -320,6 +330,7 @@ def test_nan_stays_in_its_tiles(instruction_set, dtype, inputs, outputs):
     assert all(map(torch.equal, conv3x3_bwd_weight(dy, x), gradient))
 
 
+@pytest.mark.slow
 def test_nothing_is_read_or_written_beyond_a_tensor(tmp_path):
     """Every tensor begins or ends where the memory does, in a process of its own: it would not survive."""
     code = """

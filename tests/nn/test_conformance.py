@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 
 import pytest
 import torch
-from support import load_case, relative_error, weights_module
+from operator_cases import marked
+from support import Case, load_case, relative_error, weights_module
 
 from ncsr_fast import NCSR
 from ncsr_fast.nn.published import layout
@@ -17,31 +19,50 @@ CASES = [*SMALL, "ncsr_x4_full"]
 # values to 2e-5. Gradients are held in float64, where a ReLU does not flip.
 VALUE = {torch.float64: 1e-6, torch.float32: 2e-5}
 GRADIENT = 2e-6
-DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
+# of module scope, so that the tests of a network and dtype follow one another and share one model
+every_case = pytest.mark.parametrize("name", CASES, scope="module")
+small_cases = pytest.mark.parametrize("name", SMALL, scope="module")
+every_dtype = pytest.mark.parametrize("dtype", VALUE, ids=["float64", "float32"], scope="module")
+slow_but_for_one = marked("slow", lambda name: name != SMALL[0])
+# full depth in float64 and a small network in float32 fail for what these would, and so do likelihood and decoding of both
+exhaustive_at_full_depth = marked("exhaustive", lambda name, dtype: name not in SMALL and dtype == torch.float32)
 
 
-@functools.lru_cache(maxsize=2)
-def case(name: str):
+@functools.lru_cache(maxsize=1)
+def case(name: str) -> Case:
     return load_case(name)
 
 
-def loaded(name: str, dtype: torch.dtype, initialized: bool = True) -> NCSR:
-    """The model of a case, its actnorms from the vectors or still at zero."""
-    vectors = case(name)
-    model = NCSR(vectors.config).to(dtype)
-    weights = vectors.weights()
-    if initialized:
-        sizes = vectors.meta["actnorm_sizes"]
-        for key, value in zip(vectors.meta["actnorm_names"], vectors.tensor("actnorm").split(sizes)):
-            weights[key] = value.reshape(weights[key].shape)
+@functools.lru_cache(maxsize=1)
+def published(name: str) -> dict[str, torch.Tensor]:
+    """The published state dict of a case, actnorms from the vectors."""
+    vectors, weights = case(name), case(name).weights()
+    for key, value in zip(vectors.meta["actnorm_names"], vectors.tensor("actnorm").split(vectors.meta["actnorm_sizes"])):
+        weights[key] = value.reshape(weights[key].shape)
+    return weights
+
+
+def made_of(name: str, weights: dict[str, torch.Tensor], dtype: torch.dtype) -> NCSR:
+    """The model of a case with these weights."""
+    model = NCSR(case(name).config).to(dtype)
     model.load_published(weights)
     return model
 
 
-@DTYPES
-@pytest.mark.parametrize("name", CASES)
+@functools.lru_cache(maxsize=1)
+def loaded(name: str, dtype: torch.dtype) -> NCSR:
+    """The model of a case, shared: a test changes nothing of it but gradients."""
+    return made_of(name, published(name), dtype)
+
+
+@slow_but_for_one
+@exhaustive_at_full_depth
+@every_dtype
+@every_case
 def test_actnorm_initialisation(name, dtype):
-    vectors, model = case(name), loaded(name, dtype, initialized=False)
+    vectors = case(name)
+    weights = published(name) | {key: torch.zeros_like(published(name)[key]) for key in vectors.meta["actnorm_names"]}
+    model = made_of(name, weights, dtype)
     assert not model.actnorm_initialized
     nll = model.initialize(*vectors.batch("init", dtype))
     state = model.published_state_dict()
@@ -51,8 +72,9 @@ def test_actnorm_initialisation(name, dtype):
     assert relative_error(nll, vectors.tensor("init_nll")) < VALUE[dtype]
 
 
-@DTYPES
-@pytest.mark.parametrize("name", CASES)
+@slow_but_for_one
+@every_dtype
+@every_case
 def test_likelihood_and_latents(name, dtype):
     vectors, model = case(name), loaded(name, dtype)
     with torch.no_grad():
@@ -65,12 +87,14 @@ def test_likelihood_and_latents(name, dtype):
         assert relative_error(latent, target) < VALUE[dtype]
 
 
-@pytest.mark.parametrize("name", CASES)
+@slow_but_for_one
+@every_case
 def test_gradients(name):
     vectors, model = case(name), loaded(name, torch.float64)
     hr, lr, noise = vectors.batch("eval")
     hr.requires_grad_()
     lr.requires_grad_()
+    model.zero_grad()
     model.nll(hr, lr, noise).mean().backward()
     assert relative_error(hr.grad, vectors.tensor("grad_hr")) < GRADIENT
     assert relative_error(lr.grad, vectors.tensor("grad_lr")) < GRADIENT
@@ -92,9 +116,10 @@ def test_gradients(name):
     assert ((torch.stack(dots) - vectors.tensor("grad_dot")).abs() <= GRADIENT * norms * count).all()
 
 
+@pytest.mark.exhaustive  # test_gradients has the fused engine at this depth, tests/engine/test_equivalence.py every engine
 def test_gradients_of_the_engine_at_full_depth():
     """With and without stored activations, against the plain path step by step: every parameter and both images."""
-    vectors, model = case("ncsr_x4_full"), loaded("ncsr_x4_full", torch.float64)
+    vectors, model = case("ncsr_x4_full"), copy.deepcopy(loaded("ncsr_x4_full", torch.float64))
     hr, lr, noise = vectors.batch("eval")
     found = {}
     for name, options in {"plain": {"engine": "plain"}, "fused": {}, "stored": {"checkpoint": False}}.items():
@@ -110,7 +135,7 @@ def test_gradients_of_the_engine_at_full_depth():
 
 def published_gradients(model: NCSR) -> dict[str, torch.Tensor]:
     """The gradient of every parameter that has one, by published name: exported from a model that has it as weights."""
-    holder = NCSR(model.config).to(torch.float64)
+    holder = copy.deepcopy(model)
     with torch.no_grad():
         for weight, parameter in zip(holder.parameters(), model.parameters()):
             weight.copy_(torch.full_like(parameter, torch.nan) if parameter.grad is None else parameter.grad)
@@ -123,8 +148,9 @@ def unused_names(model: NCSR) -> set[str]:
     return {entry.name for entry in layout(model) if entry.tensor is None}
 
 
-@DTYPES
-@pytest.mark.parametrize("name", CASES)
+@slow_but_for_one
+@every_dtype
+@every_case
 def test_decoding(name, dtype):
     vectors, model = case(name), loaded(name, dtype)
     lr = vectors.tensor("eval_lr", dtype)
@@ -135,8 +161,9 @@ def test_decoding(name, dtype):
     assert relative_error(logdet, vectors.tensor("sample_logdet")) < VALUE[dtype]
 
 
-@DTYPES
-@pytest.mark.parametrize("name", SMALL)
+@slow_but_for_one
+@every_dtype
+@small_cases
 def test_conditioning_features(name, dtype):
     vectors, model = case(name), loaded(name, dtype)
     _, lr, _ = vectors.batch("eval", dtype)
@@ -147,8 +174,10 @@ def test_conditioning_features(name, dtype):
         assert relative_error(features[level], vectors.tensor(key)) < VALUE[dtype]
 
 
-@DTYPES
-@pytest.mark.parametrize("name", CASES)
+@slow_but_for_one
+@exhaustive_at_full_depth
+@every_dtype
+@every_case
 def test_encoder_as_generator(name, dtype):
     vectors, model = case(name), loaded(name, dtype)
     _, lr, _ = vectors.batch("eval", dtype)
@@ -156,16 +185,17 @@ def test_encoder_as_generator(name, dtype):
         assert relative_error(model.encoder(lr), vectors.tensor("rrdb_out")) < VALUE[dtype]
 
 
-@pytest.mark.parametrize("name", CASES)
+@slow_but_for_one
+@every_case
 def test_state_dict_there_and_back(name):
-    vectors, model = case(name), loaded(name, torch.float64, initialized=False)
-    weights, state = vectors.weights(), model.published_state_dict()
+    vectors, weights, state = case(name), published(name), loaded(name, torch.float64).published_state_dict()
     assert list(state) == list(vectors.meta["shapes"])
     for key, value in state.items():
         assert list(value.shape) == vectors.meta["shapes"][key]
         assert torch.equal(value, weights[key]), key
 
 
+@pytest.mark.slow
 def test_unused_tensors_are_those_without_a_gradient():
     """152 tensors of the ×4 model: the noise couplings of level 1, the encoder's HR end, and `f`."""
     vectors = case("ncsr_x4_full")

@@ -11,6 +11,7 @@ from unittest import mock
 
 import pytest
 import torch
+from operator_cases import marked
 from support import assert_same_weights, image, tiny_model
 
 from ncsr_fast import NCSR, graphs
@@ -57,6 +58,7 @@ def test_the_same_results_bit_for_bit_and_without_gradients(engine):
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
+@marked("slow", lambda device: device != "cpu")
 def test_folded_at_once_and_never_again(device):
     model = tiny_model()
     with counted() as count:
@@ -77,6 +79,7 @@ def test_folded_at_once_and_never_again(device):
         assert count() == (9, 12)
 
 
+@marked("slow", lambda device: device != "cpu")
 def test_unfreezing_restores_what_was(device):
     model = tiny_model()
     flags = [parameter.requires_grad for parameter in model.parameters()]
@@ -108,6 +111,7 @@ REFUSED = {
 }
 
 
+@marked("slow", lambda device: device != "cpu")
 @pytest.mark.parametrize("what", REFUSED)
 def test_refused(what, device):
     model = tiny_model().freeze_for_inference()
@@ -174,6 +178,7 @@ PASSES = {
 }
 
 
+@marked("slow", lambda change: change not in (in_place, replaced_data))
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 def test_noticed(change, device):
     model = tiny_model().freeze_for_inference()

@@ -6,10 +6,12 @@ import re
 
 import pytest
 import torch
+from operator_cases import marked
 from safetensors.torch import save_file
 from support import assert_same_weights, image, tiny_config, tiny_model
 
 from ncsr_fast import NCSR, RRDB, CheckpointError, NCSRConfig
+from ncsr_fast.nn import published
 from ncsr_fast.nn.encoder_names import read_generator
 from ncsr_fast.nn.state_dicts import read_state_dict
 
@@ -33,6 +35,17 @@ def test_exported_tensors_are_copies():
     for tensor in model.published_state_dict().values():
         tensor.zero_()
     assert model.levels[0].invconv.abs().sum() > 0
+
+
+def test_places_of_parameters_in_one_buffer():
+    """As optimizers and wrappers that flatten a model lay them."""
+    model = tiny_model()
+    expected = published.places(model)
+    assert len({place for place in expected.values() if place}) == len([place for place in expected.values() if place])
+    buffer = torch.cat([parameter.data.flatten() for parameter in model.parameters()])
+    for part, parameter in zip(buffer.split([p.numel() for p in model.parameters()]), model.parameters()):
+        parameter.data = part.view_as(parameter)
+    assert published.places(model) == expected
 
 
 def test_a_state_dict_that_does_not_fit_changes_nothing_and_is_explained():
@@ -67,6 +80,7 @@ WRAPS = {
 }
 
 
+@marked("slow", lambda wrap, prefix: wrap != "ours" and prefix != "module.")
 @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.module."])
 @pytest.mark.parametrize("wrap", WRAPS)
 def test_files(tmp_path, wrap, prefix):
@@ -129,6 +143,7 @@ def test_bad_pth_files(tmp_path):
         read_state_dict(tmp_path / "absent.pth")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [{"preset": "ncsr-compact-x4"}, {"preset": "ncsr-compact-x4", "noise_channels": 1}],
@@ -141,6 +156,7 @@ def test_the_configuration_of_a_file_is_found_by_its_shapes(tmp_path, changes):
     assert NCSR.from_pretrained(tmp_path / "model.pth").config == model.config
 
 
+@pytest.mark.slow
 def test_a_file_of_no_preset_asks_for_its_configuration(tmp_path):
     torch.save(tiny_model().published_state_dict(), tmp_path / "model.pth")
     with pytest.raises(CheckpointError, match="of no preset .* of the nearest, .*config=NCSRConfig.from_published"):

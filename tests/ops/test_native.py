@@ -19,6 +19,7 @@ from ncsr_fast import _native
 from ncsr_fast.ops import _native as calls
 
 
+@pytest.mark.slow
 def test_the_widest_instruction_set_is_chosen_at_import(tmp_path):
     code = "from ncsr_fast import _native; print(_native.instruction_set() == _native.instruction_sets()[0])"
     assert fresh_process(code, tmp_path) == "True"
@@ -59,6 +60,7 @@ def test_half_precision_is_rounded_to_nearest_even(instruction_set):
             assert torch.equal(scaled.nan_to_num(), (x.float() * torch.tensor(factor)).to(dtype).nan_to_num())
 
 
+@pytest.mark.slow
 def test_threads_are_those_of_torch(tmp_path):
     """One thread makes none; three make two, however often."""
     code = """

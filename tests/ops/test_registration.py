@@ -5,6 +5,7 @@ from __future__ import annotations
 import installation
 import pytest
 import torch
+from layouts import laid_out
 from operator_cases import (
     EPS,
     ROUNDING,
@@ -13,16 +14,18 @@ from operator_cases import (
     cells,
     differentiable,
     directions,
-    laid_out,
+    interpreted,
+    marked,
     operators,
     run,
     where,
 )
 from support import Watch
+from torch import Tensor
 
 from ncsr_fast import ops
 
-LAYOUTS = ("nchw", *(pytest.param(way, marks=pytest.mark.slow) for way in ("channels-last", "channels")))
+layouts = pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
 REGISTERED = {"affine_injector": "affine", "affine_coupling": "affine", "gaussian_split": "gaussian"}
 
 
@@ -39,18 +42,44 @@ def registered_call(name: str, inverse: bool, backend: str, tensors: list) -> tu
     return op, (*tensors, EPS, inverse, name, backend)
 
 
+def lying(tensors: list[Tensor], layout: str) -> list[Tensor]:
+    return [laid_out(tensor, layout) for tensor in tensors]
+
+
 registered = where(lambda backend: backend != "reference")  # which is plain PyTorch
+
+
+@where
+def in_turn(backend: str, inverse: bool, layout: str) -> bool:
+    """Both directions of one backend, each in two layouts, and one call of the others, which pass through the same operator."""
+    if backend == "native":
+        return layout == "contiguous" or inverse == (layout == "sliced")
+    return (inverse, layout) == (False, "contiguous")
 
 
 @operators
 @cells
 @registered
 @directions
-@pytest.mark.parametrize("way", LAYOUTS)
-def test_opcheck(name, device, backend, inverse, way):
-    tensors = laid_out(differentiable(arguments(name, channels=6, size=(2, 3), dtype=torch.float32, device=device)), way)
+@layouts
+@marked("slow", lambda backend, inverse, layout: interpreted(backend) or (inverse and layout != "contiguous"))
+def test_opcheck(name, device, backend, inverse, layout):
+    """Nothing is written into arguments, and fake tensors have the shapes, dtypes and strides of the real ones."""
+    tensors = lying(differentiable(arguments(name, channels=6, size=(2, 3), dtype=torch.float32, device=device)), layout)
     op, call = registered_call(name, inverse, backend, tensors)
-    torch.library.opcheck(op.default, call)
+    torch.library.opcheck(op.default, call, test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))
+
+
+@operators
+@cells
+@registered
+@directions
+@where(lambda backend: not interpreted(backend))  # what is traced is the same operator
+@pytest.mark.slow
+def test_opcheck_traced(name, device, backend, inverse):
+    tensors = differentiable(arguments(name, channels=6, size=(2, 3), dtype=torch.float32, device=device))
+    op, call = registered_call(name, inverse, backend, tensors)
+    torch.library.opcheck(op.default, call, test_utils="test_aot_dispatch_dynamic")
 
 
 @pytest.mark.parametrize("transposed", [False, True])
@@ -64,9 +93,10 @@ def test_opcheck_of_the_inverse(transposed):
 @operators
 @cells
 @registered
-@pytest.mark.parametrize("way", LAYOUTS)
-def test_opcheck_of_the_backward(name, device, backend, way):
-    tensors = laid_out(arguments(name, channels=6, size=(2, 3), dtype=torch.float32, device=device), way)
+@layouts
+@marked("slow", interpreted)
+def test_opcheck_of_the_backward(name, device, backend, layout):
+    tensors = lying(arguments(name, channels=6, size=(2, 3), dtype=torch.float32, device=device), layout)
     op, call = registered_call(name, False, backend, tensors)
     y, logdet = op(*call)
     backward = getattr(torch.ops.ncsr_fast, f"{op.__name__}_backward").default
@@ -78,10 +108,12 @@ def test_opcheck_of_the_backward(name, device, backend, way):
 @operators
 @cells
 @directions
-@pytest.mark.parametrize("way", LAYOUTS)
-def test_compile_fullgraph(name, device, backend, inverse, way):
+@layouts
+@in_turn
+@marked("slow", lambda backend, inverse, layout: backend != "native" or inverse or layout != "contiguous")
+def test_compile_fullgraph(name, device, backend, inverse, layout):
     """One graph, forward and backward, equal to the eager call."""
-    tensors = laid_out(differentiable(arguments(name, channels=6, dtype=torch.float32, device=device)), way)
+    tensors = lying(differentiable(arguments(name, channels=6, dtype=torch.float32, device=device)), layout)
 
     def function(*t):
         y, logdet = run(name, *t, inverse=inverse, backend=backend)
@@ -98,6 +130,7 @@ def test_compile_fullgraph(name, device, backend, inverse, way):
 @pytest.mark.slow
 @cells
 @registered
+@marked("exhaustive", interpreted)
 def test_compile_with_inductor_and_sizes_that_change(device, backend):
     """The compiler that users get, for sizes it has not seen."""
 

@@ -63,7 +63,7 @@ def test_the_run_is_called_after_the_yaml(write):
 def test_paths_begin_at_home(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "a.yml").write_text("images: [~/photos]\nrun: ~/runs/a\n")
-    done = configure("~/a.yml")
+    done = configure(tmp_path / "a.yml")
     assert done.settings.images == (f"{tmp_path}/photos",) and done.run == f"{tmp_path}/runs/a"
 
 

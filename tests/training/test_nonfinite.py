@@ -19,7 +19,7 @@ NAN = float("nan")
 
 @pytest.fixture
 def settings(photos):
-    return tiny_settings(photos, encoder_steps=0)
+    return tiny_settings(photos, encoder_steps=0, validate_every=100, validation_images=1, validation_size=32)
 
 
 def spoil(monkeypatch, *steps: int) -> None:
@@ -108,6 +108,7 @@ def test_too_many_in_a_row_end_the_run_with_its_checkpoints_kept(settings, tmp_p
     assert saved["counters"].tolist() == [4, 3, 2, 3]
 
 
+@pytest.mark.slow
 def test_the_count_and_the_rate_survive_a_stop(settings, tmp_path):
     settings = replace(settings, backoff=0.5)
     with pytest.MonkeyPatch.context() as patch:

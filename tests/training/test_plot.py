@@ -36,13 +36,18 @@ def panels(rows) -> dict:
     return {axes.get_title(): axes for axes in draw(rows, "a run").axes}
 
 
+@pytest.fixture(scope="module")
+def drawn() -> dict:
+    """The panels of ROWS."""
+    return panels(ROWS)
+
+
 def curves(axes) -> dict:
     return {line.get_label(): [list(map(float, values)) for values in line.get_data()] for line in axes.get_lines()}
 
 
-def test_every_panel_has_its_curves_and_units():
-    found = panels(ROWS)
-    assert {title: axes.get_ylabel() for title, axes in found.items()} == {
+def test_every_panel_has_its_curves_and_units(drawn):
+    assert {title: axes.get_ylabel() for title, axes in drawn.items()} == {
         "encoder: L1 loss": "mean |SR - HR|, images in [0, 1]",
         "flow: negative log-likelihood": "bits per HR pixel position",
         "learning rate": "Adam's learning rate",
@@ -53,21 +58,21 @@ def test_every_panel_has_its_curves_and_units():
         "samples out of range": "values of the samples, %",
         "invertibility": "largest error, and divisor",
     }
-    assert all(axes.get_xlabel() == "step of the stage" and axes.get_legend() for axes in found.values())
-    assert curves(found["encoder: L1 loss"]) == {"training": [[20, 40], [0.2, 0.1]], "on validation images": [[40], [0.15]]}
+    assert all(axes.get_xlabel() == "step of the stage" and axes.get_legend() for axes in drawn.values())
+    assert curves(drawn["encoder: L1 loss"]) == {"training": [[20, 40], [0.2, 0.1]], "on validation images": [[40], [0.15]]}
     nll = {"training": [[20, 40], [-2, -4]], "on validation images": [[40], [-3.5]]}
-    assert curves(found["flow: negative log-likelihood"]) == nll
-    assert curves(found["learning rate"]) == {"encoder": [[20, 40], [1e-3, 5e-4]], "flow": [[20, 40], [2e-4, 1e-4]]}
+    assert curves(drawn["flow: negative log-likelihood"]) == nll
+    assert curves(drawn["learning rate"]) == {"encoder": [[20, 40], [1e-3, 5e-4]], "flow": [[20, 40], [2e-4, 1e-4]]}
     psnr = {"encoder alone": [[40], [24]], "temperature 0": [[40], [25]], "temperature 0.8": [[40], [24]]}
-    assert curves(found["PSNR, validation images"]) == psnr
-    assert curves(found["LR-PSNR, validation images"])["temperature 0.8"] == [[40], [38]]
+    assert curves(drawn["PSNR, validation images"]) == psnr
+    assert curves(drawn["LR-PSNR, validation images"])["temperature 0.8"] == [[40], [38]]
     out = {"saturated, temperature 0.8": [[40], [2]], "not finite, temperature 0.8": [[40], [0]]}
-    assert curves(found["samples out of range"]) == out
-    assert curves(found["invertibility"]) == {"round-trip error": [[40], [1e-4]], "smallest scale of a step": [[40], [0.05]]}
+    assert curves(drawn["samples out of range"]) == out
+    assert curves(drawn["invertibility"]) == {"round-trip error": [[40], [1e-4]], "smallest scale of a step": [[40], [0.05]]}
 
 
-def test_skipped_steps_are_marked():
-    axes = panels(ROWS)["gradient norm"]
+def test_skipped_steps_are_marked(drawn):
+    axes = drawn["gradient norm"]
     found = curves(axes)
     assert found["flow: 1 skipped"][0] == [31]
     assert found["flow"] == [[20], [50]]  # the NaN left out
@@ -86,6 +91,7 @@ def test_pictures_of_training_images_say_so():
     assert list(panels(rows)) == ["PSNR, training images"]
 
 
+@pytest.mark.slow
 def test_the_shipped_model_log_is_plotted(tmp_path):
     log = Path(ncsr_fast.__file__).parent / "models" / "ncsr-compact-x4" / "log.jsonl"
     (tmp_path / "log.jsonl").write_text(log.read_text() + '{"stage": "fl')  # the run was killed while it wrote
@@ -109,9 +115,11 @@ def test_logs_that_cannot_be_plotted(tmp_path):
         plot(tmp_path)
 
 
-def test_the_command_writes_where_it_is_told(tmp_path, capsys):
-    (tmp_path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    assert main(["plot", str(tmp_path), "--out", str(tmp_path / "picture.png")]) == 0
+@pytest.mark.slow
+def test_the_command_writes_where_it_is_told(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path.parent))
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS[:2]))
+    assert main(["plot", f"~/{tmp_path.name}", f"--out=~/{tmp_path.name}/picture.png"]) == 0
     assert capsys.readouterr().out.strip() == str(tmp_path / "picture.png")
     assert (tmp_path / "picture.png").stat().st_size > 10_000
     assert main(["plot", str(tmp_path / "nowhere")]) == 1

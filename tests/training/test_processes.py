@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from forks import Fork
 from support import log_rows, tiny_settings
+from torch.distributed import TCPStore
 
 from ncsr_fast import NCSR
 from ncsr_fast.data.crops import RandomCrops
@@ -22,11 +26,9 @@ from ncsr_fast.training.processes import Processes
 
 PROGRAM = """
 import json, sys
-from pathlib import Path
 from ncsr_fast.training import TrainSettings, TrainingStopped, train
-settings = TrainSettings.from_dict(json.loads(Path(sys.argv[1]).read_text()))
 try:
-    train(settings, sys.argv[2], "cpu")
+    train(TrainSettings.from_dict(json.loads(sys.argv[1])), sys.argv[2], "cpu")
 except TrainingStopped as stopped:
     print(stopped, file=sys.stderr)
     sys.exit(stopped.exit_status)
@@ -36,22 +38,26 @@ except TrainingStopped as stopped:
 @pytest.fixture
 def settings(photos):
     # the encoder's phases and the L1 term too; no milestone, so that rounding is all that can differ
-    return tiny_settings(photos, batch=4, l1_weight=1.0, unfreeze=0.5, milestones=(), validation_images=3)
+    return tiny_settings(photos, batch=4, l1_weight=1.0, unfreeze=0.5, milestones=(), save_every=100, validation_images=3)
 
 
-def launch(settings: TrainSettings, folder: Path) -> subprocess.Popen:
-    program, stored = folder.parent / "program.py", folder.parent / f"{folder.name}.json"
-    program.write_text(PROGRAM)
-    stored.write_text(json.dumps(settings.to_dict()))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(program)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([*command, str(stored), str(folder)], stderr=subprocess.PIPE, text=True, env=environment)
+@contextlib.contextmanager
+def launched(settings: TrainSettings, folder: Path) -> Iterator[list[Fork]]:
+    """Two processes that train together, with the variables and the store of torchrun's."""
+    store = TCPStore("127.0.0.1", 0, is_master=True)
+    place = {
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }
+    arguments = PROGRAM, json.dumps(settings.to_dict()), str(folder)
+    yield [Fork(*arguments, folder=folder.parent, RANK=rank, LOCAL_RANK=rank, **place) for rank in ("0", "1")]
 
 
 def run_together(settings: TrainSettings, folder: Path) -> None:
-    process = launch(settings, folder)
-    _, complaints = process.communicate(timeout=300)
-    assert process.returncode == 0, complaints
+    with launched(settings, folder) as forks:
+        assert [fork.wait() for fork in forks] == [0, 0], [fork.errors for fork in forks]
 
 
 @pytest.mark.slow
@@ -99,14 +105,13 @@ def test_actnorms_see_the_global_batch(settings, threads, tmp_path):
 @pytest.mark.slow
 def test_a_stop_signal_to_one_stops_all_and_the_run_resumes(settings, tmp_path):
     settings = replace(settings, encoder_steps=0, steps=400, validate_every=400, save_every=400, unfreeze=0.0)
-    process = launch(settings, tmp_path / "run")
     log, deadline = tmp_path / "run" / "log.jsonl", time.monotonic() + 120
-    while not log.exists() and time.monotonic() < deadline:
-        time.sleep(0.1)
-    workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True).stdout.split()
-    os.kill(int(workers[-1]), signal.SIGTERM)
-    _, said = process.communicate(timeout=120)
-    assert process.returncode != 0 and "stopped by signal 15 after step" in said
+    with launched(settings, tmp_path / "run") as forks:
+        while not log.exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        os.kill(forks[1].pid, signal.SIGTERM)
+        assert [fork.wait() for fork in forks] == [143, 143]
+    assert all("stopped by signal 15 after step" in fork.errors for fork in forks)
     (saved,) = (tmp_path / "run" / "checkpoints").glob("flow-*.pt")
     step = torch.load(saved, weights_only=True)["step"]
     assert 0 < step < 400

@@ -13,9 +13,10 @@ from support import assert_same_weights, log_rows, tiny_settings
 from ncsr_fast import NCSR, RRDB
 from ncsr_fast.data import degrade, read_image, to_float
 from ncsr_fast.files import CheckpointError
-from ncsr_fast.training import TrainingOutOfMemory, TrainSettings, train
+from ncsr_fast.training import TrainingOutOfMemory, TrainSettings, memory, train
 from ncsr_fast.training.batch import Draws
 from ncsr_fast.training.loop import StageLoop
+from ncsr_fast.training.memory import StepMemory
 from ncsr_fast.training.stages import FlowObjective
 
 
@@ -46,16 +47,19 @@ def test_a_run(settings, photos, tmp_path):
     assert not (tmp_path / "run" / "cache").exists()
 
 
+@pytest.mark.slow
 def test_training_lowers_the_loss(settings, tmp_path):
-    train(replace(settings, encoder_steps=30, steps=40, lr=5e-3, encoder_lr=5e-3, log_every=10), tmp_path)
+    rare = {"log_every": 10, "save_every": 100, "validate_every": 100, "validation_images": 1}
+    train(replace(settings, encoder_steps=30, steps=40, lr=5e-3, encoder_lr=5e-3, **rare), tmp_path)
     logged = [row for row in log_rows(tmp_path) if "loss" in row]
     losses = {stage: [row["loss"] for row in logged if row["stage"] == stage] for stage in ("encoder", "flow")}
     assert losses["encoder"][-1] < 0.7 * losses["encoder"][0]
     assert losses["flow"][-1] < losses["flow"][0] - 0.5
 
 
+@pytest.mark.slow
 def test_the_encoder_is_frozen_for_the_first_half(settings, tmp_path):
-    settings = replace(settings, encoder_steps=0)
+    settings = replace(settings, encoder_steps=0, save_every=100, validate_every=100, validation_images=1)
     half = train(replace(settings, steps=3, unfreeze=1.0), tmp_path / "half")
     torch.manual_seed(settings.seed)
     fresh = NCSR(settings.model)
@@ -78,13 +82,14 @@ def test_the_encoder_is_frozen_for_the_first_half(settings, tmp_path):
 )
 def test_the_variants_train(settings, tmp_path, changes):
     config = replace(settings.model, **changes)
-    model = train(replace(settings, model=config, encoder_steps=0, steps=2), tmp_path)
+    model = train(replace(settings, model=config, encoder_steps=0, steps=1, validation_images=1), tmp_path)
     assert model.config == config
 
 
+@pytest.mark.slow
 def test_fine_tuning_starts_from_the_model_and_its_actnorms(settings, tmp_path):
     first = train(replace(settings, encoder_steps=0, steps=2), tmp_path / "first")
-    settings = replace(settings, encoder_steps=0, start_from=str(tmp_path / "first" / "model"))
+    settings = replace(settings, encoder_steps=0, validation_images=1, start_from=str(tmp_path / "first" / "model"))
     assert_same_weights(train(replace(settings, steps=0), tmp_path / "same"), first)
     tuned = train(replace(settings, steps=1, lr=1e-9, unfreeze=1.0), tmp_path / "tuned")
     for name, value in tuned.state_dict().items():
@@ -107,14 +112,14 @@ def test_l1_on_the_temperature_zero_sample(settings, tmp_path):
     assert model.levels[0].split_bias.grad.abs().sum() > 0
 
 
-@pytest.mark.parametrize("kind", ["pth", "directory"])
+@pytest.mark.parametrize("kind", ["pth", pytest.param("directory", marks=pytest.mark.slow)])
 def test_encoder_weights(settings, tmp_path, kind):
     torch.manual_seed(3)
     source = NCSR(settings.model)
     torch.save(source.published_state_dict(), tmp_path / "flow.pth")
     source.encoder.save_pretrained(tmp_path / "encoder")
     weights = str(tmp_path / {"pth": "flow.pth", "directory": "encoder"}[kind])
-    settings = replace(settings, encoder_steps=0, steps=1, unfreeze=1.0)
+    settings = replace(settings, encoder_steps=0, steps=1, unfreeze=1.0, validation_images=1)
     model = train(replace(settings, encoder_weights=weights), tmp_path / "run")
     assert all(torch.equal(a, b) for a, b in zip(model.encoder.parameters(), source.encoder.parameters()))
     other = replace(settings.model, blocks=3)
@@ -122,17 +127,25 @@ def test_encoder_weights(settings, tmp_path, kind):
         train(replace(settings, model=other, encoder_weights=weights), tmp_path / "other")
 
 
-def test_another_run_in_the_folder_is_refused(settings, tmp_path):
-    train(replace(settings, encoder_steps=0, steps=1), tmp_path)
-    with pytest.raises(ValueError, match=r"a run with other settings: lr \(was 0.001, now 0.01\); choose another folder"):
-        train(replace(settings, encoder_steps=0, steps=1, lr=0.01), tmp_path)
+def measured(settings, kind, phase, sizes) -> StepMemory:
+    """Stands for the measurement of a step."""
+    return StepMemory(1000, 500, sizes, tuple(100 * size for size in sizes))
 
 
-@pytest.mark.parametrize("error", [torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), MemoryError()])
-def test_out_of_memory_says_what_would_fit(settings, tmp_path, monkeypatch, error):
+@pytest.mark.parametrize(
+    "error, measure",
+    [
+        (torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), measured),
+        pytest.param(MemoryError(), memory._step, marks=pytest.mark.slow),
+    ],
+    ids=["GPU", "CPU"],
+)
+def test_out_of_memory_says_what_would_fit(settings, tmp_path, monkeypatch, error, measure):
     def advance(self, *arguments):
         raise error
 
+    settings = replace(settings, encoder_steps=0, unfreeze=0.0)
+    monkeypatch.setattr(memory, "_step", measure)
     monkeypatch.setattr(StageLoop, "advance", advance)
     with pytest.raises(TrainingOutOfMemory, match=r"out of memory: .*\n.*By the estimate 2 crops of 32×32") as caught:
         train(settings, tmp_path)
@@ -148,10 +161,11 @@ def test_another_error_is_not_taken_for_it(settings, tmp_path, monkeypatch):
         train(settings, tmp_path)
 
 
+@pytest.mark.slow
 def test_tensorboard(settings, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    train(replace(settings, tensorboard=True), tmp_path)
+    train(replace(settings, tensorboard=True, encoder_steps=0, validation_images=1), tmp_path)
     board = EventAccumulator(str(tmp_path / "tensorboard" / "flow"))
     board.Reload()
     assert [point.step for point in board.Scalars("flow/nll")] == [2, 4, 6]
