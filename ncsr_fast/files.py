@@ -186,8 +186,10 @@ def _read_pickled(path: str | os.PathLike) -> Any:
 def _reason(path: str | os.PathLike, error: Exception) -> str:
     """The cause in one line. PyTorch's own message for what it refuses advises to let the file run code: only the name in it
     is passed on."""
-    if not isinstance(error, pickle.UnpicklingError):
-        return f"it is truncated or corrupt ({_line(error)}): download or save it again"
+    # torch 2.4 makes an UnpicklingError of it, with that advice
+    cause = error.__context__ if "unexpected EOF" in str(error.__context__) else error
+    if not isinstance(cause, pickle.UnpicklingError):
+        return f"it is truncated or corrupt ({_line(cause)}): download or save it again"
     refused = re.search(r"(?i)unsupported (?:global|class):? (?:GLOBAL )?([\w.]+)", str(error))
     names = [name for name in names_in_pickle(path) if name.partition(".")[0] not in ("torch", "collections")]
     names = [refused[1]] if refused else names
