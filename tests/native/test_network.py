@@ -142,11 +142,11 @@ def test_empty(dtype, shape):
 def test_the_same_bits_whatever_the_number_of_threads(instruction_set, threads, dtype, kept, outputs, size, batch):
     tensors = network(kept, 64, outputs, size, batch, dtype)
     threads(1)
+    assert_like_the_formula(tensors)  # now: in 64 threads PyTorch 2.4's own float64 convolution is wrong
     alone = network_fwd(*tensors)
     for count in (1, 2, 3, 7, 64):
         threads(count)
         assert torch.equal(network_fwd(*tensors), alone), count
-    assert_like_the_formula(tensors)
 
 
 @dtypes
