@@ -186,7 +186,7 @@ def _read_pickled(path: str | os.PathLike) -> Any:
 def _reason(path: str | os.PathLike, error: Exception) -> str:
     """The cause in one line. PyTorch's own message for what it refuses advises to let the file run code: only the name in it
     is passed on."""
-    # torch 2.4 makes an UnpicklingError of it, with that advice
+    # of a file that ends early torch 2.4 makes a refusal, with that advice
     cause = error.__context__ if "unexpected EOF" in str(error.__context__) else error
     if not isinstance(cause, pickle.UnpicklingError):
         return f"it is truncated or corrupt ({_line(cause)}): download or save it again"
