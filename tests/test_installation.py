@@ -48,8 +48,10 @@ def test_a_compiled_module_that_is_older_than_its_source_is_refused(tmp_path):
 
 @pytest.mark.parametrize("backend", [cell[1] for cell in installation.cells() if cell[0] == "cpu"])
 def test_a_missing_backend_is_named(monkeypatch, backend):
-    found = ops.backends("cpu") | {backend: ops.Backend(backend, False, "it was left out")}
-    monkeypatch.setattr(ops, "backends", lambda device: found)
+    def backends(device: str) -> dict[str, ops.Backend]:
+        return {n: ops.Backend(n, (device, n) != ("cpu", backend), "it was left out") for n in installation.BACKENDS}
+
+    monkeypatch.setattr(ops, "backends", backends)
     monkeypatch.delenv(installation.VARIABLE, raising=False)
     with pytest.raises(installation.Incomplete, match=f"'{backend}' is missing on the cpu device: it was left out") as caught:
         installation.check()

@@ -63,7 +63,7 @@ class Operator:
             return self._compute(*arguments)
 
     def _compute(self, *arguments: Any) -> tuple[Tensor, Tensor]:
-        if arguments[-1] == "reference" or (transformed() and not torch.compiler.is_compiling()):
+        if arguments[-1] == "reference" or (not torch.compiler.is_compiling() and transformed()):
             return self.reference(*arguments)
         output: tuple[Tensor, Tensor]
         tensors = [tensor for tensor in arguments[: self.count] if tensor is not None]
