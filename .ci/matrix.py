@@ -20,6 +20,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / ".matrix"
+_REFUSED = 4  # pytest.ExitCode.USAGE_ERROR
 
 
 class Unavailable(Exception):
@@ -40,8 +41,9 @@ class Cell:
 
 
 CELLS = [
-    # its Triton is older than the kernels, so they are not tested there
+    # its Triton is older than the kernels, so they are not tested there but with the oldest torch that has one for them
     Cell("oldest", "oldest", "3.10", "torch==2.4.*", "test-without-triton", True, {"NCSR_FAST_CELLS": "reference,native"}),
+    Cell("oldest-triton", "oldest-triton", "3.10", "torch==2.7.*", oldest=True),
     Cell("newest", "newest", "3.13", "torch"),
     Cell("cpu-default", "current", variables={"ATEN_CPU_CAPABILITY": "default", "NCSR_FAST_INSTRUCTION_SET": "baseline"}),
     Cell("cpu-avx2", "current", variables={"ATEN_CPU_CAPABILITY": "avx2", "NCSR_FAST_INSTRUCTION_SET": "avx2"}),
@@ -61,10 +63,12 @@ def interpreter(version: str) -> str:
     raise Unavailable(f"there is no Python {version}")
 
 
-def oldest_releases() -> list[str]:
-    """A constraint for each lower bound in pyproject.toml but torch's."""
+def oldest_releases(extra: str) -> list[str]:
+    """A constraint for each lower bound in pyproject.toml but torch's, and Triton's where an extra does without it."""
     text = (ROOT / "pyproject.toml").read_text().partition("[project]")[2]
-    return sorted({f"{name}=={version}.*" for name, version in re.findall(r'"([\w-]+)>=([\d.]+)"', text) if name != "torch"})
+    others = {"torch", "triton"} if extra == "test-without-triton" else {"torch"}
+    bounds = re.findall(r'"([\w-]+)>=([\d.]+)[";]', text)
+    return sorted({f"{name}=={version}.*" for name, version in bounds if name not in others})
 
 
 def install(cell: Cell, torch: str, log: Path) -> Path:
@@ -72,8 +76,12 @@ def install(cell: Cell, torch: str, log: Path) -> Path:
     environment = FOLDER / cell.environment
     programs = environment / "bin"
     constraints = FOLDER / f"{cell.environment}.txt"
-    constraints.write_text("\n".join(oldest_releases() if cell.oldest else []))
-    commands = [[str(programs / "pip"), "install", cell.torch or torch, f".[{cell.extra}]", "--constraint", str(constraints)]]
+    constraints.write_text("\n".join(oldest_releases(cell.extra) if cell.oldest else []))
+    # eager: as new as they would be in an environment that is made now
+    commands = [
+        [str(programs / "pip"), "install", "--upgrade", "--upgrade-strategy", "eager", "--constraint", str(constraints)]
+        + [cell.torch or torch, f".[{cell.extra}]"]
+    ]
     if not programs.exists():
         commands.insert(0, [interpreter(cell.python), "-m", "venv", str(environment)])
     for folder in (ROOT / "build").glob("lib*"):  # a copy of an earlier time
@@ -84,18 +92,20 @@ def install(cell: Cell, torch: str, log: Path) -> Path:
                 command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, env=os.environ | {"NCSR_FAST_CUDA": "0"}, check=False
             )
             if done.returncode:
-                raise Unavailable(f"{' '.join(command[1:4])} … failed, see {log.relative_to(ROOT)}")
+                raise Unavailable(f"{' '.join([*command[1:3], '…', *command[-2:]])} failed, see {log.relative_to(ROOT)}")
     return programs
 
 
 def tested(cell: Cell, programs: Path, log: Path) -> tuple[bool, str]:
-    """Whether the fast tests pass, and pytest's closing line."""
+    """Whether the fast tests pass, and pytest's closing line. Raises Unavailable where pytest refuses to begin."""
     command = [str(programs / "pytest"), "-m", "not slow", "-n", "auto", "--maxprocesses", "4", "--dist", "worksteal"]
     with log.open("a") as file:
         run = subprocess.run(
             command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, env=os.environ | cell.variables, check=False
         )
     closing = [line.strip("= \n") for line in log.read_text().splitlines() if line.strip()][-1]
+    if run.returncode == _REFUSED:  # by tests/conftest.py, with a reason: this CPU lacks the instruction set, say
+        raise Unavailable(closing)
     return run.returncode == 0, closing
 
 
@@ -120,13 +130,13 @@ def main() -> None:
         log = FOLDER / f"{cell.name}.log"
         try:
             programs = install(cell, args.torch, log)
+            passed, closing = tested(cell, programs, log)
         except Unavailable as reason:
-            print(f"{cell.name:12} not run: {reason}", flush=True)
+            print(f"{cell.name:13} not run: {reason}", flush=True)
             status = status or 2
             continue
-        passed, closing = tested(cell, programs, log)
         variables = "".join(f", {name}={value}" for name, value in cell.variables.items())
-        print(f"{cell.name:12} {'ok' if passed else 'FAILED'}: {versions(programs)}{variables}: {closing}", flush=True)
+        print(f"{cell.name:13} {'ok' if passed else 'FAILED'}: {versions(programs)}{variables}: {closing}", flush=True)
         status = status if passed else 1
     sys.exit(status)
 

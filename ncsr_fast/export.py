@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import inspect
 import json
 import os
 import warnings
@@ -50,7 +51,8 @@ def export_onnx(
              in float64, and write nothing when a pixel differs by more than 1e-4 (of the largest one, where that is above 1)
     returns  the largest difference found, None without the check
     raises   ValueError for weights that are not finite, a singular 1×1 convolution, an opset that the exporter has not, or a
-             graph that fails the check; ImportError for a package of the extra `export` that is missing
+             graph that fails the check; ImportError for a package of the extra `export` that is missing, or a PyTorch too
+             old to export
 
     Inputs are "lr" and, unless deterministic, "latent0" …; the output is "sr". Batch, height and width are dynamic. The file
     is written to a temporary name and renamed. Its metadata are texts: "scale"; "latents", JSON of name, channels and scale of
@@ -96,7 +98,13 @@ def export_onnx(
 
 
 def export_program(decoder: Decoder) -> torch.export.ExportedProgram:
-    """The decoder as torch.export has it, for any batch and any even height and width of LR from 4 on."""
+    """The decoder as torch.export has it, for any batch and any even height and width of LR from 4 on.
+
+    Raises:
+        ImportError: PyTorch is 2.4, whose torch.export cannot follow the sizes through the model.
+    """
+    if "dynamic_shapes" not in inspect.signature(torch.onnx.export).parameters:
+        raise ImportError(f"exporting needs a newer PyTorch than {torch.__version__}: pip install --upgrade torch")
     lr, *latents = decoder.example(*_EXAMPLE)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of PyTorch about itself

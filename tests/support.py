@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import inspect
 import json
 import os
 import resource
@@ -24,6 +25,9 @@ from ncsr_fast import NCSR, NCSRConfig
 HERE = Path(__file__).parent
 VECTORS = HERE / "conformance"
 SHARED = HERE.parent.parent / "shared"
+exports = pytest.mark.skipif(
+    "dynamic_shapes" not in inspect.signature(torch.onnx.export).parameters, reason="torch.export of torch 2.4 is not enough"
+)
 
 
 def tiny_config(**changes) -> NCSRConfig:

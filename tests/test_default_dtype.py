@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from compat.networks import SMALL
-from support import image, randomize, relative_error, tiny_config
+from support import exports, image, randomize, relative_error, tiny_config
 
 from ncsr_fast import NCSR, RRDB, accelerate, graphs, metrics
 from ncsr_fast.evaluation import evaluate
@@ -125,6 +125,7 @@ def test_a_decoder(dtype):
     assert decoder(*decoder.example(1, 4, 4)).dtype == dtype
 
 
+@exports
 @pytest.mark.slow
 def test_an_exported_decoder():
     """Of float32, which a constant of the default dtype would change; at a size other than it was traced with."""

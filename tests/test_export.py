@@ -15,7 +15,7 @@ import onnxruntime
 import pytest
 import torch
 from operator_cases import marked
-from support import image, randomize, relative_error, tiny_config, tiny_model
+from support import exports, image, randomize, relative_error, tiny_config, tiny_model
 
 from ncsr_fast import NCSR, NCSRConfig, export
 from ncsr_fast.export import Decoder, export_onnx, export_program
@@ -91,6 +91,7 @@ class Decoding(torch.nn.Module):
         return self.model.decode(latents, lr)
 
 
+@exports
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["plain", "fused"])
 def test_torch_export_of_the_model_itself(engine):
@@ -164,6 +165,7 @@ every_export = pytest.mark.parametrize(
 )
 
 
+@exports
 @pytest.mark.slow
 @every_export
 def test_torch_export_of_the_decoder(exported):
@@ -175,6 +177,7 @@ def test_torch_export_of_the_decoder(exported):
         assert relative_error(program(lr, *latents), expected) < 1e-5  # float32
 
 
+@exports
 @pytest.mark.slow
 @every_export
 def test_onnx(exported):
@@ -203,6 +206,7 @@ def test_onnx(exported):
             session.run(None, {"lr": np.zeros((1, 3, 5, 4), np.float32)})
 
 
+@exports
 @pytest.mark.slow
 @pytest.mark.parametrize("exported", [ONNX], ids=["ncsr-std-x4"], indirect=True)
 def test_what_differs_from_the_model_is_not_written(exported, tmp_path, monkeypatch):
@@ -240,6 +244,15 @@ def test_without_a_package(package, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ImportError, match=rf"writing ONNX needs {package}: pip install 'ncsr_fast\[export\]'"):
         export_onnx(tiny_model(), tmp_path / "x.onnx")
+
+
+def test_with_a_pytorch_that_cannot_export(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.onnx, "export", lambda model, args, f, opset_version, dynamo: None)  # the parameters of 2.4
+    with pytest.raises(ImportError, match="exporting needs a newer PyTorch than .*: pip install --upgrade torch"):
+        export_program(Decoder(tiny_model()))
+    with pytest.raises(ImportError, match="exporting needs a newer PyTorch"):
+        export_onnx(tiny_model(), tmp_path / "x.onnx")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("opset", [3, 999])

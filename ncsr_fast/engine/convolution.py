@@ -44,19 +44,24 @@ def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, method: Convolut
 
 def plain_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, precision: str) -> Tensor:
     """PyTorch's, at a precision of `ConvolutionMethod`."""
-    weight, bias, padding = weight.to(x.dtype), None if bias is None else bias.to(x.dtype), weight.shape[-1] // 2
+    weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
     if x.device.type == "cuda" and has_cudnn():
-        return convolution_of_cudnn(x, weight, bias, padding, precision == "tf32")
+        return convolution_of_cudnn(x, weight, bias, precision == "tf32")
     with true_float32(x):
-        return F.conv2d(x, weight, bias, padding=padding)
+        return F.conv2d(x, weight, bias, padding=_padding(weight))
 
 
-def convolution_of_cudnn(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int, allow_tf32: bool) -> Tensor:
+def _padding(weight: Tensor) -> list[int]:
+    """Of both axes: torch.jit.trace of torch 2.4 takes a number made of sizes for no number of both."""
+    return [weight.shape[-1] // 2] * 2
+
+
+def convolution_of_cudnn(x: Tensor, weight: Tensor, bias: Tensor | None, allow_tf32: bool) -> Tensor:
     """F.conv2d with the flag for TF32 as an argument; cuDNN's other flags are as they are now."""
     cudnn = torch.backends.cudnn
     deterministic = cudnn.deterministic or torch.are_deterministic_algorithms_enabled()
-    pair, flags = [padding, padding], (cudnn.benchmark, deterministic, cudnn.enabled, allow_tf32)
-    return torch.ops.aten._convolution.default(x, weight, bias, [1, 1], pair, [1, 1], False, [0, 0], 1, *flags)
+    flags = cudnn.benchmark, deterministic, cudnn.enabled, allow_tf32
+    return torch.ops.aten._convolution.default(x, weight, bias, [1, 1], _padding(weight), [1, 1], False, [0, 0], 1, *flags)
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, method: ConvolutionMethod) -> Tensor:
@@ -97,10 +102,9 @@ def convolution_backward(
         if not (needed[1] or needed[2]):
             return dx, None, None
         return dx, *native.conv3x3_bwd_weight(dy, x, out=dweight)
-    padding = [weight.shape[-1] // 2] * 2
     with contextlib.nullcontext() if _rounds(x, method) else true_float32(x):
         found, dfound, dbias = torch.ops.aten.convolution_backward(
-            dy, x, weight.to(x.dtype), [weight.shape[0]], [1, 1], padding, [1, 1], False, [0, 0], 1, needed
+            dy, x, weight.to(x.dtype), [weight.shape[0]], [1, 1], _padding(weight), [1, 1], False, [0, 0], 1, needed
         )
     if dx is None or found is None:
         dx = found
@@ -150,7 +154,7 @@ def _reference(x: Tensor, weight: Tensor, bias: Tensor | None, method: Convoluti
     exact = x.dtype != torch.float32 or _rounds(x, method) or torch.compiler.is_compiling()
     dtype = x.dtype if exact or not convolutions_are_rounded(x.device.type) else torch.float64
     bias = None if bias is None else bias.to(dtype)
-    return (F.conv2d(x.to(dtype), weight.to(dtype), bias, padding=weight.shape[-1] // 2).to(x.dtype),)
+    return (F.conv2d(x.to(dtype), weight.to(dtype), bias, padding=_padding(weight)).to(x.dtype),)
 
 
 _convolution = Piece("Convolution", forward=_forward, backward=_backward, reference=_reference)

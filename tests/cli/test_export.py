@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 
 import pytest
+from support import exports
 
 from ncsr_fast.cli.main import main
 
 
+@exports
 @pytest.mark.slow
 def test_export(model, tmp_path, capsys):
     assert main(["export", model, "--out", str(tmp_path / "x.onnx"), "--deterministic"]) == 0
