@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import sys
 from dataclasses import dataclass
@@ -136,6 +137,7 @@ def exported(request, tmp_path_factory) -> Export:
     made = []
 
     def recorded(make):
+        @functools.wraps(make)  # whose parameters tell what this PyTorch can do
         def call(*args, **kwargs):
             made.append(make(*args, **kwargs))
             return made[-1]
