@@ -11,6 +11,7 @@
 # Two environments, which never touch each other. $(VENV) has a copy of the package, as users get it: `demo` and `test`
 # install it anew from the checkout, CUDA kernels included where there is nvcc. $(DEV) has the checkout itself: a change in
 # Python is seen at once. `make dev NCSR_FAST_CUDA=1` compiles the CUDA kernels as well, which takes minutes the first time.
+# `test` compiles CUDA kernels for one architecture, which newer GPUs run as well; `demo` and `test-all` for all of them.
 # One test: .venv-dev/bin/pytest tests/nn/test_flow.py -k round_trip
 PYTHON ?= python3
 # The torch CI runs. Any torch the package admits will do: make test TORCH="torch>=2.4"
@@ -40,6 +41,7 @@ check: $(DEV)/bin/ruff
 lint: $(DEV)/bin/ruff
 	$(call lint_with,$(DEV)/bin)
 
+test: export TORCH_CUDA_ARCH_LIST ?= 8.0+PTX
 test: $(BIN)/python
 	$(call install_copy,dev)
 	$(call lint_with,$(BIN))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from compat.networks import SMALL
-from support import exports, image, relative_error, tiny_config
+from support import exports, image, randomize, relative_error, tiny_config
 
 from ncsr_fast import NCSR, RRDB, accelerate, graphs, metrics
 from ncsr_fast.evaluation import evaluate
@@ -116,8 +116,8 @@ def test_an_accelerated_network(dtype):
 
 def small_decoder(dtype: torch.dtype) -> Decoder:
     """One without latents."""
-    model = NCSR(tiny_config(blocks=1, stacked_blocks=(), noise_channels=0, noise_steps=())).to(dtype)
-    return Decoder(model, deterministic=True, clip=False)
+    model = randomize(NCSR(tiny_config(blocks=1, stacked_blocks=(), noise_channels=0, noise_steps=())))
+    return Decoder(model.to(dtype), deterministic=True, clip=False)
 
 
 def test_a_decoder(dtype):

@@ -159,6 +159,7 @@ def test_table_marks_what_loses():
     assert [dict(zip(head, winning))[name] for name in ("× eager", "× compile", "slower than")] == ["8.00", "2.00", ""]
 
 
+@pytest.mark.slow
 def test_plot(tmp_path):
     pytest.importorskip("matplotlib")
     rows = [row("native", 2.0), row("reference", 1.0), row("torch.compile", 3.0)]

@@ -66,6 +66,7 @@ def test_the_folder_of_a_checkout_is_refused(module):
     assert done.stderr.count("\n") == 1 and "`python -m ncsr_fast.benchmarks.end_to_end`" in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", ["end_to_end", "training"])
 def test_rows_go_to_the_working_directory(module, tmp_path):
     program = "import runpy, sys; runpy.run_module(f'ncsr_fast.benchmarks.{sys.argv.pop(1)}', run_name='__main__')"

@@ -180,6 +180,7 @@ sys.exit(main.main(["doctor"]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["pipe", "/dev/full", "latin"])
 def test_output_that_cannot_be_written(tmp_path, target):
     """A reader that went away, a full disk, an encoding without a ×: no traceback, and not one at the end either."""

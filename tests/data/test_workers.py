@@ -51,6 +51,7 @@ def test_workers_outlive_signals(photos, number, interruptible):
     assert worker not in [child.pid for child in multiprocessing.active_children()]  # other tests may have left theirs
 
 
+@pytest.mark.slow
 def test_the_main_process_ends_with_batches_still_to_come(photos, tmp_path):
     """`multiprocessing` ends its children by SIGTERM then, and waits for them."""
     fork = Fork(_ENDING, str(photos), folder=tmp_path)

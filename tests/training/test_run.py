@@ -257,6 +257,7 @@ def test_the_lowest_nll_is_a_number():
     assert lower(None, {"nll": 3.0}) == 3 and lower(2.0, {"nll": 1.0}) == 1
 
 
+@pytest.mark.slow
 def test_the_default_dtype_changes_nothing(settings, tmp_path):
     settings = replace(settings, l1_weight=1.0)
     plain = train(settings, tmp_path / "plain", "cpu")
