@@ -94,7 +94,7 @@ class Decoding(torch.nn.Module):
 
 @exports
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ["plain", "fused"])
+@pytest.mark.parametrize("engine", [pytest.param("plain", marks=pytest.mark.exhaustive), "fused"])  # the same operators
 def test_torch_export_of_the_model_itself(engine):
     """Its operators stay what they are in the graph."""
     model = tiny_model(dtype=torch.float32, blocks=1, stacked_blocks=(0,))

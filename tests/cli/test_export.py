@@ -11,7 +11,7 @@ from ncsr_fast.cli.main import main
 
 
 @exports
-@pytest.mark.slow
+@pytest.mark.exhaustive  # tests/test_export.py exports, and test_flags_arrive has the command
 def test_export(model, tmp_path, capsys):
     assert main(["export", model, "--out", str(tmp_path / "x.onnx"), "--deterministic"]) == 0
     out = capsys.readouterr().out

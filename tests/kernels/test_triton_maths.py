@@ -7,7 +7,7 @@ import math
 import installation
 import pytest
 import torch
-from operator_cases import interpreted, marked
+from operator_cases import interpreted
 from torch import Tensor
 
 pytestmark = pytest.mark.slow  # in `make check` the tests of the operators run these kernels
@@ -23,6 +23,7 @@ SIZE = (2, 7, 5)  # batch, height, width: 35 pixels are no multiple of any tile
 # Largest error to largest value: a few roundings of the stored result, a sum of up to 70 products in float32
 ROUNDING = {torch.float32: 5e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
+in_the_interpreter_exhaustive = pytest.mark.exhaustive if interpreted("triton") else pytest.mark.slow  # tests/ops has the same
 inverses = pytest.mark.parametrize("inverse", [False, True], ids=["forward", "inverse"])
 layouts = pytest.mark.parametrize("layout", ["nchw", "nhwc", "view", "nhwc-view"])
 
@@ -131,6 +132,7 @@ def step_inputs(normal, channels: int, inverse: bool, layout: str = "nchw", dtyp
 DLOGDET = torch.tensor([0.7, -1.3], device=DEVICE)
 
 
+@in_the_interpreter_exhaustive
 @inverses
 @layouts
 @pytest.mark.parametrize("kept", [0, 2])
@@ -138,6 +140,7 @@ def test_affine(normal, layout, kept, inverse):
     check_affine(normal(5, layout), normal(2 * (5 - kept), layout), kept, inverse, normal(5, layout), DLOGDET)
 
 
+@in_the_interpreter_exhaustive
 @inverses
 @layouts
 def test_gaussian_split(normal, layout, inverse):
@@ -151,19 +154,21 @@ def test_gaussian_split(normal, layout, inverse):
     )
 
 
+@in_the_interpreter_exhaustive
 @inverses
 @layouts
 def test_step(normal, layout, inverse):
     check_step(step_inputs(normal, 12, inverse, layout), inverse, normal(12, layout), DLOGDET)
 
 
+@in_the_interpreter_exhaustive
 @inverses
-@marked("exhaustive", lambda channels: interpreted("triton") and channels > 64)  # the step of tests/ops has two tiles at 96
 @pytest.mark.parametrize("channels", [1, 70], ids=["one-channel", "two-tiles-of-channels"])
 def test_step_channels(normal, channels, inverse):
     check_step(step_inputs(normal, channels, inverse, "nhwc"), inverse, normal(channels, "nhwc"), DLOGDET)
 
 
+@in_the_interpreter_exhaustive
 @inverses
 @pytest.mark.parametrize("missing", [("h_pre",), ("h_post",), ("h_pre", "h_post")], ids="-".join)
 def test_step_without_an_affine(normal, missing, inverse):
@@ -195,6 +200,7 @@ def test_mixed_layouts(normal, layout, other, inverse):
     check_affine(normal(5, layout), normal(6, other), 2, inverse, normal(5, other), DLOGDET)
 
 
+@in_the_interpreter_exhaustive
 @inverses
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_dtypes(normal, dtype, inverse):

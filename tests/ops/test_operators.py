@@ -105,7 +105,8 @@ def test_inverse_undoes_the_map(name, device, backend, inverse):
 @cells
 @pytest.mark.parametrize("name", [name for name in ops.OPERATORS if name != "gaussian_split"])
 @directions
-@marked("slow", lambda backend: interpreted(backend))
+@marked("slow", interpreted)
+@marked("exhaustive", lambda name, backend: interpreted(backend) and name != "flow_step")  # whose logdet is that of its parts
 def test_logdet_is_that_of_the_jacobian(name, device, backend, inverse):
     """By autograd, on a 2×3 image, where a log-det without its H·W, or with H², is wrong."""
     dtype = exact_dtype(backend)

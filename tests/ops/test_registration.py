@@ -76,6 +76,7 @@ def test_opcheck(name, device, backend, inverse, layout):
 @directions
 @where(lambda backend: not interpreted(backend))  # what is traced is the same operator
 @pytest.mark.slow
+@marked("exhaustive", lambda inverse: inverse)  # test_compile_fullgraph has both
 def test_opcheck_traced(name, device, backend, inverse):
     tensors = differentiable(arguments(name, channels=6, size=(2, 3), dtype=torch.float32, device=device))
     op, call = registered_call(name, inverse, backend, tensors)

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from operator_cases import marked
 from support import tiny_config
 
 from ncsr_fast import NCSR
@@ -99,6 +100,8 @@ def test_agrees_with_the_profiler(checkpoint):
 ])  # fmt: skip
 # 9 crops are measured; a mistake of theirs is one of the line to 18 as well
 @pytest.mark.parametrize("batch", [pytest.param(9, marks=pytest.mark.exhaustive), 18])
+# and what precision and checkpointing change is added, each by itself
+@marked("exhaustive", lambda checkpoint, precision: (checkpoint, precision) == (False, "bf16"))
 def test_the_estimate_is_what_a_step_takes(found, precision, checkpoint, stage, kind, phase, batch):
     settings = replace(SETTINGS, precision=precision, checkpoint=checkpoint)
     expected = variant(found, precision, checkpoint).stages[stage]
@@ -183,7 +186,10 @@ def test_estimating_leaves_random_numbers_alone():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("share,checkpoint", [(0.4, True), (0.4, False), (0.8, True)])
+@pytest.mark.parametrize(
+    "share,checkpoint",
+    [(0.4, True), *(pytest.param(*cell, marks=pytest.mark.exhaustive) for cell in [(0.4, False), (0.8, True)])],
+)
 def test_what_is_advised_fits(share, checkpoint, measured_once):
     settings = replace(MANY, checkpoint=checkpoint)
     whole = estimate(settings)
