@@ -129,6 +129,7 @@ def test_no_figure_when_a_result_is_wrong(what, message, value, tmp_path, monkey
     assert "nothing is timed" in err and f"native: {message}" in err and "2×12×8×8 channels-last float32" in err
 
 
+@pytest.mark.slow
 def test_a_right_stand_in_is_measured_beside_the_reference(tmp_path, monkeypatch):
     stand_in(monkeypatch, lambda name, tensor: tensor)
     assert bench(tmp_path, "--operators", "affine_coupling", "--layout", "NCHW", "--dtype", "bfloat16", "mixed") == 0

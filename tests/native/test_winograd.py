@@ -317,6 +317,7 @@ def test_the_same_bits_whatever_the_number_of_threads(instruction_set, threads, 
 
 @dtypes
 @pytest.mark.parametrize("inputs, outputs", [(16, 32), (200, 1100), (700, 40)])
+@marked("slow", lambda inputs: inputs > 100)
 def test_nan_stays_in_its_tiles(instruction_set, dtype, inputs, outputs):
     """Those of 4x4 outputs whose 6x6 inputs hold it; none is left behind in a buffer for the next call."""
     x, weight, bias, dy = case(inputs, outputs, (11, 12), dtype=dtype)

@@ -70,6 +70,7 @@ def test_operators(device, backend, name, inverse, layout):
 
 @cells
 @operators
+@marked("slow", interpreted)
 def test_shared_memory(device, backend, name):
     """Expanded tensors: every sample, and every pixel, is the same memory."""
     dtype = exact_dtype(backend)

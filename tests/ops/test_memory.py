@@ -67,6 +67,7 @@ def test_larger_than_any_tile(device, backend, inverse, channels):
 @pytest.mark.parametrize("name", [name for name in ops.OPERATORS if name != "actnorm_invconv"])  # it has no network
 @cells
 @pytest.mark.parametrize("h_dtype", [torch.bfloat16, torch.float16], ids=str)
+@marked("slow", interpreted)
 def test_float32_state_with_half_precision_networks(name, device, backend, h_dtype):
     """What a network in bf16 hands over is rounded once, by the network; the state stays float32."""
     tensors = arguments(name, channels=12, dtype=torch.float32, device=device)
@@ -88,7 +89,7 @@ def test_float32_state_with_half_precision_networks(name, device, backend, h_dty
 @cells
 @directions
 @pytest.mark.parametrize("way", ["contiguous", "channels_last"])
-@marked("slow", lambda backend, inverse: interpreted(backend) and inverse)
+@marked("slow", interpreted)
 def test_every_element_is_written(name, device, backend, inverse, way, monkeypatch):
     """Whatever torch hands out uninitialised is NaN here."""
     tensors = differentiable(arguments(name, 12, size=(5, 7), dtype=torch.float32, device=device))

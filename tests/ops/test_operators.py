@@ -93,6 +93,7 @@ def test_gradients(name, device, backend, inverse, channels):
 @operators
 @cells
 @directions
+@marked("slow", interpreted)
 def test_inverse_undoes_the_map(name, device, backend, inverse):
     dtype = exact_dtype(backend)
     state, *rest = arguments(name, 24, size=(3, 7), dtype=dtype, device=device)
@@ -134,6 +135,7 @@ def test_gradcheck(name, device, backend, inverse):
 @operators
 @cells
 @directions
+@marked("slow", interpreted)
 def test_gradient_of_a_gradient(name, device, backend, inverse):
     """Plain torch computes it whatever the backend, so it is right and not merely refused."""
     dtype = exact_dtype(backend)
@@ -166,6 +168,7 @@ def test_gradient_of_a_gradient_where_h_depends_on_z(device, backend):
 
 @operators
 @cells
+@marked("slow", interpreted)
 def test_torch_func_and_batched_gradients(name, device, backend):
     """vmap over samples of a batch of batches, and a Jacobian by batched gradients: plain torch, the same numbers."""
     dtype = exact_dtype(backend)
@@ -195,6 +198,7 @@ def test_only_what_needs_a_gradient_gets_one(device, backend):
 @cells
 @pytest.mark.parametrize("without", ["h_coupling", "h_injector"])
 @directions
+@marked("slow", interpreted)
 def test_flow_step_without_a_part(device, backend, without, inverse):
     dtype = exact_dtype(backend)
     z, coupling, bias, logs, weight, injector = differentiable(arguments("flow_step", dtype=dtype, device=device))

@@ -83,6 +83,7 @@ def test_opcheck_traced(name, device, backend, inverse):
     torch.library.opcheck(op.default, call, test_utils="test_aot_dispatch_dynamic")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("transposed", [False, True])
 def test_opcheck_of_the_inverse(transposed):
     """Its strides too, which inductor relies on."""
