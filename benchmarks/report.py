@@ -174,3 +174,16 @@ def training_table(rows: list[Row]) -> str:
         lines = [tuple(own[0]), *(tuple(str(value) for value in row.values()) for row in own)]
         blocks.append(f"{task}\n\n{_markdown(lines)}")
     return "\n\n".join(blocks)
+
+
+def trace_table(rows: list[Row]) -> str:
+    """Markdown of the rows of `trace`, a table a row with a line for each part of the pass."""
+    blocks = []
+    for row in rows:
+        lines = [("part", "operations", "kernels", "launches", "GB", "TFLOP")]
+        parts = sorted(row["parts"].items(), key=lambda part: -part[1]["launches"])
+        for name, count in [*parts, ("all", row)]:
+            numbers = [str(count[key]) for key in ("operations", "kernels", "launches")]
+            lines.append((name, *numbers, f"{count['bytes'] / 1e9:.2f}", f"{count['flops'] / 1e12:.3f}"))
+        blocks.append(f"{row['task']}, {row['precision']}: {row['what']}\n\n{_markdown(lines)}")
+    return "\n\n".join(blocks)
