@@ -92,7 +92,11 @@ class _Names(TorchFunctionMode):
                 return _backward(*args, **kwargs)
         if function in _REFUSED:
             raise NotImplementedError(f"{_REFUSED[function]} is not traced: call Tensor.backward")
-        return function(*map(_real, args), **{key: _real(value) for key, value in kwargs.items()})
+        arguments = {key: _real(value) for key, value in kwargs.items()}
+        if function in (torch.tensor, torch.as_tensor) and arguments.get("device") == _META:
+            del arguments["device"]
+            return function(*args, **arguments).to(_META)  # copied from the CPU, of which PyTorch tells modes on a GPU alone
+        return function(*map(_real, args), **arguments)
 
 
 _ATTRIBUTES = {

@@ -89,7 +89,7 @@ class LaunchCounter(TorchDispatchMode):
     Attributes:
         parts: A count for each part of `PARTS` that there was anything of, and for the rest.
         launches: The same launches by operator or kernel.
-        on_cpu: How often each operator ran on tensors of the CPU alone.
+        on_cpu: How often each operator was given and returned tensors of the CPU alone.
     """
 
     def __init__(self) -> None:
@@ -113,15 +113,17 @@ class LaunchCounter(TorchDispatchMode):
         return result
 
     def _note(self, operator: Any, args: tuple, kwargs: dict, result: Any) -> None:
-        if not any(map(on_gpu, tensors_in(args, kwargs, result))):
-            self.on_cpu[operator.name()] += 1
+        tensors = tensors_in(args, kwargs, result)
+        if not any(map(on_gpu, tensors)):
+            if tensors:  # and not a mark for the profiler
+                self.on_cpu[_name(operator)] += 1
             return
         if _launches_nothing(operator, args, kwargs, result):
             return
         if operator.name().startswith("ncsr_fast_trace::launch"):
             count, name = Count(kernels=1, launches=1, bytes=_bytes(*args[1])), args[0]
         else:
-            count, name = _count(operator, args, kwargs, result), operator.name()
+            count, name = _count(operator, args, kwargs, result), _name(operator)
         self.parts[_part(sys._getframe(2))].add(count)
         self.launches[name] += count.launches
 
@@ -149,7 +151,7 @@ def _launches_nothing(operator: Any, args: tuple, kwargs: dict, result: Any) -> 
         return args[0].dtype == result.dtype and args[0].stride() == result.stride()
     aliases = [value.alias_info for value in operator._schema.returns]
     is_view = any(alias is not None and not alias.is_write for alias in aliases)
-    return is_view or name.startswith(_ALLOCATIONS) or not any(map(_elements, tensors_in(args, kwargs, result)))
+    return is_view or name.startswith(_ALLOCATIONS) or not any(map(_elements, tensors_in(result) or tensors_in(args, kwargs)))
 
 
 def _count(operator: Any, args: tuple, kwargs: dict, result: Any) -> Count:
@@ -177,9 +179,10 @@ def _launches(name: str, args: tuple) -> int:
 
 
 def _of_lists(args: tuple) -> int:
-    """Launches of a kernel that takes lists of tensors."""
+    """Launches of a kernel that takes lists of tensors; an optimizer's list of step numbers goes with them."""
     lists = [value for value in args if isinstance(value, (list, tuple)) and value and isinstance(value[0], Tensor)]
-    most = _LISTED[min(len(lists), len(_LISTED)) - 1]
+    count = max(1, sum(value[0].dim() > 0 for value in lists))
+    most = _LISTED[min(count, len(_LISTED)) - 1]
     chunks = sum(math.ceil(tensor.numel() / _CHUNK) for tensor in lists[0])
     return max(math.ceil(len(lists[0]) / most), math.ceil(chunks / _CHUNKS))
 
