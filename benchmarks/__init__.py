@@ -1,9 +1,12 @@
-"""Benchmarks of the installed package: `ncsr-fast bench` for the operators, and for whole models and for training
+"""Benchmarks of the installed package: `ncsr-fast bench` for the operators; for whole models, for training, and for what a GPU
+would be asked to do, without one
 
     python -m ncsr_fast.benchmarks.end_to_end
     python -m ncsr_fast.benchmarks.training
+    python -m ncsr_fast.benchmarks.trace
 
 registry: operators, their inputs and the shapes of the real models. harness: check, then time, one row at a time.
+fake_cuda: tensors that say they are on a GPU. launches: counts of kernels and bytes. waiting: what makes the host wait.
 provenance: what a row says of the machine and the versions. report: the table and the plot made from stored rows.
 """
 
