@@ -85,10 +85,10 @@ ON_CPU = ("sample", "sample-one", "train", "train-frozen", "train-batch-2")
 ON_GPU = ("sample", "train", "train-batch-18", "sample-div2k")
 
 
-def random_model(device: str) -> NCSR:
-    """The ×4 model with its parameters moved gently off their initial values and its actnorms initialised."""
+def random_model(device: str, config: NCSRConfig | None = None) -> NCSR:
+    """A model, the ×4 one by default, with parameters moved gently off their initial values and actnorms initialised."""
     torch.manual_seed(0)
-    model = NCSR(NCSRConfig.from_published(OPTIONS)).eval()
+    model = NCSR(config or NCSRConfig.from_published(OPTIONS)).eval()
     with torch.no_grad():
         for level in model.levels:
             for parameter in level.parameters():
