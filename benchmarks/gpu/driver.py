@@ -14,10 +14,11 @@ import json
 import os
 import signal
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,14 +63,16 @@ def run_items(items: Sequence[Item], setup: Setup, minutes: float) -> list[dict[
     for name in _PRELOADED:
         with contextlib.suppress(ImportError):  # where there is no Triton, those items say so that need it
             importlib.import_module(name)
-    for item in items:
-        left = end - time.monotonic()
-        if left < item.seconds:
-            reason = f"it takes {item.seconds:.0f} s, and {max(0.0, left):.0f} s of {minutes:g} minutes are left"
-            setup.record(item.name, None, None, 0.0, reason)
-        else:
-            _run_item(item, setup, min(2 * item.seconds, left))
-        print(progress(read_rows(results)[-1]), flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        setup = replace(setup, scratch=Path(folder))
+        for item in items:
+            left = end - time.monotonic()
+            if left < item.seconds:
+                reason = f"it takes {item.seconds:.0f} s, and {max(0.0, left):.0f} s of {minutes:g} minutes are left"
+                setup.record(item.name, None, None, 0.0, reason)
+            else:
+                _run_item(item, setup, min(2 * item.seconds, left))
+            print(progress(read_rows(results)[-1]), flush=True)
     return read_rows(results)
 
 
@@ -88,38 +91,43 @@ def progress(row: dict[str, Any]) -> str:
     """A closing row in a line."""
     said = {True: "ok", False: "FAILED", None: "skipped"}[row["ok"]]
     reason = f": {row['error'].strip().splitlines()[-1]}" if row["error"] else ""
-    return f"{row['item']:18} {said:8}{row['seconds']:6.1f} s{reason}"
+    return f"{row['item']:24} {said:8}{row['seconds']:6.1f} s{reason}"
 
 
 def _run_item(item: Item, setup: Setup, seconds: float) -> None:
     """Run an item in a process; the row that closes it is written there, or here where the process was killed."""
-    written = (setup.out / LOG).stat().st_size
+    written = len((setup.out / LOG).read_bytes())
     started = time.monotonic()
     sys.stdout.flush()
     sys.stderr.flush()
     child = os.fork()
     if child == 0:
         _be_the_child(item, setup, started, seconds)
-    status = _wait(child, started + seconds)
+    try:
+        status = _wait(child, started + seconds)
+    finally:
+        _kill_group(child)  # and what it started and has not ended
     killed = status is None
-    _kill_group(child)  # what it started too, and has not ended
     if killed:
         status = _wait(child, time.monotonic() + _KILLED_SECONDS)
-    if killed or status not in (0, 1):
+    rows = (setup.out / RESULTS).read_text().splitlines()
+    if not rows or not _closes(json.loads(rows[-1]), item):
         why = f"killed after {seconds:.0f} s" if killed else f"its process ended with status {status}"
         if killed and status is None:
             why += f", and still there {_KILLED_SECONDS:.0f} s later"
-        with (setup.out / LOG).open() as log:
-            log.seek(written)
-            last = log.read().strip().splitlines()[-_LAST_LINES:]
+        last = (setup.out / LOG).read_bytes()[written:].decode(errors="replace").strip().splitlines()[-_LAST_LINES:]
         setup.record(item.name, None, False, time.monotonic() - started, "\n".join([*last, why]))
+
+
+def _closes(row: dict[str, Any], item: Item) -> bool:
+    return (row["item"], row["part"]) == (item.name, None)
 
 
 def _be_the_child(item: Item, setup: Setup, started: float, seconds: float) -> None:
     """Run an item and leave: with status 0, or 1 where something failed."""
     status = 1
     try:
-        os.setsid()
+        os.setpgid(0, 0)
         log = os.open(setup.out / LOG, os.O_WRONLY | os.O_APPEND)
         for number in (1, 2):
             os.dup2(log, number)

@@ -22,9 +22,11 @@ from ncsr_fast.benchmarks.end_to_end import random_model
 from ncsr_fast.benchmarks.harness import CALLS_IN_A_GRAPH, graph_of, quantiles, rounded, side_by_side
 from ncsr_fast.benchmarks.published import OPTIONS
 from ncsr_fast.engine import EngineOptions
+from ncsr_fast.files import atomic_write
 
 RESULTS = "results.jsonl"
 _PART_SECONDS = 1.0  # a part begins only where more is left
+_FEWEST_ROUNDS, _MOST_SECONDS = 3, 3.0
 _LAST_LINES = 12  # of a traceback
 _NAME_LENGTH = 110  # of a kernel
 _SYNCHRONISING = ("cudaDeviceSynchronize", "cudaStreamSynchronize", "cudaEventSynchronize", "cuCtxSynchronize")
@@ -74,6 +76,7 @@ class Setup:
         published: Checkout of the published NCSR.
         tests: Folder of the tests of this package.
         command: The command line, as the rows have it.
+        scratch: A folder for what one item makes and others use, while the program runs.
     """
 
     out: Path
@@ -81,14 +84,16 @@ class Setup:
     published: Path | None = None
     tests: Path | None = None
     command: str = ""
+    scratch: Path | None = None
 
     def record(
         self, item: str, part: str | None, ok: bool | None, seconds: float, error: str | None, figures: dict | None = None
     ) -> None:
         """Add a row to the results, flushed."""
         row = {"item": item, "part": part, "ok": ok, "seconds": round(seconds, 2), "error": error, "figures": figures or {}}
-        with (self.out / RESULTS).open("a") as file:
-            file.write(json.dumps(row | {"dry": self.dry}, ensure_ascii=False) + "\n")
+        line = json.dumps(row | {"dry": self.dry}, ensure_ascii=False) + "\n"
+        with (self.out / RESULTS).open("ab", buffering=0) as file:  # whole: whoever writes may be killed
+            file.write(line.encode())
 
 
 class Session:
@@ -134,8 +139,12 @@ class Session:
         return [name for name in available if name != "triton" or self.device == "cuda"]
 
     def model(self, **options: Any) -> NCSR:
-        """The same weights every time."""
-        model = random_model(self.device, self.sizes.config)
+        """The same weights every time, made by the first item that asks."""
+        path = self.setup.scratch / "model.pt"
+        if not path.exists():
+            with atomic_write(path) as temporary:
+                torch.save(random_model("cpu", self.sizes.config), temporary)
+        model = torch.load(path, weights_only=False).to(self.device)
         model.options = EngineOptions(**options)
         return model
 
@@ -158,18 +167,20 @@ class Session:
     def seconds(self, call: Callable[[], Any], rounds: int | None = None) -> dict[str, Any]:
         """Wall-clock time of a call from an idle device to an idle device, and most memory beyond what there was before.
 
-        `first_s` is the first call, which compiles and captures.
+        `first_s` is the first call, which compiles and captures, and whose memory counts: a replay allocates none. Long calls
+        have fewer rounds.
         """
-        times = []
+        times, cuda = [], self.device == "cuda"
+        before = torch.cuda.memory_allocated() if cuda else 0
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
         for number in range(1 + (rounds or self.sizes.rounds)):
-            if number == 1 and self.device == "cuda":
-                torch.cuda.reset_peak_memory_stats()
             self.synchronize()
             started = time.perf_counter()
             call()
             self.synchronize()
             times.append(time.perf_counter() - started)
-            if number > 2 and self.left() < 3 * times[-1]:
+            if number >= _FEWEST_ROUNDS and (sum(times[1:]) > _MOST_SECONDS or self.left() < 3 * times[-1]):
                 break
         low, median, high = quantiles(times[1:])
         return {
@@ -178,7 +189,7 @@ class Session:
             "p80_s": rounded(high),
             "rounds": len(times) - 1,
             "first_s": rounded(times[0]),
-            "peak_bytes": torch.cuda.max_memory_allocated() if self.device == "cuda" else None,
+            "peak_bytes": torch.cuda.max_memory_allocated() - before if cuda else None,
         }
 
     def device_seconds(self, *calls: Callable[[], Any], rounds: int = 5) -> float:
