@@ -33,8 +33,8 @@ demo: $(BIN)/python
 	$(BIN)/ncsr-fast demo --out demo_output
 
 dev: $(DEV)/bin/python
-	$(DEV)/bin/pip install --quiet '$(TORCH)' $(BUILD)
-	NCSR_FAST_CUDA=$${NCSR_FAST_CUDA:-0} $(DEV)/bin/pip install --quiet --no-build-isolation --editable '.[dev]'
+	$(DEV)/bin/pip install --quiet $(BUILD)
+	NCSR_FAST_CUDA=$${NCSR_FAST_CUDA:-0} $(DEV)/bin/pip install --quiet --no-build-isolation '$(TORCH)' --editable '.[dev]'
 	@cat ncsr_fast/build_info.txt
 
 check: $(DEV)/bin/ruff

@@ -6,6 +6,7 @@
 #include <string>
 
 #include "flow_step.cuh"
+#include "inverse_logdet.cuh"
 #include "pointwise.cuh"
 
 // The tests emulate a launch on the CPU and define their own.
@@ -170,6 +171,16 @@ void flow_step_backward(FlowStep p, bool float64, void* workspace, void* stream)
     }
     join_rows(p.size, {&p.x, &p.h_pre, &p.h_post, &p.y, &p.dy, &p.dx, &p.dh_pre, &p.dh_post});
     choose_step(p, float64, workspace, true, stream);
+}
+
+int64_t inverse_logdet_workspace(int64_t count, int64_t channels) {
+    return 2 * count * channels * channels * int64_t(sizeof(double));
+}
+
+void inverse_logdet(const InverseLogdet& p, void* workspace, void* stream) {
+    if (p.count == 0) return;
+    NCSR_LAUNCH(inverse_logdet_kernel, dim3(unsigned(p.count)), 0, stream, p, static_cast<double*>(workspace));
+    check(cudaGetLastError());
 }
 
 const char* unavailable() {

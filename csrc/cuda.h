@@ -7,12 +7,14 @@ namespace ncsr::cuda {
 
 int64_t pointwise_workspace(const Pointwise&);                           // bytes, forward
 int64_t flow_step_workspace(const FlowStep&, bool float64, bool backward);  // bytes
+int64_t inverse_logdet_workspace(int64_t count, int64_t channels);          // bytes
 
 // Launches on `stream` of the current device; throws std::runtime_error with CUDA's message.
 void pointwise_forward(Pointwise, bool float64, void* workspace, void* stream);
 void pointwise_backward(Pointwise, bool float64, void* stream);
 void flow_step_forward(FlowStep, bool float64, void* workspace, void* stream);
 void flow_step_backward(FlowStep, bool float64, void* workspace, void* stream);
+void inverse_logdet(const InverseLogdet&, void* workspace, void* stream);
 
 // Why there is no CUDA device to run on, or nothing. Asks the driver, not a GPU.
 const char* unavailable();

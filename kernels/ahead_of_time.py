@@ -137,6 +137,9 @@ def calls(channels: int) -> Iterator[tuple[str, str, Callable]]:
                 ),
             )
 
+    weight = torch.empty(18, channels, channels, dtype=torch.float64, device="meta")
+    yield "inverse_logdet", "any", lambda: kernels.inverse_logdet(weight)
+
 
 def compile_for(target: int, channels: int) -> list[Row]:
     """The rows of one target and number of channels. Leaves its driver behind, so it wants a process of its own."""
