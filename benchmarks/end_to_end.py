@@ -246,7 +246,7 @@ def draw_latents(task: Task, model: NCSR, device: str) -> list[Tensor]:
 
 
 def disagreements(name: str, errors: dict[str, float], tf32: bool) -> list[str]:
-    """What is further from the reference than an arm of this name, which says its precision, may be."""
+    """Complaints about errors larger than the precision allows that an arm's name says."""
     precision = name.rpartition(", ")[2] if name.endswith(("tf32", "bf16")) else "tf32" if tf32 else "fp32"
     allowed = {what: (ALLOWED_GRADIENT if what == "gradient" else ALLOWED)[precision] for what in errors}
     return [
@@ -257,7 +257,7 @@ def disagreements(name: str, errors: dict[str, float], tf32: bool) -> list[str]:
 
 
 def _figures(runners: dict[str, Arm], device: str, rounds: int, with_memory: bool) -> dict[str, dict[str, Any]]:
-    """Of arms that are warm; or the `error` of those that raise."""
+    """Figures of arms that are warm; the `error` of those that raise."""
     try:  # a first call is timed to see how long it is
         times = side_by_side({name: runner.run for name, runner in runners.items()}, device, 0.0, rounds, warm_up=0)
     except Exception as error:
@@ -295,7 +295,7 @@ def differences(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[s
 
 
 def _flops(name: str, runner: Arm) -> int | None:
-    """Of convolutions and matrix products. The fused operators of a CPU do not show: ours is counted with the reference's."""
+    """FLOPs of convolutions and matrix products. A CPU's fused operators do not show: ours are counted with the reference's."""
     if name in (ACCELERATED, COMPILED) or isinstance(runner.model, Captured):
         return None
     options = getattr(runner.model, "options", None)

@@ -107,7 +107,7 @@ def _largest(tensor: Tensor) -> float:
 
 
 def fault(case: Case, name: str, function: Function) -> str:
-    """What is wrong with a function of a case: its results, or that it raises; empty when nothing is."""
+    """Complaint about a function of a case whose results are wrong, or that raises; empty where there is none."""
     try:
         return "\n".join(wrong_results(case, {name: function}))
     except Exception as error:
@@ -212,7 +212,7 @@ def _draws(case: Case) -> list[Drawn]:
 
 
 def _arm(calls: list[Callable[[], Any]], device: str) -> Callable[[], Any]:
-    """What is timed of calls that differ in their inputs alone: the one there is on a CPU, a CUDA graph of them on a GPU."""
+    """The call to time, of several that differ in their inputs alone: on a CPU the only one, on a GPU a graph of them all."""
     return graph_of(calls) if torch.device(device).type == "cuda" else calls[0]
 
 

@@ -23,7 +23,7 @@ from .registry import DTYPES, LAYOUTS, OPERATORS, USES
 
 
 def run(args: argparse.Namespace) -> None:
-    """What `ncsr-fast bench` does.
+    """Do what `ncsr-fast bench` asks for.
 
     A result that is wrong, or an arm that raises, has a row with its `error` and no figure; the others are measured.
 

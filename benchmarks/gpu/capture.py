@@ -50,15 +50,15 @@ def train_encoder(model: NCSR, wanted: bool) -> None:
 
 
 def _gradients(session: Session, model: NCSR, batch: tuple[Tensor, ...]) -> dict[str, Any]:
-    results = {}
+    results = []
     for graph in (False, session.capture):
         step = graphs.TrainingStep(model, None, graph=graph)
         loss = step(*batch)[0]
         loss = step(*batch)[0]  # the second of a graph is a replay alone
         gradient = torch.cat([parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None])
-        results[graph] = loss.clone(), gradient
+        results.append((loss.clone(), gradient))
         model.zero_grad()
-    (loss, gradient), (found_loss, found) = results[False], results[session.capture]
+    (loss, gradient), (found_loss, found) = results
     figures = {
         "loss": float((found_loss - loss).abs() / loss.abs()),
         "gradient": float((found - gradient).norm() / gradient.norm()),
@@ -68,17 +68,18 @@ def _gradients(session: Session, model: NCSR, batch: tuple[Tensor, ...]) -> dict
 
 def _steps(session: Session, model: NCSR, batch: tuple[Tensor, ...]) -> dict[str, Any]:
     state = {name: value.clone() for name, value in model.state_dict().items()}
-    losses: dict[bool, list[float]] = {}
+    losses = []
     for graph in (False, session.capture):
         model.load_state_dict(state)
         step = graphs.TrainingStep(model, graphs.adam(model, 2e-4), max_grad_norm=100.0, graph=graph)
-        losses[graph] = [float(step(*batch)[0]) for _ in range(_STEPS)]
+        losses.append([float(step(*batch)[0]) for _ in range(_STEPS)])
         done, skipped = step.counters[:2].tolist()
         if (done, skipped) != (_STEPS, 0):
             raise ValueError(f"of {_STEPS} steps {done} were counted and {skipped} skipped")
     model.load_state_dict(state)
-    errors = [abs(a - b) / abs(b) for a, b in zip(losses[session.capture], losses[False])]
-    return _within({"loss": max(errors)}, {"loss": _ALLOWED_LOSS}) | {"losses": losses[session.capture]}
+    eager, captured = losses
+    errors = [abs(a - b) / abs(b) for a, b in zip(captured, eager)]
+    return _within({"loss": max(errors)}, {"loss": _ALLOWED_LOSS}) | {"losses": captured}
 
 
 def _thawed_encoder(session: Session, model: NCSR, batch: tuple[Tensor, ...]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .session import RESULTS, Session, Setup
+from .session import RESULTS, Session, Setup, some_of
 
 LOG = "log.txt"
 _SUMMARY_SECONDS = 5.0  # of the whole time, left for the end
@@ -143,7 +143,7 @@ def _be_the_child(item: Item, setup: Setup, started: float, seconds: float) -> N
             error = "\n".join(traceback.format_exc().strip().splitlines()[-_LAST_LINES:])
         failed = session.failed
         if error is None and failed:
-            error = f"{len(failed)} of its parts failed: {', '.join(failed)}"
+            error = f"{len(failed)} of its parts failed: {some_of(failed)}"
         setup.record(item.name, None, error is None, time.monotonic() - started, error)
         status = 0 if error is None else 1
     finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,10 +12,11 @@ import torch
 from torch import Tensor
 
 from ncsr_fast import ops
-from ncsr_fast.benchmarks.harness import brief, rounded
+from ncsr_fast.benchmarks.harness import REFERENCE, brief, rounded
 
 from .session import Session, synchronising
 
+_OURS = "ours, "
 _ALLOWED = 1e-10  # of float64 rounding in matrices near rotations
 
 
@@ -27,9 +29,9 @@ def linear_algebra(session: Session) -> None:
 
 
 def linear_algebra_captured(session: Session) -> None:
-    """Whether a call can be captured. Ours must be; what a library does instead may leave it unusable, so ours goes first."""
+    """Capture of each call. Ours must succeed, and goes first: a library that cannot be captured may be unusable afterwards."""
     every = functions(session)
-    for name in sorted(every, key=lambda name: (name != "ours", "cusolver" not in name)):
+    for name in sorted(every, key=lambda name: (not _is_ours(name), "cusolver" not in name)):
         for shape in session.sizes.matrices:
             session.part(f"{name}, {_describe(shape)}", _captured, session, name, every[name], matrices(session, *shape))
 
@@ -42,15 +44,19 @@ def matrices(session: Session, count: int, channels: int) -> Tensor:
 
 
 def functions(session: Session) -> dict[str, Callable[[Tensor], tuple[Tensor, ...]]]:
-    """Weight to results: what there is to choose from, ours where this version has it."""
+    """Weight to results: PyTorch's, and ours on each backend."""
     found = {
         "slogdet": lambda weight: (torch.linalg.slogdet(weight.double())[1],),
         "inv_ex": lambda weight: (torch.linalg.inv_ex(weight.double())[0],),
     }
     if session.device == "cuda":
         found |= {f"{name}, cusolver": _with_cusolver(function) for name, function in dict(found).items()}
-    ours = getattr(ops, "inverse_logdet", None)
-    return found | ({"ours": ours} if ours else {})
+    ours = [backend for backend in session.backends() if backend != REFERENCE]
+    return found | {f"{_OURS}{backend}": functools.partial(ops.inverse_logdet, backend=backend) for backend in ours}
+
+
+def _is_ours(name: str) -> bool:
+    return name.startswith(_OURS)
 
 
 def _with_cusolver(function: Callable[[Tensor], tuple[Tensor, ...]]) -> Callable[[Tensor], tuple[Tensor, ...]]:
@@ -72,7 +78,7 @@ def _cusolver():
 
 
 def _measured(session: Session, name: str, function: Callable[[Tensor], tuple[Tensor, ...]], weight: Tensor) -> dict[str, Any]:
-    if name == "ours":
+    if _is_ours(name):
         _check(function(weight), weight)
     function(weight)
     waits = synchronising(session.events(lambda: function(weight))) - synchronising(session.events(lambda: None))
@@ -85,10 +91,10 @@ def _captured(session: Session, name: str, function: Callable[[Tensor], tuple[Te
         replay()
         session.synchronize()
     except Exception as error:
-        if name == "ours":
+        if _is_ours(name):
             raise
         return {"captured": False, "why": brief(error)}
-    if name == "ours":
+    if _is_ours(name):
         _check(replay(), weight)
     return {"captured": True, "device_s": rounded(session.device_seconds(lambda: function(weight)))}
 

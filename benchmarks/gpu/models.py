@@ -40,7 +40,7 @@ def training_variants(session: Session) -> None:
 
 
 def training_profile(session: Session) -> None:
-    """Where the time of a step in bf16 goes: launches in eager, kernels as a graph."""
+    """Profiles of a step in bf16: launches in eager, kernels as a graph."""
     model = session.model()
     train_encoder(model, True)
     for graph in (False, True):
@@ -59,7 +59,7 @@ def sampling_div2k(session: Session) -> None:
 
 
 def sampling_profile(session: Session) -> None:
-    """Where the time of samples in bf16 goes."""
+    """Profiles of sampling in bf16."""
     model = session.model(precision="bf16").freeze_for_inference()
     for size in (session.sizes.image, session.sizes.large_image):
         session.part(f"bf16, {_describe(size)}", _profile, session, _sampler(session, model, size, True))

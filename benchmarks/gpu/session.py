@@ -1,4 +1,4 @@
-"""What an item is given: sizes, models and inputs, the means to time and to capture, and the place for what it finds out."""
+"""The session an item is given: sizes, models, inputs, timers, capture, and the file of results."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _SYNCHRONISING = ("cudaDeviceSynchronize", "cudaStreamSynchronize", "cudaEventSy
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is measured: the paper's ×4 model at the paper's batch, and samples of a small and of a DIV2K image."""
+    """Sizes of what is measured: the paper's ×4 model at the paper's batch, and samples of a small and of a DIV2K image."""
 
     options: dict[str, Any] = field(default_factory=lambda: OPTIONS)  # of the published program
     batch: int = 18
@@ -51,7 +51,7 @@ class Sizes:
 
     @property
     def config(self) -> NCSRConfig:
-        """Of the model that these options describe."""
+        """Configuration of the model that these options describe."""
         return NCSRConfig.from_published(self.options)
 
 
@@ -68,7 +68,7 @@ _DRY = Sizes(
 
 @dataclass(frozen=True)
 class Setup:
-    """What is the same for all items.
+    """Settings that all items share.
 
     Attributes:
         out: Folder of the results.
@@ -134,7 +134,7 @@ class Session:
         return self.deadline - time.monotonic()
 
     def backends(self) -> list[str]:
-        """Of the operators on this device, but for Triton's interpreter."""
+        """Backends of the operators on this device, but for Triton's interpreter."""
         available = [name for name, state in ops.backends(self.device).items() if state.available]
         return [name for name in available if name != "triton" or self.device == "cuda"]
 
@@ -222,7 +222,7 @@ class Session:
         return replay
 
     def events(self, call: Callable[[], Any]) -> list[dict[str, Any]]:
-        """What the profiler saw of a call: kernels, copies and calls of the CUDA runtime; on a CPU, operators."""
+        """Events that the profiler saw of a call: kernels, copies and calls of the CUDA runtime; on a CPU, operators."""
         kind = ProfilerActivity.CUDA if self.device == "cuda" else ProfilerActivity.CPU
         self.synchronize()
         with profile(activities=[kind]) as recorded:
@@ -257,6 +257,11 @@ class Session:
         }
 
 
+def some_of(names: list[str], most: int = 6) -> str:
+    """Names in a line, the first ones where there are many."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
 def synchronising(events: list[dict[str, Any]]) -> int:
-    """How many calls of the CUDA runtime wait for the device, the profiler's own included."""
+    """Number of calls of the CUDA runtime that wait for the device, the profiler's own included."""
     return sum(event["name"].startswith(_SYNCHRONISING) for event in events)

@@ -1,4 +1,4 @@
-"""What came out of a run: what failed, what is slow and why, and the table of the README."""
+"""Views of a run: what failed, what is slow and why, and the table of the README."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from ncsr_fast.benchmarks.report import markdown
+
+from .session import some_of
 
 Row = dict[str, Any]
 
@@ -68,7 +70,7 @@ def readme_table(rows: list[Row]) -> str:
 
 
 def _seconds(figures: Row) -> float | None:
-    """Of ten samples, or of a training step."""
+    """Seconds of ten samples, or of a training step; None where there are no figures."""
     if "median_s" not in figures:
         return None
     return figures["median_s"] * (10 / figures["samples"] if "samples" in figures else 1)
@@ -82,7 +84,7 @@ def _cell(seconds: float | None, published: float | None, index: int) -> str:
 
 
 def _figures(rows: list[Row], item: str, part: str) -> Row:
-    """Of a part that succeeded; {} where there is none."""
+    """Figures of a part that succeeded; {} where there is none."""
     return next((row["figures"] for row in rows if (row["item"], row["part"]) == (item, part) and row["ok"]), {})
 
 
@@ -106,12 +108,14 @@ def _machine(rows: list[Row]) -> list[str]:
 
 
 def _failed(rows: list[Row]) -> list[str]:
-    failed = []
+    """The ends of errors, each with all that failed with it; not that an item failed because a part of it did."""
+    named: dict[str, list[str]] = {}
+    parts = {row["item"] for row in rows if row["ok"] is False and row["part"] is not None}
     for row in (row for row in rows if row["ok"] is False):
-        lines = row["error"].strip().splitlines()[-_ERROR_LINES:]
-        failed.append(f"{_name(row)}: {lines[0].strip()}")
-        failed += [f"    {line.strip()}" for line in lines[1:]]
-    return failed
+        if row["part"] is not None or row["item"] not in parts or "of its parts failed" not in row["error"]:
+            end = "\n    ".join(line.strip() for line in row["error"].strip().splitlines()[-_ERROR_LINES:])
+            named.setdefault(end, []).append(_name(row))
+    return [f"{some_of(names)}:\n    {end}" for end, names in named.items()]
 
 
 def _times(rows: list[Row]) -> Iterator[str]:

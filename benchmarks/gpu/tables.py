@@ -19,7 +19,7 @@ _LAUNCHES = 1000
 
 
 def ceilings(session: Session) -> None:
-    """What measures the rest: bandwidth of a copy, rate of a large product, time of a launch in a graph."""
+    """Limits of the device: bandwidth of a copy, rate of a large product, time of a launch in a graph."""
     session.part("machine", lambda: provenance(session.device) | {"command": session.setup.command})
     session.part("copy", _copy, session)
     session.part("bf16 product", _product, session)
@@ -41,7 +41,7 @@ def _product(session: Session) -> dict[str, Any]:
 
 
 def _launch(session: Session) -> dict[str, Any]:
-    """Of the smallest kernel, one after the other in a graph, and from Python."""
+    """Time of the smallest kernel, launched one after the other in a graph, and from Python."""
     x = torch.zeros(1, device=session.device)
 
     def call() -> None:

@@ -10,7 +10,8 @@ import pytest
 from forks import Fork
 from installation import CHECKOUT
 
-from ncsr_fast.benchmarks.gpu import driver, session, summary
+from ncsr_fast import graphs, ops
+from ncsr_fast.benchmarks.gpu import capture, checks, driver, linear_algebra, session, summary
 
 _PROGRAM = "import runpy; runpy.run_module('ncsr_fast.benchmarks.gpu', run_name='__main__', alter_sys=True)"
 # items that pass, fail in a part, raise, end their process, hang, and hang where no signal but SIGKILL is heard
@@ -167,12 +168,12 @@ def test_the_published_program_runs_dry(tmp_path):
 
 @pytest.mark.slow
 def test_the_exit_status_tells_of_a_failure(tmp_path):
-    """Of tests that are not there."""
+    """A selection of tests that are not there fails."""
     (tmp_path / "pyproject.toml").touch()
     fork = command(tmp_path, "--dry", "--items", "tests", "linear-algebra", "--tests", "tests")
     assert fork.status == 1
     assert re.search(r"^tests +FAILED", fork.out, re.MULTILINE) and re.search(r"^linear-algebra +ok", fork.out, re.MULTILINE)
-    assert "## failed\ntests, selection: " in fork.out
+    assert "## failed\ntests, selection:\n    " in fork.out
 
 
 def row(item: str, part: str | None = None, ok: bool | None = True, dry: bool = False, **figures) -> dict:
@@ -226,6 +227,99 @@ def test_no_table_of_results_that_mean_nothing(rows, complaint):
         summary.readme_table(rows)
 
 
+@pytest.fixture
+def at_work(tmp_path):
+    """A session of an item of a dry run."""
+    setup = session.Setup(tmp_path, dry=True, scratch=tmp_path)
+    return session.Session(setup, "item", float("inf"))
+
+
+def failures(at_work) -> set[str]:
+    """The parts that failed."""
+    rows = driver.read_rows(at_work.setup.out / session.RESULTS)
+    return {row["part"] for row in rows if row["ok"] is False}
+
+
+def test_a_wrong_operator_fails(at_work, monkeypatch):
+    usual = ops.affine_injector
+
+    def affine_injector(z, h, eps=1e-4, *, inverse=False, backend="auto"):
+        y, logdet = usual(z, h, eps, inverse=inverse, backend=backend)
+        return y * (1.001 if backend == "native" else 1), logdet
+
+    monkeypatch.setattr(ops, "affine_injector", affine_injector)
+    checks.kernels(at_work)
+    assert failures(at_work) == {"native, 4 channels"}
+
+
+def test_an_operator_that_is_another_in_a_graph_or_on_a_stream_fails(at_work, monkeypatch):
+    usual, calls = ops.affine_coupling, iter(range(1000))
+
+    def affine_coupling(z, h, eps=1e-4, *, inverse=False, backend="auto"):
+        y, logdet = usual(z, h, eps, inverse=inverse, backend=backend)
+        return y, logdet + next(calls)
+
+    monkeypatch.setattr(ops, "affine_coupling", affine_coupling)
+    monkeypatch.setattr(checks, "_operators_are_right", lambda *arguments: {})
+    checks.kernels(at_work)
+    assert failures(at_work) == {"native in a captured graph", "native on a second stream"}
+
+
+@pytest.mark.parametrize("result", [0, 1], ids=["inverse", "logdet"])
+def test_a_wrong_inverse_fails(at_work, monkeypatch, result):
+    usual = ops.inverse_logdet
+
+    def inverse_logdet(weight, backend):
+        found = list(usual(weight, backend=backend))
+        found[result] = found[result] + 1e-6
+        return tuple(found)
+
+    monkeypatch.setattr(ops, "inverse_logdet", inverse_logdet)
+    linear_algebra.linear_algebra(at_work)
+    linear_algebra.linear_algebra_captured(at_work)
+    assert failures(at_work) == {"ours, native, 3 of 4×4"}
+
+
+def test_an_engine_that_is_off_fails(at_work, monkeypatch):
+    usual = checks.differences
+    monkeypatch.setattr(checks, "differences", lambda *tensors: usual(*tensors) | {"images": 1e-3})
+    checks.engine(at_work)
+    assert failures(at_work) == {"fp32", "fp32, checkpoint=False"}, "less precise ones are allowed as much"
+
+
+def test_a_replay_that_is_off_fails(at_work, monkeypatch):
+    """The parts of `capture` compare steps and samples, each of them moved a little here."""
+
+    class Step(graphs.TrainingStep):
+        made = 0
+
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
+            Step.made += 1
+            self.factor = 1 + 0.1 * Step.made
+
+        def _run(self, *inputs):
+            loss, norm = super()._run(*inputs)
+            for parameter in self.model.parameters():
+                if parameter.grad is not None:
+                    parameter.grad *= self.factor
+            return loss * self.factor, norm
+
+    class Sampler(graphs.Sampler):
+        def _run(self, *inputs):
+            images, first_bad = super()._run(*inputs)
+            return images * 1.001, first_bad
+
+    monkeypatch.setattr(graphs, "TrainingStep", Step)
+    monkeypatch.setattr(graphs, "Sampler", Sampler)
+    capture.capture_step(at_work)
+    capture.capture_sampler(at_work)
+    assert failures(at_work) == {
+        "gradients", "steps with Adam", "encoder frozen, then trained", "captured", "frozen", "unfrozen and changed",
+        "frozen again",
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize("text", ["", "text", "[]", '{"item": "kernels"}'])
 def test_a_file_of_other_rows_is_named(tmp_path, text):
     (tmp_path / "results.jsonl").write_text(text)
@@ -239,7 +333,9 @@ def test_the_summary_says_what_failed_what_was_skipped_and_what_is_slow():
         row("ceilings", "copy", gb_per_s=1000.0),
         row("ceilings", "bf16 product", tflop_per_s=100.0),
         row("engine", "fp32", ok=False),
-        row("engine", ok=False),
+        row("engine", "bf16", ok=False),
+        row("engine", ok=False) | {"error": "2 of its parts failed: fp32, bf16"},
+        row("kernels", ok=False),
         row("published", "all", ok=None),
         row("training", "bf16, graph", median_s=0.05, p20_s=0.04, p80_s=0.06, first_s=2.0, peak_bytes=2**30),
         row(
@@ -251,7 +347,9 @@ def test_the_summary_says_what_failed_what_was_skipped_and_what_is_slow():
         row("convolutions", "12→64", forward_us=1.0, forward_tflop_per_s=20.0, weight_tflop_per_s=80.0),
     ]  # fmt: skip
     text = summary.summary(rows)
-    assert "## failed\nengine, fp32: torn\n    off\nengine: torn\n    off" in text
+    assert "## failed\nengine, fp32, engine, bf16, kernels:\n    torn\n    off\n\n##" in text, (
+        "an error once; each item or its parts"
+    )
     assert "## skipped\npublished, all: torn\noff" in text
     assert "training, bf16, graph: 50 ms (40–60, first 2 s, 1.00 GiB)" in text
     assert "training-profile, bf16, eager: 7 kernels by 6 launches; 5 ms of work in 10 ms" in text
