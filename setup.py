@@ -214,7 +214,8 @@ class BuildNative(build_ext):
 
 if __name__ == "__main__":
     setup(
-        packages=[*find_packages(include=["ncsr_fast", "ncsr_fast.*"]), "ncsr_fast.kernels", "ncsr_fast.benchmarks"],
+        packages=find_packages(include=["ncsr_fast", "ncsr_fast.*"])
+        + [f"ncsr_fast.{name}" for name in ("kernels", "benchmarks", "benchmarks.gpu")],
         package_dir={"ncsr_fast.kernels": "kernels", "ncsr_fast.benchmarks": "benchmarks"},
         package_data={"ncsr_fast": ["models/*/*", "py.typed"]},
         ext_modules=[Extension("ncsr_fast._native", sources=[])],

@@ -11,10 +11,10 @@ EXAMPLE = """\
 example:
   ncsr-fast bench --operators affine_coupling flow_step --shapes x4-train --threads 2
 
-Every result is compared with the float64 reference first; when one is wrong, nothing is timed and the exit status is 1.
-Rows go to OUT/operators-DEVICE.json. Shapes: x4-train and x8-train (batch 18, HR 160×160), sample (one 40×40 LR image),
-large (one 160×160 LR image), div2k (one 510×340 LR image; by default on a GPU only), quick (toy). Gradients are
-recorded, and backward passes measured, at the training shapes."""
+Every result is compared with the float64 reference first; one that is wrong has a row with its error in place of figures,
+and the exit status is 1. Rows go to OUT/operators-DEVICE.json. Shapes: x4-train and x8-train (batch 18, HR 160×160), sample
+(one 40×40 LR image), large (one 160×160 LR image), div2k (one 510×340 LR image; by default on a GPU only), quick (toy).
+Gradients are recorded, and backward passes measured, at the training shapes."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
