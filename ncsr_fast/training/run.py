@@ -67,8 +67,9 @@ class Run:
                 temporary.write_text("\n".join(report) + "\n")
         with self._writing("checkpoints") as path:
             path.mkdir(exist_ok=True)
-        for left in (self.folder / "checkpoints").glob(".*"):  # by a process that was killed as it wrote
-            left.unlink(missing_ok=True)
+        for left in (self.folder / "checkpoints").iterdir():
+            if re.fullmatch(r"\.\w+-\d{8,}\.pt\.\w+\.pt", left.name):  # by a process that was killed as it wrote
+                left.unlink(missing_ok=True)
 
     def log(self, stage: str, step: int, **values: Any) -> None:
         """Append one JSON line to log.jsonl, null for a number that is not finite; numbers go to TensorBoard as well."""
@@ -158,21 +159,9 @@ class Run:
         return f"choose another folder; with --start-from {self.folder / found} the new run begins with the weights of this one"
 
     def _refuse_other_settings(self) -> None:
-        stored = self.folder / "settings.json"
-        if not stored.exists():
-            found = [str(path) for stage in ("encoder", "flow") for path in self._paths(stage)]
-            if found:
-                raise ValueError(
-                    f"{str(self.folder)!r} holds checkpoints ({found[-1]!r}) but no settings.json: the folder of the run was "
-                    "not copied whole; copy it again, or choose another folder"
-                )
+        before = stored_settings(self.folder)
+        if before is None:
             return
-        try:
-            before = dict(json.loads(stored.read_text()))
-        except (ValueError, TypeError) as error:
-            raise ValueError(
-                f"{str(stored)!r} is damaged ({error}); copy it again from where the run was, or choose another folder"
-            ) from error
         now = self.settings.to_dict()
         changed = [key for key in now if key not in _FREE and before.get(key) != now[key]]
         if changed:
@@ -210,8 +199,39 @@ class Run:
                 warnings.warn(f"line {number} of {str(path)!r} is damaged and is dropped", stacklevel=3)
 
     def _paths(self, stage: str) -> list[Path]:
-        paths = (self.folder / "checkpoints").glob(f"{stage}-*.pt")
-        return sorted(path for path in paths if re.fullmatch(rf"{stage}-\d{{8,}}\.pt", path.name))
+        return _checkpoints(self.folder, stage)
+
+
+def stored_settings(folder: Path) -> dict[str, Any] | None:
+    """The settings of the run in a folder; None where there is no run.
+
+    Raises:
+        ValueError: They are missing beside checkpoints, damaged, or none of a run.
+    """
+    stored = folder / "settings.json"
+    if not stored.exists():
+        found = [str(path) for stage in ("encoder", "flow") for path in _checkpoints(folder, stage)]
+        if found:
+            raise ValueError(
+                f"{str(folder)!r} holds checkpoints ({found[-1]!r}) but no settings.json: the folder of the run was not copied "
+                "whole; copy it again, or choose another folder"
+            )
+        return None
+    try:
+        settings = dict(json.loads(stored.read_text()))
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"{str(stored)!r} is damaged ({error}); copy it again from where the run was, or choose another folder"
+        ) from error
+    if not {"model", "images", "seed"} <= set(settings):
+        raise ValueError(f"{str(stored)!r} holds no settings of a training run; choose another folder")
+    return settings
+
+
+def _checkpoints(folder: Path, stage: str) -> list[Path]:
+    """Those of a stage, the oldest first."""
+    paths = (folder / "checkpoints").glob(f"{stage}-*.pt")
+    return sorted(path for path in paths if re.fullmatch(rf"{stage}-\d{{8,}}\.pt", path.name))
 
 
 def _load(path: Path) -> dict[str, Any]:
