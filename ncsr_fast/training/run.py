@@ -17,7 +17,17 @@ import torch
 from torch import Tensor, nn
 
 from ncsr_fast.data.images import write_image
-from ncsr_fast.files import CheckpointError, atomic_write, check_finite, differences, json_value, listed, read_checkpoint
+from ncsr_fast.files import (
+    CONFIG,
+    WEIGHTS,
+    CheckpointError,
+    atomic_write,
+    check_finite,
+    differences,
+    json_value,
+    listed,
+    read_checkpoint,
+)
 from ncsr_fast.training.board import Board
 from ncsr_fast.training.processes import TrainingStopped
 from ncsr_fast.training.settings import TrainSettings
@@ -27,6 +37,7 @@ _FREE = (
     "images", "lr_images", "validation", "validation_lr", "workers", "cache_gib", "graph", "max_skipped", "log_every",
     "validate_every", "save_every", "keep", "validation_images", "validation_size", "temperatures", "tensorboard",
 )  # fmt: skip
+_FILES = ("settings.json", "data.json", "log.jsonl", "lock", "published_options.txt")
 _FOLDERS = ("checkpoints", "samples", "best", "encoder", "model", "tensorboard", "cache")
 _CHECKPOINT = {"stage", "step", "model", "optimizer", "counters", "rate", "best"}  # its keys
 _MIB = 2**20
@@ -200,6 +211,12 @@ class Run:
 
     def _paths(self, stage: str) -> list[Path]:
         return _checkpoints(self.folder, stage)
+
+
+def written_files(folder: Path) -> list[Path]:
+    """The files with fixed names that a run writes to its folder."""
+    models = [folder / model / name for model in ("best", "encoder", "model") for name in (CONFIG, WEIGHTS)]
+    return [*(folder / name for name in _FILES), *models]
 
 
 def stored_settings(folder: Path) -> dict[str, Any] | None:

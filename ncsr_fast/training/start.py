@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from ncsr_fast.training.validation import Pairs, validation_pairs
 
 T = TypeVar("T")
 _STATE = 3  # values in a checkpoint for each weight: itself and Adam's two moments
+_WORKERS = 8  # of each processor
 _MIB = 2**20
 
 
@@ -113,6 +115,9 @@ def _check_share(settings: TrainSettings, processes: Processes) -> None:
         raise ValueError(
             f"batch must be a multiple of the number of processes, {processes.world}, which share it, not {settings.batch}"
         )
+    most = _WORKERS * (os.cpu_count() or 1)
+    if settings.workers > most:
+        raise ValueError(f"workers: {settings.workers} processes are too many for {os.cpu_count()} processors; at most {most}")
     if settings.graph and processes.device.type != "cuda":
         raise ValueError(f"graph: CUDA graphs need a GPU, and the device is {str(processes.device)!r}; leave graph out")
 

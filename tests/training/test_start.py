@@ -183,6 +183,12 @@ def test_an_error_is_raised_in_all_processes_and_said_once(messages, error):
         one.together(call)
 
 
+def test_more_workers_than_a_machine_can_start(settings, tmp_path):
+    most = 8 * os.cpu_count()
+    said = refused(replace(settings, workers=most + 1), tmp_path / "run", ValueError)
+    assert said == f"workers: {most + 1} processes are too many for {os.cpu_count()} processors; at most {most}"
+
+
 def test_a_batch_that_the_processes_cannot_share(settings, tmp_path):
     from ncsr_fast.training.start import prepared
 
