@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from ncsr_fast import NCSR, NCSRConfig, graphs
+from ncsr_fast.cli._common import Gathered, thread_count
 from ncsr_fast.engine import EngineOptions
 from ncsr_fast.files import atomic_write
 
@@ -333,15 +334,20 @@ def main() -> None:
         allow_abbrev=False,  # the command is stored in the rows
     )
     parser.add_argument("--published", type=Path, help="checkout of the published NCSR repository; left out without one")
-    parser.add_argument("--tasks", nargs="+", choices=[task.name for task in TASKS], help="default: what the device can do")
+    parser.add_argument(
+        "--tasks", nargs="+", action=Gathered, choices=[task.name for task in TASKS], help="default: what the device can do"
+    )
     parser.add_argument(
         "--arms",
         nargs="+",
+        action=Gathered,
         help=f"of {'; '.join([PUBLISHED, ACCELERATED, *LADDER, *CAPTURED])} (captured ones need a GPU; default: all of them)",
     )
     parser.add_argument("--compile", action="store_true", help="torch.compile of the plain path too: minutes a task")
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads (default: %(default)s)")
+    parser.add_argument(
+        "--threads", type=thread_count, default=torch.get_num_threads(), help="CPU threads (default: %(default)s)"
+    )
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     parser.add_argument(
         "--tf32", action="store_true", help="let the published program and the plain path have TF32 convolutions on a GPU"

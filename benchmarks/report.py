@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from ncsr_fast.figures import save_figure
+
 from .harness import COMPILED, REFERENCE
 
 Row = dict[str, Any]
@@ -116,7 +118,7 @@ def plot(rows: list[Row], path: str) -> None:
     share.axvline(1, color="black", linewidth=0.8)
     share.set(xlabel="share of the bandwidth of a copy")
     figure.suptitle(", ".join(sorted({f"{row['device']}, {row['threads']} threads, {row['commit']}" for row, _, _ in entries})))
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path, dpi=120)
 
 
 def _size(row: Row) -> str:
@@ -195,5 +197,5 @@ def trace_table(rows: list[Row]) -> str:
         for name, count in [*parts, ("all", row)]:
             numbers = [str(count[key]) for key in ("operations", "kernels", "launches")]
             lines.append((name, *numbers, f"{count['bytes'] / 1e9:.2f}", f"{count['flops'] / 1e12:.3f}"))
-        blocks.append(f"{row['task']}, {row['precision']}: {row['what']}\n\n{_markdown(lines)}")
+        blocks.append(f"{row['task']}, {row['precision']}: {row['what']}\n\n{markdown(lines)}")
     return "\n\n".join(blocks)

@@ -13,8 +13,9 @@ import torch
 from tqdm import tqdm
 
 from ncsr_fast import ops
-from ncsr_fast.cli._common import pick_device
+from ncsr_fast.cli._common import check_file, check_folder, pick_device
 from ncsr_fast.files import atomic_write
+from ncsr_fast.places import check_apart
 
 from . import report
 from .harness import COMPILED, DIRECTIONS, REFERENCE, Case, brief, compiled, error_row, fault, measure
@@ -35,8 +36,11 @@ def run(args: argparse.Namespace) -> None:
             print(report.table(report.stored_rows(args.table)))
         if args.plot:
             source, picture = args.plot
+            check_file("--plot", picture)
+            check_apart({"--plot": [picture]}, {"the rows": [source]})
             report.plot(report.stored_rows(source), picture)
         return
+    check_folder("--out", args.out)
     device = pick_device(args.device)
     cuda = torch.device(device).type == "cuda"
     if cuda:
