@@ -53,6 +53,7 @@ def fake_cuda() -> Iterator[None]:
     Raises:
         ImportError: Without Triton, whose kernels' host code is what runs on a GPU.
     """
+    importlib.import_module("torch._dynamo")  # by meta kernels, otherwise: older ones cannot be imported in a mode
     with contextlib.ExitStack() as stack:
         for module in _kernel_modules():
             stack.enter_context(mock.patch.object(module, "launch", _launch))

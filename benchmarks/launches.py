@@ -161,7 +161,7 @@ def _count(operator: Any, args: tuple, kwargs: dict, result: Any) -> Count:
     count = Count(
         operations=1,
         launches=_launches(name, args),
-        bytes=_bytes(*_read(operator, args, kwargs), *tensors_in(result)),
+        bytes=_bytes(*_read(operator, args, kwargs), *_written(operator, args, result)),
         flops=0 if flops is None else flops(*args, **kwargs, out_val=result),
     )
     if name in ("convolution", "_convolution"):
@@ -215,6 +215,17 @@ def _read(operator: Any, args: tuple, kwargs: dict) -> list[Tensor]:
         return tensors_in(args[1:], kwargs)
     written = {argument.name for argument in operator._schema.arguments if argument.is_out}
     return tensors_in(args, {key: value for key, value in kwargs.items() if key not in written})
+
+
+def _written(operator: Any, args: tuple, result: Any) -> list[Tensor]:
+    """The tensors that an operator writes: its results, or those in its lists that it changes. An optimizer changes gradients
+    only where it scales them, which ours does not."""
+    if operator._schema.returns:
+        return tensors_in(result)
+    pairs = zip(operator._schema.arguments, args)
+    return tensors_in(
+        [value for each, value in pairs if each.alias_info is not None and each.alias_info.is_write and each.name != "grads"]
+    )
 
 
 def _bytes(*tensors: Tensor) -> int:
