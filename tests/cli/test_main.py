@@ -60,7 +60,7 @@ FAILURES = {
     ),
     "two-yamls": (["train", "{out}/a.yml", "-opt", "{out}/b.yml"], "b.yml' is a second YAML beside "),
     "convert-nothing": (["convert", "{out}/no.pth", "--out", "{out}"], "no model at "),
-    "convert-itself": (["convert", "{model}", "--out", "{model}"], "/config.json' would replace the source "),
+    "convert-itself": (["convert", "{model}", "--out", "{model}"], "' would replace the source "),
     "options": (["convert", "{model}", "--out", "{out}", "--options", "{out}.yml"], "No such file"),
     "export-nothing": (["export", "nowhere", "--out", "{out}/x.onnx"], "no model at 'nowhere'; shipped models: "),
     "no-run": (["train", "--images", "{photos}"], "--run: should be the folder of the run, which only a YAML can leave out"),
