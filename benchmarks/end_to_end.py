@@ -231,11 +231,12 @@ def measure(
     if expected is None:
         failed = {name: f"there is nothing to compare with, as {reference!r} failed" for name in arms} | failed
     figures = _figures({name: runner for name, runner in runners.items() if name not in failed}, device, rounds, with_memory)
-    identity = {"task": task.name, "what": task.describe()}
     rows = []
     for name in arms:
         found = {"error": failed[name]} if name in failed else figures[name]
-        rows.append(identity | {"arm": name} | found | ({} if "error" in found else {"errors": _rounded(errors[name])}))
+        if "error" not in found:
+            found["errors"] = {what: rounded(error) for what, error in errors[name].items()}
+        rows.append({"task": task.name, "what": task.describe(), "arm": name} | found)
     return rows
 
 
@@ -279,10 +280,6 @@ def _figures(runners: dict[str, Arm], device: str, rounds: int, with_memory: boo
         except Exception as error:
             figures[name] = {"error": brief(error)}
     return figures
-
-
-def _rounded(errors: dict[str, float]) -> dict[str, float]:
-    return {what: rounded(error) for what, error in errors.items()}
 
 
 def differences(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
