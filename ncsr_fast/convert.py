@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,8 +123,8 @@ def _refuse_long_skip(path: Path, long_skip: str | None) -> None:
 
 def _model_type(directory: Path) -> str | None:
     try:
-        return json.loads((directory / files.CONFIG).read_text()).get("model_type")
-    except (OSError, ValueError, AttributeError):
+        return files.read_json(directory / files.CONFIG).get("model_type")
+    except (OSError, ValueError):
         return "ncsr"  # whose reader says what is wrong with it
 
 

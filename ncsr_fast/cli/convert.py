@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -76,19 +75,17 @@ def run(args: argparse.Namespace) -> int | None:
 
 def _config(file: str) -> NCSRConfig:
     from ncsr_fast.config import NCSRConfig
+    from ncsr_fast.files import read_json
 
     try:
-        text = Path(file).read_text()
         if file.endswith(".json"):
-            values = json.loads(text)
-            if not isinstance(values, dict):
-                raise ValueError("it should be an object of names and values")
+            values = read_json(file)
             values.pop("model_type", None)
             return NCSRConfig.from_dict(values)
         import yaml
 
         try:
-            return NCSRConfig.from_published(yaml.safe_load(text))
+            return NCSRConfig.from_published(yaml.safe_load(Path(file).read_bytes()))
         except yaml.YAMLError as error:
             raise ValueError(" ".join(str(error).split())) from error
     except ImportError as error:

@@ -11,7 +11,7 @@ from typing import Any
 from ncsr_fast.data.crops import RandomCrops
 from ncsr_fast.data.pickled import PickledImage
 from ncsr_fast.data.sources import Source
-from ncsr_fast.files import atomic_write
+from ncsr_fast.files import atomic_write, read_json
 
 _END = 64 * 1024  # bytes at a file's end that are looked at: all of it is too slow, and an image changed anywhere differs there
 _NAMED = 3  # images spelled out of each kind
@@ -35,7 +35,7 @@ def changes(path: Path, now: dict[str, Any]) -> str | None:
         ValueError: The file is no record; the message says what to do.
     """
     try:
-        before = json.loads(path.read_text())["images"]
+        before = read_json(path)["images"]
         old, new = ({image[0]: image[1:] for image in images} for images in (before, now["images"]))
     except FileNotFoundError:
         return None

@@ -22,14 +22,14 @@ from ncsr_fast.files import (
     WEIGHTS,
     CheckpointError,
     atomic_write,
-    check_finite,
+    check_weights,
     differences,
     json_value,
     listed,
     read_checkpoint,
+    read_json,
 )
 from ncsr_fast.training.board import Board
-from ncsr_fast.training.processes import TrainingStopped
 from ncsr_fast.training.settings import TrainSettings
 
 # settings that may differ when a run is resumed: where the same files lie now, how they are read, what is reported when
@@ -149,8 +149,6 @@ class Run:
         for path in reversed(paths):
             try:
                 checkpoint = _load(path)
-            except TrainingStopped:
-                raise
             except Exception as error:  # noqa: BLE001 - a damaged zip or pickle raises almost anything
                 warnings.warn(f"checkpoint {str(path)!r} is damaged and is not used: {error}", stacklevel=2)
                 continue
@@ -235,8 +233,8 @@ def stored_settings(folder: Path) -> dict[str, Any] | None:
             )
         return None
     try:
-        settings = dict(json.loads(stored.read_text()))
-    except (ValueError, TypeError) as error:
+        settings = read_json(stored)
+    except ValueError as error:
         raise ValueError(
             f"{str(stored)!r} is damaged ({error}); copy it again from where the run was, or choose another folder"
         ) from error
@@ -259,7 +257,7 @@ def _load(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"the checksum of {damaged} is wrong")
     checkpoint = read_checkpoint(path)
     if isinstance(checkpoint, dict) and "model" in checkpoint:  # without it, `_check` says what it is
-        check_finite(checkpoint["model"], "its model")
+        check_weights(checkpoint["model"], "its model")
     return checkpoint
 
 

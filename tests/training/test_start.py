@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 import sys
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -144,12 +145,37 @@ def test_a_signal_while_it_starts(settings, tmp_path, monkeypatch, number):
     def interrupted(crops):
         try:
             os.kill(os.getpid(), number)
-        except Exception:  # noqa: BLE001
+        except BaseException:  # noqa: BLE001
             return {"images": [], "left_out": {}}
 
     monkeypatch.setattr(start, "data_record", interrupted)
     said = refused(settings, tmp_path / "run", TrainingStopped)
     assert said == f"stopped by signal {int(number)} before the first step; nothing was written"
+
+
+@pytest.mark.parametrize("reader", ["exif_transpose", "image_size", "read_checkpoint", "pickle"])
+def test_a_signal_as_files_are_read(settings, photos, tmp_path, monkeypatch, reader):
+    """It is not taken for damage of the file, whatever the reader catches."""
+
+    def interrupted(*arguments, **options):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    if reader == "exif_transpose":
+        monkeypatch.setattr("PIL.ImageOps.exif_transpose", interrupted)
+    elif reader == "image_size":
+        monkeypatch.setattr("ncsr_fast.data.images._size", interrupted)
+    elif reader == "read_checkpoint":
+        torch.save({}, tmp_path / "start.pth")
+        settings = replace(settings, start_from=str(tmp_path / "start.pth"))
+        monkeypatch.setattr(torch, "load", interrupted)
+    else:
+        (tmp_path / "a.pklv4").write_bytes(b"")
+        settings = replace(settings, images=(str(tmp_path / "a.pklv4"),))
+        monkeypatch.setattr("ncsr_fast.data.pickled._Unpickler", interrupted)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        said = refused(settings, tmp_path / "run", TrainingStopped)
+    assert said == f"stopped by signal {int(signal.SIGTERM)} before the first step; nothing was written"
 
 
 class OneOfThree(Processes):
