@@ -242,8 +242,7 @@ def measure(
 
 def draw_latents(task: Task, model: NCSR, device: str) -> list[Tensor]:
     """Latents of temperature 0.9, the same every time."""
-    generator = torch.Generator().manual_seed(2)
-    shapes = model.latent_shapes(task.lr_size, task.lr_size)
+    shapes, generator = model.latent_shapes(task.lr_size, task.lr_size), torch.Generator().manual_seed(2)
     return [(0.9 * torch.randn(task.batch, *shape, generator=generator)).to(device) for shape in shapes]
 
 
