@@ -172,6 +172,12 @@ void flow_step_backward(FlowStep p, bool float64, void* workspace, void* stream)
     choose_step(p, float64, workspace, true, stream);
 }
 
+void use_device(int ordinal) {
+    int current = -1;
+    check(cudaGetDevice(&current));
+    if (current != ordinal) check(cudaSetDevice(ordinal));
+}
+
 const char* unavailable() {
     int devices = 0;
     const cudaError_t error = cudaGetDeviceCount(&devices);

@@ -8,6 +8,9 @@ namespace ncsr::cuda {
 int64_t pointwise_workspace(const Pointwise&);                           // bytes, forward
 int64_t flow_step_workspace(const FlowStep&, bool float64, bool backward);  // bytes
 
+// Makes the device of this ordinal the calling thread's current one; throws as a launch does.
+void use_device(int ordinal);
+
 // Launches on `stream` of the current device; throws std::runtime_error with CUDA's message.
 void pointwise_forward(Pointwise, bool float64, void* workspace, void* stream);
 void pointwise_backward(Pointwise, bool float64, void* stream);
