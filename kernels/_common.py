@@ -3,6 +3,11 @@
 A kernel takes an image (B, C, H, W) as the tuple (pointer, and its four strides). A program works on a tile of
 pixels × channels of one sample. Lanes run along the channels where the compiler sees that they are adjacent, that is
 where their stride is 1, and along the pixels otherwise, which it takes for granted because they are axis 0.
+
+A lane reads 16 bytes at once where the compiler sees that every run of 16 bytes is aligned and wholly inside the image or
+outside. So numbers of channels are constants of the compiled kernel, and so are the strides of a channels-last image whose
+pixels follow one another, slices of the channels included. Nothing else of such an image depends on its size: images of
+all sizes run the same compiled kernel. Other images have strides that Triton specialises, on 1 and on multiples of 16.
 """
 
 from __future__ import annotations
@@ -30,13 +35,13 @@ def program(n_pixel_tiles, n_channel_tiles):
 
 
 @triton.jit
-def pixel_tile(i_b, i_p, pixels, width, ONE_ROW: tl.constexpr, BLOCK_P: tl.constexpr):
-    """Tile i_p of the pixels of a sample: (sample, rows, columns, mask), int64, along axis 0."""
+def pixel_tile(i_b, i_p, pixels, width, UNIT: tl.constexpr, BLOCK_P: tl.constexpr):
+    """Tile i_p of the pixels of a sample: (sample, rows, columns, mask, pixels of the sample, and of the batch), int64.
+
+    All but the sample along axis 0. UNIT divides `pixels`, which tells the compiler so.
+    """
     o_p = (i_p * BLOCK_P + tl.arange(0, BLOCK_P)).to(tl.int64)[:, None]
-    if ONE_ROW:  # no division, and the compiler knows that the pixels are adjacent
-        return i_b, 0, o_p, o_p < pixels
-    else:
-        return i_b, o_p // width, o_p % width, o_p < pixels
+    return i_b, o_p // width, o_p % width, o_p < pixels // UNIT * UNIT, o_p, i_b * pixels + o_p
 
 
 @triton.jit
@@ -48,7 +53,13 @@ def channel_tile(i_c, BLOCK_C: tl.constexpr):
 @triton.jit
 def at(image, pixel, o_c):
     """Pointers to channels o_c of the pixels; an index is int64, and so its product with a stride."""
-    return image[0] + pixel[0] * image[1] + o_c * image[2] + pixel[1] * image[3] + pixel[2] * image[4]
+    p_channel = image[0] + o_c * image[2]
+    if image[1] is None:
+        return p_channel + pixel[5] * image[4]
+    elif image[3] is None:  # no division, and the compiler knows that the pixels are adjacent
+        return p_channel + pixel[0] * image[1] + pixel[4] * image[4]
+    else:
+        return p_channel + pixel[0] * image[1] + pixel[1] * image[3] + pixel[2] * image[4]
 
 
 @triton.jit
@@ -65,9 +76,25 @@ def store(image, pixel, o_c, b, m_c):
 
 
 def image(x: Tensor | None) -> tuple | None:
-    """The form in which a kernel takes an image, a matrix or a number a sample: its pointer and its strides, in elements."""
+    """The form in which a kernel takes an image: its pointer and its strides, in elements.
+
+    The stride of the rows is None where they follow one another, so that the image is one row of H·W columns, and that of the
+    samples where they do too, so that it is one row of B·H·W.
+    """
     if x is None:
         return None
+    x = in_memory(x)
+    batch, channel, row, column = x.stride()
+    _, _, height, width = x.shape
+    if row != width * column:
+        return x, batch, channel, row, column
+    if not is_channels_last(x) or batch != height * row:
+        return x, batch, channel, None, column
+    return x, None, tl.constexpr(channel), None, tl.constexpr(column)
+
+
+def strided(x: Tensor) -> tuple:
+    """The form in which a kernel takes a matrix or a number a sample: its pointer and its strides, in elements."""
     x = in_memory(x)
     return x, *x.stride()
 
@@ -80,16 +107,17 @@ def dense(x: Tensor) -> Tensor:
 def extent(*images: Tensor | None) -> dict[str, int | bool]:
     """The sizes that a kernel over these images counts in, and their layout; the first image decides it.
 
-    ONE_ROW: the rows of every image follow one another, so that it can be read as one row of H·W columns.
+    UNIT: a divisor of the pixels of a sample, more than 1 where lanes run along the pixels of an image
     """
     present = [x for x in images if x is not None]
     _, channels, height, width = present[0].shape
+    along_pixels = height * width % 16 == 0 and not all(is_channels_last(x) for x in present)
     return {
         "channels": channels,
         "pixels": height * width,
         "width": width,
         "CHANNELS_LAST": is_channels_last(present[0]),
-        "ONE_ROW": all(x.stride(2) == width * x.stride(3) for x in present),
+        "UNIT": 16 if along_pixels else 1,
     }
 
 

@@ -22,6 +22,7 @@ from ncsr_fast.kernels._common import (
     pixel_tile,
     program,
     store,
+    strided,
     sum_partials,
 )
 from ncsr_fast.kernels._pair_map import load_pair, map_changed, map_changed_bwd, store_pair
@@ -45,7 +46,7 @@ WEIGHT_REGISTERS = 168  # 128 spill a few bytes under Triton 3.9
 
 
 @triton.jit
-def load_matrix(matrix, o_row, o_column, channels):
+def load_matrix(matrix, o_row, o_column, channels: tl.constexpr):
     """The block of a C×C matrix at these rows and columns, which broadcast; zeros outside."""
     p_matrix = matrix[0] + o_row * matrix[1] + o_column * matrix[2]
     return tl.load(p_matrix, mask=(o_row < channels) & (o_column < channels), other=0.0).to(tl.float32)
@@ -53,7 +54,16 @@ def load_matrix(matrix, o_row, o_column, channels):
 
 @triton.jit
 def affine_if_any(
-    b_x, h, pixel, i_c, kept, channels, eps, INVERSE: tl.constexpr, BLOCK_C: tl.constexpr, CHANNELS_LAST: tl.constexpr
+    b_x,
+    h,
+    pixel,
+    i_c,
+    kept: tl.constexpr,
+    channels: tl.constexpr,
+    eps,
+    INVERSE: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
 ):
     """The affine of h on tile i_c of the channels, and its log-det terms; x and zeros without h."""
     if h is None:
@@ -64,7 +74,16 @@ def affine_if_any(
 
 @triton.jit
 def post_dx(
-    b_dy, h, pixel, i_c, kept, channels, eps, INVERSE: tl.constexpr, BLOCK_C: tl.constexpr, CHANNELS_LAST: tl.constexpr
+    b_dy,
+    h,
+    pixel,
+    i_c,
+    kept: tl.constexpr,
+    channels: tl.constexpr,
+    eps,
+    INVERSE: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
 ):
     """dw of tile i_c: the gradient of the post-affine with respect to its input."""
     if h is None:
@@ -84,8 +103,8 @@ def post_dh(
     dh,
     pixel,
     i_c,
-    kept,
-    channels,
+    kept: tl.constexpr,
+    channels: tl.constexpr,
     eps,
     INVERSE: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -102,7 +121,7 @@ def post_dh(
         store_pair(dh, pixel, i_c, kept, channels, b_dshift, b_draw, BLOCK_C, CHANNELS_LAST)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pixels", "width"])
 def step_fwd_kernel(
     x,  # (B, C, H, W)
     mix,  # (C, C)
@@ -111,15 +130,15 @@ def step_fwd_kernel(
     h_post,  # (B, 2(C - kept_post), H, W) or None
     y,  # (B, C, H, W)
     p_partial,  # (programs,), B times the tiles of a sample
-    kept_pre,
-    kept_post,
+    kept_pre: tl.constexpr,
+    kept_post: tl.constexpr,
     eps,
-    channels,
+    channels: tl.constexpr,
     pixels,
     width,
     INVERSE: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
-    ONE_ROW: tl.constexpr,
+    UNIT: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -130,7 +149,7 @@ def step_fwd_kernel(
     Every program of a pixel tile computes all of a for its own channels of w; the first of them counts its log-det.
     """
     i_b, i_p, i_c = program(tl.cdiv(pixels, BLOCK_P), tl.cdiv(channels, BLOCK_C))
-    pixel = pixel_tile(i_b, i_p, pixels, width, ONE_ROW, BLOCK_P)
+    pixel = pixel_tile(i_b, i_p, pixels, width, UNIT, BLOCK_P)
     o_c = channel_tile(i_c, BLOCK_C)
     acc = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     b_logdet_pre = tl.zeros([BLOCK_P, BLOCK_K], tl.float32)
@@ -147,7 +166,7 @@ def step_fwd_kernel(
     tl.store(p_partial + tl.program_id(0), logdet)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pixels", "width"])
 def step_bwd_kernel(
     dy,  # (B, C, H, W)
     dlogdet,  # (B,)
@@ -159,15 +178,15 @@ def step_bwd_kernel(
     dx,  # (B, C, H, W)
     dh_pre,  # as h_pre
     dh_post,  # as h_post
-    kept_pre,
-    kept_post,
+    kept_pre: tl.constexpr,
+    kept_post: tl.constexpr,
     eps,
-    channels,
+    channels: tl.constexpr,
     pixels,
     width,
     INVERSE: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
-    ONE_ROW: tl.constexpr,
+    UNIT: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -178,7 +197,7 @@ def step_bwd_kernel(
     Every program of a pixel tile computes all of dw for its own channels of da; it stores dh_post of those channels.
     """
     i_b, i_p, i_c = program(tl.cdiv(pixels, BLOCK_P), tl.cdiv(channels, BLOCK_C))
-    pixel = pixel_tile(i_b, i_p, pixels, width, ONE_ROW, BLOCK_P)
+    pixel = pixel_tile(i_b, i_p, pixels, width, UNIT, BLOCK_P)
     o_c = channel_tile(i_c, BLOCK_C)
     b_g = tl.load(dlogdet[0] + i_b * dlogdet[1]).to(tl.float32)
     post_dh(dy, b_g, y, h_post, dh_post, pixel, i_c, kept_post, channels, eps, INVERSE, BLOCK_C, CHANNELS_LAST)
@@ -210,7 +229,7 @@ def step_bwd_kernel(
     store(dx, pixel, o_c, b_dx, o_c < channels)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pixels", "width"])
 def step_weight_bwd_kernel(
     dy,  # (B, C, H, W)
     x,  # (B, C, H, W)
@@ -218,15 +237,15 @@ def step_weight_bwd_kernel(
     h_post,  # (B, 2(C - kept_post), H, W) or None
     p_dmix,  # (B times the parts of a sample, C, C)
     p_doffset,  # the same, C
-    kept_pre,
-    kept_post,
+    kept_pre: tl.constexpr,
+    kept_post: tl.constexpr,
     eps,
-    channels,
+    channels: tl.constexpr,
     pixels,
     width,
     INVERSE: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
-    ONE_ROW: tl.constexpr,
+    UNIT: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
     TILES: tl.constexpr,
@@ -239,7 +258,7 @@ def step_weight_bwd_kernel(
     b_dmix = tl.zeros([BLOCK_C, BLOCK_C], tl.float32)
     b_dw_sum = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     for i_t in range(TILES):
-        pixel = pixel_tile(i_b, i_part * TILES + i_t, pixels, width, ONE_ROW, BLOCK_P)
+        pixel = pixel_tile(i_b, i_part * TILES + i_t, pixels, width, UNIT, BLOCK_P)
         b_dy = load(dy, pixel, o_out, o_out < channels)
         b_dw = post_dx(b_dy, h_post, pixel, i_out, kept_post, channels, eps, INVERSE, BLOCK_C, CHANNELS_LAST)
         b_x = load(x, pixel, o_in, o_in < channels)
@@ -303,7 +322,7 @@ def step_fwd(
         partial.numel(),
         x.device,
         x=image(x),
-        mix=image(mix),
+        mix=strided(mix),
         p_offset=dense(offset),
         h_pre=image(h_pre),
         h_post=image(h_post),
@@ -344,9 +363,9 @@ def step_bwd(
         step_bwd_kernel,
         x.shape[0] * count,
         x.device,
-        dlogdet=image(dlogdet),
+        dlogdet=strided(dlogdet),
         y=image(y),
-        mix=image(mix),
+        mix=strided(mix),
         dx=image(dx),
         dh_pre=image(dh_pre),
         dh_post=image(dh_post),
