@@ -24,6 +24,8 @@ from ncsr_fast.layout import in_memory, is_channels_last
 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 3):  # the first whose kernels take tuples
     raise ImportError(f"ncsr_fast.kernels needs Triton 3.3 or newer, not {triton.__version__}")
 
+SUMMED = 2048  # partial sums that a program of the second stage of a reduction adds at once, 16 a thread
+
 # ---- on the device
 
 
@@ -70,6 +72,31 @@ def load(image, pixel, o_c, m_c):
 @triton.jit
 def store(image, pixel, o_c, b, m_c):
     tl.store(at(image, pixel, o_c), b.to(image[0].dtype.element_ty), mask=pixel[3] & m_c)
+
+
+@triton.jit(do_not_specialize=["parts", "first", "outputs"])
+def sum_partials_kernel(
+    p_partial,  # (parts, outputs), or (outputs, parts) with PARTS_ADJACENT
+    p_first,  # (first,)
+    p_rest,  # (outputs - first,) or None
+    parts,
+    first,
+    outputs,
+    PARTS_ADJACENT: tl.constexpr,
+    BLOCK_OUTPUTS: tl.constexpr,
+    BLOCK_PARTS: tl.constexpr,
+):
+    """The sums of the outputs over the parts, in float64; always in the same order, so the same inputs give the same bits."""
+    o = (tl.program_id(0) * BLOCK_OUTPUTS + tl.arange(0, BLOCK_OUTPUTS)).to(tl.int64)
+    b_sum = tl.zeros([BLOCK_OUTPUTS, BLOCK_PARTS], tl.float64)
+    for i_part in range(0, parts, BLOCK_PARTS):
+        o_part = (i_part + tl.arange(0, BLOCK_PARTS)).to(tl.int64)[None, :]
+        o_partial = o[:, None] * parts + o_part if PARTS_ADJACENT else o_part * outputs + o[:, None]
+        b_sum += tl.load(p_partial + o_partial, mask=(o[:, None] < outputs) & (o_part < parts), other=0.0).to(tl.float64)
+    b = tl.sum(b_sum, axis=1).to(tl.float32)
+    tl.store(p_first + o, b, mask=o < first)
+    if p_rest is not None:
+        tl.store(p_rest + o - first, b, mask=(o >= first) & (o < outputs))
 
 
 # ---- on the host
@@ -132,6 +159,21 @@ def launch(kernel, programs: int, device: torch.device, **arguments) -> None:
         kernel[(programs,)](**arguments)
 
 
-def sum_partials(partial: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
-    """The second stage of a reduction: in float64 and in a fixed order, so the same inputs give the same bits."""
-    return partial.sum(dim=dim, dtype=torch.float64).to(dtype)
+def sum_partials(partial: Tensor, dim: int, first: Tensor, rest: Tensor | None = None) -> None:
+    """Launch the second stage of reductions: write the sums of a dense matrix along `dim` to `first`, and on to `rest`."""
+    parts, outputs = partial.shape[dim], partial.shape[1 - dim]
+    block_outputs = 1 if dim == 1 else 8  # outputs that are adjacent, and then 32 bytes of them
+    launch(
+        sum_partials_kernel,
+        triton.cdiv(outputs, block_outputs),
+        partial.device,
+        p_partial=partial,
+        p_first=first,
+        p_rest=rest,
+        parts=parts,
+        first=first.numel(),
+        outputs=outputs,
+        PARTS_ADJACENT=dim == 1,
+        BLOCK_OUTPUTS=block_outputs,
+        BLOCK_PARTS=SUMMED // block_outputs,
+    )

@@ -187,9 +187,9 @@ def _tiles(channels: int, pixels: int, CHANNELS_LAST: bool, **_) -> tuple[int, d
 def pair_map_fwd(x: Tensor, h: Tensor, kept: int, constant: float, map_fwd, inverse: bool) -> tuple[Tensor, Tensor]:
     """Launch the forward kernel: (y, logdet)."""
     check_dtype(x)
-    y = empty_like(x)
+    y, logdet = empty_like(x), torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
     if x.numel() == 0:
-        return y, torch.zeros(x.shape[0], dtype=torch.float32, device=x.device)
+        return y, logdet.zero_()
     sizes = extent(x, h, y)
     count, blocks = _tiles(**sizes)
     partial = torch.empty(x.shape[0], count, dtype=torch.float32, device=x.device)
@@ -208,7 +208,8 @@ def pair_map_fwd(x: Tensor, h: Tensor, kept: int, constant: float, map_fwd, inve
         **sizes,
         **blocks,
     )
-    return y, sum_partials(partial, 1, torch.float32)
+    sum_partials(partial, 1, logdet)
+    return y, logdet
 
 
 def pair_map_bwd(

@@ -121,12 +121,14 @@ def check_step(inputs: dict[str, Tensor | None], inverse: bool, dy: Tensor, dlog
     )
 
 
-def step_inputs(normal, channels: int, inverse: bool, layout: str = "nchw", dtype=torch.float32) -> dict[str, Tensor]:
+def step_inputs(
+    normal, channels: int, inverse: bool, layout: str = "nchw", dtype=torch.float32, size=SIZE
+) -> dict[str, Tensor]:
     half = channels // 2
     kept = (0, half) if inverse else (half, 0)
     square = normal(channels, size=(1, channels, 1))[0, :, :, 0] / math.sqrt(channels)
-    h_pre, h_post = (normal(2 * (channels - k), layout, dtype) for k in kept)
-    return {"x": normal(channels, layout), "mix": square, "offset": square[0] + 1, "h_pre": h_pre, "h_post": h_post}
+    h_pre, h_post = (normal(2 * (channels - k), layout, dtype, size) for k in kept)
+    return {"x": normal(channels, layout, size=size), "mix": square, "offset": square[0] + 1, "h_pre": h_pre, "h_post": h_post}
 
 
 DLOGDET = torch.tensor([0.7, -1.3], device=DEVICE)
@@ -178,10 +180,11 @@ def test_step_without_an_affine(normal, missing, inverse):
 
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
 def test_weight_gradient_over_parts_of_several_tiles(normal, layout, monkeypatch):
-    """35 pixels are 3 tiles: 1 part of 4, of which the last is outside; or 2 parts of 2."""
-    for programs in (1, 4):
+    """77 pixels are 3 tiles: 1 part of 3; 2 parts of 2, of which the last is outside; or 3 parts of 1."""
+    for programs in (1, 4, 6):
         monkeypatch.setattr(flow_step, "WEIGHT_PROGRAMS", programs)
-        check_step(step_inputs(normal, 5, False, layout), False, normal(5, layout), DLOGDET)
+        size = (2, 7, 11)
+        check_step(step_inputs(normal, 5, False, layout, size=size), False, normal(5, layout, size=size), DLOGDET)
 
 
 @inverses
