@@ -120,10 +120,18 @@ def image(x: Tensor | None) -> tuple | None:
     return x, None, tl.constexpr(channel), None, tl.constexpr(column)
 
 
-def strided(x: Tensor) -> tuple:
-    """The form in which a kernel takes a matrix or a number a sample: its pointer and its strides, in elements."""
+def matrix(x: Tensor) -> tuple:
+    """The form in which a kernel takes a square matrix: its pointer and its strides, in elements."""
     x = in_memory(x)
-    return x, *x.stride()
+    strides = x.stride()
+    dense = sorted(strides) == [1, x.shape[0]]
+    return x, *(tl.constexpr(stride) if dense else stride for stride in strides)
+
+
+def per_sample(x: Tensor) -> tuple:
+    """The form in which a kernel takes a number a sample: its pointer and its stride, in elements."""
+    x = in_memory(x)
+    return x, x.stride(0)
 
 
 def dense(x: Tensor) -> Tensor:

@@ -19,10 +19,10 @@ from ncsr_fast.kernels._common import (
     image,
     launch,
     load,
+    per_sample,
     pixel_tile,
     program,
     store,
-    strided,
     sum_partials,
 )
 from ncsr_fast.layout import empty_like
@@ -227,7 +227,7 @@ def pair_map_bwd(
         x.shape[0] * count,
         x.device,
         dy=image(dy),
-        dlogdet=strided(dlogdet),
+        dlogdet=per_sample(dlogdet),
         x=image(x),
         h=image(h),
         dx=image(dx),

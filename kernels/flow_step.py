@@ -19,10 +19,11 @@ from ncsr_fast.kernels._common import (
     image,
     launch,
     load,
+    matrix,
+    per_sample,
     pixel_tile,
     program,
     store,
-    strided,
     sum_partials,
 )
 from ncsr_fast.kernels._pair_map import load_pair, map_changed, map_changed_bwd, store_pair
@@ -32,14 +33,14 @@ from ncsr_fast.layout import empty_like
 # Sizes of the tiles of the three products. Chosen for registers, spills and shared memory by the ahead-of-time
 # report (ncsr_fast.kernels.ahead_of_time), never timed: no GPU yet.
 CHANNELS = 64  # at most, written by a program
-CHANNELS_READ = 16  # at once, in the loop over the other channels
-# Of a program of the forward and backward kernels, by the channels it writes. Unless told how many registers a thread may
-# have, ptxas spills a few bytes to fit another program.
+# Of a program of the forward and backward kernels, by the channels it writes; BLOCK_K: channels read at once. Unless told
+# how many registers a thread may have, ptxas spills a few bytes to fit another program.
 OPTIONS = {
-    16: {"BLOCK_P": 64, "num_warps": 4, "maxnreg": 128},
-    32: {"BLOCK_P": 32, "num_warps": 4, "maxnreg": 168},
-    64: {"BLOCK_P": 32, "num_warps": 8, "maxnreg": 128},
+    16: {"BLOCK_P": 64, "BLOCK_K": 16, "num_warps": 4, "maxnreg": 128},
+    32: {"BLOCK_P": 32, "BLOCK_K": 32, "num_warps": 4, "maxnreg": 168},
+    64: {"BLOCK_P": 32, "BLOCK_K": 16, "num_warps": 8, "maxnreg": 128},
 }
+INVERSE_BACKWARD_REGISTERS = {16: 128, 32: 168, 64: 168}  # of 128, 8 bytes spill at C = 96
 WEIGHT_CHANNELS = 32  # at most, of a block of the weight gradient; 64 spill
 WEIGHT_PIXELS = {16: 32, 32: 16}  # at once, in its loop over the pixels of a sample, by the channels of the block
 WEIGHT_PROGRAMS = 512  # of the weight gradient, about, and at least one a sample: two rounds of 132 multiprocessors
@@ -281,10 +282,10 @@ def _block(channels: int, most: int) -> int:
 
 def _tiles(channels: int, pixels: int, **_) -> tuple[int, dict[str, int]]:
     """Tiles of a sample, and their sizes, of the forward and backward kernels."""
-    block_c, blocks_k = _block(channels, CHANNELS), triton.cdiv(channels, CHANNELS_READ)
+    block_c = _block(channels, CHANNELS)
     options = OPTIONS[block_c]
     count = triton.cdiv(pixels, options["BLOCK_P"]) * triton.cdiv(channels, block_c)
-    return count, {"BLOCK_C": block_c, "BLOCK_K": CHANNELS_READ, "BLOCKS_K": blocks_k, **options}
+    return count, {"BLOCK_C": block_c, "BLOCKS_K": triton.cdiv(channels, options["BLOCK_K"]), **options}
 
 
 def _weight_tiles(batch: int, channels: int, pixels: int) -> tuple[int, int, dict[str, int]]:
@@ -319,7 +320,7 @@ def step_fwd(
         partial.numel(),
         x.device,
         x=image(x),
-        mix=strided(mix),
+        mix=matrix(mix),
         p_offset=dense(offset),
         h_pre=image(h_pre),
         h_post=image(h_post),
@@ -357,13 +358,15 @@ def step_bwd(
     inputs = {"dy": image(dy), "x": image(x), "h_pre": image(h_pre), "h_post": image(h_post)}
     constants = {"eps": eps, "INVERSE": inverse, **_kept(x.shape[1], inverse), **sizes}
     count, blocks = _tiles(**sizes)
+    if inverse:
+        blocks["maxnreg"] = INVERSE_BACKWARD_REGISTERS[blocks["BLOCK_C"]]
     launch(
         step_bwd_kernel,
         x.shape[0] * count,
         x.device,
-        dlogdet=strided(dlogdet),
+        dlogdet=per_sample(dlogdet),
         y=image(y),
-        mix=strided(mix),
+        mix=matrix(mix),
         dx=image(dx),
         dh_pre=image(dh_pre),
         dh_post=image(dh_post),
