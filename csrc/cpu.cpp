@@ -63,6 +63,7 @@ const CpuKernels kernels{
     [](const Convolution& p, bool float64, int threads) {
         float64 ? convolution_gradient<double>(p, threads) : convolution_gradient<float>(p, threads);
     },
+    inverse_logdet,
     fold,
     fold_gradient,
 };

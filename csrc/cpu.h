@@ -31,6 +31,7 @@ struct CpuKernels {
     void (*network_forward)(const Network&, bool float64, int threads);
     void (*convolution_forward)(const Convolution&, bool float64, int threads);
     void (*convolution_gradient)(const Convolution&, bool float64, int threads);
+    void (*inverse_logdet)(const InverseLogdet&, int threads);
     Folded (*fold)(const Vector64& bias, const Vector64& logs, const Matrix& weight, bool inverse, bool with_logdet);
     FoldGradient (*fold_gradient)(const Vector64& bias, const Vector64& logs, const Matrix& weight, Matrix dmix,
                                   const Vector64& doffset, double g, bool inverse, bool single);

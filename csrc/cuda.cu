@@ -6,6 +6,7 @@
 #include <string>
 
 #include "flow_step.cuh"
+#include "inverse_logdet.cuh"
 #include "pointwise.cuh"
 
 // The tests emulate a launch on the CPU and define their own.
@@ -176,6 +177,16 @@ void use_device(int ordinal) {
     int current = -1;
     check(cudaGetDevice(&current));
     if (current != ordinal) check(cudaSetDevice(ordinal));
+}
+
+int64_t inverse_logdet_workspace(int64_t count, int64_t channels) {
+    return 2 * count * channels * channels * int64_t(sizeof(double));
+}
+
+void inverse_logdet(const InverseLogdet& p, void* workspace, void* stream) {
+    if (p.count == 0) return;
+    NCSR_LAUNCH(inverse_logdet_kernel, dim3(unsigned(p.count)), 0, stream, p, static_cast<double*>(workspace));
+    check(cudaGetLastError());
 }
 
 const char* unavailable() {

@@ -5,61 +5,12 @@
 //   the log-det of a pixel is ±(Σ logs + log|det weight|)
 #pragma once
 
-#include <cmath>
 #include <utility>
 
-#include "cpu.h"
+#include "inverse_logdet_cpu.h"
 #include "matrix_cpu.h"
 
 namespace ncsr::NCSR_ISA {
-
-// Gauss-Jordan elimination with partial pivoting: `a` becomes its inverse when `inverse`, else garbage. Returns log|det a|;
-// that of a singular matrix is -infinity, and its inverse NaN.
-template <class T>
-double eliminate(std::vector<T>& a, int64_t n, bool inverse) {
-    double logdet = 0;
-    std::vector<int64_t> swapped(static_cast<size_t>(n));
-    for (int64_t k = 0; k < n; ++k) {
-        int64_t pivot = k;
-        for (int64_t i = k + 1; i < n; ++i)
-            if (std::abs(a[i * n + k]) > std::abs(a[pivot * n + k])) pivot = i;
-        swapped[k] = pivot;
-        if (pivot != k)
-            for (int64_t j = 0; j < n; ++j) std::swap(a[k * n + j], a[pivot * n + j]);
-        T* __restrict row = &a[k * n];
-        const T scale = 1 / row[k];
-        logdet += std::log(std::abs(double(row[k])));
-        if (inverse) {
-            row[k] = 1;
-#pragma omp simd
-            for (int64_t j = 0; j < n; ++j) row[j] *= scale;
-        }
-        // the determinant needs the rows below only, the inverse those above as well
-        for (int64_t i = inverse ? 0 : k + 1; i < n; ++i) {
-            if (i == k) continue;
-            T* __restrict other = &a[i * n];
-            const T factor = inverse ? other[k] : other[k] * scale;
-            if (inverse) other[k] = 0;
-#pragma omp simd
-            for (int64_t j = inverse ? 0 : k + 1; j < n; ++j) other[j] -= factor * row[j];
-        }
-    }
-    for (int64_t k = n - 1; inverse && k >= 0; --k)
-        if (swapped[k] != k)
-            for (int64_t i = 0; i < n; ++i) std::swap(a[i * n + k], a[i * n + swapped[k]]);
-    return logdet;
-}
-
-// Largest sum of magnitudes in a row.
-inline double norm(const Matrix& a, int64_t n) {
-    double largest = 0;
-    for (int64_t i = 0; i < n; ++i) {
-        double sum = 0;
-        for (int64_t j = 0; j < n; ++j) sum += std::abs(a[i * n + j]);
-        if (!(sum <= largest)) largest = sum;  // NaN wins
-    }
-    return largest;
-}
 
 // a·b
 inline Matrix product(const Matrix& a, const Matrix& b, int64_t n) {
@@ -89,8 +40,8 @@ inline Folded fold(const Vector64& bias, const Vector64& logs, const Matrix& wei
     const int64_t n = int64_t(bias.size());
     Folded f{weight, Vector64(bias.size()), 0, 0};
     Matrix undone = weight;
-    if (inverse || with_logdet) f.logdet_of_pixel = eliminate(undone, n, inverse);
-    if (inverse) f.condition = norm(weight, n) * norm(undone, n);
+    if (inverse || with_logdet) f.logdet_of_pixel = eliminate(undone.data(), n, inverse);
+    if (inverse) f.condition = norm(weight.data(), n) * norm(undone.data(), n);
     for (double value : logs) f.logdet_of_pixel += value;
     if (inverse) {
         f.logdet_of_pixel = -f.logdet_of_pixel;
@@ -113,7 +64,7 @@ inline Folded fold(const Vector64& bias, const Vector64& logs, const Matrix& wei
 template <class T>
 Matrix inverted(const Matrix& weight, int64_t n) {
     std::vector<T> a(weight.begin(), weight.end());
-    eliminate(a, n, true);
+    eliminate(a.data(), n, true);
     return Matrix(a.begin(), a.end());
 }
 

@@ -136,6 +136,19 @@ void flow_step_backward(SizesTuple size, double eps, bool inverse, TensorTuple d
     cpu->flow_step_backward(p, float64, w.threads);
 }
 
+// count matrices of channels × channels doubles.
+void inverse_logdet(int64_t count, int64_t channels, int64_t weight, int64_t inverse, int64_t logdet, int64_t condition, bool,
+                    WhereTuple where) {
+    const auto doubles = [](int64_t address) { return reinterpret_cast<double*>(address); };
+    const InverseLogdet p{count, channels, doubles(weight), doubles(inverse), doubles(logdet), doubles(condition)};
+    const Where w(where);
+    py::gil_scoped_release release;
+#if defined(NCSR_CUDA)
+    if (w.cuda) return cuda::inverse_logdet(p, w.workspace, w.stream);
+#endif
+    cpu->inverse_logdet(p, w.threads);
+}
+
 // sizes: batch, rows, columns, kept, hidden, outputs; w1 may be 0. On the CPU only.
 void network_forward(std::array<int64_t, 6> sizes, TensorTuple x, TensorTuple pre, int64_t w1, int64_t w2, int64_t b2,
                      int64_t w3, int64_t b3, TensorTuple h1, TensorTuple h2, TensorTuple y, bool float64, WhereTuple where) {
@@ -188,6 +201,8 @@ int64_t flow_step_workspace(SizesTuple size, bool float64, bool backward) {
     p.size = sizes(size);
     return cuda::flow_step_workspace(p, float64, backward);
 }
+
+int64_t inverse_logdet_workspace(int64_t count, int64_t channels) { return cuda::inverse_logdet_workspace(count, channels); }
 #else
 std::string cuda_unavailable() {
     return "this build has no CUDA kernels (" NCSR_BUILD_INFO
@@ -196,6 +211,7 @@ std::string cuda_unavailable() {
 
 int64_t pointwise_workspace(SizesTuple) { return 0; }
 int64_t flow_step_workspace(SizesTuple, bool, bool) { return 0; }
+int64_t inverse_logdet_workspace(int64_t, int64_t) { return 0; }
 #endif
 
 // Calls `use` with a pointer of a tensor's C++ type: float32 or float64.
@@ -251,10 +267,12 @@ PYBIND11_MODULE(_native, m) {
     m.def("use_instruction_set", &use_instruction_set, "choose another CPU build, for tests");
     m.def("pointwise_workspace", &pointwise_workspace, "bytes of a forward call on a CUDA device");
     m.def("flow_step_workspace", &flow_step_workspace, "bytes of a call on a CUDA device");
+    m.def("inverse_logdet_workspace", &inverse_logdet_workspace, "bytes of a call on a CUDA device");
     m.def("pointwise_forward", &pointwise_forward);
     m.def("pointwise_backward", &pointwise_backward);
     m.def("flow_step_forward", &flow_step_forward);
     m.def("flow_step_backward", &flow_step_backward);
+    m.def("inverse_logdet", &inverse_logdet);
     m.def("network_forward", &network_forward);
     m.def("convolution_forward", &convolution_forward);
     m.def("convolution_gradient", &convolution_gradient);

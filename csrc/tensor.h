@@ -73,6 +73,13 @@ struct FlowStep {
     NCSR_FUNCTION int64_t kept_post() const { return inverse ? size.channels / 2 : 0; }
 };
 
+// Square matrices, their inverses, log|det| and condition numbers ‖W‖·‖W⁻¹‖ in the ∞-norm, all dense and in double.
+struct InverseLogdet {
+    int64_t count, channels;
+    const double* weight;                  // (N, C, C)
+    double *inverse, *logdet, *condition;  // (N, C, C), (N,) and (N,), written
+};
+
 // A small network of three convolutions, relu after the first two: network_cpu.h. On the CPU only.
 struct Network {
     int64_t batch, rows, columns, kept, hidden, outputs;

@@ -169,6 +169,9 @@ def calls(channels: int, size: tuple[int, int, int] = SIZE) -> Iterator[tuple[st
                 ),
             )
 
+    weight = torch.empty(18, channels, channels, dtype=torch.float64, device="meta")
+    yield "inverse_logdet", "any", lambda: kernels.inverse_logdet(weight)
+
 
 def _compiling(target: int) -> _CompilingDriver:
     """The driver of a target, which is left behind, so it wants a process of its own."""
@@ -205,8 +208,8 @@ def compiled_kernels(target: int, channels: int, sizes: Sequence[tuple[int, int,
     compiling, found = _compiling(target), {}
     for size in sizes:
         for operator, call, body in calls(channels, size):
-            direction, layout, dtype = call.split()
-            if (direction, dtype) == ("forward", "h=float32"):
+            if call in ("forward nhwc h=float32", "forward nchw h=float32"):
+                layout = call.split()[1]
                 compiling.launched.clear()
                 body()
                 for i, launched in enumerate(compiling.launched):  # one object for each kernel that was compiled

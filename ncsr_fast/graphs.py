@@ -7,17 +7,19 @@ without capture on any device (`graph=False`), for machines without a GPU and fo
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from ncsr_fast.autocast import autocast_dtype
 from ncsr_fast.nn.ncsr import NCSR
 from ncsr_fast.nn.sampling import decode_samples, draw_latents
 
 _WARM_UP = 3  # runs before a capture: plans of cuDNN, compilation of Triton, lazy loading of modules
+_WARM_UP_OF_DDP = 11  # as PyTorch's notes on CUDA graphs ask for: DistributedDataParallel rebuilds its buckets meanwhile
 Loss = Callable[..., Tensor]
 
 
@@ -55,7 +57,10 @@ class TrainingStep:
     loss              (model, *inputs) → a scalar, or a vector whose first element is minimised; it must not wait for the
                       device. Inputs are tensors or None.
     graph             capture at the first call. Weights, optimizer state and gradients are then as a step without capture
-                      leaves them: the runs before the capture are undone. A batch of another shape is captured anew.
+                      leaves them: the runs before the capture are undone. A batch of another shape or dtype is captured
+                      anew, and so is all after the model was moved, frozen or thawed, after a parameter's `requires_grad`,
+                      an option, or a number of the optimizer changed, and after its `load_state_dict`. Of a model in
+                      DistributedDataParallel, every process must make the same calls.
     backoff           what `rate` is multiplied by at a skipped step
     reduce            called with what `loss` returned, detached, to make it that of all processes, in place
     returns           what `loss` returned and the gradient norm, tensors on the device that the next call overwrites
@@ -80,44 +85,68 @@ class TrainingStep:
     ) -> None:
         self.model, self.optimizer, self.max_grad_norm, self.loss, self.graph = model, optimizer, max_grad_norm, loss, graph
         self.backoff, self.reduce = backoff, reduce
-        if optimizer is None:
-            self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        else:
-            self.parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         if graph:
             _check_on_gpu(model)
         if optimizer is not None:
             _check_optimizer(optimizer, graph)
-        device = self.parameters[0].device
-        self.counters = torch.tensor([0, 0, 0, -1], device=device)
-        self.rate = torch.ones((), dtype=torch.float32, device=device)
-        self._captured: dict[object, tuple[_Captured, list[Tensor | None]]] = {}
+        self.device = next(model.parameters()).device
+        self.counters = torch.tensor([0, 0, 0, -1], device=self.device)
+        self.rate = torch.ones((), dtype=torch.float32, device=self.device)
+        self._captured: dict[Hashable, tuple[_Captured, list[tuple[Tensor, Tensor | None]]]] = {}
+        self._memory: _Memory | None = None  # that the captured graphs read and write
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """The parameters that are trained: the optimizer's, or those of the model that require a gradient."""
+        if self.optimizer is None:
+            return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
     def __call__(self, *inputs: Tensor | None) -> tuple[Tensor, Tensor]:
         if not self.graph:
             return self._run(*inputs)
-        shapes = [None if tensor is None else tensor.shape for tensor in inputs]
-        key = *shapes, getattr(self.model, "options", None), autocast_dtype(self.parameters[0].device.type)
+        if self._memory is not None and not self._memory.is_still_that_of(self.model, self._changed()):
+            self._captured.clear()
+        key = self._key(inputs)
         if key not in self._captured:
-            saved = list(_copies(self._state()))
-            captured = _Captured(self._run, inputs)
-            self._captured[key] = captured, [parameter.grad for parameter in self.parameters]
+            saved = {name: tensor.detach().clone() for name, tensor in self._state()}
+            captured = _Captured(self._run, inputs, self.device, _warm_up(self.model))
+            self._captured[key] = captured, [(parameter, parameter.grad) for parameter in self.parameters]
             self._restore(saved)
+            self._memory = _Memory(self.model, self._changed())  # the optimizer's state included, which the first run makes
         captured, gradients = self._captured[key]
         results = captured(*inputs)
-        for parameter, gradient in zip(self.parameters, gradients):
+        for parameter, gradient in gradients:
             parameter.grad = gradient  # where the graph wrote it, whatever was there since
         return results
 
+    def _key(self, inputs: tuple[Tensor | None, ...]) -> Hashable:
+        """What a graph is captured for."""
+        shapes = tuple(None if tensor is None else (tensor.shape, tensor.dtype) for tensor in inputs)
+        numbers = self.max_grad_norm, self.backoff, *self._numbers_of_optimizer()
+        modes = tuple(module.training for module in self.model.modules())
+        options = tuple(module.options for module in self.model.modules() if isinstance(module, NCSR))
+        return shapes, numbers, modes, options, autocast_dtype(self.device.type)
+
+    def _numbers_of_optimizer(self) -> Iterator[tuple[str, str]]:
+        for group in self.optimizer.param_groups if self.optimizer is not None else ():
+            yield from (
+                (name, repr(value)) for name, value in group.items() if name != "params" and not isinstance(value, Tensor)
+            )
+
+    def _changed(self) -> list[Tensor]:
+        return [tensor for _, tensor in self._state()]
+
     def _run(self, *inputs: Tensor | None) -> tuple[Tensor, Tensor]:
-        for parameter in self.parameters:
+        parameters = self.parameters
+        for parameter in parameters:
             parameter.grad = None  # so that a replay writes the gradients instead of adding to them
         result = self.loss(self.model, *inputs)
         (result if result.dim() == 0 else result[0]).backward()
         result = result.detach()
         if self.reduce is not None:
             self.reduce(result)
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, math.inf if self.max_grad_norm is None else self.max_grad_norm)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, math.inf if self.max_grad_norm is None else self.max_grad_norm)
         self._count(~(result.isfinite().all() & norm.isfinite()))
         if self.optimizer is not None:
             self.optimizer.step()
@@ -134,17 +163,23 @@ class TrainingStep:
         done.add_(1)
         self.rate.mul_(torch.where(bad, self.backoff, 1.0))
 
-    def _state(self) -> Iterator[Tensor]:
-        yield from (self.counters, self.rate)
-        yield from self.parameters
-        for parameter in self.parameters if self.optimizer is not None else ():
-            yield from (value for value in self.optimizer.state.get(parameter, {}).values() if isinstance(value, Tensor))
+    def _state(self) -> Iterator[tuple[Hashable, Tensor]]:
+        """Tensors that a step changes, each with a name of its own."""
+        yield "counters", self.counters
+        yield "rate", self.rate
+        for index, parameter in enumerate(self.parameters):
+            yield index, parameter
+            for name, value in self.optimizer.state.get(parameter, {}).items() if self.optimizer is not None else ():
+                if isinstance(value, Tensor):
+                    yield (index, name), value
+        for index, group in enumerate(self.optimizer.param_groups if self.optimizer is not None else ()):
+            yield from ((f"{name} of group {index}", value) for name, value in group.items() if isinstance(value, Tensor))
 
     @torch.no_grad()
-    def _restore(self, saved: list[Tensor]) -> None:
+    def _restore(self, saved: dict[Hashable, Tensor]) -> None:
         """As before the capture; what the optimizer had not yet starts from zero, as Adam does."""
-        for index, tensor in enumerate(self._state()):
-            tensor.copy_(saved[index]) if index < len(saved) else tensor.zero_()
+        for name, tensor in self._state():
+            tensor.copy_(saved[name]) if name in saved else tensor.zero_()
 
 
 class Sampler:
@@ -154,8 +189,9 @@ class Sampler:
     first_bad  (B, n): the number of the decoding step after which a state was first beyond bounds or not finite, at least
                `sampler.sound` where none was; it stays on the device
 
-    Captured at the first call, and anew when an option of the model has changed. The graph begins with the weights as they
-    are when it is replayed.
+    Captured at the first call, and anew for another LR shape or after an option of the model has changed, after the model was
+    moved, frozen or thawed, or a parameter was put in another's place. The graph begins with the weights as they are when it
+    is replayed.
 
     raises  ValueError for a model on the CPU with graph=True
     """
@@ -165,51 +201,110 @@ class Sampler:
         if graph:
             _check_on_gpu(model)
         self.sound = sum(level.steps for level in model.levels) + 1
-        self._captured: tuple[object, _Captured] | None = None
+        self._captured: tuple[Hashable, _Memory, _Captured] | None = None
 
     @torch.no_grad()
     def __call__(self, lr: Tensor, temperature: float = 0.9, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         padded = self.model.padded(lr)
         shapes = self.model.latent_shapes(*lr.shape[2:])
         latents = draw_latents(shapes, lr.shape[0], self.n, temperature, lr, generator)
-        key = lr.shape, self.model.served
-        if not self.graph:
-            images, first_bad = self._run(padded, *latents)
-        else:
-            if self._captured is None or self._captured[0] != key:
-                self._captured = key, _Captured(self._run, (padded, *latents))
-            images, first_bad = self._captured[1](padded, *latents)
+        run = self._graph(padded, *latents) if self.graph else self._run
+        images, first_bad = run(padded, *latents)
         return self.model.shown(images, lr), first_bad.clone()
+
+    def _graph(self, lr: Tensor, *latents: Tensor) -> _Captured:
+        key = lr.shape, lr.dtype, self.model.served
+        if self._captured is None or self._captured[0] != key or not self._captured[1].is_still_that_of(self.model):
+            self._captured = None  # its memory is free for the next one
+            captured = _Captured(self._run, (lr, *latents), lr.device, _WARM_UP)
+            self._captured = key, _Memory(self.model), captured
+        return self._captured[2]
 
     def _run(self, lr: Tensor, *latents: Tensor) -> tuple[Tensor, Tensor]:
         return decode_samples(self.model, self.model.features(lr), list(latents), watch=True)
 
 
+class _Memory:
+    """Tensors that a graph reads or writes by address: a model's, the constants of a frozen one, and others.
+
+    The memory stays allocated while this lives, so that nothing else is found at the address.
+    """
+
+    def __init__(self, model: nn.Module, others: Iterable[Tensor] = ()) -> None:
+        tensors = _tensors(model, others)
+        self._held = [tensor.detach() for tensor in tensors]
+        self._places, self._constants = _places(tensors), _folded_constants(model)
+
+    def is_still_that_of(self, model: nn.Module, others: Iterable[Tensor] = ()) -> bool:
+        """True if a graph that was captured before is right for the model as it is."""
+        constants = _folded_constants(model)
+        same = len(constants) == len(self._constants) and all(a is b for a, b in zip(constants, self._constants))
+        return same and _places(_tensors(model, others)) == self._places
+
+
+def _tensors(model: nn.Module, others: Iterable[Tensor]) -> list[Tensor]:
+    return [*model.parameters(), *model.buffers(), *others]
+
+
+def _places(tensors: list[Tensor]) -> list[tuple]:
+    return [(tensor.data_ptr(), tensor.dtype, tensor.stride(), tensor.requires_grad) for tensor in tensors]
+
+
+def _folded_constants(model: nn.Module) -> list[dict]:
+    flows = [module for module in model.modules() if isinstance(module, NCSR)]
+    return [constants for flow in flows for constants in flow.folded_constants]
+
+
 class _Captured:
     """A function of tensors as a graph, with inputs of its own into which every call copies."""
 
-    def __init__(self, function: Callable[..., tuple[Tensor, ...]], inputs: tuple[Tensor | None, ...]) -> None:
+    def __init__(
+        self,
+        function: Callable[..., tuple[Tensor, ...]],
+        inputs: tuple[Tensor | None, ...],
+        device: torch.device,
+        warm_up: int,
+    ) -> None:
         self.inputs = [None if tensor is None else tensor.clone() for tensor in inputs]
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(_WARM_UP):
-                function(*self.inputs)
-        torch.cuda.current_stream().wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.outputs = function(*self.inputs)
+        self.replay, self.outputs = _capture(lambda: function(*self.inputs), device, warm_up)
 
     def __call__(self, *inputs: Tensor | None) -> tuple[Tensor, ...]:
         for static, tensor in zip(self.inputs, inputs):
             if static is not None:
                 static.copy_(tensor)
-        self.graph.replay()
+        self.replay()
         return self.outputs
 
 
-def _copies(tensors: Iterator[Tensor]) -> Iterator[Tensor]:
-    return (tensor.detach().clone() for tensor in tensors)
+def _capture(
+    function: Callable[[], tuple[Tensor, ...]], device: torch.device, warm_up: int
+) -> tuple[Callable[[], None], tuple[Tensor, ...]]:
+    """A function as a CUDA graph of this device, after some runs of the function: the graph's replay, and its outputs.
+
+    Other threads may allocate meanwhile, as the one of a DataLoader that pins memory does: "thread_local".
+    """
+    with torch.cuda.device(device):
+        stream, current = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
+            for _ in range(warm_up):
+                function()
+        current.wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            outputs = function()
+
+    def replay() -> None:
+        with torch.cuda.device(device):
+            graph.replay()
+
+    return replay, outputs
+
+
+def _warm_up(model: nn.Module) -> int:
+    """The number of runs before a capture."""
+    distributed = any(isinstance(module, DistributedDataParallel) for module in model.modules())
+    return _WARM_UP_OF_DDP if distributed else _WARM_UP
 
 
 def _check_on_gpu(model: nn.Module) -> None:

@@ -62,12 +62,12 @@ def _is_plain(x: Tensor) -> bool:
 
 
 def is_channels_last(x: Tensor) -> bool:
-    """Whether the channels of a pixel are adjacent in memory; also true of a slice of a channels-last tensor."""
-    return x.stride(1) == 1 and not x.is_contiguous()
+    """True for an image whose channels of a pixel are adjacent in memory, a slice of a channels-last tensor included."""
+    return x.dim() == 4 and x.stride(1) == 1 and not x.is_contiguous()
 
 
 def empty_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Uninitialised and dense, of the shape, device and layout of x (B, C, H, W).
+    """Uninitialised and dense, of the shape, device and layout of x: an image (B, C, H, W), or matrices.
 
     Every output of a kernel is allocated here, and by the fake of its operator too, so that the strides agree.
     `torch.empty_like` would copy the strides of a permuted or sliced x instead.

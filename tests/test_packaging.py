@@ -8,9 +8,11 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+from setuptools import Distribution, Extension
 
 import ncsr_fast
 
@@ -39,7 +41,7 @@ def test_one_name_reaches_site_packages():
 
 
 def test_every_part_is_installed():
-    for name in ("kernels", "benchmarks"):
+    for name in ("kernels", "benchmarks", "benchmarks.gpu"):
         assert importlib.util.find_spec(f"ncsr_fast.{name}").origin, name
     assert (PACKAGE / "models" / "ncsr-compact-x4" / "model.safetensors").is_file()
     assert (PACKAGE / "py.typed").is_file()  # type checkers take the hints of the package for true
@@ -177,3 +179,17 @@ esac
     monkeypatch.setenv("NVCC", f"/usr/bin/env '{nvcc}'")
     command, libraries, said = build.find_cuda("g++")
     assert command[:4] == ["/usr/bin/env", str(nvcc), "-ccbin", "g++"] and said == "12.4 for 9.0+PTX"
+
+
+def test_a_module_that_is_up_to_date_is_newer_than_its_sources(build, monkeypatch, tmp_path):
+    """After a change in a file that this build does not compile, as in CUDA's where there is no nvcc, the tests run again."""
+    module = tmp_path / "_native.so"
+    module.touch()
+    os.utime(module, (0, 0))
+    text = f"builddir = {tmp_path}\nrule nothing\n  command = :\nbuild {module}: nothing\n"
+    monkeypatch.setattr(build, "plan", lambda module, temp: (text, "C++"))
+    command = build.BuildNative(Distribution())
+    command.build_temp, command.get_ext_fullpath = str(tmp_path), lambda name: str(module)
+    before = time.time() - 1  # a file system may round
+    command.build_extension(Extension("ncsr_fast._native", sources=[]))
+    assert module.stat().st_mtime > before

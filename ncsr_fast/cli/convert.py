@@ -43,12 +43,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int | None:
-    from ncsr_fast.convert import FILE_SUFFIXES, convert
+    from ncsr_fast.convert import FILE_SUFFIXES, convert, written_files
     from ncsr_fast.files import CheckpointError, atomic_write
+    from ncsr_fast.places import check_apart, files_of_model
 
     (check_file if args.out.endswith(FILE_SUFFIXES) else check_folder)("--out", args.out)
     if args.report:
         check_file("--report", args.report)
+    out = Path(args.out)
+    check_apart(
+        {"--out": {out, *written_files(out)}, "--report": [args.report] if args.report else []},
+        {"the source": files_of_model(args.source), "--options": [args.options] if args.options else []},
+    )
     try:
         conversion = convert(
             args.source, args.out, None if args.options is None else _config(args.options), long_skip=args.long_skip

@@ -75,6 +75,11 @@ class Cache:
         """Forget what was made since `freeze`, and compare weights again."""
         self._frozen = None
 
+    @property
+    def frozen_values(self) -> dict[object, object] | None:
+        """The values made since `freeze`, by name; None while weights are compared."""
+        return self._frozen
+
     def __deepcopy__(self, memo: dict) -> Cache:
         return Cache()
 

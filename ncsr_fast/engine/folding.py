@@ -10,10 +10,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ncsr_fast.engine.function import Piece, Tensors
-from ncsr_fast.ops._backends import implementation, resolve_backend
-from ncsr_fast.ops._contract import check_weight, compute_dtype
-from ncsr_fast.synchronization import reading_is_free
+from ncsr_fast.ops._contract import compute_dtype
+from ncsr_fast.ops.inverse_logdet import invert
 
 LOG_SCALE = 3.0  # factor of `logs` in a zero-initialised convolution (Glow)
 
@@ -86,11 +84,9 @@ def fold_mixing(bias: Tensor, logs: Tensor, weight: Tensor, transitions: int, in
     """The maps of actnorms bias, logs (T+K, C) and 1×1 convolutions weight (T+K, C, C), computed in float64.
 
     inverse  the inverse maps and the log-det of applying them; ValueError for a singular weight on the CPU. On a GPU the
-             check would make the host wait: there the images are flagged as not finite instead.
+             check would make the host wait: there the inverse is NaN, and so the images are flagged as not finite.
     """
-    native = reading_is_free(weight) and resolve_backend("engine", "auto", weight) == "native"
-    maps = _native_maps((bias, logs, weight), inverse) if native else _maps(bias, logs, weight, inverse)
-    mix, offset, logdet = maps
+    mix, offset, logdet = _maps(bias, logs, weight, inverse)
     first, *others = range(transitions + 1)[::-1] if inverse else range(transitions + 1)
     composed, composed_offset = mix[first], offset[first]
     for index in others:
@@ -101,44 +97,12 @@ def fold_mixing(bias: Tensor, logs: Tensor, weight: Tensor, transitions: int, in
     return Mixing(mix.to(dtype).contiguous(), offset.to(dtype), logdet)  # as kernels read it, copied once for all calls
 
 
-def _maps(bias: Tensor, logs: Tensor, weight: Tensor, inverse: bool) -> Tensors:
+def _maps(bias: Tensor, logs: Tensor, weight: Tensor, inverse: bool) -> tuple[Tensor, Tensor, Tensor]:
     """mix (N, C, C) and offset (N, C) of every map, and the log-det () of a pixel through all, in float64."""
     bias, logs, weight = bias.double(), logs.double(), weight.double()
-    logdet = logs.sum() + torch.linalg.slogdet(weight)[1].sum()
-    if not inverse:
-        mix = weight * torch.exp(logs)[:, None, :]
-        return mix, (mix @ bias[:, :, None])[:, :, 0], logdet
-    inverses = torch.linalg.inv_ex(weight)[0]
-    if reading_is_free(weight):
-        conditions = torch.linalg.matrix_norm(weight, torch.inf) * torch.linalg.matrix_norm(inverses, torch.inf)
-        for step, condition in enumerate(conditions.detach().tolist()):
-            check_weight(_name(step), condition, weight.shape[-1])
-    return torch.exp(-logs)[:, :, None] * inverses, -bias, -logdet
-
-
-def _native_forward(tensors: Tensors, inverse: bool) -> tuple[Tensors, Tensors]:
-    """By our own elimination. MKL's, which PyTorch's is on x86, was seen to be wrong: for 192 channels, without an error,
-    once `torch.set_num_threads` had been called (torch 2.13, AMD)."""
-    fold = implementation("native").fold
-    folded = [fold(_name(i), *one, inverse, torch.float64) for i, one in enumerate(zip(*(t.unbind() for t in tensors)))]
-    mixes, offsets, logdets = zip(*folded)
-    return (
-        torch.stack(mixes),
-        torch.stack(offsets),
-        torch.tensor(sum(logdets), dtype=torch.float64, device=tensors[2].device),
-    ), ()
-
-
-def _native_backward(grads: Tensors, inputs: Tensors, _: Tensors, needed: tuple[bool, ...], inverse: bool) -> Tensors:
-    dmix, doffset, dlogdet = grads
-    backward = implementation("native").fold_backward
-    each = zip(*(tensor.unbind() for tensor in inputs), dmix.contiguous().unbind(), doffset.contiguous().unbind())
-    found = [backward(bias, logs, weight, inverse, dm, do, dlogdet) for bias, logs, weight, dm, do in each]
-    return tuple(torch.stack(gradients) for gradients in zip(*found))
-
-
-def _name(step: int) -> str:
-    return f"1×1 convolution of step {step}"
-
-
-_native_maps = Piece("Maps", forward=_native_forward, backward=_native_backward, reference=_maps)
+    inverses, logdets = invert(weight, "1×1 convolution of step {}", needs_inverse=inverse)
+    logdet = logs.sum() + logdets.sum()
+    if inverse:
+        return torch.exp(-logs)[:, :, None] * inverses, -bias, -logdet
+    mix = weight * torch.exp(logs)[:, None, :]
+    return mix, (mix @ bias[:, :, None])[:, :, 0], logdet

@@ -79,6 +79,11 @@ class Freezing:
             parameter.requires_grad_(flag)
         return self.train(record.training)
 
+    @property
+    def folded_constants(self: NCSR) -> list[dict]:
+        """The constants of every level that were folded when the model was frozen; none for a model that is not."""
+        return [constants for level in self.levels if (constants := level.cache.frozen_values) is not None]
+
     def refuse_when_frozen(self, what: str) -> None:
         """Raise FrozenError when the model is frozen."""
         if self.frozen:

@@ -44,9 +44,13 @@ def backends(device: str | torch.device | None = None, dtype: torch.dtype = torc
     return {name: Backend(name, not why, why or _description(name, kind)) for name, why in missing.items()}
 
 
-def resolve_backend(op: str, backend: str = "auto", like: Tensor | None = None) -> str:
-    """The backend that runs for a tensor: "auto" chooses, a named one is returned or raises `BackendUnavailable`."""
+def resolve_backend(op: str, backend: str = "auto", like: Tensor | None = None, *, computes_float64: bool = False) -> str:
+    """The backend that runs for a tensor: "auto" chooses, a named one is returned or raises `BackendUnavailable`.
+
+    With `computes_float64`, every backend of the operator computes in float64.
+    """
     kind, float64 = _kind_of(like)
+    float64 = float64 and not computes_float64
     if backend == "auto":
         return _best(kind, float64)
     if backend not in BACKENDS:
@@ -59,7 +63,8 @@ def resolve_backend(op: str, backend: str = "auto", like: Tensor | None = None) 
 
 @functools.cache
 def implementation(backend: str) -> ModuleType:
-    """The module with the functions of a backend: affine, gaussian (not the reference) and step, each `_fwd` and `_bwd`."""
+    """The module with the functions of a backend: affine, gaussian (not the reference) and step, each `_fwd` and `_bwd`, and
+    inverse_logdet."""
     return importlib.import_module(_MODULES[backend])
 
 

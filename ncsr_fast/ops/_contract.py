@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -39,12 +41,25 @@ def check_eps(op: str, eps: float) -> None:
         raise ValueError(f"{op}: eps must be positive and finite, not {eps}")
 
 
-def check_weight(op: str, condition: float, channels: int) -> None:
-    """Raise when the inverse of a matrix with this condition number (∞-norm, float64) has no correct digit."""
-    if not condition < 1 / (channels * torch.finfo(torch.float64).eps):  # NaN included
-        raise ValueError(
-            f"{op}: weight is singular or not finite (condition number {condition:.1e}), so the 1×1 convolution has no inverse"
-        )
+def largest_condition(channels: int) -> float:
+    """The condition number (∞-norm, float64) of C×C matrices from which on an inverse has no correct digit."""
+    return 1 / (channels * torch.finfo(torch.float64).eps)
+
+
+def check_conditions(name: str, conditions: Sequence[float], channels: int) -> None:
+    """Raise where the inverse of a matrix with one of these condition numbers has no correct digit.
+
+    Args:
+        name: who is named; {} becomes the number of the matrix.
+        conditions: condition numbers in the ∞-norm, NaN included.
+        channels: C of the C×C matrices.
+    """
+    for index, condition in enumerate(conditions):
+        if not condition < largest_condition(channels):
+            raise ValueError(
+                f"{name.format(index)}: weight is singular or not finite (condition number {condition:.1e}), so the 1×1 "
+                "convolution has no inverse"
+            )
 
 
 def compute_dtype(state: Tensor) -> torch.dtype:

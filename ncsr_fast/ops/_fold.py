@@ -10,9 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ncsr_fast.layout import is_wrapped, traced
-from ncsr_fast.ops._contract import check_weight
-from ncsr_fast.ops._operator import LIBRARY
+from ncsr_fast.ops.inverse_logdet import invert
 
 
 def fold(
@@ -20,12 +18,15 @@ def fold(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """mix (C, C) and offset (C,) in `dtype`, and the log-det of a pixel in float64, of no meaning without `with_logdet`.
 
-    ValueError when the inverse is wanted and weight has none.
+    ValueError where the inverse is wanted, weight has none, and the host may read values.
     """
     bias, logs, weight = bias.double(), logs.double(), weight.double()
-    logdet = logs.sum() + (torch.linalg.slogdet(weight)[1] if with_logdet else 0)
+    logdet = logs.sum()
+    if inverse or with_logdet:
+        inverses, logdets = invert(weight[None], op, needs_inverse=inverse)
+        logdet = logdet + logdets[0]
     if inverse:
-        mix, offset = torch.exp(-logs)[:, None] * inverse_weight(op, weight), -bias
+        mix, offset = torch.exp(-logs)[:, None] * inverses[0], -bias
     else:
         mix = weight * torch.exp(logs)
         offset = mix @ bias
@@ -38,7 +39,7 @@ def fold_backward(
     """Gradients of bias, logs and weight; `dlogdet` is the sum over samples and pixels."""
     dtypes = bias.dtype, logs.dtype, weight.dtype
     bias, logs, weight, dmix, doffset = (tensor.double() for tensor in (bias, logs, weight, dmix, doffset))
-    turned = torch.linalg.inv_ex(weight)[0].T  # weight⁻ᵀ, the gradient of log|det weight|
+    turned = invert(weight[None], "", needs_inverse=False)[0][0].T  # weight⁻ᵀ, the gradient of log|det weight|
     if inverse:
         scale = torch.exp(-logs)[:, None]
         dbias = -doffset
@@ -51,34 +52,3 @@ def fold_backward(
         dlogs = (total * mix).sum(dim=0) + dlogdet
         dweight = total * torch.exp(logs) + dlogdet * turned
     return dbias.to(dtypes[0]), dlogs.to(dtypes[1]), dweight.to(dtypes[2])
-
-
-def inverse_weight(op: str, weight: Tensor) -> Tensor:
-    """weight⁻¹ of a float64 matrix; ValueError when it is singular to rounding. Differentiable."""
-    if not torch.compiler.is_compiling() and is_wrapped(weight):  # by torch.func, which has no values to check
-        unchecked: Tensor = torch.linalg.inv_ex(weight)[0]
-        return unchecked
-    if traced():
-        compiled: Tensor = torch.ops.ncsr_fast.inverse_weight(op, weight)
-        return compiled
-    return _checked_inverse(op, weight)
-
-
-def _checked_inverse(op: str, weight: Tensor) -> Tensor:
-    result: Tensor = torch.linalg.inv_ex(weight)[0]
-    condition = torch.linalg.matrix_norm(weight, torch.inf) * torch.linalg.matrix_norm(result, torch.inf)
-    check_weight(op, condition.item(), weight.shape[-1])
-    return result
-
-
-# The check reads a value, which a compiled graph cannot: there it is one opaque operator.
-LIBRARY.define("inverse_weight(str op, Tensor weight) -> Tensor")
-# LAPACK's inverse is column-major, a GPU's is not: the operator's is row-major, as compiled graphs are told.
-LIBRARY.impl("inverse_weight", lambda op, weight: _checked_inverse(op, weight).contiguous(), "CompositeExplicitAutograd")
-torch.library.register_fake("ncsr_fast::inverse_weight", lambda op, weight: weight.new_empty(weight.shape), lib=LIBRARY)
-torch.library.register_autograd(
-    "ncsr_fast::inverse_weight",
-    lambda ctx, grad: (None, -ctx.saved_tensors[0].T @ grad @ ctx.saved_tensors[0].T),
-    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(output),
-    lib=LIBRARY,
-)

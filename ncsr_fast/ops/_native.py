@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ncsr_fast import _native as native
 from ncsr_fast.layout import empty_like, in_memory
-from ncsr_fast.ops._contract import check_weight, compute_dtype
+from ncsr_fast.ops._contract import check_conditions, compute_dtype
 
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}  # csrc/tensor.h
 
@@ -318,6 +318,17 @@ def _sizes(x: Tensor, y: Tensor) -> tuple[int, int, int, int, int]:
     return (x.shape[0], *x.shape[2:], *y.shape[2:])
 
 
+def inverse_logdet(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """W⁻¹ (N, C, C), log|det W| (N,) and the condition number ‖W‖·‖W⁻¹‖ (N,) in the ∞-norm of float64 W (N, C, C)."""
+    count, channels, _ = weight.shape
+    inverse, (logdet, condition) = weight.new_empty(weight.shape), weight.new_empty(2, count).unbind()
+    _run(
+        native.inverse_logdet, weight, lambda: native.inverse_logdet_workspace(count, channels), count, channels,
+        _dense(weight, torch.float64), _dense_written(inverse), _dense_written(logdet), _dense_written(condition),
+    )  # fmt: skip
+    return inverse, logdet, condition
+
+
 def fold(
     op: str, bias: Tensor, logs: Tensor, weight: Tensor, inverse: bool, dtype: torch.dtype, with_logdet: bool = True
 ) -> tuple[Tensor, Tensor, float]:
@@ -329,7 +340,7 @@ def fold(
         _parameter_written(mix), _parameter_written(offset),
     )  # fmt: skip
     if inverse:
-        check_weight(op, condition, channels)
+        check_conditions(op, [condition], channels)
     return mix, offset, logdet
 
 

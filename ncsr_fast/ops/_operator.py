@@ -20,6 +20,7 @@ from ncsr_fast.ops._contract import compute_dtype
 
 LIBRARY = torch.library.Library("ncsr_fast", "DEF")  # operators live as long as it does
 Grads = tuple[Tensor | None, ...]
+Registered = Tensor | tuple[Tensor, ...]
 
 
 class Operator:
@@ -119,17 +120,23 @@ class Operator:
 
     def _through_library(self, dy: Tensor, dlogdet: Tensor, y: Tensor | None, *arguments: Any) -> Grads:
         grads = self._registered_backward(dy, dlogdet, y, *arguments)
+        grads = (grads,) if self.count == 1 else grads
         return tuple(None if tensor is None else grad for tensor, grad in zip(arguments, grads))
 
-    def _backward_of_library(self, dy: Tensor, dlogdet: Tensor, y: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
+    def _backward_of_library(self, dy: Tensor, dlogdet: Tensor, y: Tensor | None, *arguments: Any) -> Registered:
         grads = self.backward(dy, dlogdet, y, *arguments)
-        return tuple(dy.new_empty(0) if grad is None else grad for grad in grads)
+        return _as_registered([dy.new_empty(0) if grad is None else grad for grad in grads])
 
     def _fake(self, x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
         return empty_like(x), x.new_empty(x.shape[0], dtype=compute_dtype(x))
 
-    def _fake_backward(self, dy: Tensor, dlogdet: Tensor, y: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
-        return tuple(_empty_gradient(tensor, dy) for tensor in arguments[: self.count])
+    def _fake_backward(self, dy: Tensor, dlogdet: Tensor, y: Tensor | None, *arguments: Any) -> Registered:
+        return _as_registered([_empty_gradient(tensor, dy) for tensor in arguments[: self.count]])
+
+
+def _as_registered(grads: list[Tensor]) -> Registered:
+    """Gradients as a registered operator returns them: a single one by itself."""
+    return grads[0] if len(grads) == 1 else tuple(grads)
 
 
 def _empty_gradient(tensor: Tensor | None, dy: Tensor) -> Tensor:

@@ -3,6 +3,7 @@ gradients are taken of.
 
     affine   y = (x + t)·s on the channels from `kept` on, or its inverse y = x/s - t; s = sigmoid(raw + 2) + eps
     step     y = post(mix·pre(x) + offset), with two such affines
+    inverse_logdet   W⁻¹, log|det W| and the condition number of W
 """
 
 from __future__ import annotations
@@ -110,3 +111,11 @@ def _kept(x: Tensor, inverse: bool) -> tuple[int, int]:
     """Channels left alone by the affine before the matrix and by the one after it."""
     half = x.shape[1] // 2
     return (0, half) if inverse else (half, 0)
+
+
+def inverse_logdet(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """W⁻¹ (N, C, C), log|det W| (N,) and the condition number ‖W‖·‖W⁻¹‖ (N,) in the ∞-norm, by PyTorch's LU."""
+    inverse, info = torch.linalg.inv_ex(weight)
+    condition = torch.linalg.matrix_norm(weight, torch.inf) * torch.linalg.matrix_norm(inverse, torch.inf)
+    condition = torch.where(info == 0, condition, torch.inf)  # the inverse of a singular matrix may be anything
+    return inverse.contiguous(), torch.linalg.slogdet(weight)[1], condition.detach()  # LAPACK's inverse is column-major

@@ -12,6 +12,7 @@ from ncsr_fast.ops._backends import implementation, resolve_backend
 from ncsr_fast.ops._contract import check_eps, check_state, check_tensors, compute_dtype
 from ncsr_fast.ops._operator import Operator
 from ncsr_fast.ops.affine_injector import affine
+from ncsr_fast.ops.inverse_logdet import invert
 from ncsr_fast.precision import product
 
 
@@ -104,10 +105,11 @@ def _reference(
 def _mix(op: str, x: Tensor, bias: Tensor, logs: Tensor, weight: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
     """Actnorm and 1×1 convolution as the definition has them."""
     batch, _, height, width = x.shape
-    logdet = (logs.sum() + torch.linalg.slogdet(weight)[1]) * (height * width)
+    inverses, logdets = invert(weight[None], op, needs_inverse=inverse, backend="reference")
+    logdet = (logs.sum() + logdets[0].to(logs.dtype)) * (height * width)
     pixels = x.flatten(2)
     if inverse:
-        mixed = _fold.inverse_weight(op, weight.double()).to(weight.dtype)
+        mixed = inverses[0].to(weight.dtype)
         y, logdet = torch.exp(-logs)[:, None] * (product(mixed, pixels)) - bias[:, None], -logdet
     else:
         y = product(weight, (pixels + bias[:, None]) * torch.exp(logs)[:, None])

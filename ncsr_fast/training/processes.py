@@ -54,8 +54,16 @@ class Processes:
         """`module` with the weights of the first process, and gradients that are the mean over all of them."""
         if self.world == 1:
             return module
-        devices = [self.device] if self.device.type == "cuda" else None
-        return DistributedDataParallel(module, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True)
+        options = {"broadcast_buffers": False, "gradient_as_bucket_view": True}
+        if self.device.type != "cuda":
+            return DistributedDataParallel(module, **options)
+        # on another stream, as PyTorch's notes on CUDA graphs ask for where its steps are captured
+        stream, current = torch.cuda.Stream(self.device), torch.cuda.current_stream(self.device)
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
+            parallel = DistributedDataParallel(module, device_ids=[self.device], **options)
+        current.wait_stream(stream)
+        return parallel
 
     def mean_(self, values: Tensor) -> None:
         """Make `values` the mean over all processes, in place."""

@@ -17,7 +17,17 @@ import torch
 from torch import Tensor, nn
 
 from ncsr_fast.data.images import write_image
-from ncsr_fast.files import CheckpointError, atomic_write, check_finite, differences, json_value, listed, read_checkpoint
+from ncsr_fast.files import (
+    CONFIG,
+    WEIGHTS,
+    CheckpointError,
+    atomic_write,
+    check_finite,
+    differences,
+    json_value,
+    listed,
+    read_checkpoint,
+)
 from ncsr_fast.training.board import Board
 from ncsr_fast.training.processes import TrainingStopped
 from ncsr_fast.training.settings import TrainSettings
@@ -27,6 +37,7 @@ _FREE = (
     "images", "lr_images", "validation", "validation_lr", "workers", "cache_gib", "graph", "max_skipped", "log_every",
     "validate_every", "save_every", "keep", "validation_images", "validation_size", "temperatures", "tensorboard",
 )  # fmt: skip
+_FILES = ("settings.json", "data.json", "log.jsonl", "lock", "published_options.txt")
 _FOLDERS = ("checkpoints", "samples", "best", "encoder", "model", "tensorboard", "cache")
 _CHECKPOINT = {"stage", "step", "model", "optimizer", "counters", "rate", "best"}  # its keys
 _MIB = 2**20
@@ -67,8 +78,9 @@ class Run:
                 temporary.write_text("\n".join(report) + "\n")
         with self._writing("checkpoints") as path:
             path.mkdir(exist_ok=True)
-        for left in (self.folder / "checkpoints").glob(".*"):  # by a process that was killed as it wrote
-            left.unlink(missing_ok=True)
+        for left in (self.folder / "checkpoints").iterdir():
+            if re.fullmatch(r"\.\w+-\d{8,}\.pt\.\w+\.pt", left.name):  # by a process that was killed as it wrote
+                left.unlink(missing_ok=True)
 
     def log(self, stage: str, step: int, **values: Any) -> None:
         """Append one JSON line to log.jsonl, null for a number that is not finite; numbers go to TensorBoard as well."""
@@ -158,21 +170,9 @@ class Run:
         return f"choose another folder; with --start-from {self.folder / found} the new run begins with the weights of this one"
 
     def _refuse_other_settings(self) -> None:
-        stored = self.folder / "settings.json"
-        if not stored.exists():
-            found = [str(path) for stage in ("encoder", "flow") for path in self._paths(stage)]
-            if found:
-                raise ValueError(
-                    f"{str(self.folder)!r} holds checkpoints ({found[-1]!r}) but no settings.json: the folder of the run was "
-                    "not copied whole; copy it again, or choose another folder"
-                )
+        before = stored_settings(self.folder)
+        if before is None:
             return
-        try:
-            before = dict(json.loads(stored.read_text()))
-        except (ValueError, TypeError) as error:
-            raise ValueError(
-                f"{str(stored)!r} is damaged ({error}); copy it again from where the run was, or choose another folder"
-            ) from error
         now = self.settings.to_dict()
         changed = [key for key in now if key not in _FREE and before.get(key) != now[key]]
         if changed:
@@ -210,8 +210,45 @@ class Run:
                 warnings.warn(f"line {number} of {str(path)!r} is damaged and is dropped", stacklevel=3)
 
     def _paths(self, stage: str) -> list[Path]:
-        paths = (self.folder / "checkpoints").glob(f"{stage}-*.pt")
-        return sorted(path for path in paths if re.fullmatch(rf"{stage}-\d{{8,}}\.pt", path.name))
+        return _checkpoints(self.folder, stage)
+
+
+def written_files(folder: Path) -> list[Path]:
+    """The files with fixed names that a run writes to its folder."""
+    models = [folder / model / name for model in ("best", "encoder", "model") for name in (CONFIG, WEIGHTS)]
+    return [*(folder / name for name in _FILES), *models]
+
+
+def stored_settings(folder: Path) -> dict[str, Any] | None:
+    """The settings of the run in a folder; None where there is no run.
+
+    Raises:
+        ValueError: They are missing beside checkpoints, damaged, or none of a run.
+    """
+    stored = folder / "settings.json"
+    if not stored.exists():
+        found = [str(path) for stage in ("encoder", "flow") for path in _checkpoints(folder, stage)]
+        if found:
+            raise ValueError(
+                f"{str(folder)!r} holds checkpoints ({found[-1]!r}) but no settings.json: the folder of the run was not copied "
+                "whole; copy it again, or choose another folder"
+            )
+        return None
+    try:
+        settings = dict(json.loads(stored.read_text()))
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"{str(stored)!r} is damaged ({error}); copy it again from where the run was, or choose another folder"
+        ) from error
+    if not {"model", "images", "seed"} <= set(settings):
+        raise ValueError(f"{str(stored)!r} holds no settings of a training run; choose another folder")
+    return settings
+
+
+def _checkpoints(folder: Path, stage: str) -> list[Path]:
+    """Those of a stage, the oldest first."""
+    paths = (folder / "checkpoints").glob(f"{stage}-*.pt")
+    return sorted(path for path in paths if re.fullmatch(rf"{stage}-\d{{8,}}\.pt", path.name))
 
 
 def _load(path: Path) -> dict[str, Any]:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections import Counter
-
-import numpy as np
 import pytest
 import torch
-from support import Watch, image, tiny_model
+from support import image, tiny_model
 
 from ncsr_fast import NCSR
 from ncsr_fast.engine.convolution import ConvolutionMethod
 from ncsr_fast.engine.folding import fold_mixing
 from ncsr_fast.nn.encoder import DenseBlock
+from ncsr_fast.ops.inverse_logdet import invert
 
 
 def kept_for_backward(function) -> dict[int, int]:
@@ -76,58 +74,52 @@ def test_a_dense_block_is_its_definition(channels, growth, layout):
         assert torch.allclose(found, expected, rtol=0, atol=1e-12 * float(expected.abs().max()))
 
 
-class Count(Watch):
-    """The number of calls of each operator."""
+def test_one_elimination_a_level(monkeypatch):
+    """A level's determinants and inverses are found together: once a training step, and once for all samples."""
+    calls = []
 
-    def __init__(self) -> None:
-        self.calls: Counter[str] = Counter()
-        super().__init__(lambda name, _: self.calls.update([name.split("::")[1]]))
+    def counted(weight: torch.Tensor, *rest: object, **options: object):
+        calls.append(weight.shape[0])
+        return invert(weight, *rest, **options)
 
-
-def test_one_determinant_and_one_inverse_a_level(monkeypatch):
-    """Where it is PyTorch that finds them, as on a GPU."""
-    monkeypatch.setattr("ncsr_fast.engine.folding.reading_is_free", lambda tensor: False)
+    monkeypatch.setattr("ncsr_fast.engine.folding.invert", counted)
     model = tiny_model(steps=3, noise_steps=(0, 2, 3), transition_steps=2)
     lr, hr = image(1, 3, 4, 4), image(1, 3, 16, 16)
-    with Count() as forward:
-        model.nll(hr, lr)
-    assert forward.calls["_linalg_slogdet"] == 3 and forward.calls["linalg_inv_ex"] == 0
+    model.nll(hr, lr).sum().backward()
+    assert calls == [5, 5, 5]
     with torch.no_grad():
-        with Count() as first:
-            model.sample(lr, n=4, on_nonfinite="ignore")
-        assert first.calls["linalg_inv_ex"] == first.calls["_linalg_slogdet"] == 3
-        with Count() as second:
-            model.sample(lr, n=4, on_nonfinite="ignore")
-    assert second.calls["linalg_inv_ex"] == second.calls["_linalg_slogdet"] == 0
+        model.sample(lr, n=4, on_nonfinite="ignore")
+        assert calls == [5] * 6
+        model.sample(lr, n=4, on_nonfinite="ignore")
+    assert calls == [5] * 6
 
 
 @pytest.mark.parametrize("inverse", [False, True])
-def test_determinants_and_inverses_of_two_kinds_agree(inverse, monkeypatch):
-    """Our elimination on the CPU, and PyTorch's; gradients included."""
+def test_mixings_are_their_definition(inverse):
+    """Composed transition steps, offsets and log-det; gradients included."""
     bias, logs, weight = (image(5, *shape, seed=i) - 0.5 for i, shape in enumerate(((6,), (6,), (6, 6))))
     leaves = [tensor.requires_grad_() for tensor in (bias, logs, weight + 2 * torch.eye(6))]
-    found = []
-    for free in (True, False):
-        monkeypatch.setattr("ncsr_fast.engine.folding.reading_is_free", lambda tensor, free=free: free)
-        mixing = fold_mixing(*leaves, 2, inverse)
-        loss = mixing.mix.sin().sum() + mixing.offset.sin().sum() + mixing.logdet
-        found.append([*(part.detach() for part in mixing), *torch.autograd.grad(loss, leaves)])
-    for own, torchs in zip(*found):
-        assert torch.allclose(own, torchs, rtol=1e-10, atol=1e-10)
+    bias, logs, weight = leaves
+    x = image(6, 2, seed=9)
 
+    def step(x: torch.Tensor, k: int) -> torch.Tensor:
+        return weight[k] @ ((x + bias[k][:, None]) * logs[k].exp()[:, None])
 
-def test_determinants_after_a_change_of_the_number_of_threads():
-    """With MKL, elimination of 192 channels was wrong from then on."""
-    before = torch.get_num_threads()
-    weight = torch.stack([torch.eye(192, dtype=torch.float64) + 0.02 * (image(192, 192, seed=i) - 0.5) for i in range(3)])
-    expected = sum(np.linalg.slogdet(matrix.numpy())[1] for matrix in weight)
-    zeros = torch.zeros(3, 192, dtype=torch.float64)
-    try:
-        for threads in (1, 2, before):
-            torch.set_num_threads(threads)
-            mixing = fold_mixing(zeros, zeros, weight, 0, False)
-            assert abs(float(mixing.logdet) - expected) < 1e-9
-            inverses = fold_mixing(zeros, zeros, weight, 0, True).mix
-            assert torch.allclose(inverses @ weight, torch.eye(192, dtype=torch.float64).expand(3, -1, -1), atol=1e-10)
-    finally:
-        torch.set_num_threads(before)
+    def step_back(y: torch.Tensor, k: int) -> torch.Tensor:
+        return torch.linalg.solve(weight[k], y) * (-logs[k]).exp()[:, None] - bias[k][:, None]
+
+    expected = []
+    for first, last in ((0, 3), (3, 4), (4, 5)):  # two transition steps belong to the first conditional one
+        y = x
+        for k in reversed(range(first, last)) if inverse else range(first, last):
+            y = step_back(y, k) if inverse else step(y, k)
+        expected.append(y)
+    logdet = (logs.sum() + torch.linalg.slogdet(weight)[1].sum()) * (-1 if inverse else 1)
+    mixing = fold_mixing(*leaves, 2, inverse)
+    found = [mix @ x + offset[:, None] for mix, offset in zip(mixing.mix, mixing.offset)]
+    results = []
+    for maps, total in ((found, mixing.logdet), (expected, logdet)):
+        loss = torch.stack(maps).sin().sum() + total
+        results.append([*(y.detach() for y in maps), total.detach(), *torch.autograd.grad(loss, leaves)])
+    for value, right in zip(*results):
+        assert torch.allclose(value, right, rtol=1e-10, atol=1e-10)

@@ -31,6 +31,9 @@ from operator_cases import (
     run,
 )
 
+from ncsr_fast import ops
+from ncsr_fast.ops.inverse_logdet import invert
+
 pytestmark = pytest.mark.slow  # a minute of compilation, where pytest's cache does not have it
 HERE = Path(__file__).parent
 SOURCES = HERE.parent.parent / "csrc"
@@ -121,6 +124,23 @@ def test_emulated_channels(on_the_emulation, channels):
     grads = torch.autograd.grad(y.sum() + logdet.sum(), tensors)
     for grad, reference in zip(grads, torch.autograd.grad(expected.sum() + expected_logdet.sum(), doubles)):
         assert_close(grad, reference, 20 * ROUNDING[torch.float32], "gradient")
+
+
+@pytest.mark.parametrize("channels", [1, 5, 12])
+def test_emulated_elimination(on_the_emulation, channels):
+    """Matrices whose rows are exchanged, one that is singular, one with NaN, and none at all."""
+    weight = torch.randn(4, channels, channels, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    weight[1, :, channels // 2] = 0
+    weight[2, channels // 2, 0] = torch.nan
+    inverse, logdet = invert(weight, "weight", needs_inverse=False, backend="native")
+    for index in (0, 3):
+        assert_close(inverse[index], torch.linalg.inv(weight[index]), 1e-11, "inverse")
+        assert_close(logdet[index], torch.linalg.slogdet(weight[index])[1], 1e-12, "log|det|")
+    assert logdet[1] == -torch.inf and not inverse[1].isfinite().any()
+    assert logdet[2].isnan() and inverse[2].isnan().any()
+    with pytest.raises(ValueError, match="matrix 1: weight is singular"):
+        ops.inverse_logdet(weight, backend="native")
+    assert ops.inverse_logdet(weight[:0], backend="native")[0].shape == (0, channels, channels)
 
 
 @pytest.mark.parametrize("size, batch", [((2, 2), 0), ((0, 3), 2), ((1, 1), 1)], ids=str)

@@ -61,6 +61,9 @@ def test_weight_without_an_inverse(name, device, backend, value):
     tensors = arguments(name, dtype=exact_dtype(backend), device=device)
     (weight,) = (tensor for tensor in tensors if tensor.dim() == 2)
     weight[:, 2] = value
+    if device == "cuda":  # where reading a value would make the host wait
+        assert run(name, *tensors, inverse=True, backend=backend)[0].isnan().all()
+        return
     with pytest.raises(ValueError, match=f"{name}: weight is singular or not finite"):
         run(name, *tensors, inverse=True, backend=backend)
 

@@ -83,15 +83,6 @@ def test_opcheck_traced(name, device, backend, inverse):
     torch.library.opcheck(op.default, call, test_utils="test_aot_dispatch_dynamic")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("transposed", [False, True])
-def test_opcheck_of_the_inverse(transposed):
-    """Its strides too, which inductor relies on."""
-    weight = torch.eye(5, dtype=torch.float64) + 0.1 * torch.rand(5, 5, dtype=torch.float64)
-    weight = (weight.T if transposed else weight).requires_grad_()
-    torch.library.opcheck(torch.ops.ncsr_fast.inverse_weight.default, ("test", weight))
-
-
 @operators
 @cells
 @registered

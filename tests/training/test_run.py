@@ -193,16 +193,19 @@ def test_a_validation_that_was_not_done_is_made_up_for(settings, run, finished, 
 
 
 def test_a_checkpoint_comes_before_the_validation_of_its_step(settings, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+
     def gone(*arguments):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Validation, "__call__", gone)
     with pytest.raises(KeyboardInterrupt):
-        train(replace(settings, save_every=100, validate_every=100), tmp_path, "cpu")
-    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["flow-00000002.pt"]
+        train(replace(settings, save_every=100, validate_every=100), run, "cpu")
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["flow-00000002.pt"]
 
 
 def test_a_validation_that_fails_is_passed_over(settings, tmp_path, monkeypatch, capsys):
+    run = tmp_path / "run"
     original, calls = FlowStage.validate, []
 
     def validate(self, *arguments):
@@ -212,16 +215,17 @@ def test_a_validation_that_fails_is_passed_over(settings, tmp_path, monkeypatch,
         return original(self, *arguments)
 
     monkeypatch.setattr(FlowStage, "validate", validate)
-    train(replace(settings, validation_images=2), tmp_path, "cpu")
-    events = [row for row in log_rows(tmp_path) if row.get("event") == "validation failed"]
+    train(replace(settings, validation_images=2), run, "cpu")
+    events = [row for row in log_rows(run) if row.get("event") == "validation failed"]
     assert [(row["step"], row["image"]) for row in events] == [(1, 1), (2, 0), (2, 1)]
     assert {row["problem"] for row in events} == {"OutOfMemoryError: CUDA out of memory"}
     assert "flow 2: validation image 0 is passed over (OutOfMemoryError" in capsys.readouterr().out
-    assert [row["step"] for row in log_rows(tmp_path) if "validation" in row] == [1], "of the image that was looked at"
-    assert (tmp_path / "model").is_dir() and not (tmp_path / "best").exists(), "which is no comparison with others"
+    assert [row["step"] for row in log_rows(run) if "validation" in row] == [1], "of the image that was looked at"
+    assert (run / "model").is_dir() and not (run / "best").exists(), "which is no comparison with others"
 
 
 def test_a_full_disk_is_named_and_costs_no_checkpoint(settings, tmp_path, monkeypatch):
+    run = tmp_path / "run"
     save = torch.save
 
     def full(state, path):
@@ -235,9 +239,9 @@ def test_a_full_disk_is_named_and_costs_no_checkpoint(settings, tmp_path, monkey
         with pytest.raises(
             OSError, match=r"flow-00000002.pt' could not be written \(\[enforce .* 0, \d+ MiB are free there\); when"
         ):
-            train(settings, tmp_path, "cpu")
-    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["flow-00000001.pt"]
-    train(settings, tmp_path, "cpu")
+            train(settings, run, "cpu")
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["flow-00000001.pt"]
+    train(settings, run, "cpu")
 
 
 def test_what_is_written_is_json(settings, tmp_path):

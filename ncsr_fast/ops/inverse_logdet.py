@@ -1,0 +1,94 @@
+"""Inverse and log|det| of the matrices of 1×1 convolutions, on the device, without a look at a value."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ncsr_fast.ops._backends import implementation, resolve_backend
+from ncsr_fast.ops._contract import check_conditions, check_tensors, largest_condition
+from ncsr_fast.ops._operator import Operator
+from ncsr_fast.synchronization import reading_is_free
+
+
+def inverse_logdet(weight: Tensor, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
+    """W⁻¹ and log|det W| of square matrices, in float64.
+
+    Gauss-Jordan elimination with partial pivoting, a matrix a block on a GPU and a thread on the CPU; nothing waits for
+    the device, so that a CUDA graph can hold the call. The reference is PyTorch's LU.
+
+    Args:
+        weight: W (N, C, C), of any floating-point dtype.
+        backend: "auto", "reference", "native" or "triton".
+
+    Returns:
+        W⁻¹ (N, C, C) and log|det W| (N,), float64, differentiable: with G and g the gradients of the two,
+        dW = -W⁻ᵀ·G·W⁻ᵀ + g·W⁻ᵀ. W⁻¹ is saved for it.
+
+    Raises:
+        ValueError: on the CPU, for a matrix whose inverse has no correct digit, which it names. On a GPU that inverse is
+            NaN instead, as it is in a graph that is traced.
+        ValueError, TypeError: for a wrong shape or dtype.
+
+    Example:
+        >>> inverse, logdet = ops.inverse_logdet(torch.randn(18, 12, 12))
+    """
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"inverse_logdet: weight must be a tensor, not {type(weight).__name__}")
+    if weight.dim() != 3 or weight.shape[1] < 1:
+        raise ValueError(f"inverse_logdet: weight must have shape (N, C, C) with C ≥ 1, not {tuple(weight.shape)}")
+    check_tensors("inverse_logdet", weight, ("weight", weight, (*weight.shape[:2], weight.shape[1])))
+    return invert(weight, "inverse_logdet: matrix {}", backend=backend)
+
+
+def invert(weight: Tensor, name: str, *, needs_inverse: bool = True, backend: str = "auto") -> tuple[Tensor, Tensor]:
+    """`inverse_logdet` of checked arguments.
+
+    Args:
+        weight: W (N, C, C).
+        name: who is named where a matrix has no inverse; {} becomes its number.
+        needs_inverse: False for the log|det| alone, which every matrix has: singular ones are then not refused.
+        backend: as for `inverse_logdet`.
+    """
+    backend = resolve_backend("inverse_logdet", backend, weight, computes_float64=True)
+    return _inverse_logdet(weight.double(), name, needs_inverse, backend)
+
+
+def _forward(weight: Tensor, name: str, needs_inverse: bool, backend: str) -> tuple[Tensor, Tensor]:
+    inverse, logdet, condition = implementation(backend).inverse_logdet(weight)
+    return (_checked(inverse, condition, name) if needs_inverse else inverse), logdet
+
+
+def _reference(weight: Tensor, name: str, needs_inverse: bool, _: str) -> tuple[Tensor, Tensor]:
+    inverse, logdet, condition = implementation("reference").inverse_logdet(weight)
+    return (_checked(inverse, condition, name) if needs_inverse else inverse), logdet
+
+
+def _checked(inverse: Tensor, condition: Tensor, name: str) -> Tensor:
+    """The inverse; where values may not be read, NaN in place of one without a correct digit."""
+    channels = inverse.shape[-1]
+    if reading_is_free(condition):
+        check_conditions(name, condition.tolist(), channels)
+        return inverse
+    return torch.where((condition < largest_condition(channels))[:, None, None], inverse, math.nan)
+
+
+def _backward(
+    dinverse: Tensor, dlogdet: Tensor, inverse: Tensor, weight: Tensor, name: str, needs_inverse: bool, backend: str
+) -> tuple[Tensor]:
+    transposed = inverse.transpose(1, 2)
+    of_logdet = dlogdet[:, None, None] * transposed
+    return (torch.baddbmm(of_logdet, transposed @ dinverse, transposed, alpha=-1).contiguous(),)
+
+
+_inverse_logdet = Operator(
+    "inverse_logdet",
+    "Tensor weight",
+    "str name, bool needs_inverse, str backend",
+    forward=_forward,
+    backward=_backward,
+    reference=_reference,
+    keeps_output=True,
+)
