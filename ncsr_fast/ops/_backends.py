@@ -108,7 +108,8 @@ def _native_missing(kind: str) -> str:
         native = implementation("native")
     except ImportError as error:
         return f"{error}; {_native_mend(Path(__file__).parents[1])}"
-    return native.CUDA_MISSING if kind == "cuda" else ""
+    # asked for CUDA tensors alone: the question initialises CUDA, which a child forked afterwards cannot use
+    return native.native.cuda_unavailable() if kind == "cuda" else ""
 
 
 def _triton_missing(kind: str, float64: bool) -> str:
