@@ -69,7 +69,9 @@ def write_record(path: Path, record: dict[str, Any]) -> None:
     """One image a line."""
     lines = ",\n".join(json.dumps(image) for image in record["images"])
     with atomic_write(path) as temporary:
-        temporary.write_text(f'{{"images": [\n{lines}\n], "left_out": {json.dumps(record["left_out"], indent=1)}}}\n')
+        temporary.write_text(
+            f'{{"images": [\n{lines}\n], "left_out": {json.dumps(record["left_out"], indent=1)}}}\n', encoding="utf-8"
+        )
 
 
 def _entry(crops: RandomCrops, source: Source) -> list[Any]:
