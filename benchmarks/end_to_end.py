@@ -379,13 +379,13 @@ def main() -> None:
     where["command"] = recorded_command("ncsr_fast.benchmarks.end_to_end", sys.argv[1:], {args.published: "PATH"})
     tasks = [task for task in TASKS if task.name in (args.tasks or (ON_GPU if cuda else ON_CPU))]
     stored = args.out / f"end_to_end-{args.device}.json"
-    others = json.loads(stored.read_text()) if stored.exists() else []
+    others = json.loads(stored.read_text(encoding="utf-8")) if stored.exists() else []
     others = [row for row in others if row["task"] not in {task.name for task in tasks}]  # what is not measured now is kept
     rows: list[dict[str, Any]] = []
     for task in tasks:
         rows += [row | where for row in measure(task, model, arms, args.device, args.rounds, not args.no_memory, args.tf32)]
         with atomic_write(stored) as path:  # after every task: a stopped run keeps it
-            path.write_text(to_json(others + rows))
+            path.write_text(to_json(others + rows), encoding="utf-8")
     print(end_to_end_table(rows))
     failed = [f"{row['task']}, {row['arm']}: {row['error']}" for row in rows if "error" in row]
     if failed:

@@ -327,7 +327,7 @@ def peak_bytes(call: Callable[[], Any], device: str) -> int:
     del results
     with tempfile.TemporaryDirectory() as folder:
         recorded.export_chrome_trace(str(Path(folder) / "trace.json"))
-        events = json.loads((Path(folder) / "trace.json").read_text())["traceEvents"]
+        events = json.loads((Path(folder) / "trace.json").read_text(encoding="utf-8"))["traceEvents"]
     now = peak = 0
     for event in sorted((event for event in events if event["name"] == "[memory]"), key=lambda event: event["ts"]):
         now += event["args"]["Bytes"]

@@ -33,7 +33,7 @@ def to_json(rows: list[Row]) -> str:
 def stored_rows(path: str | os.PathLike) -> list[Row]:
     """The rows of operators in a file. Raises ValueError for a file of anything else."""
     try:
-        rows = json.loads(Path(path).read_text())
+        rows = json.loads(Path(path).read_text(encoding="utf-8"))
         if not all({*_CELL[:5], "backend"} <= row.keys() and not {"median_ms", "error"}.isdisjoint(row) for row in rows):
             raise ValueError("its rows are not of operators")
     except (ValueError, TypeError, AttributeError) as error:

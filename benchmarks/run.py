@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> None:
         for row in _case_rows(case, backends, directions, with_compile, seconds, rounds):
             rows.append({**row, **where, "command": _command(row, where, device)})
         with atomic_write(path) as temporary:  # after every case: a run that is stopped keeps what it has
-            temporary.write_text(report.to_json(rows))
+            temporary.write_text(report.to_json(rows), encoding="utf-8")
     print(report.table(rows))
     print(f"\n{len(rows)} rows in {path}")
     failed = dict.fromkeys(row["error"] for row in rows if "error" in row)

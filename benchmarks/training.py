@@ -178,7 +178,7 @@ def processes(images: Path, scratch: Path, args: argparse.Namespace) -> Iterator
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
         command = [*start, *flags, "--run-dir", str(run), "--device", args.device]
         subprocess.run(command, check=True, env=environment, cwd=scratch, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-        rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+        rows = [json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
         rates = [row["images_per_s"] for row in rows if "images_per_s" in row][1:]  # the first includes the start
         losses = [row["loss"] for row in rows if "loss" in row]
         yield {
@@ -220,10 +220,10 @@ def main() -> None:
         for task in args.tasks:
             rows += [row | where for row in globals()[task](scratch / "images", scratch, args)]
     stored = args.out / f"training-{args.device}.json"
-    others = json.loads(stored.read_text()) if stored.exists() else []
+    others = json.loads(stored.read_text(encoding="utf-8")) if stored.exists() else []
     others = [row for row in others if row["task"] not in args.tasks]  # what is not measured now is kept
     with atomic_write(stored) as path:
-        path.write_text(to_json(others + rows))
+        path.write_text(to_json(others + rows), encoding="utf-8")
     print(training_table(rows))
 
 

@@ -76,7 +76,7 @@ class _CompilingDriver:
 
     def compiled(self, *, src, metadata_group: dict[str, str], **_) -> None:
         """Triton's listener: it has compiled the kernel that it will load next."""
-        self.ptx = Path(metadata_group[f"{src.name}.ptx"]).read_text()
+        self.ptx = Path(metadata_group[f"{src.name}.ptx"]).read_text(encoding="utf-8")
 
     def get_current_device(self) -> int:
         return self.target  # the key of Triton's cache of compiled kernels

@@ -136,7 +136,7 @@ def save_directory(model: nn.Module, model_type: str, configuration: dict[str, A
     with atomic_write(directory / WEIGHTS) as path:
         write_tensors(path, model.state_dict())
     with atomic_write(directory / CONFIG) as path:
-        path.write_text(json.dumps({"model_type": model_type, **configuration}, indent=2) + "\n")
+        path.write_text(json.dumps({"model_type": model_type, **configuration}, indent=2) + "\n", encoding="utf-8")
     return directory
 
 

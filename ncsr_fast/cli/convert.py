@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int | None:
     print(conversion.summary())
     if args.report:
         with atomic_write(args.report) as temporary:
-            temporary.write_text(conversion.report() + "\n")
+            temporary.write_text(conversion.report() + "\n", encoding="utf-8")
     print(conversion.out)
     return None
 

@@ -138,4 +138,6 @@ def _write(file: str, names: list[str], scores: list[Scores]) -> None:
 
     rows = [{"method": score.method, "means": score.means(), "images": score.values} for score in scores]
     with atomic_write(file) as temporary:
-        temporary.write_text(json.dumps(json_value({"files": names, "scores": rows}), indent=1, allow_nan=False) + "\n")
+        temporary.write_text(
+            json.dumps(json_value({"files": names, "scores": rows}), indent=1, allow_nan=False) + "\n", encoding="utf-8"
+        )

@@ -120,7 +120,7 @@ class ImageCache:
 
     def _index(self) -> dict[str, Any] | None:
         try:
-            index = json.loads((self.folder / "index").read_text())
+            index = json.loads((self.folder / "index").read_text(encoding="utf-8"))
             return index if index["key"] == self._key else None
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             return None
@@ -140,7 +140,7 @@ class ImageCache:
             with open(self.folder / name, "wb") as file:
                 file.truncate(size)
         with atomic_write(self.folder / "index") as temporary:
-            temporary.write_text(json.dumps({"key": self._key, "starts": starts, "total": total}))
+            temporary.write_text(json.dumps({"key": self._key, "starts": starts, "total": total}), encoding="utf-8")
 
     def _write(self, number: int, start: int, image: Tensor) -> None:
         _, pixels, flags = self._files
@@ -196,7 +196,7 @@ def _stamp(path: Path, size: tuple[int, int]) -> dict[str, Any]:
 
 def _boot_id() -> str | None:
     try:
-        return _BOOT_ID.read_text().strip()
+        return _BOOT_ID.read_text(encoding="utf-8").strip()
     except OSError:
         return None
 

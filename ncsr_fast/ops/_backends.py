@@ -134,7 +134,8 @@ def _native_mend(package: Path) -> str:
         return f"{modules[0]} was built for another Python; install the package again: {sys.executable} -m pip install ."
     if not account.exists():
         return _NOT_INSTALLED
-    return f"{account.read_text().strip()}; with a C++ compiler (g++ or clang++), install the package again: pip install ."
+    reason = account.read_text(encoding="utf-8").strip()
+    return f"{reason}; with a C++ compiler (g++ or clang++), install the package again: pip install ."
 
 
 def _triton_mend(error: ImportError) -> str:

@@ -50,7 +50,7 @@ def read_log(run: str | os.PathLike) -> list[Row]:
         raise FileNotFoundError(
             f"{str(path)!r} does not exist: {str(run)!r} is not the folder of a training run that has begun"
         )
-    rows, lines = [], path.read_text(errors="replace").splitlines()
+    rows, lines = [], path.read_text(errors="replace", encoding="utf-8").splitlines()
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)

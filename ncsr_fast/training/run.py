@@ -72,10 +72,10 @@ class Run:
         if not self.writes:
             return
         with self._writing("settings.json") as path, atomic_write(path) as temporary:
-            temporary.write_text(json.dumps(self.settings.to_dict(), indent=2) + "\n")
+            temporary.write_text(json.dumps(self.settings.to_dict(), indent=2) + "\n", encoding="utf-8")
         if report:
             with self._writing("published_options.txt") as path, atomic_write(path) as temporary:
-                temporary.write_text("\n".join(report) + "\n")
+                temporary.write_text("\n".join(report) + "\n", encoding="utf-8")
         with self._writing("checkpoints") as path:
             path.mkdir(exist_ok=True)
         for left in (self.folder / "checkpoints").iterdir():
@@ -86,7 +86,7 @@ class Run:
         """Append one JSON line to log.jsonl, null for a number that is not finite; numbers go to TensorBoard as well."""
         if not self.writes:
             return
-        with self._writing("log.jsonl") as path, open(path, "a") as file:
+        with self._writing("log.jsonl") as path, open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(json_value({"stage": stage, "step": step, **values}), allow_nan=False) + "\n")
         if self.board is not None:
             validation = {f"validation/{key}": value for key, value in values.get("validation", {}).items()}
@@ -107,7 +107,7 @@ class Run:
             return
         kept = [line for line, row in self._logged() if row["stage"] != stage or row["step"] <= step]
         with self._writing("log.jsonl") as path, atomic_write(path) as temporary:
-            temporary.write_text("".join(kept))
+            temporary.write_text("".join(kept), encoding="utf-8")
 
     def validated(self, stage: str, step: int) -> dict[str, float] | None:
         """The metrics logged by the validation after `step`; None where there was none."""
@@ -133,7 +133,7 @@ class Run:
             model.save_pretrained(path)
             if metrics is not None:
                 with atomic_write(path / "validation.json") as temporary:
-                    temporary.write_text(json.dumps(json_value(metrics), indent=2, allow_nan=False) + "\n")
+                    temporary.write_text(json.dumps(json_value(metrics), indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
     def started(self, stage: str) -> bool:
         """True if there is any checkpoint of `stage`."""
@@ -199,7 +199,7 @@ class Run:
     def _logged(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """The lines of the log and what they say, but for a last one that was cut, and damaged ones, after a warning."""
         path = self.folder / "log.jsonl"
-        for number, line in enumerate(path.read_text(errors="replace").splitlines(keepends=True), start=1):
+        for number, line in enumerate(path.read_text(errors="replace", encoding="utf-8").splitlines(keepends=True), start=1):
             try:
                 row = json.loads(line) if line.endswith("\n") else None
                 if row is not None:

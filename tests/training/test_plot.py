@@ -128,7 +128,7 @@ def test_the_command_writes_where_it_is_told(tmp_path, capsys, monkeypatch):
 
 @pytest.mark.parametrize("name, kind", [("bare", "PNG"), ("new/deep/x.PNG", "PNG"), ("x.jpg", "JPEG")])
 def test_the_picture_is_where_and_what_its_name_says(tmp_path, capsys, name, kind):
-    run = tmp_path / "run $x^{"
+    run = tmp_path / "run$x^{$y"
     run.mkdir()
     (run / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS[:2]))
     assert main(["plot", str(run), "--out", str(tmp_path / name)]) == 0

@@ -21,7 +21,7 @@ from ncsr_fast.data import RandomCrops
 from ncsr_fast.files import CheckpointError
 from ncsr_fast.training import TrainingDiverged, TrainingStopped, train
 from ncsr_fast.training.diagnose import without_texture
-from ncsr_fast.training.record import changes, data_record, write_record
+from ncsr_fast.training.record import _fingerprint, changes, data_record, write_record
 from ncsr_fast.training.run import Run
 from ncsr_fast.training.stages import FlowStage
 from ncsr_fast.training.validation import Validation, lower
@@ -142,6 +142,35 @@ def test_an_image_that_changed_in_nothing_but_its_content(photos, tmp_path):
     content[-20] ^= 1
     (photos / "a.png").write_bytes(content)
     assert changes(tmp_path / "data.json", data_record(RandomCrops(photos, scale=4, crop=32))) == "1 changed (0/a.png)"
+
+
+@pytest.mark.parametrize("suffix", ["png", "bmp", "tif", "ppm", "tga"])
+@pytest.mark.parametrize("place", [0, 0.25, 0.5, 0.75, 1])
+def test_a_pixel_that_changed(tmp_path, suffix, place):
+    """At any place of an image of more bytes than are looked at of a compressed one."""
+    pixels = np.random.default_rng(0).integers(0, 256, (400, 1000, 3), dtype=np.uint8)
+    records = []
+    for _ in range(2):
+        Image.fromarray(pixels).save(tmp_path / f"a.{suffix}")
+        records.append(data_record(RandomCrops(tmp_path, scale=4, crop=32))["images"])
+        pixels.reshape(-1)[int(place * (pixels.size - 1))] ^= 1
+    assert records[0][0][:4] == records[1][0][:4] and records[0][0][4] != records[1][0][4]
+
+
+@pytest.mark.parametrize(
+    "magic", [b"\x89PNG", b"\xff\xd8\xff", b"RIFF", b"GIF8", b"....ftyp", b"....jP  ", b"\xff\x4f\xff\x51", b"BM"]
+)
+def test_a_byte_that_changed(tmp_path, magic):
+    """Compressed files are looked at where they begin, in the middle and where they end; others everywhere."""
+    path, content, seen = tmp_path / "x", bytearray(magic.ljust(700_000)), []
+    path.write_bytes(content)
+    before = _fingerprint(path)
+    for place in (60_000, 200_000, 350_000, 500_000, 699_999):
+        content[place] ^= 1
+        path.write_bytes(content)
+        seen.append(_fingerprint(path) != before)
+        content[place] ^= 1
+    assert seen == [True, magic == b"BM", True, magic == b"BM", True]
 
 
 def test_images_in_pickles_and_pairs_are_recorded(photos, tmp_path):
