@@ -172,16 +172,22 @@ def test_threads_hold_a_cache_each_for_itself():
     assert value() == 4
 
 
-def swapped(x: torch.Tensor) -> torch.Tensor:
-    y = x.clone()
-    y.view(-1)[[0, -1]] = x.view(-1)[[-1, 0]]
-    return y
+def swapped(first: int, second: int):
+    def swap(x: torch.Tensor) -> torch.Tensor:
+        y = x.clone()
+        y.view(-1)[[first, second]] = x.view(-1)[[second, first]]
+        return y
+
+    return swap
 
 
-def negated_in_pairs(x: torch.Tensor) -> torch.Tensor:
-    y = x.clone()
-    y.view(-1)[[1, -2]] *= -1
-    return y
+def negated(first: int, second: int):
+    def negate(x: torch.Tensor) -> torch.Tensor:
+        y = x.clone()
+        y.view(-1)[[first, second]] *= -1
+        return y
+
+    return negate
 
 
 def moved_by_opposite_bits(x: torch.Tensor) -> torch.Tensor:
@@ -190,24 +196,16 @@ def moved_by_opposite_bits(x: torch.Tensor) -> torch.Tensor:
     return y
 
 
-def swapped_at_a_distance(distance: int):
-    def swap(x: torch.Tensor) -> torch.Tensor:
-        y = x.clone()
-        y.view(-1)[[5, 5 + distance]] = x.view(-1)[[5 + distance, 5]]
-        return y
-
-    return swap
-
-
 IN_SILENCE = {
     "flipped": lambda x: x.flip(0),
     "transposed": lambda x: x.mT.contiguous(),
     "rolled": lambda x: x.roll(1, 1),
-    "two elements swapped": swapped,
-    "elements of two blocks swapped": swapped_at_a_distance(2**17),
+    "two elements swapped": swapped(0, -1),
+    "elements of two blocks swapped": swapped(5, 5 + 2**17),
     "halves swapped": lambda x: x.roll(len(x) // 2, 0),
     "negated": lambda x: -x,
-    "two elements negated": negated_in_pairs,
+    "two elements negated": negated(1, -2),
+    "elements of two blocks negated": negated(5, 5 + 2**17),
     "bits whose changes cancel": moved_by_opposite_bits,
 }
 WEIGHTS = {
