@@ -42,7 +42,7 @@ def main() -> int:
     wanted = [item for item in ITEMS if item.name in (args.items or names)]
     rows = run_items(wanted, setup, args.minutes)
     text = summary(rows)
-    (setup.out / SUMMARY).write_text(text + "\n")
+    (setup.out / SUMMARY).write_text(text + "\n", encoding="utf-8")
     print(f"\n{text}")
     return 1 if any(row["ok"] is False for row in rows) else 0
 

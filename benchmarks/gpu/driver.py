@@ -57,8 +57,8 @@ def run_items(items: Sequence[Item], setup: Setup, minutes: float) -> list[dict[
     """
     setup.out.mkdir(parents=True, exist_ok=True)
     results = setup.out / RESULTS
-    results.write_text("")
-    (setup.out / LOG).write_text("")
+    results.write_text("", encoding="utf-8")
+    (setup.out / LOG).write_text("", encoding="utf-8")
     end = time.monotonic() + 60 * minutes - _SUMMARY_SECONDS
     for name in _PRELOADED:
         with contextlib.suppress(ImportError):  # where there is no Triton, those items say so that need it
@@ -79,7 +79,7 @@ def run_items(items: Sequence[Item], setup: Setup, minutes: float) -> list[dict[
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """The rows of a file. Raises ValueError for a file of anything else."""
     try:
-        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         if not rows or not all({"item", "part", "ok", "seconds", "error", "figures", "dry"} <= row.keys() for row in rows):
             raise ValueError("its lines are not results")
     except (ValueError, AttributeError) as error:
@@ -110,7 +110,7 @@ def _run_item(item: Item, setup: Setup, seconds: float) -> None:
     killed = status is None
     if killed:
         status = _wait(child, time.monotonic() + _KILLED_SECONDS)
-    rows = (setup.out / RESULTS).read_text().splitlines()
+    rows = (setup.out / RESULTS).read_text(encoding="utf-8").splitlines()
     if not rows or not _closes(json.loads(rows[-1]), item):
         why = f"killed after {seconds:.0f} s" if killed else f"its process ended with status {status}"
         if killed and status is None:

@@ -54,7 +54,7 @@ def _pytest(session: Session, folder: Path) -> dict[str, Any]:
         except subprocess.TimeoutExpired:
             process.kill()
             status = None
-        text = said.read_text()
+        text = said.read_text(encoding="utf-8")
     print(text, flush=True)
     lines = [line for line in text.splitlines() if line.strip()] or ["pytest said nothing"]
     if status != 0:
@@ -81,7 +81,7 @@ def _train(session: Session, folder: Path) -> dict[str, Any]:
     status = main(["train", "--preset", "ncsr-x4", "--model", *model, *arguments])
     if status:
         raise RuntimeError(f"ncsr-fast train: exit status {status}; what it said is in the log")
-    rows = [json.loads(line) for line in (folder / "run" / "log.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (folder / "run" / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     losses = [row["loss"] for row in rows if "loss" in row]
     if len(losses) != steps:
         raise RuntimeError(f"{len(losses)} of {steps} steps are in the log")

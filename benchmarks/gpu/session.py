@@ -230,7 +230,7 @@ class Session:
             self.synchronize()
         with tempfile.TemporaryDirectory() as folder:
             recorded.export_chrome_trace(str(Path(folder) / "trace.json"))
-            events = json.loads((Path(folder) / "trace.json").read_text())["traceEvents"]
+            events = json.loads((Path(folder) / "trace.json").read_text(encoding="utf-8"))["traceEvents"]
         return [event for event in events if "dur" in event and "cat" in event]
 
     def profile(self, call: Callable[[], Any], top: int = 40) -> dict[str, Any]:
