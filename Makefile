@@ -7,6 +7,7 @@
 #   make test      what CI runs: lint, and every test but those marked exhaustive, against an installed copy
 #   make test-all  the exhaustive ones too
 #   make matrix    the fast tests with other versions of Python and torch, and on lesser CPUs
+#   make wheel-gpu wheels with CUDA kernels in wheels/, for benchmarks/gpu.sh on a machine with a GPU; minutes for each Python
 #
 # Two environments, which never touch each other. $(VENV) has a copy of the package, as users get it: `demo` and `test`
 # install it anew from the checkout, CUDA kernels included where there is nvcc. $(DEV) has the checkout itself: a change in
@@ -16,6 +17,8 @@
 PYTHON ?= python3
 # The torch CI runs. Any torch the package admits will do: make test TORCH="torch>=2.4"
 TORCH ?= torch==2.13.0
+# of `wheel-gpu`, all by default: make wheel-gpu PYTHONS=3.12
+PYTHONS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 DEV := .venv-dev
@@ -23,7 +26,7 @@ PYTEST_FLAGS := -n auto --maxprocesses 4 --dist worksteal
 # what [build-system] in pyproject.toml requires, for builds that find their objects of the last time
 BUILD := 'setuptools>=68' 'pybind11>=2.13' ninja
 
-.PHONY: demo dev check lint test test-all matrix clean
+.PHONY: demo dev check lint test test-all matrix wheel-gpu clean
 
 demo: $(BIN)/python
 	$(call install_copy,demo)
@@ -55,6 +58,9 @@ test-all: $(BIN)/python
 matrix:
 	$(PYTHON) .ci/matrix.py --torch '$(TORCH)'
 
+wheel-gpu:
+	$(PYTHON) .ci/wheels.py $(PYTHONS)
+
 # build/lib holds the copy of an earlier time, with files that the checkout may have no more; objects stay
 define install_copy
 	rm -rf build/lib* build/bdist*
@@ -75,4 +81,4 @@ $(DEV)/bin/ruff:
 	$(MAKE) dev
 
 clean:
-	rm -rf $(VENV) $(DEV) .matrix build *.egg-info demo_output
+	rm -rf $(VENV) $(DEV) .matrix wheels build *.egg-info demo_output

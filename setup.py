@@ -64,7 +64,7 @@ def probe(compiler: list[str], source: str = "int main() {}") -> str:
     """What a compiler prints about a small program; Skipped when it cannot compile it."""
     with TemporaryDirectory() as folder:
         path = Path(folder, "probe.cpp")
-        path.write_text(source + "\n")
+        path.write_text(source + "\n", encoding="utf-8")
         return output([*compiler, str(path), "-o", str(path.with_suffix(""))])
 
 
@@ -95,7 +95,7 @@ def host_compiler(compiler: list[str], folder: Path) -> str:
     if len(words) == 1:
         return words[0]
     script = folder.resolve() / "host_compiler"
-    script.write_text(f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n')
+    script.write_text(f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n', encoding="utf-8")
     script.chmod(0o755)
     return str(script)
 
@@ -198,7 +198,7 @@ class BuildNative(build_ext):
             module.unlink(missing_ok=True)  # left by an earlier build
             extension.optional = True  # so that setuptools does not miss it
         else:
-            ninja_file.write_text(text)
+            ninja_file.write_text(text, encoding="utf-8")
             # without isolation, ninja may be in an environment that is not on PATH
             ninja = shutil.which("ninja") or os.path.join(sysconfig.get_path("scripts"), "ninja")
             if subprocess.run([ninja, "-f", str(ninja_file), f"-j{JOBS}"], check=False).returncode:
@@ -208,13 +208,15 @@ class BuildNative(build_ext):
     def run(self) -> None:
         super().run()
         folder = "ncsr_fast" if self.inplace else os.path.join(self.build_lib, "ncsr_fast")
-        Path(folder, "build_info.txt").write_text(self.info + "\n")  # for `ncsr-fast doctor`, module or no module
+        # for `ncsr-fast doctor`, module or no module
+        Path(folder, "build_info.txt").write_text(self.info + "\n", encoding="utf-8")
         print(f"ncsr_fast: {self.info}")
 
 
 if __name__ == "__main__":
     setup(
-        packages=[*find_packages(include=["ncsr_fast", "ncsr_fast.*"]), "ncsr_fast.kernels", "ncsr_fast.benchmarks"],
+        packages=find_packages(include=["ncsr_fast", "ncsr_fast.*"])
+        + [f"ncsr_fast.{name}" for name in ("kernels", "benchmarks", "benchmarks.gpu")],
         package_dir={"ncsr_fast.kernels": "kernels", "ncsr_fast.benchmarks": "benchmarks"},
         package_data={"ncsr_fast": ["models/*/*", "py.typed"]},
         ext_modules=[Extension("ncsr_fast._native", sources=[])],

@@ -2,7 +2,8 @@
 
     python -m ncsr_fast.benchmarks.end_to_end --published PATH_TO_A_CHECKOUT_OF_NCSR
 
-A task is one job on one input. Its arms compute the same; that is checked first, and then they take turns in one process.
+A task is one job on one input. Its arms compute the same; that is checked first, and then they take turns in one process. An
+arm that fails the check, or raises, has a row with its error; the others are measured, and the exit status is 1.
 The arms between "plain" and "ncsr_fast" switch on one part of the engine after the other, in the order of `LADDER`, so that
 what each contributes can be read off. Weights are random: time does not depend on them.
 """
@@ -21,10 +22,11 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from ncsr_fast import NCSR, NCSRConfig, graphs
+from ncsr_fast.cli._common import Gathered, thread_count
 from ncsr_fast.engine import EngineOptions
 from ncsr_fast.files import atomic_write
 
-from .harness import peak_bytes, quantiles, rounded, side_by_side
+from .harness import brief, peak_bytes, quantiles, rounded, side_by_side
 from .provenance import provenance, recorded_command
 from .published import OPTIONS, PublishedNCSR
 from .report import end_to_end_table, to_json
@@ -46,6 +48,7 @@ LADDER = {
     "ncsr_fast, tf32": EngineOptions(precision="tf32"),
     "ncsr_fast, bf16": EngineOptions(precision="bf16"),
 }
+CAPTURED = {f"captured, {precision}": EngineOptions(precision=precision) for precision in ("fp32", "tf32", "bf16")}
 # largest error of a result, relative to the largest element: float32 rounding through 54 steps; what TF32 and bf16 operands
 # are measured to do is in the rows
 ALLOWED = {"fp32": 2e-5, "tf32": 1e-2, "bf16": 5e-2}
@@ -83,10 +86,10 @@ ON_CPU = ("sample", "sample-one", "train", "train-frozen", "train-batch-2")
 ON_GPU = ("sample", "train", "train-batch-18", "sample-div2k")
 
 
-def random_model(device: str) -> NCSR:
-    """The ×4 model with its parameters moved gently off their initial values and its actnorms initialised."""
+def random_model(device: str, config: NCSRConfig | None = None) -> NCSR:
+    """A model, the ×4 one by default, with parameters moved gently off their initial values and actnorms initialised."""
     torch.manual_seed(0)
-    model = NCSR(NCSRConfig.from_published(OPTIONS)).eval()
+    model = NCSR(config or NCSRConfig.from_published(OPTIONS)).eval()
     with torch.no_grad():
         for level in model.levels:
             for parameter in level.parameters():
@@ -205,49 +208,81 @@ class Captured(Ours):
 def measure(
     task: Task, model: NCSR, arms: dict[str, Any], device: str, rounds: int, with_memory: bool, tf32: bool
 ) -> list[dict[str, Any]]:
-    """Rows of a task, after its results were found to agree. Raises ValueError when they do not."""
+    """Rows of a task. An arm that raises, or whose results differ from the reference's, has its `error` and no figures."""
     runners = {name: Arm(arm, task, device) for name, arm in arms.items()}
     for arm in arms.values():
         arm.train_encoder(not task.frozen_encoder)
-    reference = next(name for name in ("plain", OURS) if name in arms)
-    shapes = model.latent_shapes(task.lr_size, task.lr_size)
-    generator = torch.Generator().manual_seed(2)
-    latents = [(0.9 * torch.randn(task.batch, *shape, generator=generator)).to(device) for shape in shapes]
-    expected = runners[reference].results(latents)
-    errors = {name: _errors(runner.results(latents), expected) for name, runner in runners.items()}
-    for name, found in errors.items():
-        precision = name.rpartition(", ")[2] if name.endswith(("tf32", "bf16")) else "tf32" if tf32 else "fp32"
-        for what, error in found.items():
-            allowed = (ALLOWED_GRADIENT if what == "gradient" else ALLOWED)[precision]
-            if not error <= allowed:
-                raise ValueError(f"{task.name}: the {what} of {name!r} is off by {error:.1e}, allowed {allowed:.0e}")
-    # warm: the results were computed once, and a first call is timed to see how long it is
-    times = side_by_side({name: runner.run for name, runner in runners.items()}, device, 0.0, rounds, warm_up=0)
-    peaks = {name: runner.peak_bytes(device) if with_memory else None for name, runner in runners.items()}
-    flops = _flops(runners)
+    reference = next((name for name in ("plain", OURS) if name in arms), next(iter(arms)))
+    latents = draw_latents(task, model, device)
+    errors: dict[str, dict[str, float]] = {}
+    failed: dict[str, str] = {}
+    expected: dict[str, Tensor] | None = None
+    for name in sorted(runners, key=lambda name: name != reference):  # the reference first
+        try:
+            found = runners[name].results(latents)
+            expected = found if name == reference else expected
+            errors[name] = differences(found, expected) if expected is not None else {}
+            if texts := disagreements(name, errors[name], tf32):
+                failed[name] = "; ".join(texts)
+            elif task.n:
+                runners[name].run()  # so that it is warm, as a training step is by its results
+        except Exception as error:
+            failed[name] = brief(error)
+    if expected is None:
+        failed = {name: f"there is nothing to compare with, as {reference!r} failed" for name in arms} | failed
+    figures = _figures({name: runner for name, runner in runners.items() if name not in failed}, device, rounds, with_memory)
     rows = []
     for name in arms:
+        found = {"error": failed[name]} if name in failed else figures[name]
+        if "error" not in found:
+            found["errors"] = {what: rounded(error) for what, error in errors[name].items()}
+        rows.append({"task": task.name, "what": task.describe(), "arm": name} | found)
+    return rows
+
+
+def draw_latents(task: Task, model: NCSR, device: str) -> list[Tensor]:
+    """Latents of temperature 0.9, the same every time."""
+    shapes, generator = model.latent_shapes(task.lr_size, task.lr_size), torch.Generator().manual_seed(2)
+    return [(0.9 * torch.randn(task.batch, *shape, generator=generator)).to(device) for shape in shapes]
+
+
+def disagreements(name: str, errors: dict[str, float], tf32: bool) -> list[str]:
+    """Complaints about errors larger than the precision allows that an arm's name says."""
+    precision = name.rpartition(", ")[2] if name.endswith(("tf32", "bf16")) else "tf32" if tf32 else "fp32"
+    allowed = {what: (ALLOWED_GRADIENT if what == "gradient" else ALLOWED)[precision] for what in errors}
+    return [
+        f"the {what} of {name!r} is off by {error:.1e}, allowed {allowed[what]:.0e}"
+        for what, error in errors.items()
+        if not error <= allowed[what]
+    ]
+
+
+def _figures(runners: dict[str, Arm], device: str, rounds: int, with_memory: bool) -> dict[str, dict[str, Any]]:
+    """Figures of arms that are warm; the `error` of those that raise."""
+    try:  # a first call is timed to see how long it is
+        times = side_by_side({name: runner.run for name, runner in runners.items()}, device, 0.0, rounds, warm_up=0)
+    except Exception as error:
+        return {name: {"error": f"while the arms took turns: {brief(error)}"} for name in runners}
+    figures = {}
+    for name, runner in runners.items():
         low, median, high = quantiles(times[name])
-        rows.append(
-            {
-                "task": task.name,
-                "what": task.describe(),
-                "arm": name,
+        try:
+            figures[name] = {
                 "median_s": rounded(median),
                 "p20_s": rounded(low),
                 "p80_s": rounded(high),
                 "rounds": len(times[name]),
-                "peak_bytes": peaks[name],
-                "flops": flops.get(name),
-                "round_trip": rounded(arms[name].round_trip(runners[name])) if isinstance(arms[name], Ours) else None,
-                "errors": {what: rounded(error) for what, error in errors[name].items()},
+                "peak_bytes": runner.peak_bytes(device) if with_memory else None,
+                "flops": _flops(name, runner),
+                "round_trip": rounded(runner.model.round_trip(runner)) if isinstance(runner.model, Ours) else None,
             }
-        )
-    return rows
+        except Exception as error:
+            figures[name] = {"error": brief(error)}
+    return figures
 
 
-def _errors(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
-    """Of a gradient in the 2-norm, of the others in the largest element."""
+def differences(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
+    """Relative errors: of a gradient in the 2-norm, of the others in the largest element."""
     errors = {}
     for what, value in expected.items():
         order = 2 if what == "gradient" else float("inf")
@@ -256,21 +291,20 @@ def _errors(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, 
     return errors
 
 
-def _flops(runners: dict[str, Arm]) -> dict[str, int]:
-    """Of convolutions and matrix products. The fused operators of a CPU do not show: ours is counted with the reference's."""
-    counted = {}
-    for name, runner in runners.items():
-        if name in (ACCELERATED, COMPILED) or isinstance(runner.model, Captured):
-            continue
-        options = getattr(runner.model, "options", None)
+def _flops(name: str, runner: Arm) -> int | None:
+    """FLOPs of convolutions and matrix products. A CPU's fused operators do not show: ours are counted with the reference's."""
+    if name in (ACCELERATED, COMPILED) or isinstance(runner.model, Captured):
+        return None
+    options = getattr(runner.model, "options", None)
+    try:
         if options is not None:
             runner.model.options = replace(options, backend="reference")
         with FlopCounterMode(display=False) as counter:
             runner.run()
-        counted[name] = counter.get_total_flops()
+    finally:
         if options is not None:
             runner.model.options = options
-    return counted
+    return counter.get_total_flops()
 
 
 def convolution_rate(device: str) -> float:
@@ -296,13 +330,20 @@ def main() -> None:
         allow_abbrev=False,  # the command is stored in the rows
     )
     parser.add_argument("--published", type=Path, help="checkout of the published NCSR repository; left out without one")
-    parser.add_argument("--tasks", nargs="+", choices=[task.name for task in TASKS], help="default: what the device can do")
     parser.add_argument(
-        "--arms", nargs="+", help=f"of {', '.join([PUBLISHED, ACCELERATED, *LADDER])}; default: all, but {COMPILED!r}"
+        "--tasks", nargs="+", action=Gathered, choices=[task.name for task in TASKS], help="default: what the device can do"
+    )
+    parser.add_argument(
+        "--arms",
+        nargs="+",
+        action=Gathered,
+        help=f"of {'; '.join([PUBLISHED, ACCELERATED, *LADDER, *CAPTURED])} (captured ones need a GPU; default: all of them)",
     )
     parser.add_argument("--compile", action="store_true", help="torch.compile of the plain path too: minutes a task")
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads (default: %(default)s)")
+    parser.add_argument(
+        "--threads", type=thread_count, default=torch.get_num_threads(), help="CPU threads (default: %(default)s)"
+    )
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     parser.add_argument(
         "--tf32", action="store_true", help="let the published program and the plain path have TF32 convolutions on a GPU"
@@ -316,7 +357,10 @@ def main() -> None:
 
     where = provenance(args.device)
     model = random_model(args.device)
-    wanted = args.arms or [PUBLISHED, ACCELERATED, *LADDER]
+    names = [PUBLISHED, ACCELERATED, *LADDER, *CAPTURED]
+    wanted = args.arms or names
+    if unknown := [name for name in wanted if name not in names]:
+        parser.error(f"no arm {', '.join(map(repr, unknown))}; there are {', '.join(map(repr, names))}")
     arms: dict[str, Any] = {}
     if args.published:
         for name in (PUBLISHED, ACCELERATED):
@@ -325,22 +369,27 @@ def main() -> None:
     arms |= {name: Ours(model, options) for name, options in LADDER.items() if cuda or not name.endswith("tf32")}
     if args.compile:
         arms[COMPILED] = Ours(model, _PLAIN, compiled=True)
-    arms = {name: arm for name, arm in arms.items() if name in wanted or name == COMPILED}
     if cuda:
-        arms |= {f"captured, {p}": Captured(model, EngineOptions(precision=p)) for p in ("fp32", "tf32", "bf16")}
+        arms |= {name: Captured(model, options) for name, options in CAPTURED.items()}
+    arms = {name: arm for name, arm in arms.items() if name in wanted or name == COMPILED}
+    if not arms:
+        parser.error(f"none of the arms {', '.join(map(repr, wanted))} can be measured on {args.device} with what was given")
 
     where["conv_flops_per_s"] = convolution_rate(args.device)
     where["command"] = recorded_command("ncsr_fast.benchmarks.end_to_end", sys.argv[1:], {args.published: "PATH"})
     tasks = [task for task in TASKS if task.name in (args.tasks or (ON_GPU if cuda else ON_CPU))]
     stored = args.out / f"end_to_end-{args.device}.json"
-    others = json.loads(stored.read_text()) if stored.exists() else []
+    others = json.loads(stored.read_text(encoding="utf-8")) if stored.exists() else []
     others = [row for row in others if row["task"] not in {task.name for task in tasks}]  # what is not measured now is kept
     rows: list[dict[str, Any]] = []
     for task in tasks:
         rows += [row | where for row in measure(task, model, arms, args.device, args.rounds, not args.no_memory, args.tf32)]
         with atomic_write(stored) as path:  # after every task: a stopped run keeps it
-            path.write_text(to_json(others + rows))
+            path.write_text(to_json(others + rows), encoding="utf-8")
     print(end_to_end_table(rows))
+    failed = [f"{row['task']}, {row['arm']}: {row['error']}" for row in rows if "error" in row]
+    if failed:
+        raise ValueError("\n  ".join([f"{len(failed)} arms failed", *failed]))
 
 
 if __name__ == "__main__":

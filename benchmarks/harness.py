@@ -1,7 +1,8 @@
-"""One case: results checked first, then every arm (ours, the reference, the compiled reference, a copy) timed in turn."""
+"""One case: results checked, and every arm (ours, the reference, the compiled reference, a copy) timed in turn."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -25,10 +26,12 @@ REFERENCE, COMPILED, COPY = "reference", "torch.compile", "copy"
 DIRECTIONS = ("forward", "inverse", "backward", "inverse-backward")  # a backward is the backward pass alone
 
 _BATCH_SECONDS = 1e-3  # calls are timed in batches this long on a CPU, thousands of times the timer's resolution
-_FLUSH_BYTES = 256 * 2**20  # written between two calls on a GPU, several times its L2 cache
+_FLUSH_BYTES = 256 * 2**20  # several times the L2 cache of a GPU
+CALLS_IN_A_GRAPH = 20
 _MOST_ROUNDS = 200
 
 Function = Callable[..., tuple[Tensor, Tensor]]  # of the input tensors, by name
+Drawn = tuple[dict[str, Tensor], tuple[Tensor, Tensor]]  # inputs by name, and the gradients that arrive at y and logdet
 
 
 @dataclass(frozen=True)
@@ -50,8 +53,8 @@ class Case:
         directions = DIRECTIONS[self.inverse :: 2]
         return directions if self.shape.training else directions[:1]
 
-    def draw(self) -> tuple[dict[str, Tensor], tuple[Tensor, Tensor]]:
-        """Inputs by name, and the gradients that arrive at y and logdet."""
+    def draw(self) -> Drawn:
+        """The same numbers every time."""
         draw = Draw(self.shape, self.dtype, self.layout, self.device)
         inputs = OPERATORS[self.operator].inputs(draw)
         return {name: tensor.requires_grad_(self.shape.training) for name, tensor in inputs.items()}, draw.cotangents()
@@ -103,47 +106,130 @@ def _largest(tensor: Tensor) -> float:
     return float(tensor.abs().max())
 
 
+def fault(case: Case, name: str, function: Function) -> str:
+    """Complaint about a function of a case whose results are wrong, or that raises; empty where there is none."""
+    try:
+        return "\n".join(wrong_results(case, {name: function}))
+    except Exception as error:
+        return f"{case}, {name}: {brief(error)}"
+
+
 def measure(
-    case: Case, backends: list[str], directions: list[str], with_compile: bool, seconds: float, rounds: int
+    case: Case, functions: dict[str, Function], directions: list[str], seconds: float, rounds: int
 ) -> list[dict[str, Any]]:
-    """The rows of a case whose results were found right: one for every direction and arm. They lack the provenance."""
-    inputs, cotangents = case.draw()
-    functions = {name: case.function(name) for name in dict.fromkeys([*backends, REFERENCE])}
-    if with_compile:
-        functions[COMPILED] = _compiled(case)
+    """The rows of functions that were found right: one for every direction and function. They lack the provenance.
+
+    A function that raises has its `error` in place of the figures.
+    """
+    cuda = torch.device(case.device).type == "cuda"
     rows = []
-    for direction in (direction for direction in case.directions if direction in directions):
-        backward = direction.endswith("backward")
-        with torch.set_grad_enabled(case.shape.training):
-            arms = {name: _call(function, inputs, cotangents, backward) for name, function in functions.items()}
-            moved = OPERATORS[case.operator].bytes_moved(inputs, cotangents, case.shape, backward)
-            source = torch.ones(moved // 2, dtype=torch.uint8, device=case.device)  # read once and written once
-            times = side_by_side({**arms, COPY: _copy(source)}, case.device, seconds, rounds)
-            peaks = {name: peak_bytes(arm, case.device) for name, arm in arms.items()}
-        copy = statistics.median(times[COPY])
-        for name in arms:
-            low, median, high = quantiles(times[name])
-            rows.append(
-                {
-                    "operator": case.operator,
-                    "backend": name,
-                    "direction": direction,
-                    "shape": list(case.shape.size),
-                    "dtype": case.dtype,
-                    "layout": case.layout,
-                    "used_by": list(case.shape.used_by),
-                    "gradients_recorded": case.shape.training,
-                    "median_ms": rounded(1e3 * median),
-                    "p20_ms": rounded(1e3 * low),
-                    "p80_ms": rounded(1e3 * high),
-                    "rounds": len(times[name]),
-                    "bytes": moved,
-                    "gb_per_s": rounded(1e-9 * moved / median),
-                    "share_of_copy": rounded(copy / median),
-                    "peak_bytes": peaks[name],
-                }
-            )
+    with torch.cuda.stream(torch.cuda.Stream(case.device)) if cuda else contextlib.nullcontext():
+        draws = _draws(case)
+        for direction in (direction for direction in case.directions if direction in directions):
+            with torch.set_grad_enabled(case.shape.training):
+                rows += _measure_direction(case, functions, direction, draws, seconds, rounds)
     return rows
+
+
+def _measure_direction(
+    case: Case, functions: dict[str, Function], direction: str, draws: list[Drawn], seconds: float, rounds: int
+) -> list[dict[str, Any]]:
+    inputs, cotangents = draws[0]
+    backward = direction.endswith("backward")
+    calls, arms, errors = {}, {}, {}
+    for name, function in functions.items():
+        try:
+            calls[name] = [_call(function, *drawn, backward) for drawn in draws]
+            calls[name][0]()
+            arms[name] = _arm(calls[name], case.device)
+        except Exception as error:
+            errors[name] = brief(error)
+    moved = OPERATORS[case.operator].bytes_moved(inputs, cotangents, case.shape, backward)
+    sources = [torch.ones(moved // 2, dtype=torch.uint8, device=case.device) for _ in draws]  # read once and written once
+    times = side_by_side({**arms, COPY: _arm([_copy(source) for source in sources], case.device)}, case.device, seconds, rounds)
+    called = CALLS_IN_A_GRAPH if torch.device(case.device).type == "cuda" else 1
+    copy = statistics.median(times[COPY])
+    rows = []
+    for name in functions:
+        if name in errors:
+            rows.append(error_row(case, direction, name, errors[name]))
+            continue
+        low, median, high = (value / called for value in quantiles(times[name]))
+        rows.append(
+            _identity(case, direction, name)
+            | {
+                "median_ms": rounded(1e3 * median),
+                "p20_ms": rounded(1e3 * low),
+                "p80_ms": rounded(1e3 * high),
+                "rounds": len(times[name]),
+                "bytes": moved,
+                "gb_per_s": rounded(1e-9 * moved / median),
+                "share_of_copy": rounded(copy / called / median),
+                "peak_bytes": peak_bytes(calls[name][0], case.device),
+            }
+        )
+    return rows
+
+
+def error_row(case: Case, direction: str, name: str, error: str) -> dict[str, Any]:
+    """The row of a function that could not be measured."""
+    return _identity(case, direction, name) | {"error": error}
+
+
+def brief(error: BaseException) -> str:
+    """An exception in a line."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def _identity(case: Case, direction: str, name: str) -> dict[str, Any]:
+    """The fields that tell which cell a row is of."""
+    return {
+        "operator": case.operator,
+        "backend": name,
+        "direction": direction,
+        "shape": list(case.shape.size),
+        "dtype": case.dtype,
+        "layout": case.layout,
+        "used_by": list(case.shape.used_by),
+        "gradients_recorded": case.shape.training,
+    }
+
+
+def _draws(case: Case) -> list[Drawn]:
+    """Inputs and cotangents; on a GPU, copies of them too, as many as do not fit its L2 cache together."""
+    inputs, cotangents = case.draw()
+    if torch.device(case.device).type == "cpu":
+        return [(inputs, cotangents)]
+    copies = math.ceil(_FLUSH_BYTES / sum(tensor.nbytes for tensor in inputs.values()))
+    return [(inputs, cotangents)] + [
+        (
+            {name: tensor.detach().clone().requires_grad_(tensor.requires_grad) for name, tensor in inputs.items()},
+            (cotangents[0].clone(), cotangents[1].clone()),
+        )
+        for _ in range(min(copies, CALLS_IN_A_GRAPH) - 1)
+    ]
+
+
+def _arm(calls: list[Callable[[], Any]], device: str) -> Callable[[], Any]:
+    """The call to time, of several that differ in their inputs alone: on a CPU the only one, on a GPU a graph of them all."""
+    return graph_of(calls) if torch.device(device).type == "cuda" else calls[0]
+
+
+def graph_of(calls: list[Callable[[], Any]]) -> Callable[[], Any]:
+    """`CALLS_IN_A_GRAPH` calls as one replay of a CUDA graph: their time is the device's, with no Python between them.
+
+    Args:
+        calls: Made in turn, again from the first after the last. What they read was written on the current stream, which is
+            not the default one; autograd graphs were recorded on it.
+    """
+    for call in calls:  # kernels are compiled and loaded
+        call()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
+        for index in range(CALLS_IN_A_GRAPH):
+            calls[index % len(calls)]()
+    return graph.replay
 
 
 def _call(
@@ -160,20 +246,12 @@ def _copy(source: Tensor) -> Callable[[], Any]:
     return lambda: target.copy_(source)
 
 
-def _compiled(case: Case) -> Function:
-    """The reference under torch.compile for this case alone, compiled and found right."""
+def compiled(case: Case) -> Function:
+    """The reference under torch.compile for this case alone; compiled at its first call."""
     torch._dynamo.reset()  # so that no call pays for the guards of earlier shapes, or meets the limit of recompilations
     if hasattr(torch._functorch.config, "donated_buffer"):  # came with torch 2.6; its backward could be called only once
         torch._functorch.config.donated_buffer = False
-    function = torch.compile(case.function(REFERENCE), dynamic=False)
-    try:
-        complaints = wrong_results(case, {COMPILED: function})
-    except torch._dynamo.exc.TorchDynamoException as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"torch.compile of the reference failed, --no-compile leaves it out: {reason}") from error
-    if complaints:
-        raise ValueError(complaints[0])
-    return function
+    return torch.compile(case.function(REFERENCE), dynamic=False)
 
 
 def side_by_side(
@@ -215,7 +293,11 @@ def _cpu_seconds(call: Callable[[], Any], calls: int) -> float:
 
 
 def _cuda_timer(device: str) -> Callable[[Callable[[], Any], int], float]:
-    """Time of one call by events, with a cold L2 cache. The flush also hides the host's work up to its own duration."""
+    """Time of one call by events, after a write that leaves nothing in the L2 cache and keeps the device busy for some 60 µs.
+
+    Host work of a call beyond these microseconds counts as its time, as it does for whoever makes the call: what is about the
+    device alone is a CUDA graph (`graph_of`).
+    """
     flush = torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device=device)
 
     def elapsed(call: Callable[[], Any], calls: int) -> float:
@@ -245,7 +327,7 @@ def peak_bytes(call: Callable[[], Any], device: str) -> int:
     del results
     with tempfile.TemporaryDirectory() as folder:
         recorded.export_chrome_trace(str(Path(folder) / "trace.json"))
-        events = json.loads((Path(folder) / "trace.json").read_text())["traceEvents"]
+        events = json.loads((Path(folder) / "trace.json").read_text(encoding="utf-8"))["traceEvents"]
     now = peak = 0
     for event in sorted((event for event in events if event["name"] == "[memory]"), key=lambda event: event["ts"]):
         now += event["args"]["Bytes"]

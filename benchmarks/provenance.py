@@ -111,7 +111,7 @@ def recorded_command(module: str, arguments: Sequence[str], paths: Mapping[Path 
 def _git(folder: Path, *arguments: str) -> str:
     """Output of git, empty when there is no git or it fails."""
     try:
-        return subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(["git", *arguments], cwd=folder, capture_output=True, encoding="utf-8", check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return ""
 
@@ -138,7 +138,7 @@ def _physical_cores() -> int | None:
 def _cpuinfo() -> list[dict[str, str]]:
     """The fields of each logical processor."""
     info = Path("/proc/cpuinfo")
-    blocks = info.read_text().strip().split("\n\n") if info.exists() else []
+    blocks = info.read_text(encoding="utf-8").strip().split("\n\n") if info.exists() else []
     return [dict(re.findall(r"^(.*?)[ \t]*:[ \t]*(.*)$", block, flags=re.MULTILINE)) for block in blocks]
 
 

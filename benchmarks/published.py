@@ -79,18 +79,26 @@ class PublishedTrainer:
 
 
 class PublishedNCSR:
-    """Its ×4 network with the given weights; `accelerated` by the one line of ours."""
+    """Its ×4 network with the given weights; `accelerated` by the one line of ours.
 
-    def __init__(self, checkout: Path, state: dict[str, Tensor], device: str, accelerated: bool = False) -> None:
+    Its hidden layers are 64 wide, whatever `options` say; those of a stand-in may be narrower.
+    """
+
+    def __init__(
+        self, checkout: Path, state: dict[str, Tensor], device: str, accelerated: bool = False, options: dict = OPTIONS
+    ) -> None:
         _importable(checkout)
         from models.modules.NCSRNet_arch import NCSRNet
 
-        self.network = NCSRNet(3, 3, 64, 23, gc=32, scale=4, K=16, opt=OPTIONS).eval()
+        config = NCSRConfig.from_published(options)
+        self.network = NCSRNet(
+            3, 3, config.channels, config.blocks, gc=config.growth, scale=config.scale, K=config.steps, opt=options
+        ).eval()
         self.network.load_state_dict(state)
         self.network.to(device)
         if accelerated:
             accelerate(self.network)
-        self._holder = NCSR(NCSRConfig.from_published(OPTIONS))
+        self._holder = NCSR(config)
 
     def parameters(self) -> list[Tensor]:
         return list(self.network.parameters())
@@ -120,8 +128,8 @@ class PublishedNCSR:
     def sample(self, lr: Tensor, n: int, temperature: float) -> None:
         """As its test program does: the encoder anew for every sample, split latents drawn inside. Of another image every
         time, as an accelerated network knows the last one."""
-        lr, side = torch.rand_like(lr), lr.shape[2] // 2
+        lr, size = torch.rand_like(lr), [side // 2 for side in lr.shape[2:]]
         for _ in range(n):
-            z = temperature * torch.randn(1, 96, side, side, device=lr.device)
+            z = temperature * torch.randn(1, 96, *size, device=lr.device)
             std = torch.zeros(1, 1, 1, 1, device=lr.device)
             self.network(lr=lr, z=z, eps_std=temperature, reverse=True, std=std)

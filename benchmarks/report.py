@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from ncsr_fast.figures import save_figure
+
 from .harness import COMPILED, REFERENCE
 
 Row = dict[str, Any]
@@ -31,8 +33,8 @@ def to_json(rows: list[Row]) -> str:
 def stored_rows(path: str | os.PathLike) -> list[Row]:
     """The rows of operators in a file. Raises ValueError for a file of anything else."""
     try:
-        rows = json.loads(Path(path).read_text())
-        if not all({*_CELL[:5], "backend", "median_ms"} <= row.keys() for row in rows):
+        rows = json.loads(Path(path).read_text(encoding="utf-8"))
+        if not all({*_CELL[:5], "backend"} <= row.keys() and not {"median_ms", "error"}.isdisjoint(row) for row in rows):
             raise ValueError("its rows are not of operators")
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{os.fspath(path)!r} is no file of rows that `ncsr-fast bench` wrote: {error}") from error
@@ -42,6 +44,7 @@ def stored_rows(path: str | os.PathLike) -> list[Row]:
 def compared(rows: list[Row]) -> list[tuple[Row, Row | None, Row | None]]:
     """Every row of ours (of eager, where there is none) with those of the eager and the compiled reference of its cell."""
     cells: dict[tuple, dict[str, Row]] = {}
+    rows = [row for row in rows if "error" not in row]
     for row in rows:
         cells.setdefault(tuple(str(row.get(key)) for key in _CELL), {})[row["backend"]] = row
     ours = [row for row in rows if row["backend"] not in (REFERENCE, COMPILED)]
@@ -57,7 +60,10 @@ def speed_up(row: Row, baseline: Row | None) -> float | None:
 
 
 def table(rows: list[Row]) -> str:
-    """Markdown, one table for every device and set of versions. Where a baseline is faster, the last column says which."""
+    """Markdown, one table for every device and set of versions. Where a baseline is faster, the last column says which.
+
+    Errors of rows without figures follow, a line each.
+    """
     blocks: dict[str, list[tuple[str, ...]]] = {}
     for row, eager, compiled in compared(rows):
         setting = ", ".join(f"{key} {row[key]}" for key in _SETTING if row.get(key) is not None)
@@ -80,7 +86,9 @@ def table(rows: list[Row]) -> str:
             ", ".join(name for name, ratio in ratios.items() if ratio is not None and ratio < 1),
         )
         blocks.setdefault(setting, []).append(line)
-    return "\n\n".join(f"{setting}\n\n{_markdown([_HEAD, *lines])}" for setting, lines in blocks.items())
+    tables = [f"{setting}\n\n{markdown([_HEAD, *lines])}" for setting, lines in blocks.items()]
+    errors = dict.fromkeys(row["error"] for row in rows if "error" in row)
+    return "\n\n".join([*tables, *(["\n".join(f"failed: {error}" for error in errors)] if errors else [])])
 
 
 def plot(rows: list[Row], path: str) -> None:
@@ -110,7 +118,7 @@ def plot(rows: list[Row], path: str) -> None:
     share.axvline(1, color="black", linewidth=0.8)
     share.set(xlabel="share of the bandwidth of a copy")
     figure.suptitle(", ".join(sorted({f"{row['device']}, {row['threads']} threads, {row['commit']}" for row, _, _ in entries})))
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path, dpi=120)
 
 
 def _size(row: Row) -> str:
@@ -121,7 +129,8 @@ def _ms(value: float) -> str:
     return f"{value:.3g}" if value < 100 else f"{value:.0f}"
 
 
-def _markdown(lines: list[tuple[str, ...]]) -> str:
+def markdown(lines: list[tuple[str, ...]]) -> str:
+    """A table of cells, the first line its head, padded to the widths of the columns."""
     widths = [max(map(len, column)) for column in zip(*lines)]
     lines = [lines[0], tuple("-" * width for width in widths), *lines[1:]]
     return "\n".join("| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |" for line in lines)
@@ -129,7 +138,8 @@ def _markdown(lines: list[tuple[str, ...]]) -> str:
 
 def end_to_end_table(rows: list[Row]) -> str:
     """Markdown of the rows of `end_to_end`, a table a task: times, their ratio to the published program and to the
-    plain path, memory, and how much of the time the FLOPs alone would take at the rate of the fastest convolution measured."""
+    plain path, memory, and how much of the time the FLOPs alone would take at the rate of the fastest convolution measured.
+    An arm that failed has its error there."""
     blocks = []
     for task in dict.fromkeys(row["task"] for row in rows):
         arms = {row["arm"]: row for row in rows if row["task"] == task}
@@ -142,9 +152,11 @@ def end_to_end_table(rows: list[Row]) -> str:
             "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
         ]
         for name, row in arms.items():
-            ratios = [
-                f"{arms[other]['median_s'] / row['median_s']:.2f}" if other in arms else "" for other in ("published", "plain")
-            ]
+            if "error" in row:
+                lines.append(f"| {' | '.join([name, 'failed: ' + row['error'].replace('|', '/'), *[''] * 7])} |")
+                continue
+            others = [arms.get(other, {}).get("median_s") for other in ("published", "plain")]
+            ratios = [f"{other / row['median_s']:.2f}" if other else "" for other in others]
             flops = row["flops"]
             cells = [
                 name,
@@ -172,7 +184,7 @@ def training_table(rows: list[Row]) -> str:
     for task in dict.fromkeys(row["task"] for row in rows):
         own = [{key: value for key, value in row.items() if key not in provenance} for row in rows if row["task"] == task]
         lines = [tuple(own[0]), *(tuple(str(value) for value in row.values()) for row in own)]
-        blocks.append(f"{task}\n\n{_markdown(lines)}")
+        blocks.append(f"{task}\n\n{markdown(lines)}")
     return "\n\n".join(blocks)
 
 
@@ -185,5 +197,5 @@ def trace_table(rows: list[Row]) -> str:
         for name, count in [*parts, ("all", row)]:
             numbers = [str(count[key]) for key in ("operations", "kernels", "launches")]
             lines.append((name, *numbers, f"{count['bytes'] / 1e9:.2f}", f"{count['flops'] / 1e12:.3f}"))
-        blocks.append(f"{row['task']}, {row['precision']}: {row['what']}\n\n{_markdown(lines)}")
+        blocks.append(f"{row['task']}, {row['precision']}: {row['what']}\n\n{markdown(lines)}")
     return "\n\n".join(blocks)

@@ -1,4 +1,4 @@
-"""A whole run: choose the cases, check them all, then measure and store row after row."""
+"""A whole run: choose the cases, then check, measure and store one after the other."""
 
 from __future__ import annotations
 
@@ -13,24 +13,34 @@ import torch
 from tqdm import tqdm
 
 from ncsr_fast import ops
-from ncsr_fast.cli._common import pick_device
+from ncsr_fast.cli._common import check_file, check_folder, pick_device
 from ncsr_fast.files import atomic_write
+from ncsr_fast.places import check_apart
 
 from . import report
-from .harness import DIRECTIONS, REFERENCE, Case, measure, wrong_results
+from .harness import COMPILED, DIRECTIONS, REFERENCE, Case, brief, compiled, error_row, fault, measure
 from .provenance import provenance
 from .registry import DTYPES, LAYOUTS, OPERATORS, USES
 
 
 def run(args: argparse.Namespace) -> None:
-    """What `ncsr-fast bench` does. Raises ValueError, and prints and stores no figure, when a result is wrong."""
+    """Do what `ncsr-fast bench` asks for.
+
+    A result that is wrong, or an arm that raises, has a row with its `error` and no figure; the others are measured.
+
+    Raises:
+        ValueError: At the end, for those rows; at once for arguments of which nothing can be measured.
+    """
     if args.table or args.plot:
         if args.table:
             print(report.table(report.stored_rows(args.table)))
         if args.plot:
             source, picture = args.plot
+            check_file("--plot", picture)
+            check_apart({"--plot": [picture]}, {"the rows": [source]})
             report.plot(report.stored_rows(source), picture)
         return
+    check_folder("--out", args.out)
     device = pick_device(args.device)
     cuda = torch.device(device).type == "cuda"
     if cuda:
@@ -40,26 +50,41 @@ def run(args: argparse.Namespace) -> None:
     where = provenance(device)
     plan = [(case, _backends(case, args.backends)) for case in _cases(args, device)]
     directions = _chosen("direction", args.directions, DIRECTIONS)
-    compiled = _chosen("shape", args.compile_shapes or (), USES)
+    shapes_to_compile = _chosen("shape", args.compile_shapes or (), USES)
     rounds, seconds = (3, 0.0) if args.quick else (args.rounds, args.seconds)
-
-    complaints = []
-    for case, backends in tqdm(plan, desc="check", unit="case", disable=None):
-        complaints += wrong_results(case, {backend: case.function(backend) for backend in backends})
-    if complaints:
-        raise ValueError("\n  ".join([f"{len(complaints)} results are wrong, so nothing is timed", *complaints]))
 
     name = re.sub(r"\W+", "-", where["device"]).lower() if cuda else "cpu"
     path = Path(args.out) / f"operators-{name}{'-quick' * args.quick}.json"
     rows: list[dict[str, Any]] = []
     for case, backends in tqdm(plan, desc="measure", unit="case", disable=None):
-        with_compile = not args.no_compile and _compile_is_a_baseline(case, compiled)
-        for row in measure(case, backends, directions, with_compile, seconds, rounds):
+        with_compile = not args.no_compile and _compile_is_a_baseline(case, shapes_to_compile)
+        for row in _case_rows(case, backends, directions, with_compile, seconds, rounds):
             rows.append({**row, **where, "command": _command(row, where, device)})
         with atomic_write(path) as temporary:  # after every case: a run that is stopped keeps what it has
-            temporary.write_text(report.to_json(rows))
+            temporary.write_text(report.to_json(rows), encoding="utf-8")
     print(report.table(rows))
     print(f"\n{len(rows)} rows in {path}")
+    failed = dict.fromkeys(row["error"] for row in rows if "error" in row)
+    if failed:
+        raise ValueError("\n  ".join([f"{len(failed)} failed, and {'has' if len(failed) == 1 else 'have'} no figure", *failed]))
+
+
+def _case_rows(
+    case: Case, backends: list[str], directions: list[str], with_compile: bool, seconds: float, rounds: int
+) -> list[dict[str, Any]]:
+    """The rows of a case: figures of what gives the right results, and the error of what does not."""
+    functions = {name: case.function(name) for name in backends}
+    if with_compile:
+        functions[COMPILED] = compiled(case)
+    faults = {name: fault(case, name, function) for name, function in functions.items()}
+    right = {name: function for name, function in functions.items() if not faults[name]}
+    wanted = [direction for direction in case.directions if direction in directions]
+    rows = [error_row(case, way, name, text) for name, text in faults.items() if text for way in wanted]
+    try:
+        return measure(case, right | {REFERENCE: case.function(REFERENCE)}, directions, seconds, rounds) + rows
+    except Exception as error:  # of all arms: more memory than there is, say
+        text = f"{case}: {brief(error)}"
+        return [error_row(case, way, name, text) for name in (*right, REFERENCE) for way in wanted] + rows
 
 
 def _cases(args: argparse.Namespace, device: str) -> list[Case]:

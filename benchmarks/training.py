@@ -26,6 +26,7 @@ from typing import Any
 import torch
 
 from ncsr_fast import NCSR, NCSRConfig
+from ncsr_fast.cli._common import Gathered, thread_count
 from ncsr_fast.data import RandomCrops, list_images, read_image, write_image
 from ncsr_fast.files import atomic_write
 from ncsr_fast.training.loop import StageLoop
@@ -177,7 +178,7 @@ def processes(images: Path, scratch: Path, args: argparse.Namespace) -> Iterator
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
         command = [*start, *flags, "--run-dir", str(run), "--device", args.device]
         subprocess.run(command, check=True, env=environment, cwd=scratch, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-        rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+        rows = [json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
         rates = [row["images_per_s"] for row in rows if "images_per_s" in row][1:]  # the first includes the start
         losses = [row["loss"] for row in rows if "loss" in row]
         yield {
@@ -195,13 +196,15 @@ def main() -> None:
     )
     parser.add_argument("images", type=Path, help="folder of photographs")
     parser.add_argument("--published", type=Path, help="checkout of the published NCSR repository; left out without one")
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
+    parser.add_argument("--tasks", nargs="+", action=Gathered, choices=TASKS, default=TASKS)
     parser.add_argument("--batch", type=int, default=1, help="of `steps` (default: %(default)s)")
     parser.add_argument("--crop", type=int, default=160, help="side of an HR crop (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="timed steps of each arm (default: %(default)s)")
     parser.add_argument("--warm-up", type=int, default=2, help="steps before that (default: %(default)s)")
     parser.add_argument("--bf16", action="store_true", help="an arm with bf16 networks too, slow on a CPU that has no bf16")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads (default: %(default)s)")
+    parser.add_argument(
+        "--threads", type=thread_count, default=torch.get_num_threads(), help="CPU threads (default: %(default)s)"
+    )
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("."), help="folder of the JSON rows (default: %(default)s)")
     args = parser.parse_args()
@@ -217,10 +220,10 @@ def main() -> None:
         for task in args.tasks:
             rows += [row | where for row in globals()[task](scratch / "images", scratch, args)]
     stored = args.out / f"training-{args.device}.json"
-    others = json.loads(stored.read_text()) if stored.exists() else []
+    others = json.loads(stored.read_text(encoding="utf-8")) if stored.exists() else []
     others = [row for row in others if row["task"] not in args.tasks]  # what is not measured now is kept
     with atomic_write(stored) as path:
-        path.write_text(to_json(others + rows))
+        path.write_text(to_json(others + rows), encoding="utf-8")
     print(training_table(rows))
 
 

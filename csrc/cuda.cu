@@ -173,6 +173,12 @@ void flow_step_backward(FlowStep p, bool float64, void* workspace, void* stream)
     choose_step(p, float64, workspace, true, stream);
 }
 
+void use_device(int ordinal) {
+    int current = -1;
+    check(cudaGetDevice(&current));
+    if (current != ordinal) check(cudaSetDevice(ordinal));
+}
+
 int64_t inverse_logdet_workspace(int64_t count, int64_t channels) {
     return 2 * count * channels * channels * int64_t(sizeof(double));
 }

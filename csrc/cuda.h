@@ -9,6 +9,9 @@ int64_t pointwise_workspace(const Pointwise&);                           // byte
 int64_t flow_step_workspace(const FlowStep&, bool float64, bool backward);  // bytes
 int64_t inverse_logdet_workspace(int64_t count, int64_t channels);          // bytes
 
+// Makes the device of this ordinal the calling thread's current one; throws as a launch does.
+void use_device(int ordinal);
+
 // Launches on `stream` of the current device; throws std::runtime_error with CUDA's message.
 void pointwise_forward(Pointwise, bool float64, void* workspace, void* stream);
 void pointwise_backward(Pointwise, bool float64, void* stream);

@@ -21,14 +21,20 @@ using TensorTuple = std::array<int64_t, 6>;
 // batch, channels, height, width
 using SizesTuple = std::array<int64_t, 4>;
 
-// Where to run: on the CPU with so many threads, or on a CUDA stream with a workspace.
+// Where to run: on the CPU with so many threads, or on a stream of the CUDA device of an ordinal, with a workspace. The
+// kernels' own CUDA runtime may have another current device than torch's.
 struct Where {
     bool cuda;
     int threads;
     void *stream, *workspace;
     Where(std::array<int64_t, 4> w)
-        : cuda(w[0]), threads(int(w[1])), stream(reinterpret_cast<void*>(w[2])), workspace(reinterpret_cast<void*>(w[3])) {}
+        : cuda(w[0]), threads(int(w[1])), stream(reinterpret_cast<void*>(w[2])), workspace(reinterpret_cast<void*>(w[3])) {
+#if defined(NCSR_CUDA)
+        if (cuda) cuda::use_device(int(w[1]));
+#endif
+    }
 };
+// CUDA or not, threads or the ordinal, stream, workspace
 using WhereTuple = std::array<int64_t, 4>;
 
 Tensor tensor(const TensorTuple& t) { return {reinterpret_cast<char*>(t[0]), Dtype(t[1]), t[2], t[3], t[4], t[5]}; }

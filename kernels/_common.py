@@ -3,6 +3,11 @@
 A kernel takes an image (B, C, H, W) as the tuple (pointer, and its four strides). A program works on a tile of
 pixels × channels of one sample. Lanes run along the channels where the compiler sees that they are adjacent, that is
 where their stride is 1, and along the pixels otherwise, which it takes for granted because they are axis 0.
+
+A lane reads 16 bytes at once where the compiler sees that every run of 16 bytes is aligned and wholly inside the image or
+outside. So numbers of channels are constants of the compiled kernel, and so are the strides of a channels-last image whose
+pixels follow one another, slices of the channels included. Nothing else of such an image depends on its size: images of
+all sizes run the same compiled kernel. Other images have strides that Triton specialises, on 1 and on multiples of 16.
 """
 
 from __future__ import annotations
@@ -19,6 +24,8 @@ from ncsr_fast.layout import in_memory, is_channels_last
 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 3):  # the first whose kernels take tuples
     raise ImportError(f"ncsr_fast.kernels needs Triton 3.3 or newer, not {triton.__version__}")
 
+SUMMED = 2048  # partial sums that a program of the second stage of a reduction adds at once, 16 a thread
+
 # ---- on the device
 
 
@@ -30,13 +37,13 @@ def program(n_pixel_tiles, n_channel_tiles):
 
 
 @triton.jit
-def pixel_tile(i_b, i_p, pixels, width, ONE_ROW: tl.constexpr, BLOCK_P: tl.constexpr):
-    """Tile i_p of the pixels of a sample: (sample, rows, columns, mask), int64, along axis 0."""
+def pixel_tile(i_b, i_p, pixels, width, UNIT: tl.constexpr, BLOCK_P: tl.constexpr):
+    """Tile i_p of the pixels of a sample: (sample, rows, columns, mask, pixels of the sample, and of the batch), int64.
+
+    All but the sample along axis 0. UNIT divides `pixels`, which tells the compiler so.
+    """
     o_p = (i_p * BLOCK_P + tl.arange(0, BLOCK_P)).to(tl.int64)[:, None]
-    if ONE_ROW:  # no division, and the compiler knows that the pixels are adjacent
-        return i_b, 0, o_p, o_p < pixels
-    else:
-        return i_b, o_p // width, o_p % width, o_p < pixels
+    return i_b, o_p // width, o_p % width, o_p < pixels // UNIT * UNIT, o_p, i_b * pixels + o_p
 
 
 @triton.jit
@@ -48,7 +55,13 @@ def channel_tile(i_c, BLOCK_C: tl.constexpr):
 @triton.jit
 def at(image, pixel, o_c):
     """Pointers to channels o_c of the pixels; an index is int64, and so its product with a stride."""
-    return image[0] + pixel[0] * image[1] + o_c * image[2] + pixel[1] * image[3] + pixel[2] * image[4]
+    p_channel = image[0] + o_c * image[2]
+    if image[1] is None:
+        return p_channel + pixel[5] * image[4]
+    elif image[3] is None:  # no division, and the compiler knows that the pixels are adjacent
+        return p_channel + pixel[0] * image[1] + pixel[4] * image[4]
+    else:
+        return p_channel + pixel[0] * image[1] + pixel[1] * image[3] + pixel[2] * image[4]
 
 
 @triton.jit
@@ -61,15 +74,64 @@ def store(image, pixel, o_c, b, m_c):
     tl.store(at(image, pixel, o_c), b.to(image[0].dtype.element_ty), mask=pixel[3] & m_c)
 
 
+@triton.jit(do_not_specialize=["parts", "first", "outputs"])
+def sum_partials_kernel(
+    p_partial,  # (parts, outputs), or (outputs, parts) with PARTS_ADJACENT
+    p_first,  # (first,)
+    p_rest,  # (outputs - first,) or None
+    parts,
+    first,
+    outputs,
+    PARTS_ADJACENT: tl.constexpr,
+    BLOCK_OUTPUTS: tl.constexpr,
+    BLOCK_PARTS: tl.constexpr,
+):
+    """The sums of the outputs over the parts, in float64; always in the same order, so the same inputs give the same bits."""
+    o = (tl.program_id(0) * BLOCK_OUTPUTS + tl.arange(0, BLOCK_OUTPUTS)).to(tl.int64)
+    b_sum = tl.zeros([BLOCK_OUTPUTS, BLOCK_PARTS], tl.float64)
+    for i_part in range(0, parts, BLOCK_PARTS):
+        o_part = (i_part + tl.arange(0, BLOCK_PARTS)).to(tl.int64)[None, :]
+        o_partial = o[:, None] * parts + o_part if PARTS_ADJACENT else o_part * outputs + o[:, None]
+        b_sum += tl.load(p_partial + o_partial, mask=(o[:, None] < outputs) & (o_part < parts), other=0.0).to(tl.float64)
+    b = tl.sum(b_sum, axis=1).to(tl.float32)
+    tl.store(p_first + o, b, mask=o < first)
+    if p_rest is not None:
+        tl.store(p_rest + o - first, b, mask=(o >= first) & (o < outputs))
+
+
 # ---- on the host
 
 
 def image(x: Tensor | None) -> tuple | None:
-    """The form in which a kernel takes an image, a matrix or a number a sample: its pointer and its strides, in elements."""
+    """The form in which a kernel takes an image: its pointer and its strides, in elements.
+
+    The stride of the rows is None where they follow one another, so that the image is one row of H·W columns, and that of the
+    samples where they do too, so that it is one row of B·H·W.
+    """
     if x is None:
         return None
     x = in_memory(x)
-    return x, *x.stride()
+    batch, channel, row, column = x.stride()
+    _, _, height, width = x.shape
+    if row != width * column:
+        return x, batch, channel, row, column
+    if not is_channels_last(x) or batch != height * row:
+        return x, batch, channel, None, column
+    return x, None, tl.constexpr(channel), None, tl.constexpr(column)
+
+
+def matrix(x: Tensor) -> tuple:
+    """The form in which a kernel takes a square matrix: its pointer and its strides, in elements."""
+    x = in_memory(x)
+    strides = x.stride()
+    dense = sorted(strides) == [1, x.shape[0]]
+    return x, *(tl.constexpr(stride) if dense else stride for stride in strides)
+
+
+def per_sample(x: Tensor) -> tuple:
+    """The form in which a kernel takes a number a sample: its pointer and its stride, in elements."""
+    x = in_memory(x)
+    return x, x.stride(0)
 
 
 def dense(x: Tensor) -> Tensor:
@@ -80,16 +142,17 @@ def dense(x: Tensor) -> Tensor:
 def extent(*images: Tensor | None) -> dict[str, int | bool]:
     """The sizes that a kernel over these images counts in, and their layout; the first image decides it.
 
-    ONE_ROW: the rows of every image follow one another, so that it can be read as one row of H·W columns.
+    UNIT: a divisor of the pixels of a sample, more than 1 where lanes run along the pixels of an image
     """
     present = [x for x in images if x is not None]
     _, channels, height, width = present[0].shape
+    along_pixels = height * width % 16 == 0 and not all(is_channels_last(x) for x in present)
     return {
         "channels": channels,
         "pixels": height * width,
         "width": width,
         "CHANNELS_LAST": is_channels_last(present[0]),
-        "ONE_ROW": all(x.stride(2) == width * x.stride(3) for x in present),
+        "UNIT": 16 if along_pixels else 1,
     }
 
 
@@ -104,6 +167,21 @@ def launch(kernel, programs: int, device: torch.device, **arguments) -> None:
         kernel[(programs,)](**arguments)
 
 
-def sum_partials(partial: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
-    """The second stage of a reduction: in float64 and in a fixed order, so the same inputs give the same bits."""
-    return partial.sum(dim=dim, dtype=torch.float64).to(dtype)
+def sum_partials(partial: Tensor, dim: int, first: Tensor, rest: Tensor | None = None) -> None:
+    """Launch the second stage of reductions: write the sums of a dense matrix along `dim` to `first`, and on to `rest`."""
+    parts, outputs = partial.shape[dim], partial.shape[1 - dim]
+    block_outputs = 1 if dim == 1 else 8  # outputs that are adjacent, and then 32 bytes of them
+    launch(
+        sum_partials_kernel,
+        triton.cdiv(outputs, block_outputs),
+        partial.device,
+        p_partial=partial,
+        p_first=first,
+        p_rest=rest,
+        parts=parts,
+        first=first.numel(),
+        outputs=outputs,
+        PARTS_ADJACENT=dim == 1,
+        BLOCK_OUTPUTS=block_outputs,
+        BLOCK_PARTS=SUMMED // block_outputs,
+    )

@@ -19,6 +19,7 @@ from ncsr_fast.kernels._common import (
     image,
     launch,
     load,
+    per_sample,
     pixel_tile,
     program,
     store,
@@ -35,7 +36,7 @@ CHANNELS_OF_A_ROW = 4  # and in another tile, which then has rows of 128 pixels
 
 
 @triton.jit
-def load_pair(h, pixel, i_c, kept, channels, BLOCK_C: tl.constexpr, CHANNELS_LAST: tl.constexpr):
+def load_pair(h, pixel, i_c, kept: tl.constexpr, channels: tl.constexpr, BLOCK_C: tl.constexpr, CHANNELS_LAST: tl.constexpr):
     """The pairs of tile i_c of the channels of x, which are in channels 2(c - kept) and 2(c - kept) + 1 of h."""
     if CHANNELS_LAST:  # both at once: lanes read adjacent numbers
         o = channel_tile(i_c, 2 * BLOCK_C) - 2 * kept
@@ -48,7 +49,17 @@ def load_pair(h, pixel, i_c, kept, channels, BLOCK_C: tl.constexpr, CHANNELS_LAS
 
 
 @triton.jit
-def store_pair(h, pixel, i_c, kept, channels, b_first, b_second, BLOCK_C: tl.constexpr, CHANNELS_LAST: tl.constexpr):
+def store_pair(
+    h,
+    pixel,
+    i_c,
+    kept: tl.constexpr,
+    channels: tl.constexpr,
+    b_first,
+    b_second,
+    BLOCK_C: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+):
     """The inverse of `load_pair`."""
     if CHANNELS_LAST:
         o = channel_tile(i_c, 2 * BLOCK_C) - 2 * kept
@@ -66,8 +77,8 @@ def map_changed(
     h,
     pixel,
     i_c,
-    kept,
-    channels,
+    kept: tl.constexpr,
+    channels: tl.constexpr,
     constant,
     MAP: tl.constexpr,
     INVERSE: tl.constexpr,
@@ -91,8 +102,8 @@ def map_changed_bwd(
     dh,
     pixel,
     i_c,
-    kept,
-    channels,
+    kept: tl.constexpr,
+    channels: tl.constexpr,
     constant,
     MAP: tl.constexpr,
     INVERSE: tl.constexpr,
@@ -106,27 +117,27 @@ def map_changed_bwd(
     return tl.where(channel_tile(i_c, BLOCK_C) >= kept, b_dx, b_dy)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pixels", "width"])
 def pair_map_fwd_kernel(
     x,  # (B, C, H, W)
     h,  # (B, 2(C - kept), H, W)
     y,  # (B, C, H, W)
     p_partial,  # (programs,), B times the tiles of a sample
-    kept,
+    kept: tl.constexpr,
     constant,
-    channels,
+    channels: tl.constexpr,
     pixels,
     width,
     MAP: tl.constexpr,
     INVERSE: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
-    ONE_ROW: tl.constexpr,
+    UNIT: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """y = (x1, map(x2; h)) and this tile's share of the log-det, Σ of the map's terms."""
     i_b, i_p, i_c = program(tl.cdiv(pixels, BLOCK_P), tl.cdiv(channels, BLOCK_C))
-    pixel = pixel_tile(i_b, i_p, pixels, width, ONE_ROW, BLOCK_P)
+    pixel = pixel_tile(i_b, i_p, pixels, width, UNIT, BLOCK_P)
     o_c = channel_tile(i_c, BLOCK_C)
     b_x = load(x, pixel, o_c, o_c < channels)
     b_y, b_logdet = map_changed(b_x, h, pixel, i_c, kept, channels, constant, MAP, INVERSE, BLOCK_C, CHANNELS_LAST)
@@ -134,7 +145,7 @@ def pair_map_fwd_kernel(
     tl.store(p_partial + tl.program_id(0), tl.sum(b_logdet))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pixels", "width"])
 def pair_map_bwd_kernel(
     dy,  # (B, C, H, W)
     dlogdet,  # (B,)
@@ -142,21 +153,21 @@ def pair_map_bwd_kernel(
     h,  # (B, 2(C - kept), H, W)
     dx,  # (B, C, H, W)
     dh,  # (B, 2(C - kept), H, W)
-    kept,
+    kept: tl.constexpr,
     constant,
-    channels,
+    channels: tl.constexpr,
     pixels,
     width,
     MAP: tl.constexpr,
     INVERSE: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
-    ONE_ROW: tl.constexpr,
+    UNIT: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """dx = (dy1, dy2·∂y2/∂x2 + g·∂logdet/∂x2), dh = dy2·∂y2/∂h + g·∂logdet/∂h; g is dlogdet of the sample."""
     i_b, i_p, i_c = program(tl.cdiv(pixels, BLOCK_P), tl.cdiv(channels, BLOCK_C))
-    pixel = pixel_tile(i_b, i_p, pixels, width, ONE_ROW, BLOCK_P)
+    pixel = pixel_tile(i_b, i_p, pixels, width, UNIT, BLOCK_P)
     o_c = channel_tile(i_c, BLOCK_C)
     b_dy = load(dy, pixel, o_c, o_c < channels)
     b_x = load(x, pixel, o_c, o_c < channels)
@@ -176,9 +187,9 @@ def _tiles(channels: int, pixels: int, CHANNELS_LAST: bool, **_) -> tuple[int, d
 def pair_map_fwd(x: Tensor, h: Tensor, kept: int, constant: float, map_fwd, inverse: bool) -> tuple[Tensor, Tensor]:
     """Launch the forward kernel: (y, logdet)."""
     check_dtype(x)
-    y = empty_like(x)
+    y, logdet = empty_like(x), torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
     if x.numel() == 0:
-        return y, torch.zeros(x.shape[0], dtype=torch.float32, device=x.device)
+        return y, logdet.zero_()
     sizes = extent(x, h, y)
     count, blocks = _tiles(**sizes)
     partial = torch.empty(x.shape[0], count, dtype=torch.float32, device=x.device)
@@ -197,7 +208,8 @@ def pair_map_fwd(x: Tensor, h: Tensor, kept: int, constant: float, map_fwd, inve
         **sizes,
         **blocks,
     )
-    return y, sum_partials(partial, 1, torch.float32)
+    sum_partials(partial, 1, logdet)
+    return y, logdet
 
 
 def pair_map_bwd(
@@ -215,7 +227,7 @@ def pair_map_bwd(
         x.shape[0] * count,
         x.device,
         dy=image(dy),
-        dlogdet=image(dlogdet),
+        dlogdet=per_sample(dlogdet),
         x=image(x),
         h=image(h),
         dx=image(dx),

@@ -1,9 +1,10 @@
-"""Registers, shared memory and spills of every kernel, compiled for GPUs that need not be there.
+"""Registers, shared memory, spills and widths of loads of every kernel, compiled for GPUs that need not be there.
 
 `python -m ncsr_fast.kernels.ahead_of_time [--targets 80 90 100] [--channels 12 24 48 96 192] [--json]` prints, for each
-kernel, target and number of channels, the most that any call needs; `report` returns every call. The host functions
-are called on meta tensors, under a driver that compiles as a GPU's driver would, reads the binary instead of loading
-it, and launches nothing: what is compiled is what a launch would run. Written for Triton 3.6; TRITON_INTERPRET unset.
+kernel, target and number of channels, the most that any call needs; `report` returns every call, and `compiled_kernels`
+the number of kernels that are compiled for images of several sizes. The host functions are called on meta tensors, under a
+driver that compiles as a GPU's driver would, reads the binary instead of loading it, and launches nothing: what is compiled
+is what a launch would run. Written for Triton 3.6; TRITON_INTERPRET unset.
 """
 
 from __future__ import annotations
@@ -31,6 +32,10 @@ from ncsr_fast import kernels
 TARGETS = (80, 90, 100)  # A100, H100 and H200, B200
 CHANNELS = (12, 24, 48, 96, 192)  # of the published models
 SIZE = (18, 80, 80)  # batch, height and width of the calls, as in training: the weight gradient loops over many tiles
+SIZES = (SIZE, (1, 40, 36), (16, 79, 77), (10, 510, 4), (3, 6, 6))  # pixels that 16 divides, or nothing, or 8, or 4
+_OPCODE = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P[T0-9]+\s+)?([A-Z0-9_.]+)", re.MULTILINE)  # of a line of SASS
+_TENSOR_CORES = re.compile(r"(UTC)?[A-Z]G?MMA\b")  # HMMA of sm_80, HGMMA of sm_90, UTCHMMA of sm_100; not HFMA2.MMA
+_ACCESS = re.compile(r"(LDG|STG|LDGSTS)\.")  # to global memory
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,10 @@ class Row:
     """A kernel of a call, compiled for a target: registers of a thread, bytes of shared memory of a program, and more.
 
     spills: bytes of a thread's stack, where what does not fit in registers is kept
+    instructions: of the binary, each counted once
+    wide: share of the bytes of its instructions to global memory that are in those of 16 bytes, the most of sm_80 and sm_90
+    middling: the same of 8 bytes or more
+    tensor_cores: instructions of tensor cores
     tf32: whether any product is computed in TF32, which the interpreter would not show
     """
 
@@ -49,6 +58,10 @@ class Row:
     registers: int
     shared: int
     spills: int
+    instructions: int
+    wide: float
+    middling: float
+    tensor_cores: int
     tf32: bool
 
 
@@ -63,7 +76,7 @@ class _CompilingDriver:
 
     def compiled(self, *, src, metadata_group: dict[str, str], **_) -> None:
         """Triton's listener: it has compiled the kernel that it will load next."""
-        self.ptx = Path(metadata_group[f"{src.name}.ptx"]).read_text()
+        self.ptx = Path(metadata_group[f"{src.name}.ptx"]).read_text(encoding="utf-8")
 
     def get_current_device(self) -> int:
         return self.target  # the key of Triton's cache of compiled kernels
@@ -82,10 +95,10 @@ class _CompilingDriver:
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(cubin)
             file.flush()
-            command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
-            usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            usage = _output_of(triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name)
+            sass = _output_of(triton.knobs.nvidia.nvdisasm.path, "-c", file.name)
         registers, stack = map(int, re.search(rf"Function {name}:\s+REG:(\d+) STACK:(\d+)", usage).groups())
-        needs = {"registers": registers, "shared": shared, "spills": stack, "tf32": "tf32" in self.ptx}
+        needs = {"registers": registers, "shared": shared, "spills": stack, "tf32": "tf32" in self.ptx, **instructions(sass)}
         return self, {"kernel": name, **needs}, registers, stack, 1024
 
     def launcher_cls(self, source, metadata) -> Callable:
@@ -93,7 +106,26 @@ class _CompilingDriver:
         return lambda x, y, z, stream, function, *rest: driver.active.launched.append(function)
 
 
-def calls(channels: int) -> Iterator[tuple[str, str, Callable]]:
+def _output_of(*command: str) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def instructions(sass: str) -> dict[str, int | float]:
+    """The fields of a row that the disassembly of a kernel tells."""
+    opcodes = _OPCODE.findall(sass)
+    widths = [_width(opcode) for opcode in opcodes if _ACCESS.match(opcode)]
+    shares = {least: sum(w for w in widths if w >= least) / max(1, sum(widths)) for least in (16, 8)}
+    tensor_cores = sum(_TENSOR_CORES.match(opcode) is not None for opcode in opcodes)
+    return {"instructions": len(opcodes), "wide": shares[16], "middling": shares[8], "tensor_cores": tensor_cores}
+
+
+def _width(opcode: str) -> int:
+    """Bytes that an instruction to global memory moves."""
+    parts = opcode.split(".")
+    return next((size // 8 for size in (256, 128, 64) if str(size) in parts), 2 if {"U16", "16"} & {*parts} else 4)
+
+
+def calls(channels: int, size: tuple[int, int, int] = SIZE) -> Iterator[tuple[str, str, Callable]]:
     """Operator, name and body of calls of every host function: both directions, layouts and dtypes of h."""
     layouts = {"nhwc": torch.channels_last, "nchw": torch.contiguous_format}
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -101,10 +133,10 @@ def calls(channels: int) -> Iterator[tuple[str, str, Callable]]:
         inverse = direction == "inverse"
 
         def empty(c: int, dtype: torch.dtype = torch.float32, layout: str = layout) -> Tensor:
-            batch, height, width = SIZE
+            batch, height, width = size
             return torch.empty(batch, c, height, width, dtype=dtype, device="meta", memory_format=layouts[layout])
 
-        x, mix, dlogdet = empty(channels), torch.empty(channels, channels, device="meta"), torch.empty(SIZE[0], device="meta")
+        x, mix, dlogdet = empty(channels), torch.empty(channels, channels, device="meta"), torch.empty(size[0], device="meta")
         half = channels // 2
         whole, changed = empty(2 * channels, dtypes[dtype]), empty(2 * (channels - half), dtypes[dtype])
         name = f"{direction} {layout} h={dtype}"
@@ -141,12 +173,19 @@ def calls(channels: int) -> Iterator[tuple[str, str, Callable]]:
     yield "inverse_logdet", "any", lambda: kernels.inverse_logdet(weight)
 
 
-def compile_for(target: int, channels: int) -> list[Row]:
-    """The rows of one target and number of channels. Leaves its driver behind, so it wants a process of its own."""
+def _compiling(target: int) -> _CompilingDriver:
+    """The driver of a target, which is left behind, so it wants a process of its own."""
+    if triton.knobs.runtime.interpret:
+        raise RuntimeError("ahead_of_time compiles the kernels, so the variable TRITON_INTERPRET must not be set")
     compiling = _CompilingDriver(target)
     driver.set_active(compiling)
     triton.knobs.compilation.listener = compiling.compiled
-    rows = []
+    return compiling
+
+
+def compile_for(target: int, channels: int) -> list[Row]:
+    """The rows of one target and number of channels."""
+    compiling, rows = _compiling(target), []
     for operator, call, body in calls(channels):
         compiling.launched.clear()
         body()
@@ -156,28 +195,48 @@ def compile_for(target: int, channels: int) -> list[Row]:
 
 def report(targets: Sequence[int] = TARGETS, channels: Sequence[int] = CHANNELS, processes: int | None = None) -> list[Row]:
     """A row for every kernel that any of the calls launches."""
-    if triton.knobs.runtime.interpret:
-        raise RuntimeError("ahead_of_time compiles the kernels, so the variable TRITON_INTERPRET must not be set")
     with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
         found = pool.map(compile_for, *zip(*itertools.product(targets, channels), strict=True))
         return [row for rows in found for row in rows]
 
 
+def compiled_kernels(target: int, channels: int, sizes: Sequence[tuple[int, int, int]] = SIZES) -> dict[str, int]:
+    """How many kernels are compiled where one size would compile one, for images of these sizes, by layout; the most of any.
+
+    Of forward calls with float32 h: direction and dtype do not change what depends on the size.
+    """
+    compiling, found = _compiling(target), {}
+    for size in sizes:
+        for operator, call, body in calls(channels, size):
+            if call in ("forward nhwc h=float32", "forward nchw h=float32"):
+                layout = call.split()[1]
+                compiling.launched.clear()
+                body()
+                for i, launched in enumerate(compiling.launched):  # one object for each kernel that was compiled
+                    found.setdefault((layout, operator, i), {})[id(launched)] = launched
+    most = {}
+    for (layout, *_), kernels_of_call in found.items():
+        most[layout] = max(most.get(layout, 0), len(kernels_of_call))
+    return most
+
+
 def worst(rows: Sequence[Row]) -> list[Row]:
-    """The most that any call needs, of every kernel, target and number of channels."""
-    most: dict[tuple, Row] = {}
-    fields = ("registers", "shared", "spills", "tf32")
+    """The most that any call needs, and the least share of wide accesses, of every kernel, target and number of channels."""
+    worst_of = {"registers": max, "shared": max, "spills": max, "instructions": max, "tensor_cores": max, "tf32": max}
+    worst_of |= {"wide": min, "middling": min}
+    found: dict[tuple, Row] = {}
     for row in rows:
         key = (row.target, row.channels, row.operator, row.kernel)
-        known = most.setdefault(key, replace(row, call="any"))
-        most[key] = replace(known, **{n: max(getattr(known, n), getattr(row, n)) for n in fields})
-    return list(most.values())
+        known = found.setdefault(key, replace(row, call="any"))
+        found[key] = replace(known, **{n: of(getattr(known, n), getattr(row, n)) for n, of in worst_of.items()})
+    return list(found.values())
 
 
 def table(rows: Sequence[Row]) -> str:
-    lines = [f"{'target':7}{'C':>4}  {'operator':15}{'kernel':24}{'registers':>10}{'shared B':>10}{'spilled B':>10}"]
+    needs = f"{'registers':>10}{'shared B':>10}{'spilled B':>10}{'16-byte':>9}{'MMA':>5}"
+    lines = [f"{'target':7}{'C':>4}  {'operator':15}{'kernel':24}{needs}"]
     for r in rows:
-        sizes = f"{r.registers:10}{r.shared:10}{r.spills:10}"
+        sizes = f"{r.registers:10}{r.shared:10}{r.spills:10}{r.wide:9.0%}{r.tensor_cores:5}"
         lines.append(f"sm_{r.target:<4}{r.channels:4}  {r.operator:15}{r.kernel:24}{sizes}")
     return "\n".join(lines)
 

@@ -19,6 +19,8 @@ from ncsr_fast.kernels._common import (
     image,
     launch,
     load,
+    matrix,
+    per_sample,
     pixel_tile,
     program,
     store,
@@ -30,22 +32,23 @@ from ncsr_fast.layout import empty_like
 
 # Sizes of the tiles of the three products. Chosen for registers, spills and shared memory by the ahead-of-time
 # report (ncsr_fast.kernels.ahead_of_time), never timed: no GPU yet.
-PIXELS = 32  # of a program of the forward and backward kernels; 64 spill at C = 48
 CHANNELS = 64  # at most, written by a program
-CHANNELS_READ = 16  # at once, in the loop over the other channels
-WEIGHT_PIXELS = 16  # at once, in the loop of the weight gradient over the pixels of a sample
+# Of a program of the forward and backward kernels, by the channels it writes; BLOCK_K: channels read at once. Unless told
+# how many registers a thread may have, ptxas spills a few bytes to fit another program.
+OPTIONS = {
+    16: {"BLOCK_P": 64, "BLOCK_K": 16, "num_warps": 4, "maxnreg": 128},
+    32: {"BLOCK_P": 32, "BLOCK_K": 32, "num_warps": 4, "maxnreg": 168},
+    64: {"BLOCK_P": 32, "BLOCK_K": 16, "num_warps": 8, "maxnreg": 128},
+}
+INVERSE_BACKWARD_REGISTERS = {16: 128, 32: 168, 64: 168}  # of 128, 8 bytes spill at C = 96
 WEIGHT_CHANNELS = 32  # at most, of a block of the weight gradient; 64 spill
+WEIGHT_PIXELS = {16: 32, 32: 16}  # at once, in its loop over the pixels of a sample, by the channels of the block
 WEIGHT_PROGRAMS = 512  # of the weight gradient, about, and at least one a sample: two rounds of 132 multiprocessors
-NUM_WARPS = 4
-WEIGHT_WARPS = 8  # 4 spill at C = 24
-WEIGHT_STAGES = 2  # of the loads of that loop; 3 spill there on sm_80
-# Registers allowed a thread, by the channels written. Unless told, ptxas spills a few bytes to fit another program.
-REGISTERS = {16: 128, 32: 168, 64: 232}
-WEIGHT_REGISTERS = 168  # 128 spill a few bytes under Triton 3.9
+WEIGHT_OPTIONS = {"num_warps": 4, "num_stages": 2, "maxnreg": 168}  # 3 stages of the loads of that loop spill on sm_80
 
 
 @triton.jit
-def load_matrix(matrix, o_row, o_column, channels):
+def load_matrix(matrix, o_row, o_column, channels: tl.constexpr):
     """The block of a C×C matrix at these rows and columns, which broadcast; zeros outside."""
     p_matrix = matrix[0] + o_row * matrix[1] + o_column * matrix[2]
     return tl.load(p_matrix, mask=(o_row < channels) & (o_column < channels), other=0.0).to(tl.float32)
@@ -53,7 +56,16 @@ def load_matrix(matrix, o_row, o_column, channels):
 
 @triton.jit
 def affine_if_any(
-    b_x, h, pixel, i_c, kept, channels, eps, INVERSE: tl.constexpr, BLOCK_C: tl.constexpr, CHANNELS_LAST: tl.constexpr
+    b_x,
+    h,
+    pixel,
+    i_c,
+    kept: tl.constexpr,
+    channels: tl.constexpr,
+    eps,
+    INVERSE: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
 ):
     """The affine of h on tile i_c of the channels, and its log-det terms; x and zeros without h."""
     if h is None:
@@ -64,7 +76,16 @@ def affine_if_any(
 
 @triton.jit
 def post_dx(
-    b_dy, h, pixel, i_c, kept, channels, eps, INVERSE: tl.constexpr, BLOCK_C: tl.constexpr, CHANNELS_LAST: tl.constexpr
+    b_dy,
+    h,
+    pixel,
+    i_c,
+    kept: tl.constexpr,
+    channels: tl.constexpr,
+    eps,
+    INVERSE: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
 ):
     """dw of tile i_c: the gradient of the post-affine with respect to its input."""
     if h is None:
@@ -84,8 +105,8 @@ def post_dh(
     dh,
     pixel,
     i_c,
-    kept,
-    channels,
+    kept: tl.constexpr,
+    channels: tl.constexpr,
     eps,
     INVERSE: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -102,7 +123,7 @@ def post_dh(
         store_pair(dh, pixel, i_c, kept, channels, b_dshift, b_draw, BLOCK_C, CHANNELS_LAST)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pixels", "width"])
 def step_fwd_kernel(
     x,  # (B, C, H, W)
     mix,  # (C, C)
@@ -111,15 +132,15 @@ def step_fwd_kernel(
     h_post,  # (B, 2(C - kept_post), H, W) or None
     y,  # (B, C, H, W)
     p_partial,  # (programs,), B times the tiles of a sample
-    kept_pre,
-    kept_post,
+    kept_pre: tl.constexpr,
+    kept_post: tl.constexpr,
     eps,
-    channels,
+    channels: tl.constexpr,
     pixels,
     width,
     INVERSE: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
-    ONE_ROW: tl.constexpr,
+    UNIT: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -130,7 +151,7 @@ def step_fwd_kernel(
     Every program of a pixel tile computes all of a for its own channels of w; the first of them counts its log-det.
     """
     i_b, i_p, i_c = program(tl.cdiv(pixels, BLOCK_P), tl.cdiv(channels, BLOCK_C))
-    pixel = pixel_tile(i_b, i_p, pixels, width, ONE_ROW, BLOCK_P)
+    pixel = pixel_tile(i_b, i_p, pixels, width, UNIT, BLOCK_P)
     o_c = channel_tile(i_c, BLOCK_C)
     acc = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     b_logdet_pre = tl.zeros([BLOCK_P, BLOCK_K], tl.float32)
@@ -147,7 +168,7 @@ def step_fwd_kernel(
     tl.store(p_partial + tl.program_id(0), logdet)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pixels", "width"])
 def step_bwd_kernel(
     dy,  # (B, C, H, W)
     dlogdet,  # (B,)
@@ -159,15 +180,15 @@ def step_bwd_kernel(
     dx,  # (B, C, H, W)
     dh_pre,  # as h_pre
     dh_post,  # as h_post
-    kept_pre,
-    kept_post,
+    kept_pre: tl.constexpr,
+    kept_post: tl.constexpr,
     eps,
-    channels,
+    channels: tl.constexpr,
     pixels,
     width,
     INVERSE: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
-    ONE_ROW: tl.constexpr,
+    UNIT: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -178,7 +199,7 @@ def step_bwd_kernel(
     Every program of a pixel tile computes all of dw for its own channels of da; it stores dh_post of those channels.
     """
     i_b, i_p, i_c = program(tl.cdiv(pixels, BLOCK_P), tl.cdiv(channels, BLOCK_C))
-    pixel = pixel_tile(i_b, i_p, pixels, width, ONE_ROW, BLOCK_P)
+    pixel = pixel_tile(i_b, i_p, pixels, width, UNIT, BLOCK_P)
     o_c = channel_tile(i_c, BLOCK_C)
     b_g = tl.load(dlogdet[0] + i_b * dlogdet[1]).to(tl.float32)
     post_dh(dy, b_g, y, h_post, dh_post, pixel, i_c, kept_post, channels, eps, INVERSE, BLOCK_C, CHANNELS_LAST)
@@ -210,36 +231,35 @@ def step_bwd_kernel(
     store(dx, pixel, o_c, b_dx, o_c < channels)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pixels", "width", "tiles"])
 def step_weight_bwd_kernel(
     dy,  # (B, C, H, W)
     x,  # (B, C, H, W)
     h_pre,  # (B, 2(C - kept_pre), H, W) or None
     h_post,  # (B, 2(C - kept_post), H, W) or None
-    p_dmix,  # (B times the parts of a sample, C, C)
-    p_doffset,  # the same, C
-    kept_pre,
-    kept_post,
+    p_partial,  # (B times the parts of a sample, C·C + C): of dmix, and of doffset
+    kept_pre: tl.constexpr,
+    kept_post: tl.constexpr,
     eps,
-    channels,
+    channels: tl.constexpr,
     pixels,
     width,
+    tiles,
     INVERSE: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
-    ONE_ROW: tl.constexpr,
+    UNIT: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    TILES: tl.constexpr,
 ):
     """dmix = Σ dw ⊗ a and doffset = Σ dw over one part of the tiles of a sample, for a block of outputs and inputs."""
-    n_parts, n_blocks = tl.cdiv(tl.cdiv(pixels, BLOCK_P), TILES), tl.cdiv(channels, BLOCK_C)
+    n_parts, n_blocks = tl.cdiv(tl.cdiv(pixels, BLOCK_P), tiles), tl.cdiv(channels, BLOCK_C)
     i_b, i_part, i_block = program(n_parts, n_blocks * n_blocks)
     i_out, i_in = i_block // n_blocks, i_block % n_blocks
     o_out, o_in = channel_tile(i_out, BLOCK_C), channel_tile(i_in, BLOCK_C)
     b_dmix = tl.zeros([BLOCK_C, BLOCK_C], tl.float32)
     b_dw_sum = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
-    for i_t in range(TILES):
-        pixel = pixel_tile(i_b, i_part * TILES + i_t, pixels, width, ONE_ROW, BLOCK_P)
+    for i_t in range(tiles):
+        pixel = pixel_tile(i_b, i_part * tiles + i_t, pixels, width, UNIT, BLOCK_P)
         b_dy = load(dy, pixel, o_out, o_out < channels)
         b_dw = post_dx(b_dy, h_post, pixel, i_out, kept_post, channels, eps, INVERSE, BLOCK_C, CHANNELS_LAST)
         b_x = load(x, pixel, o_in, o_in < channels)
@@ -248,10 +268,11 @@ def step_weight_bwd_kernel(
         b_dmix = tl.dot(tl.trans(b_dw), b_a, b_dmix, input_precision="ieee")
     i_row = i_b * n_parts + i_part
     o_row = tl.trans(o_out)
-    p_dmix += (i_row * channels + o_row) * channels + o_in
-    tl.store(p_dmix, b_dmix, mask=(o_row < channels) & (o_in < channels))
+    p_partial += i_row * (channels * channels + channels)
+    tl.store(p_partial + o_row * channels + o_in, b_dmix, mask=(o_row < channels) & (o_in < channels))
     if i_in == 0:  # doffset once, not for every block of inputs
-        tl.store(p_doffset + i_row * channels + o_out, tl.sum(b_dw_sum, axis=0)[None, :], mask=o_out < channels)
+        p_doffset = p_partial + channels * channels + o_out
+        tl.store(p_doffset, tl.sum(b_dw_sum, axis=0)[None, :], mask=o_out < channels)
 
 
 def _block(channels: int, most: int) -> int:
@@ -261,24 +282,20 @@ def _block(channels: int, most: int) -> int:
 
 def _tiles(channels: int, pixels: int, **_) -> tuple[int, dict[str, int]]:
     """Tiles of a sample, and their sizes, of the forward and backward kernels."""
-    block_c, blocks_k = _block(channels, CHANNELS), triton.cdiv(channels, CHANNELS_READ)
-    blocks = {"BLOCK_P": PIXELS, "BLOCK_C": block_c, "BLOCK_K": CHANNELS_READ, "BLOCKS_K": blocks_k}
-    count = triton.cdiv(pixels, PIXELS) * triton.cdiv(channels, block_c)
-    return count, {**blocks, "num_warps": NUM_WARPS, "maxnreg": REGISTERS[block_c]}
+    block_c = _block(channels, CHANNELS)
+    options = OPTIONS[block_c]
+    count = triton.cdiv(pixels, options["BLOCK_P"]) * triton.cdiv(channels, block_c)
+    return count, {"BLOCK_C": block_c, "BLOCKS_K": triton.cdiv(channels, options["BLOCK_K"]), **options}
 
 
 def _weight_tiles(batch: int, channels: int, pixels: int) -> tuple[int, int, dict[str, int]]:
-    """Parts of a sample, blocks of the matrix, and the sizes of both, of the weight gradient.
-
-    The tiles of a part are a power of two, so that few kernels are compiled for the many sizes of images.
-    """
+    """Parts of a sample, blocks of the matrix, and the sizes of both, of the weight gradient."""
     block_c = _block(channels, WEIGHT_CHANNELS)
-    blocks = triton.cdiv(channels, block_c) ** 2
-    tiles = triton.cdiv(pixels, WEIGHT_PIXELS)
-    tiles_of_part = triton.next_power_of_2(triton.cdiv(tiles, max(1, WEIGHT_PROGRAMS // (batch * blocks))))
-    sizes = {"BLOCK_P": WEIGHT_PIXELS, "BLOCK_C": block_c, "TILES": tiles_of_part}
-    options = {"num_warps": WEIGHT_WARPS, "num_stages": WEIGHT_STAGES, "maxnreg": WEIGHT_REGISTERS}
-    return triton.cdiv(tiles, tiles_of_part), blocks, {**sizes, **options}
+    block_p, blocks = WEIGHT_PIXELS[block_c], triton.cdiv(channels, block_c) ** 2
+    tiles = triton.cdiv(pixels, block_p)
+    tiles_of_part = triton.cdiv(tiles, max(1, WEIGHT_PROGRAMS // (batch * blocks)))
+    sizes = {"BLOCK_P": block_p, "BLOCK_C": block_c, "tiles": tiles_of_part}
+    return triton.cdiv(tiles, tiles_of_part), blocks, {**sizes, **WEIGHT_OPTIONS}
 
 
 def _kept(channels: int, inverse: bool) -> dict[str, int]:
@@ -292,9 +309,9 @@ def step_fwd(
 ) -> tuple[Tensor, Tensor]:
     """(y, logdet); mix (C, C), offset (C,) float32, h_pre and h_post shift and raw interleaved, or None."""
     check_dtype(x)
-    y = empty_like(x)
+    y, logdet = empty_like(x), torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
     if x.numel() == 0:
-        return y, torch.zeros(x.shape[0], dtype=torch.float32, device=x.device)
+        return y, logdet.zero_()
     sizes = extent(x, h_pre, h_post, y)
     count, blocks = _tiles(**sizes)
     partial = torch.empty(x.shape[0], count, dtype=torch.float32, device=x.device)
@@ -303,7 +320,7 @@ def step_fwd(
         partial.numel(),
         x.device,
         x=image(x),
-        mix=image(mix),
+        mix=matrix(mix),
         p_offset=dense(offset),
         h_pre=image(h_pre),
         h_post=image(h_post),
@@ -315,7 +332,8 @@ def step_fwd(
         **sizes,
         **blocks,
     )
-    return y, sum_partials(partial, 1, torch.float32)
+    sum_partials(partial, 1, logdet)
+    return y, logdet
 
 
 def step_bwd(
@@ -340,13 +358,15 @@ def step_bwd(
     inputs = {"dy": image(dy), "x": image(x), "h_pre": image(h_pre), "h_post": image(h_post)}
     constants = {"eps": eps, "INVERSE": inverse, **_kept(x.shape[1], inverse), **sizes}
     count, blocks = _tiles(**sizes)
+    if inverse:
+        blocks["maxnreg"] = INVERSE_BACKWARD_REGISTERS[blocks["BLOCK_C"]]
     launch(
         step_bwd_kernel,
         x.shape[0] * count,
         x.device,
-        dlogdet=image(dlogdet),
+        dlogdet=per_sample(dlogdet),
         y=image(y),
-        mix=image(mix),
+        mix=matrix(mix),
         dx=image(dx),
         dh_pre=image(dh_pre),
         dh_post=image(dh_post),
@@ -362,16 +382,18 @@ def _step_weight_bwd(x: Tensor, inputs: dict, constants: dict) -> tuple[Tensor, 
     """(dmix, doffset), float32."""
     batch, channels, height, width = x.shape
     parts, blocks, sizes = _weight_tiles(batch, channels, height * width)
-    dmix = torch.empty(batch * parts, channels, channels, dtype=torch.float32, device=x.device)
-    doffset = torch.empty(batch * parts, channels, dtype=torch.float32, device=x.device)
+    partial, dmix, doffset = (
+        torch.empty(shape, dtype=torch.float32, device=x.device)
+        for shape in ((batch * parts, channels * channels + channels), (channels, channels), (channels,))
+    )
     launch(
         step_weight_bwd_kernel,
         batch * parts * blocks,
         x.device,
-        p_dmix=dmix,
-        p_doffset=doffset,
+        p_partial=partial,
         **inputs,
         **constants,
         **sizes,
     )
-    return sum_partials(dmix, 0, torch.float32), sum_partials(doffset, 0, torch.float32)
+    sum_partials(partial, 0, dmix, doffset)
+    return dmix, doffset

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from ncsr_fast.nn.checkpoints import is_own
 from ncsr_fast.nn.encoder import RRDB
 from ncsr_fast.nn.ncsr import NCSR
 from ncsr_fast.nn.state_dicts import read_named
+from ncsr_fast.places import check_apart, files_of_model
 
 _SAFETENSORS = ".safetensors"
 FILE_SUFFIXES = (".pth", ".pt", _SAFETENSORS)  # what a published file ends with; anything else is a directory
@@ -79,17 +79,21 @@ def convert(
 
     Each file is written to a temporary name and renamed. What is there before is replaced.
 
-    raises  as `from_pretrained`, before anything is written. The `problems` of a CheckpointError are every tensor that is
-            missing, unexpected or of the wrong shape.
+    raises  ValueError where a file that is written is one that is read; and as `from_pretrained`, before anything is written.
+            The `problems` of a CheckpointError are every tensor that is missing, unexpected or of the wrong shape.
     """
     path, out = find_model(source), Path(out)
-    if out.exists() and out.samefile(path):
-        raise ValueError(f"out is the source itself, {str(path)!r}")
+    check_apart({"out": written_files(out)}, {"the source": files_of_model(path)})
     model, names = _read(path, config, long_skip)
     with torch.no_grad():
         wrapper = _write(model, out)
     described = model.describe() + (f", long skip from {model.long_skip}" if isinstance(model, RRDB) else "")
     return Conversion(path, out, described, _rows(model, names, wrapper))
+
+
+def written_files(out: Path) -> list[Path]:
+    """The files that `convert` writes to `out`."""
+    return [out] if out.suffix in FILE_SUFFIXES else [out / files.CONFIG, out / files.WEIGHTS]
 
 
 def _read(path: Path, config: NCSRConfig | None, long_skip: str | None) -> tuple[NCSR | RRDB, dict[str, str] | None]:
@@ -119,8 +123,8 @@ def _refuse_long_skip(path: Path, long_skip: str | None) -> None:
 
 def _model_type(directory: Path) -> str | None:
     try:
-        return json.loads((directory / files.CONFIG).read_text()).get("model_type")
-    except (OSError, ValueError, AttributeError):
+        return files.read_json(directory / files.CONFIG).get("model_type")
+    except (OSError, ValueError):
         return "ncsr"  # whose reader says what is wrong with it
 
 

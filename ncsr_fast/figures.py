@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from ncsr_fast.files import atomic_write
 from ncsr_fast.metrics.fidelity import to_uint8
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _GAP, _CAPTION, _TEXT = 4, 22, 15  # pixels
 _INK, _PAPER = (32, 32, 32), (255, 255, 255)
@@ -18,6 +25,23 @@ _HEAT = (
     torch.tensor([[0, 0, 4], [87, 16, 110], [188, 55, 84], [249, 142, 9], [252, 255, 164]], dtype=torch.float32, device="cpu")
     / 255
 )
+
+
+def save_figure(figure: Figure, path: str | os.PathLike, dpi: int) -> None:
+    """Write a matplotlib figure atomically, in the format that the name of `path` ends in: PNG where it ends in none.
+
+    Raises:
+        ValueError: Matplotlib writes no such format.
+    """
+    path = Path(path)
+    kind = path.suffix[1:].lower() or "png"
+    known = figure.canvas.get_supported_filetypes()
+    if kind not in known:
+        raise ValueError(
+            f"{str(path)!r}: no plot is written as {path.suffix}; end the name in one of .{', .'.join(sorted(known))}"
+        )
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, dpi=dpi, format=kind)
 
 
 def heat_map(values: Tensor, top: float) -> Tensor:

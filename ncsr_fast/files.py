@@ -22,14 +22,16 @@ from ncsr_fast.file_kinds import is_safetensors, kind_of, names_in_pickle
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 SHIPPED = Path(__file__).parent / "models"
 _TEMPORARY = 40  # characters of a name that a temporary file has too; all of a long one, and more, would be too many
+_SHOWN = 40  # characters of a value that an error shows
+_FLAGS = ("actnorm_initialized",)  # of our state dicts
 _LISTED = 5  # names an error spells out of each kind
 
 
 class CheckpointError(ValueError):
     """A file or state dict that is not the model's: corrupt, or with other tensors.
 
-    problems  all tensors that are "missing", "unexpected", "of the wrong shape" or "not finite", of which the message has
-              the first few
+    problems  all tensors that are "missing", "unexpected", "of the wrong shape", "not finite" or of another kind than weights
+              are, of which the message has the first few
     """
 
     def __init__(self, message: str, problems: Mapping[str, list[str]] | None = None) -> None:
@@ -85,7 +87,14 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def dense(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same values on the CPU, one after the other in memory, as files hold them."""
+    """The same values on the CPU, one after the other in memory, as files hold them.
+
+    Raises:
+        ValueError: Tensors are on the meta device, which has no values.
+    """
+    empty = {"without values": [name for name, tensor in tensors.items() if tensor.device.type == "meta"]}
+    if any(empty.values()):
+        raise ValueError(f"a model on the meta device cannot be written, {listed(empty)}: give the model weights first")
     return {name: tensor.detach().cpu().resolve_neg().contiguous() for name, tensor in tensors.items()}
 
 
@@ -105,6 +114,17 @@ def json_value(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def read_json(path: str | os.PathLike) -> dict[str, Any]:
+    """The names and values in a JSON file. Raises OSError, or ValueError for a file that holds anything else."""
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise ValueError("its lists or objects are too deep in one another") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"it should be an object of names and values, not {str(values)[:_SHOWN]}")
+    return values
+
+
 def shipped() -> list[str]:
     """Names of the models that come with the package."""
     return sorted(entry.name for entry in SHIPPED.iterdir() if (entry / WEIGHTS).is_file()) if SHIPPED.is_dir() else []
@@ -116,7 +136,7 @@ def save_directory(model: nn.Module, model_type: str, configuration: dict[str, A
     with atomic_write(directory / WEIGHTS) as path:
         write_tensors(path, model.state_dict())
     with atomic_write(directory / CONFIG) as path:
-        path.write_text(json.dumps({"model_type": model_type, **configuration}, indent=2) + "\n")
+        path.write_text(json.dumps({"model_type": model_type, **configuration}, indent=2) + "\n", encoding="utf-8")
     return directory
 
 
@@ -129,7 +149,7 @@ def load_directory(directory: Path, model_type: str, build: Callable[[dict[str, 
         if not (directory / name).is_file():
             raise FileNotFoundError(f"{str(directory)!r} has no {name}; {_meant(directory)}")
     try:
-        values = json.loads((directory / CONFIG).read_text())
+        values = read_json(directory / CONFIG)
         if values.pop("model_type", None) != model_type:
             raise ValueError(f"its model_type is not {model_type!r}")
         model = build(values)
@@ -138,8 +158,8 @@ def load_directory(directory: Path, model_type: str, build: Callable[[dict[str, 
             f"{str(directory / CONFIG)!r} is not the configuration of an {model_type} model: {error}"
         ) from error
     state = read_checkpoint(directory / WEIGHTS)
+    check_weights(state, repr(str(directory / WEIGHTS)))
     compare({name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}, state, f"the model of {CONFIG}")
-    check_finite(state, repr(str(directory / WEIGHTS)))
     adopt_dtype(model, state)
     model.load_state_dict(state)
     return model
@@ -212,8 +232,27 @@ def _meant(directory: Path) -> str:
     return "a model directory is written by save_pretrained"
 
 
-def check_finite(state: Mapping[str, Tensor], where: str) -> None:
-    """Raise CheckpointError naming the tensors of `state` that hold NaN or infinite values."""
+def check_weights(state: Any, where: str) -> None:
+    """Raise CheckpointError unless `state` is a mapping from names to tensors of finite floating-point numbers, all there.
+
+    A model's flags, which are no weights, may be of any type.
+    """
+    if not isinstance(state, Mapping) or not state or not all(isinstance(value, Tensor) for value in state.values()):
+        raise CheckpointError(f"{where} holds no state dict (a mapping from names to tensors)")
+    odd = [repr(name) for name in state if not isinstance(name, str)]
+    if odd:
+        raise CheckpointError(f"{where} holds tensors under {', '.join(odd[:_LISTED])}, which is no name: names are texts")
+    problems: dict[str, list[str]] = {}
+    for name, tensor in state.items():
+        kind = None if name in _FLAGS else _kind_of_tensor(tensor)
+        if kind is not None:
+            problems.setdefault(kind, []).append(name)
+    if problems:
+        raise CheckpointError(
+            f"{where} holds tensors that are no weights, {listed(problems)}; save the network's state_dict() of dense "
+            "floating-point tensors",
+            problems,
+        )
     wrong = [name for name, tensor in state.items() if not _is_finite(tensor)]
     if wrong:
         problems = {"not finite": wrong}
@@ -222,6 +261,17 @@ def check_finite(state: Mapping[str, Tensor], where: str) -> None:
             "use an earlier checkpoint",
             problems,
         )
+
+
+def _kind_of_tensor(tensor: Tensor) -> str | None:
+    """The kind of a tensor that is no weight, in words; None for a dense floating-point one with values."""
+    if tensor.device.type == "meta":
+        return "without values (of the meta device)"
+    if tensor.is_quantized:
+        return "quantized"
+    if tensor.layout != torch.strided or tensor.is_nested:
+        return "not dense"
+    return None if tensor.is_floating_point() else f"of {str(tensor.dtype).removeprefix('torch.')}"
 
 
 def _is_finite(tensor: Tensor) -> bool:

@@ -69,15 +69,16 @@ def free_memory() -> int | None:
     except (OSError, KeyError):
         return None
     with contextlib.suppress(OSError, ValueError, KeyError):  # "max" where there is no limit, and elsewhere no file
-        limit, used = (int((_GROUP / name).read_text()) for name in ("memory.max", "memory.current"))
-        cached = dict(line.split() for line in (_GROUP / "memory.stat").read_text().splitlines())["inactive_file"]
+        limit, used = (int((_GROUP / name).read_text(encoding="utf-8")) for name in ("memory.max", "memory.current"))
+        lines = (_GROUP / "memory.stat").read_text(encoding="utf-8").splitlines()
+        cached = dict(line.split() for line in lines)["inactive_file"]
         free = min(free, limit - used + int(cached))
     return max(free, 0)
 
 
 def _kibibytes(file: Path, name: str) -> int:
     """Bytes that a line `name: number kB` of a file of the kernel's stands for."""
-    lines = dict(line.split(":", 1) for line in file.read_text().splitlines() if ":" in line)
+    lines = dict(line.split(":", 1) for line in file.read_text(encoding="utf-8").splitlines() if ":" in line)
     return 1024 * int(lines[name].split()[0])
 
 

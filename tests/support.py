@@ -177,6 +177,13 @@ def log_rows(run: Path, timeless: bool = False) -> list[dict]:
     return [{key: value for key, value in row.items() if key not in times} for row in rows]
 
 
+def contents(folder: Path) -> dict[str, bytes | None] | None:
+    """All that is in a folder, by its path there: the bytes of files, None for folders; None where the folder is not there."""
+    if not folder.is_dir():
+        return None
+    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
 def as_a_worker(target, *arguments) -> None:
     """Call `target` in a process of its own with one thread, as DataLoader's workers do: a forked process has none of its
     parent's OpenMP threads, and would wait for them for ever."""

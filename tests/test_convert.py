@@ -161,6 +161,8 @@ def test_a_write_that_fails_leaves_what_was_there(model, out):
 
 def test_onto_itself(model):
     model.save_pretrained("model")
-    with pytest.raises(ValueError, match="out is the source itself, 'model'"):
+    with pytest.raises(
+        ValueError, match="out: 'model/config.json' would replace the source 'model/config.json', which is read; choose"
+    ):
         convert("model", "./model")
     assert files.shipped() and NCSR.from_pretrained("model")

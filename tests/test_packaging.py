@@ -41,7 +41,7 @@ def test_one_name_reaches_site_packages():
 
 
 def test_every_part_is_installed():
-    for name in ("kernels", "benchmarks"):
+    for name in ("kernels", "benchmarks", "benchmarks.gpu"):
         assert importlib.util.find_spec(f"ncsr_fast.{name}").origin, name
     assert (PACKAGE / "models" / "ncsr-compact-x4" / "model.safetensors").is_file()
     assert (PACKAGE / "py.typed").is_file()  # type checkers take the hints of the package for true

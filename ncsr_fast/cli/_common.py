@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import glob
 import math
 import os
@@ -14,6 +15,18 @@ from typing import Any, NamedTuple
 import torch
 
 DEFAULT_MODEL = "ncsr-compact-x4"
+_MENDS = {
+    errno.ENOSPC: "make room, or choose another disk",
+    errno.EDQUOT: "make room, or choose another disk",
+    errno.EFBIG: "files as large are not allowed here (ulimit -f); allow it, or choose another disk",
+    errno.EACCES: "change who may use it, or choose another place",
+    errno.EPERM: "change who may use it, or choose another place",
+    errno.EROFS: "choose another place",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.EISDIR: "give a file",
+    errno.ENOTDIR: "give a folder",
+}
+_MOST_THREADS = 8 * (os.cpu_count() or 1)  # of many times more the threads' memory is not there, and OpenMP ends the process
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
@@ -45,7 +58,11 @@ def _argument(description: str, read: Callable[[str], Any], accepted: Callable[[
 # what `type` of an argument may be; `~` is expanded also where a shell does not, as in --out=~/large
 path = _argument("a path", os.path.expanduser, bool)
 count = _argument("a whole number of 1 or more", int, lambda value: value >= 1)
+thread_count = _argument(
+    f"a whole number from 1 to {_MOST_THREADS}, 8 a processor", int, lambda value: 1 <= value <= _MOST_THREADS
+)
 seed = _argument("a whole number from 0 to 2⁶⁴ - 1", int, lambda value: 0 <= value < 2**64)
+seconds = _argument("a number of seconds, 0 or more", float, lambda value: 0 <= value < math.inf)
 temperature = _argument("a number of 0 or more", float, lambda value: 0 <= value < math.inf)
 
 
@@ -69,6 +86,14 @@ def pick_device(name: str) -> str:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device {name!r} was asked for, but there are {torch.cuda.device_count()} CUDA devices")
     return name
+
+
+class Gathered(argparse.Action):
+    """The values of all times that an option was given, in place of its default."""
+
+    def __call__(self, parser: object, namespace: argparse.Namespace, values: Sequence[Any], option: object = None) -> None:
+        given = getattr(namespace, self.dest)
+        setattr(namespace, self.dest, [*(() if given is self.default or given is None else given), *values])
 
 
 class ImageFile(NamedTuple):
@@ -143,6 +168,15 @@ def raise_problems(problems: Sequence[str], total: int, done: str) -> None:
     if problems:
         print(f"{len(problems)} problems:", *problems, sep="\n  ", file=sys.stderr)
         raise ValueError(f"{len(problems)} of {total} images were not {done}")
+
+
+def told(error: OSError) -> str:
+    """The file, what is wrong, and what can be done, of an error that the system raised; the message of any other."""
+    if not error.strerror:
+        return str(error) or type(error).__name__
+    place = f"{os.fspath(error.filename)!r}: " if error.filename is not None else ""
+    mend = f"; {_MENDS[error.errno]}" if error.errno in _MENDS else ""
+    return f"{place}{error.strerror}{mend}"
 
 
 def too_large(file: str | os.PathLike, n: int) -> str:

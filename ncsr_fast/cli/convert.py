@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -43,12 +42,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int | None:
-    from ncsr_fast.convert import FILE_SUFFIXES, convert
+    from ncsr_fast.convert import FILE_SUFFIXES, convert, written_files
     from ncsr_fast.files import CheckpointError, atomic_write
+    from ncsr_fast.places import check_apart, files_of_model
 
     (check_file if args.out.endswith(FILE_SUFFIXES) else check_folder)("--out", args.out)
     if args.report:
         check_file("--report", args.report)
+    out = Path(args.out)
+    check_apart(
+        {"--out": {out, *written_files(out)}, "--report": [args.report] if args.report else []},
+        {"the source": files_of_model(args.source), "--options": [args.options] if args.options else []},
+    )
     try:
         conversion = convert(
             args.source, args.out, None if args.options is None else _config(args.options), long_skip=args.long_skip
@@ -63,26 +68,24 @@ def run(args: argparse.Namespace) -> int | None:
     print(conversion.summary())
     if args.report:
         with atomic_write(args.report) as temporary:
-            temporary.write_text(conversion.report() + "\n")
+            temporary.write_text(conversion.report() + "\n", encoding="utf-8")
     print(conversion.out)
     return None
 
 
 def _config(file: str) -> NCSRConfig:
     from ncsr_fast.config import NCSRConfig
+    from ncsr_fast.files import read_json
 
     try:
-        text = Path(file).read_text()
         if file.endswith(".json"):
-            values = json.loads(text)
-            if not isinstance(values, dict):
-                raise ValueError("it should be an object of names and values")
+            values = read_json(file)
             values.pop("model_type", None)
             return NCSRConfig.from_dict(values)
         import yaml
 
         try:
-            return NCSRConfig.from_published(yaml.safe_load(text))
+            return NCSRConfig.from_published(yaml.safe_load(Path(file).read_bytes()))
         except yaml.YAMLError as error:
             raise ValueError(" ".join(str(error).split())) from error
     except ImportError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from ncsr_fast.cli._common import add_device, add_model, check_folder, count, path, pick_device, seed, temperature
 
@@ -16,6 +17,7 @@ all samples at every pixel, and the original. The photographs come with scikit-i
 
 # name, and the top left corner of the window the sheet shows
 _PHOTOGRAPHS = {"astronaut": (0, 100), "chelsea": (20, 110), "coffee": (60, 200)}
+_SHEET = "contact_sheet.png"
 _WINDOW = 240  # pixels of the HR image, a multiple of the scale
 _TEMPERATURE = 0.8
 
@@ -44,11 +46,13 @@ def run(args: argparse.Namespace) -> None:
     from ncsr_fast.files import atomic_write
     from ncsr_fast.metrics import diversity_score, error_maps, imresize, lr_psnr, psnr
     from ncsr_fast.nn.ncsr import NCSR
+    from ncsr_fast.places import check_apart, files_of_model
 
     if args.n < 3:
         raise ValueError(f"the sheet shows three samples, so --n must be at least 3, not {args.n}")
     device = pick_device(args.device)
     out = check_folder("--out", args.out)
+    check_apart({"--out": _targets(out, args.n)}, {"--model": files_of_model(args.model)})
     model = NCSR.from_pretrained(args.model).to(device).eval()
     scale = model.config.scale
     rows, deviations = [], []
@@ -68,7 +72,7 @@ def run(args: argparse.Namespace) -> None:
             f"{diversity_score(error_maps(samples, hr)):11.2f}{seconds:10.3f}"
         )
         for index, sample in enumerate(samples):
-            write_image(out / f"{name}_sample{index:05d}.png", sample)
+            write_image(_sample(out, name, index), sample)
         tiles = [F.interpolate(lr, scale_factor=scale, mode="nearest")[0], bicubic, likely[0], *samples[:3], hr]
         window = (..., slice(top, top + _WINDOW), slice(left, left + _WINDOW))
         deviations.append(samples.std(dim=0).mean(dim=0)[window])
@@ -86,6 +90,15 @@ def run(args: argparse.Namespace) -> None:
         f"std of {args.n} (0 to {255 * brightest:.0f})",
         "original",
     ]
-    with atomic_write(out / "contact_sheet.png") as temporary:
+    with atomic_write(out / _SHEET) as temporary:
         contact_sheet(rows, columns).save(temporary)
-    print(f"PSNR in dB; diversity in percent, from error maps. Look at {out / 'contact_sheet.png'}")
+    print(f"PSNR in dB; diversity in percent, from error maps. Look at {out / _SHEET}")
+
+
+def _sample(out: Path, name: str, index: int) -> Path:
+    return out / f"{name}_sample{index:05d}.png"
+
+
+def _targets(out: Path, n: int) -> list[Path]:
+    """All that is written."""
+    return [out / _SHEET, *(_sample(out, name, index) for name in _PHOTOGRAPHS for index in range(n))]

@@ -101,9 +101,10 @@ def _tool(*names: str) -> str:
         path = shutil.which(name)
         if path:
             try:
-                output = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=30, check=False).stdout
+                done = subprocess.run([path, "--version"], capture_output=True, timeout=30, check=False)
             except (OSError, subprocess.SubprocessError) as error:
                 return f"{path} cannot be run: {error}"
+            output = done.stdout.decode(errors="replace")
             lines = [line for line in output.splitlines() if "release" in line] or output.splitlines()[:1]
             return f"{lines[0].strip() if lines else 'version unknown'} ({path})"
     return f"none ({' or '.join(names)} not found)"

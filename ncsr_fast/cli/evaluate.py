@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ncsr_fast.cli._common import (
+    Gathered,
     add_device,
     add_model,
     check_file,
@@ -45,7 +46,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     parser.add_argument("--n", type=count, default=10, help="samples of each image above temperature 0 (default: %(default)s)")
     parser.add_argument(
-        "--temperatures", type=temperature, nargs="+", default=[0.0, 0.5, 0.8], help="of the samples (default: 0 0.5 0.8)"
+        "--temperatures",
+        type=temperature,
+        nargs="+",
+        action=Gathered,
+        default=[0.0, 0.5, 0.8],
+        help="of the samples (default: 0 0.5 0.8)",
     )
     parser.add_argument("--seed", type=seed, default=0, help="of the latents of each image (default: %(default)s)")
     parser.add_argument("--limit", type=count, help="use only the first so many images")
@@ -60,10 +66,13 @@ def run(args: argparse.Namespace) -> None:
     from ncsr_fast.memory import within_free_memory
     from ncsr_fast.metrics.perceptual import LPIPSUnavailable, lpips_model
     from ncsr_fast.nn.ncsr import NCSR
+    from ncsr_fast.places import check_apart, files_of_model
 
     device = pick_device(args.device)
     if args.json:
         check_file("--json", args.json)
+        read = {"the images": [args.images], "--lr-images": [args.lr_images] if args.lr_images else []}
+        check_apart({"--json": [args.json]}, {**read, "--model": files_of_model(args.model)})
     pairs = _pairs(args)
     model = NCSR.from_pretrained(args.model).to(device).eval()
     try:
@@ -129,4 +138,6 @@ def _write(file: str, names: list[str], scores: list[Scores]) -> None:
 
     rows = [{"method": score.method, "means": score.means(), "images": score.values} for score in scores]
     with atomic_write(file) as temporary:
-        temporary.write_text(json.dumps(json_value({"files": names, "scores": rows}), indent=1, allow_nan=False) + "\n")
+        temporary.write_text(
+            json.dumps(json_value({"files": names, "scores": rows}), indent=1, allow_nan=False) + "\n", encoding="utf-8"
+        )

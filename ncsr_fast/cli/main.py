@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import importlib
-import os
 import sys
 import warnings
 from collections.abc import Iterator
@@ -15,17 +13,6 @@ from ncsr_fast import __version__
 
 COMMANDS = ("demo", "sample", "train", "plot", "evaluate", "convert", "export", "bench", "doctor")
 _CLOSED = 141  # the exit status of a program whose reader went away: 128 + SIGPIPE
-_MENDS = {
-    errno.ENOSPC: "make room, or choose another disk",
-    errno.EDQUOT: "make room, or choose another disk",
-    errno.EFBIG: "files as large are not allowed here (ulimit -f); allow it, or choose another disk",
-    errno.EACCES: "change who may use it, or choose another place",
-    errno.EPERM: "change who may use it, or choose another place",
-    errno.EROFS: "choose another place",
-    errno.ENAMETOOLONG: "choose a shorter name",
-    errno.EISDIR: "give a file",
-    errno.ENOTDIR: "give a folder",
-}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -47,15 +34,25 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run a command; return its exit status.
+
+    Everything is imported inside, so that Ctrl-C is no traceback there either. What comes before, PyTorch's import by
+    `ncsr_fast` itself, is Python's own, and shows one.
+    """
     try:
         try:
             return _run(argv)
         finally:
             sys.stdout.flush()  # here, where a closed pipe or a full disk can still be told of
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
     except BrokenPipeError:
         return _CLOSED
     except OSError as error:  # of the flush
-        print(f"ncsr-fast: standard output: {_told(error)}", file=sys.stderr)
+        from ncsr_fast.cli._common import told
+
+        print(f"ncsr-fast: standard output: {told(error)}", file=sys.stderr)
         return 1
 
 
@@ -69,9 +66,6 @@ def _run(argv: list[str] | None) -> int:
     try:
         with _warnings_in_a_line(args.command):
             return args.function(args) or 0
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
     except BrokenPipeError:
         raise
     except Exception as error:
@@ -83,16 +77,14 @@ def _run(argv: list[str] | None) -> int:
 
 
 def _told(error: Exception) -> str:
-    """The message of an error; of one that the system raised, the file, what is wrong, and what can be done."""
+    """The message of an error that users can mend."""
+    from ncsr_fast.cli._common import told
+
     if isinstance(error, MemoryError) and str(error):
         return str(error)  # ours, or numpy's
     if isinstance(error, (MemoryError, RuntimeError)):
         return f"out of memory: {(str(error).strip() or 'none is left').splitlines()[0]}"
-    if isinstance(error, OSError) and error.strerror:
-        place = f"{os.fspath(error.filename)!r}: " if error.filename is not None else ""
-        mend = f"; {_MENDS[error.errno]}" if error.errno in _MENDS else ""
-        return f"{place}{error.strerror}{mend}"
-    return str(error) or type(error).__name__
+    return told(error) if isinstance(error, OSError) else str(error) or type(error).__name__
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from ncsr_fast.cli._common import path
+from ncsr_fast.cli._common import check_file, path
 
 HELP = "plot the log of a training run"
 EXAMPLE = """\
@@ -17,10 +17,12 @@ it RUN/log.jsonl has. Works while the run goes on. Needs matplotlib."""
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=path, help="folder of the run")
-    parser.add_argument("--out", metavar="PNG", type=path, help="(default: RUN/training.png)")
+    parser.add_argument("--out", metavar="PICTURE", type=path, help="PNG, or what its name ends in (default: RUN/training.png)")
 
 
 def run(args: argparse.Namespace) -> None:
     from ncsr_fast.training.plot import plot
 
+    if args.out:
+        check_file("--out", args.out)
     print(plot(args.run, args.out))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import errno
-import os
 import sys
 import unicodedata
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ from ncsr_fast.cli._common import (
     raise_problems,
     seed,
     temperature,
+    told,
     too_large,
 )
 
@@ -31,6 +31,13 @@ if TYPE_CHECKING:
 
     from ncsr_fast.nn.ncsr import NCSR
 
+# errors of writing that are of one image's samples, and what is said of them where the system's words are not enough
+_IN_THE_WAY = "a folder is where a sample, or a file where a folder of samples should be; move it, or choose another --out"
+_OF_ONE = {
+    errno.ENAMETOOLONG: "the names of its samples are too long; use --names ntire",
+    **dict.fromkeys((errno.EISDIR, errno.ENOTDIR, errno.EEXIST), _IN_THE_WAY),
+    **dict.fromkeys((errno.EACCES, errno.EPERM)),
+}
 HELP = "super-resolve images, or every image of a folder"
 EXAMPLE = """\
 example:
@@ -77,12 +84,15 @@ def run(args: argparse.Namespace) -> None:
     from ncsr_fast.memory import is_out_of_memory, within_free_memory
     from ncsr_fast.nn.ncsr import NCSR
     from ncsr_fast.nn.sampling import NonFiniteSamples
+    from ncsr_fast.places import check_apart, files_of_model
 
     device = pick_device(args.device)
     files = image_files(args.input)
     out = check_folder("--out", args.out)
     stems = _stems(files, args.names)
-    _check_targets(files, stems, out, args.n)
+    _check_searched(files, stems, out)
+    targets = [target for stem in stems for target in _targets(out, stem, args.n)]
+    check_apart({"--out": targets}, {"the input": [file.path for file in files], "--model": files_of_model(args.model)})
     earlier = set(out.rglob("*_sample[0-9]*.png"))
     model = NCSR.from_pretrained(args.model).to(device).eval()
     problems: list[str] = []
@@ -97,9 +107,9 @@ def run(args: argparse.Namespace) -> None:
             except (ImageError, FileNotFoundError, NonFiniteSamples) as error:
                 problem = f"{str(file.path)!r}: {error}" if isinstance(error, NonFiniteSamples) else str(error)
             except OSError as error:
-                if error.errno != errno.ENAMETOOLONG:
+                if error.errno not in _OF_ONE:
                     raise
-                problem = f"{str(file.path)!r}: the names of its samples are too long; use --names ntire"
+                problem = f"{str(file.path)!r}: {_OF_ONE[error.errno] or told(error)}"
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
@@ -150,8 +160,8 @@ def _targets(out: Path, stem: str, n: int) -> list[Path]:
     return [out / f"{stem}_sample{index:05d}.png" for index in range(n)]
 
 
-def _check_targets(files: Sequence[ImageFile], stems: Sequence[str], out: Path, n: int) -> None:
-    """Raise ValueError where a sample would replace an image of the input, or be one of the next run's."""
+def _check_searched(files: Sequence[ImageFile], stems: Sequence[str], out: Path) -> None:
+    """Raise ValueError where a sample would be an image of the next run's input."""
     searched = {(place.resolve(), file.deep) for file in files if file.folder for place in (file.folder, file.path.parent)}
     for place in {(out / stem).parent.resolve() for stem in stems}:
         for folder, deep in searched:
@@ -159,13 +169,6 @@ def _check_targets(files: Sequence[ImageFile], stems: Sequence[str], out: Path, 
                 raise ValueError(
                     f"samples in {str(place)!r} would be the next run's input, which is {str(folder)!r}; choose another --out"
                 )
-    inputs = {os.path.realpath(file.path): file.path for file in files}
-    inside = {real: name for real, name in inputs.items() if out.resolve() in Path(real).parents}
-    for stem in stems if inside else ():
-        for target in _targets(out, stem, n):
-            replaced = inside.get(os.path.realpath(target))
-            if replaced:
-                raise ValueError(f"a sample would replace the input {str(replaced)!r}; choose another --out")
 
 
 def _name_earlier(samples: Sequence[Path]) -> None:

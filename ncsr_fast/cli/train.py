@@ -9,9 +9,10 @@ import os
 import sys
 import textwrap
 import typing
+from pathlib import Path
 from typing import Any
 
-from ncsr_fast.cli._common import add_device, path, pick_device
+from ncsr_fast.cli._common import Gathered, add_device, path, pick_device
 from ncsr_fast.config import PRESETS
 from ncsr_fast.training.configuration import VARIANTS, Configuration, configure
 from ncsr_fast.training.settings import TrainSettings
@@ -66,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--preset", help=f"architecture, and the settings that go with it: {', '.join(PRESETS)}")
     parser.add_argument("--variant", help=f"which of the paper's noise-conditional layers: {', '.join(VARIANTS)}")
     parser.add_argument(
-        "--model", nargs="+", action="extend", metavar="KEY=VALUE", help="fields of NCSRConfig, over the preset's: steps=8"
+        "--model", nargs="+", action=Gathered, metavar="KEY=VALUE", help="fields of NCSRConfig, over the preset's: steps=8"
     )
     parser.add_argument("--estimate", action="store_true", help="say how much memory the run would need, and stop")
     add_device(parser)
@@ -79,7 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _values(hint: object) -> dict[str, Any]:
     """How many values a flag takes; what they may be is for `configure` to say."""
     if typing.get_origin(hint) is tuple:
-        return {"nargs": "*"}
+        return {"nargs": "*", "action": Gathered}
     return {"nargs": "?", "const": "true"} if bool in (hint, *typing.get_args(hint)) else {}
 
 
@@ -99,7 +100,12 @@ def run(args: argparse.Namespace) -> int | None:
         raise ValueError("--run: should be the folder of the run, which only a YAML can leave out")
     if args.device != "auto":
         pick_device(args.device)
+    from ncsr_fast.places import check_apart
     from ncsr_fast.training import OtherProcessFailed, TrainingStopped, train
+    from ncsr_fast.training.run import written_files
+
+    config = args.config or args.opt
+    check_apart({"--run": written_files(Path(configuration.run))}, {"the YAML": [config] if config else []})
 
     try:
         train(configuration.settings, configuration.run, device=args.device, report=configuration.report)

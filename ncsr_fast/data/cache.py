@@ -14,6 +14,7 @@ be lost when the machine goes down, a flag without its pixels among it, so a cac
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -72,10 +73,7 @@ class ImageCache:
 
     def remove(self) -> None:
         """Delete the files, and the folder if nothing else is in it. Processes that use them can go on doing so."""
-        for name in ("index", "flags", "pixels", "lock"):
-            (self.folder / name).unlink(missing_ok=True)
-        if self.folder.is_dir() and not any(self.folder.iterdir()):
-            self.folder.rmdir()
+        _remove(self.folder)
 
     def _open(self) -> None:
         self._places: dict[Path, tuple[int, int, tuple[int, int]]] = {}
@@ -122,7 +120,7 @@ class ImageCache:
 
     def _index(self) -> dict[str, Any] | None:
         try:
-            index = json.loads((self.folder / "index").read_text())
+            index = json.loads((self.folder / "index").read_text(encoding="utf-8"))
             return index if index["key"] == self._key else None
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             return None
@@ -142,7 +140,7 @@ class ImageCache:
             with open(self.folder / name, "wb") as file:
                 file.truncate(size)
         with atomic_write(self.folder / "index") as temporary:
-            temporary.write_text(json.dumps({"key": self._key, "starts": starts, "total": total}))
+            temporary.write_text(json.dumps({"key": self._key, "starts": starts, "total": total}), encoding="utf-8")
 
     def _write(self, number: int, start: int, image: Tensor) -> None:
         _, pixels, flags = self._files
@@ -173,6 +171,23 @@ class ImageCache:
             file.close()
 
 
+def remove_caches(folder: Path) -> None:
+    """Delete the caches in the folders in `folder`, and what of these is empty then; anything else in them stays."""
+    for cache in filter(Path.is_dir, folder.glob("*")):
+        if (cache / "lock").exists():
+            _remove(cache)
+    with contextlib.suppress(OSError):  # it is not empty, or not there
+        folder.rmdir()
+
+
+def _remove(cache: Path) -> None:
+    """Delete a cache's files, halves of an index among them, and the folder if nothing else is in it."""
+    with contextlib.suppress(OSError):
+        for path in (*(cache / name for name in ("index", "flags", "pixels", "lock")), *cache.glob(".index.*")):
+            path.unlink(missing_ok=True)
+        cache.rmdir()
+
+
 def _stamp(path: Path, size: tuple[int, int]) -> dict[str, Any]:
     """What tells an image file from an older one of its name, JSON-ready."""
     status = os.stat(path)
@@ -181,7 +196,7 @@ def _stamp(path: Path, size: tuple[int, int]) -> dict[str, Any]:
 
 def _boot_id() -> str | None:
     try:
-        return _BOOT_ID.read_text().strip()
+        return _BOOT_ID.read_text(encoding="utf-8").strip()
     except OSError:
         return None
 

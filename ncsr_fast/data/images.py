@@ -34,7 +34,8 @@ FORMATS = {
     "TGA": (".tga",),
 }
 SUFFIXES = tuple(suffix for suffixes in FORMATS.values() for suffix in suffixes)
-_ORIENTATION, _KIND, _WIDTH, _HEIGHT = 274, 254, 256, 257  # tags of TIFF, the first of EXIF too
+_ORIENTATION, _KIND, _WIDTH, _HEIGHT, _BITS = 274, 254, 256, 257, 258  # tags of TIFF, the first of EXIF too
+_GREY = ("PNG", "PPM")  # formats that have 16-bit grey and nothing above, which Pillow calls I as it does 32-bit integers
 _TAGS = ("", "x4", "x8")  # after the HR image's name, in its LR image's
 _METADATA = ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif")  # where Pillow looks for an orientation
 
@@ -86,8 +87,8 @@ def read_image(path: str | os.PathLike) -> Tensor:
     """An image as uint8 RGB (3, H, W).
 
     Grey, palette and CMYK images become RGB, EXIF orientation is applied, and an alpha channel is dropped, as the published
-    programs' reader does. 16-bit grey is rounded to 8 bits; of 16-bit colour Pillow keeps the upper 8. The formats are those
-    of `FORMATS`, told by content, not by name.
+    programs' reader does. Grey of 10, 12 or 16 bits is rounded to 8 bits; of 16-bit colour Pillow keeps the upper 8. The
+    formats are those of `FORMATS`, told by content, not by name.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -98,8 +99,10 @@ def read_image(path: str | os.PathLike) -> Tensor:
     try:
         with _opened(path) as image:
             _check_single(image)
+            _check_range(image)
+            highest = _highest(image)
             image.load()
-            return torch.from_numpy(_pixels(ImageOps.exif_transpose(image)))
+            return torch.from_numpy(_pixels(ImageOps.exif_transpose(image), highest))
     except (FileNotFoundError, MemoryError):
         raise
     except Exception as error:  # of a decoder that was given arbitrary bytes
@@ -195,15 +198,27 @@ def _check_single(image: Image.Image) -> None:
         raise ValueError(f"it holds {count} pictures; save the one that is meant in a file of its own")
 
 
-def _pixels(image: Image.Image) -> np.ndarray:
+def _check_range(image: Image.Image) -> None:
+    """Raise ValueError for pixels of which no file says what is white."""
+    kind = "floats" if image.mode == "F" else None
+    if image.mode == "I" and image.format not in _GREY:
+        bits, *_ = image.tag_v2.get(_BITS, (32,)) if image.format == "TIFF" else (32,)
+        kind = f"{'signed ' * (bits == 16)}{bits}-bit integers"
+    if kind is not None:
+        raise ValueError(f"its pixels are {kind} of unknown range; save it with 8 bits, or 16 without a sign")
+
+
+def _highest(image: Image.Image) -> int:
+    """White of a grey image with more than 8 bits. Pillow makes 16 of all but those of a TIFF."""
+    bits, *_ = image.tag_v2.get(_BITS, (16,)) if image.format == "TIFF" else (16,)
+    return 2**bits - 1
+
+
+def _pixels(image: Image.Image, highest: int) -> np.ndarray:
     """uint8 (3, H, W)."""
-    if image.mode == "F":
-        raise ValueError("its pixels are floats of unknown range; save it with 8 or 16 bits")
-    if image.mode.startswith("I"):  # 16-bit grey; Pillow's own conversion clips it
-        grey = np.asarray(image, dtype=np.float64)
-        if grey.min() < 0 or grey.max() > 65535:
-            raise ValueError(f"its pixels are 32-bit integers from {grey.min():g} to {grey.max():g}; save it with 8 or 16 bits")
-        array = np.repeat((grey / 257).round().astype(np.uint8)[..., None], 3, axis=2)
+    if image.mode.startswith("I"):  # grey with more than 8 bits; Pillow's own conversion clips it
+        grey = np.asarray(image, dtype=np.float64) / (highest / 255)
+        array = np.repeat(grey.round().astype(np.uint8)[..., None], 3, axis=2)
     else:
         array = np.array(image.convert("RGBA" if "transparency" in image.info else "RGB"))[..., :3]
     return np.ascontiguousarray(array.transpose(2, 0, 1))

@@ -148,6 +148,8 @@ def _unpickle(path: Path) -> list[np.ndarray]:
             elements = _Unpickler(file).load()
         except PickleRefused as error:
             raise PickleRefused(f"{str(path)!r} is refused: {error}") from None
+        except MemoryError:
+            raise
         except Exception as error:  # a corrupt pickle can ask for any operation on anything
             raise ImageError(f"cannot read {str(path)!r}, it is truncated or corrupt: {error}") from error
     if not isinstance(elements, list) or not elements:

@@ -23,6 +23,7 @@ class Search:
     def __init__(self, folder: Path, suffixes: Collection[str]) -> None:
         self.found: list[Path] = []
         self.left_out: dict[str, list[Path]] = {}
+        self.origins = [folder]  # all that is found is one of these or below one, by its real path
         self._folder, self._suffixes = folder, suffixes
         self._places: set[tuple[int, int]] = set()  # by what the file system knows files and folders by
         self._links: list[Path] = []
@@ -62,6 +63,7 @@ class Search:
         except OSError:
             self._leave("links that lead nowhere", link)
             return
+        self.origins.append(link)
         if stat.S_ISDIR(status.st_mode):
             self._enter(link, linked=True)
         else:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import replace
@@ -109,7 +108,7 @@ def _config_of_run(path: Path) -> NCSRConfig:
     """The configuration of RUN/checkpoints/STAGE-STEP.pt."""
     settings = path.absolute().parents[1] / "settings.json"
     try:
-        return NCSRConfig.from_dict(json.loads(settings.read_text())["model"])
+        return NCSRConfig.from_dict(files.read_json(settings)["model"])
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise files.CheckpointError(
             f"{str(path)!r} has our tensors, but no {str(settings)!r} says of which model: give its config, or the "

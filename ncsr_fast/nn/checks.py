@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -34,6 +36,22 @@ def check_like(name: str, tensor: Tensor, like: Tensor) -> None:
         raise TypeError(f"{name} must be {like.dtype}, the dtype of the model, not {tensor.dtype}{hint}")
     if tensor.device != like.device:
         raise ValueError(f"{name} is on {tensor.device}, but the model is on {like.device}")
+
+
+def check_count(name: str, value: object) -> None:
+    """Raise unless `value` is a whole number of 1 or more."""
+    if isinstance(value, bool) or not hasattr(type(value), "__index__"):
+        raise TypeError(f"{name} must be a whole number, not {value!r}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, not {value!r}")
+
+
+def check_temperature(value: object) -> None:
+    """Raise unless `value` is a finite number of 0 or more, or a tensor of one such."""
+    if isinstance(value, (str, bytes)) or not hasattr(type(value), "__float__"):
+        raise TypeError(f"temperature must be a number, not {value!r}")
+    if not 0 <= value < math.inf:
+        raise ValueError(f"temperature must be a number of 0 or more, not {value!r}")
 
 
 def check_finite(name: str, tensor: Tensor) -> None:

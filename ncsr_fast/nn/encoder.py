@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ncsr_fast.engine.convolution import ConvolutionMethod, convolution
 from ncsr_fast.engine.dense_block import dense_block
+from ncsr_fast.nn.checks import check_like
 from ncsr_fast.nn.encoder_checkpoints import EncoderCheckpoints
 
 SLOPE = 0.2  # of every LeakyReLU
@@ -205,6 +206,7 @@ class RRDB(EncoderCheckpoints, nn.Module):
 
         Raises:
             ValueError: The shape of lr is not as above.
+            TypeError: lr is no tensor of floats.
         """
         self._check(lr)
         fea, _ = self._trunk(lr, method)
@@ -250,6 +252,10 @@ class RRDB(EncoderCheckpoints, nn.Module):
         return skip + self._conv(fea, self.conv_body, method), stacked
 
     def _check(self, lr: Tensor) -> None:
+        if not isinstance(lr, Tensor):
+            raise TypeError(f"lr must be a tensor, not {type(lr).__name__}")
+        if not lr.is_floating_point():
+            check_like("lr", lr, self.conv_first.weight)  # other floats may be autocast's
         if lr.dim() != 4 or lr.shape[1] != self.in_channels:
             raise ValueError(f"lr must have shape (B, {self.in_channels}, H, W), not {tuple(lr.shape)}")
         if any(side % self.unshuffle for side in lr.shape[2:]):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
-from ncsr_fast.files import CheckpointError
+from ncsr_fast.files import CheckpointError, listed
 from ncsr_fast.nn.state_dicts import StateDict, read_named
 
 if TYPE_CHECKING:
@@ -55,12 +55,9 @@ def configuration_of(state: Mapping[str, Tensor], unshuffle: int | None = None) 
     unshuffle  None: BasicSR's ×2 or ×1 generator where the first convolution reads 4 or 16 times the channels that the last
                one makes, and there are two doublings, as in all of BasicSR's
     """
-    try:
-        growth, channels = state["RRDB_trunk.0.RDB1.conv1.weight"].shape[:2]
-    except KeyError as error:
-        raise CheckpointError(f"the checkpoint is not that of an RRDB generator: it has no {error}") from error
-    read = state["conv_first.weight"].shape[1] if "conv_first.weight" in state else 3
-    made = state["conv_last.weight"].shape[0] if "conv_last.weight" in state else 3
+    growth, channels = _kernel(state, "RRDB_trunk.0.RDB1.conv1.weight")
+    read = _kernel(state, "conv_first.weight")[1] if "conv_first.weight" in state else 3
+    made = _kernel(state, "conv_last.weight")[0] if "conv_last.weight" in state else 3
     doublings = len({name.split(".")[0] for name in state if name.startswith("upconv")})
     if unshuffle is None:
         unshuffle = {4 * made: 2, 16 * made: 4}.get(read, 1) if doublings == 2 else 1
@@ -78,6 +75,17 @@ def configuration_of(state: Mapping[str, Tensor], unshuffle: int | None = None) 
         "dense_residual": residual,
         "training_noise": "dense" if residual else "none",  # as ESRGAN+'s program trains: no file says whether it was
     }
+
+
+def _kernel(state: Mapping[str, Tensor], name: str) -> tuple[int, int]:
+    """Output and input channels of a convolution's weight."""
+    if name not in state:
+        raise CheckpointError(f"the checkpoint is not that of an RRDB generator: it has no {name!r}", {"missing": [name]})
+    shape = tuple(state[name].shape)
+    if len(shape) != 4 or 0 in shape:
+        wrong = {"of the wrong shape": [f"{name} {shape}, expected that of a convolution's weight"]}
+        raise CheckpointError(f"the checkpoint is not that of an RRDB generator; {listed(wrong)}", wrong)
+    return shape[0], shape[1]
 
 
 def encoder_layout(encoder: RRDB) -> Iterator[tuple[str, Tensor]]:
@@ -131,7 +139,7 @@ def _old_esrgan_layers(doublings: int) -> dict[int, str]:
 
 def _from_old_esrgan(state: Mapping[str, Tensor]) -> Callable[[str], str]:
     last = max(int(found[1]) for found in (re.match(r"model\.(\d+)\.", name) for name in state) if found)
-    layers = _old_esrgan_layers((last - 4) // 3)
+    layers = _old_esrgan_layers(min((last - 4) // 3, len(state)))  # a number may be anything
 
     def rename(name: str) -> str:
         name = re.sub(r"^model\.1\.sub\.(\d+)\.RDB(\d)\.conv(\d)\.0", r"RRDB_trunk.\1.RDB\2.conv\3", name)

@@ -19,7 +19,15 @@ from ncsr_fast.engine.options import EngineOptions
 from ncsr_fast.layout import laid_out
 from ncsr_fast.nn import sampling
 from ncsr_fast.nn.checkpoints import Checkpoints
-from ncsr_fast.nn.checks import check_finite, check_image, check_like, check_noise, check_pair
+from ncsr_fast.nn.checks import (
+    check_count,
+    check_finite,
+    check_image,
+    check_like,
+    check_noise,
+    check_pair,
+    check_temperature,
+)
 from ncsr_fast.nn.encoder import RRDB
 from ncsr_fast.nn.freezing import Freezing
 from ncsr_fast.nn.invertibility import InvertibilityReport, check_invertibility
@@ -196,12 +204,11 @@ class NCSR(Checkpoints, Freezing, nn.Module):
         Call it under `torch.no_grad()` unless gradients are wanted: it is as differentiable as the rest, but then only the
         images are watched, not the states.
 
-        raises  ValueError for n < 1, a negative temperature or another on_nonfinite, and as `encode` does for lr
+        raises  ValueError for n < 1, a negative temperature or another on_nonfinite, TypeError for what is no number, and as
+                `encode` does for lr
         """
-        if n < 1:
-            raise ValueError(f"n must be at least 1, not {n!r}")
-        if not 0 <= temperature < math.inf:
-            raise ValueError(f"temperature must be a number of 0 or more, not {temperature!r}")
+        check_count("n", n)
+        check_temperature(temperature)
         if on_nonfinite not in sampling.ON_NONFINITE:
             raise ValueError(f"on_nonfinite must be one of {', '.join(sampling.ON_NONFINITE)}, not {on_nonfinite!r}")
         with self.recording():
@@ -219,8 +226,7 @@ class NCSR(Checkpoints, Freezing, nn.Module):
 
         raises  as `sample` does
         """
-        if not 0 <= temperature < math.inf:
-            raise ValueError(f"temperature must be a number of 0 or more, not {temperature!r}")
+        check_temperature(temperature)
         return check_invertibility(self, self.padded(lr), temperature, generator)
 
     def latent_shapes(self, height: int, width: int) -> list[tuple[int, int, int]]:

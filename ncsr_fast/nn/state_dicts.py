@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from ncsr_fast.files import CheckpointError, check_finite, read_checkpoint
+from ncsr_fast.files import CheckpointError, check_weights, read_checkpoint
 
 # keys under which files hold a state dict, the first of them first: BasicSR keeps the average of the weights beside them
 _WRAPPERS = ("params_ema", "params", "state_dict", "model_state_dict", "model", "net_g", "generator")
@@ -29,7 +29,7 @@ def read_state_dict(source: Mapping[str, Any] | str | os.PathLike) -> dict[str, 
     """A state dict from itself or from a .pth or .safetensors file, unwrapped, without a `module.` prefix.
 
     Of a training state, or of anything else that wraps a state dict, the state dict. Nothing in a file is executed. Raises
-    FileNotFoundError, or CheckpointError for a file that cannot be read, holds no tensors, or tensors with NaN or infinity.
+    FileNotFoundError, or CheckpointError for a file that cannot be read, holds no weights, or NaN or infinity.
     """
     return read_named(source).tensors
 
@@ -50,11 +50,8 @@ def read_named(source: Mapping[str, Any] | str | os.PathLike) -> StateDict:
             f"{where} is a training state: it holds {', '.join(map(str, state))} and no network; give the network's file, "
             "which the published trainers write to models/ITERATION_G.pth"
         )
-    if not isinstance(state, Mapping) or not state or not all(isinstance(value, Tensor) for value in state.values()):
-        raise CheckpointError(f"{where} holds no state dict (a mapping from names to tensors)")
+    check_weights(state, where)
     names = {_PREFIX.sub("", name): path + name for name in state}
     if len(names) < len(state):
         raise CheckpointError(f"{where} holds tensors whose names differ by a prefix module. alone")
-    tensors = dict(zip(names, state.values()))
-    check_finite(tensors, where)
-    return StateDict(tensors, names)
+    return StateDict(dict(zip(names, state.values())), names)

@@ -108,7 +108,8 @@ def _native_missing(kind: str) -> str:
         native = implementation("native")
     except ImportError as error:
         return f"{error}; {_native_mend(Path(__file__).parents[1])}"
-    return native.CUDA_MISSING if kind == "cuda" else ""
+    # asked for CUDA tensors alone: the question initialises CUDA, which a child forked afterwards cannot use
+    return native.native.cuda_unavailable() if kind == "cuda" else ""
 
 
 def _triton_missing(kind: str, float64: bool) -> str:
@@ -133,7 +134,8 @@ def _native_mend(package: Path) -> str:
         return f"{modules[0]} was built for another Python; install the package again: {sys.executable} -m pip install ."
     if not account.exists():
         return _NOT_INSTALLED
-    return f"{account.read_text().strip()}; with a C++ compiler (g++ or clang++), install the package again: pip install ."
+    reason = account.read_text(encoding="utf-8").strip()
+    return f"{reason}; with a C++ compiler (g++ or clang++), install the package again: pip install ."
 
 
 def _triton_mend(error: ImportError) -> str:

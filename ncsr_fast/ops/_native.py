@@ -17,7 +17,6 @@ from ncsr_fast import _native as native
 from ncsr_fast.layout import empty_like, in_memory
 from ncsr_fast.ops._contract import check_conditions, compute_dtype
 
-CUDA_MISSING = native.cuda_unavailable()  # why these calls cannot take CUDA tensors, or nothing
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}  # csrc/tensor.h
 
 
@@ -119,14 +118,14 @@ def _run(call: Callable[..., Any], x: Tensor, workspace: Callable[[], int], *arg
 
 
 def _launch(call: Callable[..., Any], x: Tensor, workspace: Callable[[], int], *values: object) -> None:
-    """Runs on the CPU with torch's number of threads, or on torch's current stream."""
+    """Run on the CPU with torch's number of threads, or on a GPU, of this ordinal, with torch's current stream there."""
     float64 = x.dtype == torch.float64
     if x.device.type == "cpu":
         call(*values, float64, (0, torch.get_num_threads(), 0, 0))
         return
     memory = torch.empty(workspace(), dtype=torch.uint8, device=x.device)  # of torch's allocator, which minds the stream
     with torch.cuda.device(x.device):
-        call(*values, float64, (1, 0, torch.cuda.current_stream(x.device).cuda_stream, _address(memory)))
+        call(*values, float64, (1, x.device.index, torch.cuda.current_stream(x.device).cuda_stream, _address(memory)))
 
 
 def _logdet(x: Tensor) -> Tensor:

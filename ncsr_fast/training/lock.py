@@ -18,6 +18,7 @@ except ImportError:  # Windows
     fcntl = None
 
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # from file systems without them
+_TEXT = b'{"pid": '  # which the text of a lock begins with
 _held: set[int] = set()  # descriptors
 
 
@@ -64,6 +65,14 @@ def sole_writer(folder: Path) -> Iterator[None]:
         with contextlib.suppress(OSError):  # the first that is not empty
             for place in made:
                 place.rmdir()
+
+
+def is_lock(path: Path) -> bool:
+    """True for the lock file of a process, or what is left of one that was killed."""
+    if path.name != "lock" or not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        return _TEXT.startswith(file.read(len(_TEXT)))
 
 
 def _acquire(path: Path) -> int | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import shutil
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ncsr_fast.data.cache import remove_caches
 from ncsr_fast.data.crops import RandomCrops, crop_loader
 from ncsr_fast.data.search import named
 from ncsr_fast.graphs import TrainingStep, adam
@@ -23,6 +23,7 @@ from ncsr_fast.nn.ncsr import NCSR
 from ncsr_fast.synchronization import reading_is_free
 from ncsr_fast.training.batch import Draws
 from ncsr_fast.training.diagnose import without_texture
+from ncsr_fast.training.folder import check_folder
 from ncsr_fast.training.lock import sole_writer
 from ncsr_fast.training.memory import advice
 from ncsr_fast.training.processes import Processes, StopSignals, TrainingStopped, joined
@@ -59,7 +60,7 @@ def train(settings: TrainSettings, folder: str | os.PathLike, device: str = "aut
     to it what one process would.
 
     Args:
-        folder: The run's, outside the folders of images.
+        folder: The run's: new, empty, or that of a run, and outside the folders of images.
         device: "auto", "cpu", "cuda" or "cuda:1" and so on.
         report: Lines for RUN/published_options.txt.
 
@@ -76,6 +77,7 @@ def train(settings: TrainSettings, folder: str | os.PathLike, device: str = "aut
     """
     folder = Path(folder).expanduser()
     with joined(device) as processes, StopSignals() as signals, ExitStack() as stack:
+        processes.together(lambda: check_folder(settings, folder) if processes.first else None)
         processes.together(lambda: stack.enter_context(sole_writer(folder)) if processes.first else None)
         start = processes.together(lambda: prepared(settings, folder, processes))
         signals.started()
@@ -101,7 +103,7 @@ def train(settings: TrainSettings, folder: str | os.PathLike, device: str = "aut
         model.eval()
         run.save_model(model, "model")
         if processes.first:
-            shutil.rmtree(run.folder / "cache", ignore_errors=True)
+            remove_caches(run.folder / "cache")
         processes.wait()  # until the model is there for whoever reads it next
     return model
 

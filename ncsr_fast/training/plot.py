@@ -9,6 +9,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ncsr_fast.figures import save_figure
+from ncsr_fast.places import check_apart
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -28,12 +31,15 @@ _MARKED = 40  # points that a curve has to have less of for each to be marked
 def plot(run: str | os.PathLike, out: str | os.PathLike | None = None) -> Path:
     """Plot RUN/log.jsonl to a PNG, RUN/training.png unless `out` says another; return its path.
 
-    raises  FileNotFoundError without a log, ValueError for one that has no rows, ImportError without matplotlib
+    Raises:
+        FileNotFoundError: There is no log.
+        ValueError: The log has no rows, or `out` is the log, or ends in a format that matplotlib does not write.
+        ImportError: There is no matplotlib.
     """
     run = Path(run)
     target = run / "training.png" if out is None else Path(out)
-    rows = read_log(run)
-    draw(rows, run.resolve().name).savefig(target, dpi=130)
+    check_apart({"out": [target]}, {"the log": [run / "log.jsonl"]})
+    save_figure(draw(read_log(run), run.resolve().name), target, dpi=130)
     return target
 
 
@@ -44,7 +50,7 @@ def read_log(run: str | os.PathLike) -> list[Row]:
         raise FileNotFoundError(
             f"{str(path)!r} does not exist: {str(run)!r} is not the folder of a training run that has begun"
         )
-    rows, lines = [], path.read_text(errors="replace").splitlines()
+    rows, lines = [], path.read_text(errors="replace", encoding="utf-8").splitlines()
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
@@ -72,7 +78,7 @@ def draw(rows: list[Row], title: str) -> Figure:
     across = min(3, len(panels))
     down = math.ceil(len(panels) / across)
     figure = Figure(figsize=(4.6 * across, 3.3 * down + 0.4), layout="constrained")
-    figure.suptitle(title)
+    figure.suptitle(title, parse_math=False)  # a folder's name may have a $
     grid = figure.subplots(down, across, squeeze=False).ravel()
     for axes, panel in zip(grid, panels):
         panel(axes, rows)

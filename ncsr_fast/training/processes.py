@@ -21,8 +21,12 @@ T = TypeVar("T")
 _TIMEOUT = timedelta(hours=1)  # the others wait for the one that decodes a large data set or saves to a slow disk
 
 
-class TrainingStopped(Exception):
-    """The run was asked to stop, by SIGTERM or Ctrl-C, and has saved itself; the same command resumes it."""
+class TrainingStopped(BaseException):
+    """The run was asked to stop, by SIGTERM or Ctrl-C, and has saved itself; the same command resumes it.
+
+    Like KeyboardInterrupt no Exception: it is raised in whatever code runs, and a reader of damaged files, say, must not take
+    it for damage.
+    """
 
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message)
@@ -96,7 +100,7 @@ class Processes:
         result, error = None, None
         try:
             result = call()
-        except Exception as caught:  # noqa: BLE001 - the others must not wait for this one
+        except (Exception, TrainingStopped) as caught:  # noqa: BLE001 - the others must not wait for this one
             error = caught
         messages = self.gathered(None if error is None else str(error))
         if error is not None and messages.index(str(error)) == self.rank:

@@ -11,9 +11,21 @@ from typing import Any
 from ncsr_fast.data.crops import RandomCrops
 from ncsr_fast.data.pickled import PickledImage
 from ncsr_fast.data.sources import Source
-from ncsr_fast.files import atomic_write
+from ncsr_fast.files import atomic_write, read_json
 
-_END = 64 * 1024  # bytes at a file's end that are looked at: all of it is too slow, and an image changed anywhere differs there
+_PART = 64 * 1024  # bytes at the beginning, the middle and the end of a compressed file
+# What compressed images begin with, after as many bytes. When a pixel of one changes, so does what follows it or the file's
+# length: a PNG's last bytes hold a checksum of all pixels. Any other file is read whole.
+_COMPRESSED = (
+    (0, b"\x89PNG"),
+    (0, b"\xff\xd8\xff"),
+    (0, b"RIFF"),
+    (0, b"GIF8"),
+    (4, b"ftyp"),
+    (4, b"jP  "),
+    (0, b"\xff\x4f\xff\x51"),
+)
+_WHOLE = 2**20  # bytes of any other file that are read at once
 _NAMED = 3  # images spelled out of each kind
 
 
@@ -21,8 +33,9 @@ def data_record(crops: RandomCrops) -> dict[str, Any]:
     """JSON-ready: "images" in the order crops are drawn from, each as name, height, width, bytes and checksum, a pair as both
     one after the other; and "left_out", the reasons by file. Names begin with the number of the place, which may move.
 
-    The checksum is of a file's last 64 KiB, where compressed images that differ anywhere differ; of an image in a `.pklv4`
-    it is of all pixels.
+    The checksum is of a compressed file's beginning, middle and end, 64 KiB each, so that a data set is not read whole at each
+    start; of all other files (BMP, TIFF, Netpbm, TGA), and of the pixels of an image in a `.pklv4`, it is of everything. The
+    time of a change is not recorded: copies have another.
     """
     images = [[value for source in files for value in _entry(crops, source)] for files in crops.files]
     return {"images": images, "left_out": dict(sorted(crops.broken.items()))}
@@ -35,7 +48,7 @@ def changes(path: Path, now: dict[str, Any]) -> str | None:
         ValueError: The file is no record; the message says what to do.
     """
     try:
-        before = json.loads(path.read_text())["images"]
+        before = read_json(path)["images"]
         old, new = ({image[0]: image[1:] for image in images} for images in (before, now["images"]))
     except FileNotFoundError:
         return None
@@ -56,7 +69,9 @@ def write_record(path: Path, record: dict[str, Any]) -> None:
     """One image a line."""
     lines = ",\n".join(json.dumps(image) for image in record["images"])
     with atomic_write(path) as temporary:
-        temporary.write_text(f'{{"images": [\n{lines}\n], "left_out": {json.dumps(record["left_out"], indent=1)}}}\n')
+        temporary.write_text(
+            f'{{"images": [\n{lines}\n], "left_out": {json.dumps(record["left_out"], indent=1)}}}\n', encoding="utf-8"
+        )
 
 
 def _entry(crops: RandomCrops, source: Source) -> list[Any]:
@@ -65,10 +80,24 @@ def _entry(crops: RandomCrops, source: Source) -> list[Any]:
     if isinstance(source, PickledImage):
         pixels = source.read().permute(1, 2, 0).contiguous().numpy()
         return [f"{number}[{source.index}]", height, width, pixels.nbytes, zlib.crc32(pixels)]
-    with open(source, "rb") as file:
+    return [f"{number}/{source.relative_to(place).as_posix()}", height, width, *_fingerprint(source)]
+
+
+def _fingerprint(path: Path) -> tuple[int, int]:
+    """A file's length and checksum."""
+    with open(path, "rb") as file:
         size = file.seek(0, os.SEEK_END)
-        file.seek(max(0, size - _END))
-        return [f"{number}/{source.relative_to(place).as_posix()}", height, width, size, zlib.crc32(file.read())]
+        file.seek(0)
+        head = file.read(_PART)
+        checksum = zlib.crc32(head)
+        if any(head.startswith(magic, place) for place, magic in _COMPRESSED):
+            for start in (max(_PART, (size - _PART) // 2), max(_PART, size - _PART)):
+                file.seek(start)
+                checksum = zlib.crc32(file.read(_PART), checksum)
+        else:
+            while part := file.read(_WHOLE):
+                checksum = zlib.crc32(part, checksum)
+        return size, checksum
 
 
 def _within(source: Source, place: Path) -> bool:

@@ -17,9 +17,19 @@ import torch
 from torch import Tensor, nn
 
 from ncsr_fast.data.images import write_image
-from ncsr_fast.files import CheckpointError, atomic_write, check_finite, differences, json_value, listed, read_checkpoint
+from ncsr_fast.files import (
+    CONFIG,
+    WEIGHTS,
+    CheckpointError,
+    atomic_write,
+    check_weights,
+    differences,
+    json_value,
+    listed,
+    read_checkpoint,
+    read_json,
+)
 from ncsr_fast.training.board import Board
-from ncsr_fast.training.processes import TrainingStopped
 from ncsr_fast.training.settings import TrainSettings
 
 # settings that may differ when a run is resumed: where the same files lie now, how they are read, what is reported when
@@ -27,6 +37,7 @@ _FREE = (
     "images", "lr_images", "validation", "validation_lr", "workers", "cache_gib", "graph", "max_skipped", "log_every",
     "validate_every", "save_every", "keep", "validation_images", "validation_size", "temperatures", "tensorboard",
 )  # fmt: skip
+_FILES = ("settings.json", "data.json", "log.jsonl", "lock", "published_options.txt")
 _FOLDERS = ("checkpoints", "samples", "best", "encoder", "model", "tensorboard", "cache")
 _CHECKPOINT = {"stage", "step", "model", "optimizer", "counters", "rate", "best"}  # its keys
 _MIB = 2**20
@@ -61,20 +72,21 @@ class Run:
         if not self.writes:
             return
         with self._writing("settings.json") as path, atomic_write(path) as temporary:
-            temporary.write_text(json.dumps(self.settings.to_dict(), indent=2) + "\n")
+            temporary.write_text(json.dumps(self.settings.to_dict(), indent=2) + "\n", encoding="utf-8")
         if report:
             with self._writing("published_options.txt") as path, atomic_write(path) as temporary:
-                temporary.write_text("\n".join(report) + "\n")
+                temporary.write_text("\n".join(report) + "\n", encoding="utf-8")
         with self._writing("checkpoints") as path:
             path.mkdir(exist_ok=True)
-        for left in (self.folder / "checkpoints").glob(".*"):  # by a process that was killed as it wrote
-            left.unlink(missing_ok=True)
+        for left in (self.folder / "checkpoints").iterdir():
+            if re.fullmatch(r"\.\w+-\d{8,}\.pt\.\w+\.pt", left.name):  # by a process that was killed as it wrote
+                left.unlink(missing_ok=True)
 
     def log(self, stage: str, step: int, **values: Any) -> None:
         """Append one JSON line to log.jsonl, null for a number that is not finite; numbers go to TensorBoard as well."""
         if not self.writes:
             return
-        with self._writing("log.jsonl") as path, open(path, "a") as file:
+        with self._writing("log.jsonl") as path, open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(json_value({"stage": stage, "step": step, **values}), allow_nan=False) + "\n")
         if self.board is not None:
             validation = {f"validation/{key}": value for key, value in values.get("validation", {}).items()}
@@ -95,7 +107,7 @@ class Run:
             return
         kept = [line for line, row in self._logged() if row["stage"] != stage or row["step"] <= step]
         with self._writing("log.jsonl") as path, atomic_write(path) as temporary:
-            temporary.write_text("".join(kept))
+            temporary.write_text("".join(kept), encoding="utf-8")
 
     def validated(self, stage: str, step: int) -> dict[str, float] | None:
         """The metrics logged by the validation after `step`; None where there was none."""
@@ -121,7 +133,7 @@ class Run:
             model.save_pretrained(path)
             if metrics is not None:
                 with atomic_write(path / "validation.json") as temporary:
-                    temporary.write_text(json.dumps(json_value(metrics), indent=2, allow_nan=False) + "\n")
+                    temporary.write_text(json.dumps(json_value(metrics), indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
     def started(self, stage: str) -> bool:
         """True if there is any checkpoint of `stage`."""
@@ -137,8 +149,6 @@ class Run:
         for path in reversed(paths):
             try:
                 checkpoint = _load(path)
-            except TrainingStopped:
-                raise
             except Exception as error:  # noqa: BLE001 - a damaged zip or pickle raises almost anything
                 warnings.warn(f"checkpoint {str(path)!r} is damaged and is not used: {error}", stacklevel=2)
                 continue
@@ -158,21 +168,9 @@ class Run:
         return f"choose another folder; with --start-from {self.folder / found} the new run begins with the weights of this one"
 
     def _refuse_other_settings(self) -> None:
-        stored = self.folder / "settings.json"
-        if not stored.exists():
-            found = [str(path) for stage in ("encoder", "flow") for path in self._paths(stage)]
-            if found:
-                raise ValueError(
-                    f"{str(self.folder)!r} holds checkpoints ({found[-1]!r}) but no settings.json: the folder of the run was "
-                    "not copied whole; copy it again, or choose another folder"
-                )
+        before = stored_settings(self.folder)
+        if before is None:
             return
-        try:
-            before = dict(json.loads(stored.read_text()))
-        except (ValueError, TypeError) as error:
-            raise ValueError(
-                f"{str(stored)!r} is damaged ({error}); copy it again from where the run was, or choose another folder"
-            ) from error
         now = self.settings.to_dict()
         changed = [key for key in now if key not in _FREE and before.get(key) != now[key]]
         if changed:
@@ -201,7 +199,7 @@ class Run:
     def _logged(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """The lines of the log and what they say, but for a last one that was cut, and damaged ones, after a warning."""
         path = self.folder / "log.jsonl"
-        for number, line in enumerate(path.read_text(errors="replace").splitlines(keepends=True), start=1):
+        for number, line in enumerate(path.read_text(errors="replace", encoding="utf-8").splitlines(keepends=True), start=1):
             try:
                 row = json.loads(line) if line.endswith("\n") else None
                 if row is not None:
@@ -210,8 +208,45 @@ class Run:
                 warnings.warn(f"line {number} of {str(path)!r} is damaged and is dropped", stacklevel=3)
 
     def _paths(self, stage: str) -> list[Path]:
-        paths = (self.folder / "checkpoints").glob(f"{stage}-*.pt")
-        return sorted(path for path in paths if re.fullmatch(rf"{stage}-\d{{8,}}\.pt", path.name))
+        return _checkpoints(self.folder, stage)
+
+
+def written_files(folder: Path) -> list[Path]:
+    """The files with fixed names that a run writes to its folder."""
+    models = [folder / model / name for model in ("best", "encoder", "model") for name in (CONFIG, WEIGHTS)]
+    return [*(folder / name for name in _FILES), *models]
+
+
+def stored_settings(folder: Path) -> dict[str, Any] | None:
+    """The settings of the run in a folder; None where there is no run.
+
+    Raises:
+        ValueError: They are missing beside checkpoints, damaged, or none of a run.
+    """
+    stored = folder / "settings.json"
+    if not stored.exists():
+        found = [str(path) for stage in ("encoder", "flow") for path in _checkpoints(folder, stage)]
+        if found:
+            raise ValueError(
+                f"{str(folder)!r} holds checkpoints ({found[-1]!r}) but no settings.json: the folder of the run was not copied "
+                "whole; copy it again, or choose another folder"
+            )
+        return None
+    try:
+        settings = read_json(stored)
+    except ValueError as error:
+        raise ValueError(
+            f"{str(stored)!r} is damaged ({error}); copy it again from where the run was, or choose another folder"
+        ) from error
+    if not {"model", "images", "seed"} <= set(settings):
+        raise ValueError(f"{str(stored)!r} holds no settings of a training run; choose another folder")
+    return settings
+
+
+def _checkpoints(folder: Path, stage: str) -> list[Path]:
+    """Those of a stage, the oldest first."""
+    paths = (folder / "checkpoints").glob(f"{stage}-*.pt")
+    return sorted(path for path in paths if re.fullmatch(rf"{stage}-\d{{8,}}\.pt", path.name))
 
 
 def _load(path: Path) -> dict[str, Any]:
@@ -222,7 +257,7 @@ def _load(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"the checksum of {damaged} is wrong")
     checkpoint = read_checkpoint(path)
     if isinstance(checkpoint, dict) and "model" in checkpoint:  # without it, `_check` says what it is
-        check_finite(checkpoint["model"], "its model")
+        check_weights(checkpoint["model"], "its model")
     return checkpoint
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,6 +20,7 @@ from ncsr_fast.training.validation import Pairs, validation_pairs
 
 T = TypeVar("T")
 _STATE = 3  # values in a checkpoint for each weight: itself and Adam's two moments
+_WORKERS = 8  # of each processor
 _MIB = 2**20
 
 
@@ -72,7 +74,6 @@ def prepared(settings: TrainSettings, folder: Path, processes: Processes) -> Sta
     """
     problems = _Problems()
     problems.attempt(_check_share, settings, processes)
-    problems.attempt(_check_outside_images, settings, folder)
     run = problems.attempt(Run, folder, settings, processes.first)
     crops = problems.attempt(_crops, settings)
     share = slice(processes.rank, None, processes.world)
@@ -114,26 +115,11 @@ def _check_share(settings: TrainSettings, processes: Processes) -> None:
         raise ValueError(
             f"batch must be a multiple of the number of processes, {processes.world}, which share it, not {settings.batch}"
         )
+    most = _WORKERS * (os.cpu_count() or 1)
+    if settings.workers > most:
+        raise ValueError(f"workers: {settings.workers} processes are too many for {os.cpu_count()} processors; at most {most}")
     if settings.graph and processes.device.type != "cuda":
         raise ValueError(f"graph: CUDA graphs need a GPU, and the device is {str(processes.device)!r}; leave graph out")
-
-
-def _check_outside_images(settings: TrainSettings, folder: Path) -> None:
-    """Refuse a run whose samples would be among the images at the next start."""
-    for name, place in _image_places(settings):
-        if Path(place).is_dir() and folder.resolve().is_relative_to(Path(place).resolve()):
-            raise ValueError(
-                f"the run's folder {str(folder)!r} is inside {name} {place!r}, so that its samples would be trained on when it "
-                "is resumed; choose another folder"
-            )
-
-
-def _image_places(settings: TrainSettings) -> Iterator[tuple[str, str]]:
-    for name in ("images", "lr_images"):
-        yield from ((name, place) for place in getattr(settings, name))
-    for name in ("validation", "validation_lr"):
-        if getattr(settings, name) is not None:
-            yield name, getattr(settings, name)
 
 
 def _check_room(folder: Path, model: NCSR) -> None:

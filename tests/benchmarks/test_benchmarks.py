@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ncsr_fast import ops
-from ncsr_fast.benchmarks import registry, report
+from ncsr_fast.benchmarks import harness, registry, report, run
 from ncsr_fast.cli.main import main
 
 FIELDS = [
@@ -118,15 +118,69 @@ def stand_in(monkeypatch, spoil) -> None:
 
 @pytest.mark.parametrize("what, message", [("y", "y is wrong"), ("logdet", "logdet is wrong"), ("dz", "the gradient of z")])
 @pytest.mark.parametrize("value", [1e-3, float("nan")])
-def test_no_figure_when_a_result_is_wrong(what, message, value, tmp_path, monkeypatch, capsys):
+def test_what_is_wrong_has_no_figure_and_the_others_have(what, message, value, tmp_path, monkeypatch, capsys):
     def spoil(name, tensor):
         return tensor.index_add(0, torch.tensor([1]), torch.full_like(tensor[:1], value)) if name == what else tensor
 
     stand_in(monkeypatch, spoil)
-    assert bench(tmp_path, "--operators", "affine_coupling") == 1
+    assert bench(tmp_path, "--operators", "affine_coupling", "--layout", "channels-last") == 1
     out, err = capsys.readouterr()
-    assert out == "" and not list(tmp_path.iterdir())
-    assert "nothing is timed" in err and f"native: {message}" in err and "2×12×8×8 channels-last float32" in err
+    rows = stored(tmp_path)
+    failed, measured = [row for row in rows if "error" in row], [row for row in rows if "error" not in row]
+    assert {row["backend"] for row in measured} == {"reference"} and all(row["median_ms"] > 0 for row in measured)
+    assert {row["direction"] for row in measured} == {"forward", "inverse", "backward", "inverse-backward"}
+    assert failed and {row["backend"] for row in failed} == {"native"}
+    assert all("median_ms" not in row and message in row["error"] and row["command"] for row in failed)
+    assert "have no figure" in err and f"native: {message}" in err and "2×12×8×8 channels-last float32" in err
+    assert f"native: {message}" in out, "the table has them too"
+    assert main(["bench", "--table", str(tmp_path / "operators-cpu-quick.json")]) == 0
+    assert capsys.readouterr().out.strip() in out
+
+
+def test_an_arm_that_raises_is_a_row(tmp_path, monkeypatch, capsys):
+    def spoil(name, tensor):
+        raise RuntimeError("out of luck\nand more")
+
+    stand_in(monkeypatch, spoil)
+    only = ["--layout", "NCHW", "--directions", "forward"]
+    assert bench(tmp_path, "--operators", "affine_coupling", "affine_injector", *only) == 1
+    rows = stored(tmp_path)
+    assert {row["error"].partition(", native: ")[2] for row in rows if "error" in row} == {"RuntimeError: out of luck"}
+    assert {row["operator"] for row in rows if "error" not in row} == {"affine_coupling", "affine_injector"}
+    assert "and more" not in capsys.readouterr().err
+
+
+def test_a_case_that_cannot_be_timed_is_a_row(tmp_path, monkeypatch, capsys):
+    real = run.measure
+
+    def measure(case, *arguments):
+        if case.inverse:
+            raise MemoryError("too large")
+        return real(case, *arguments)
+
+    monkeypatch.setattr(run, "measure", measure)
+    assert bench(tmp_path, "--operators", "affine_coupling", "--layout", "NCHW", "--backends", "native") == 1
+    failed = {(row["direction"], row["backend"]): "error" in row for row in stored(tmp_path)}
+    assert failed == {
+        (way, backend): way.startswith("inverse")
+        for way in ("forward", "backward", "inverse", "inverse-backward")
+        for backend in ("native", "reference")
+    }
+    assert "MemoryError: too large" in capsys.readouterr().err
+
+
+def test_an_arm_that_breaks_while_it_is_timed_is_a_row(monkeypatch):
+    def broken(**inputs):
+        raise RuntimeError("torn")
+
+    case = harness.Case("affine_coupling", False, registry.level_shapes("quick")[0], "float32", "NCHW", "cpu")
+    functions = {"native": broken, "reference": case.function("reference")}
+    rows = harness.measure(case, functions, ["forward", "backward"], 0.0, 1)
+    assert [(row["backend"], row["direction"], row.get("error")) for row in rows] == [
+        (backend, way, "RuntimeError: torn" if backend == "native" else None)
+        for way in ("forward", "backward")
+        for backend in ("native", "reference")
+    ]
 
 
 @pytest.mark.slow

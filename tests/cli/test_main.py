@@ -12,7 +12,8 @@ import pytest
 import torch
 from forks import Fork
 
-from ncsr_fast.cli.main import COMMANDS, main
+from ncsr_fast.cli._common import Gathered
+from ncsr_fast.cli.main import COMMANDS, build_parser, main
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -26,8 +27,6 @@ def test_help_has_an_example(command, capsys):
 @pytest.mark.parametrize("command", [name for name in COMMANDS if name not in ("doctor",)])
 def test_examples_parse(command):
     """The command line of every example is one the parser accepts."""
-    from ncsr_fast.cli.main import build_parser
-
     line = next(
         line for line in importlib.import_module(f"ncsr_fast.cli.{command}").EXAMPLE.splitlines() if "ncsr-fast" in line
     )
@@ -61,7 +60,7 @@ FAILURES = {
     ),
     "two-yamls": (["train", "{out}/a.yml", "-opt", "{out}/b.yml"], "b.yml' is a second YAML beside "),
     "convert-nothing": (["convert", "{out}/no.pth", "--out", "{out}"], "no model at "),
-    "convert-itself": (["convert", "{model}", "--out", "{model}"], "out is the source itself, "),
+    "convert-itself": (["convert", "{model}", "--out", "{model}"], "' would replace the source "),
     "options": (["convert", "{model}", "--out", "{out}", "--options", "{out}.yml"], "No such file"),
     "export-nothing": (["export", "nowhere", "--out", "{out}/x.onnx"], "no model at 'nowhere'; shipped models: "),
     "no-run": (["train", "--images", "{photos}"], "--run: should be the folder of the run, which only a YAML can leave out"),
@@ -100,6 +99,10 @@ BAD_ARGUMENTS = {
     "no-samples": (["evaluate", "a", "--n", "0"], "argument --n: should be a whole number of 1 or more, not '0'"),
     "seed": (["sample", "a", "--out", "b", "--seed", "-1"], "argument --seed: should be a whole number from 0 to 2⁶⁴ - 1"),
     "nan": (["demo", "--temperature", "nan"], "argument --temperature: should be a number of 0 or more, not 'nan'"),
+    "threads": (["bench", "--threads", "100000"], "argument --threads: should be a whole number from 1 to "),
+    "no-threads": (["bench", "--threads", "0"], "8 a processor, not '0'"),
+    "rounds": (["bench", "--rounds", "0"], "argument --rounds: should be a whole number of 1 or more"),
+    "seconds": (["bench", "--seconds", "-1"], "argument --seconds: should be a number of seconds, 0 or more, not '-1'"),
     "limit": (["evaluate", "a", "--limit", "-1"], "argument --limit: should be a whole number of 1 or more"),
 }
 
@@ -119,7 +122,7 @@ def doctor(monkeypatch):
 
 
 def raises(error):
-    def run(args):
+    def run(*args):
         raise error
 
     return run
@@ -155,6 +158,41 @@ def test_an_interrupt_is_no_traceback(doctor, capsys):
     doctor(raises(KeyboardInterrupt()))
     assert main(["doctor"]) == 130
     assert capsys.readouterr().err == "interrupted\n"
+
+
+@pytest.mark.parametrize("where", ["import_module", "parser"])
+def test_an_interrupt_before_the_command_is_known_is_none_either(monkeypatch, capsys, where):
+    """As the modules of the commands, and of what they need, are imported."""
+    program = importlib.import_module("ncsr_fast.cli.main")
+    target = (program, "build_parser") if where == "parser" else (program.importlib, "import_module")
+    monkeypatch.setattr(*target, raises(KeyboardInterrupt()))
+    assert program.main(["doctor"]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+LISTS = [
+    ("train --images a b --images c --lr-images d --lr_images e", {"images": ["a", "b", "c"], "lr_images": ["d", "e"]}),
+    ("train --model a=1 --model b=2 --betas 0.5 --betas 0.9", {"model": ["a=1", "b=2"], "betas": ["0.5", "0.9"]}),
+    ("evaluate x --temperatures 0 --temperatures 1 2", {"temperatures": [0, 1, 2]}),
+    ("evaluate x", {"temperatures": [0, 0.5, 0.8]}),
+    ("bench --dtype a --dtype b --shapes c", {"dtype": ["a", "b"], "shapes": ["c"], "layout": ["NCHW", "channels-last"]}),
+    ("bench --operators a --operators a b", {"operators": ["a", "a", "b"]}),
+]
+
+
+@pytest.mark.parametrize("line, expected", LISTS)
+def test_lists_that_are_given_in_several_parts(line, expected):
+    args = vars(build_parser().parse_args(line.split()))
+    assert {name: args[name] for name in expected} == expected
+    assert vars(build_parser().parse_args(line.split())) == args, "no default was changed"
+
+
+def test_every_list_is_gathered():
+    """Of all options with any number of values."""
+    (commands,) = (action for action in build_parser()._actions if isinstance(action.choices, dict))
+    options = [option for command in commands.choices.values() for option in command._actions if option.option_strings]
+    lists = [option for option in options if option.nargs in ("+", "*")]
+    assert len(lists) > 10 and all(isinstance(option, Gathered) for option in lists)
 
 
 def test_warnings_are_one_line_and_only_in_a_command(doctor, capfd):

@@ -134,12 +134,24 @@ def test_samples_beside_the_input(model, tmp_path, source, out):
     assert outputs(tmp_path / out) == sorted(["000000_sample00000.png", *(["in/a.png"] if out == "." else [])])
 
 
+@pytest.mark.parametrize("made", ["b_sample00000.png", "nested"])
+def test_something_else_in_the_place_of_a_sample(model, tmp_path, capsys, made):
+    """Of one image; the others are sampled."""
+    images(tmp_path / "in", "a.png", "nested/b.png" if made == "nested" else "b.png", "z.png")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / made).touch() if made == "nested" else (tmp_path / "out" / made).mkdir()
+    assert sample(model, tmp_path / "in", "--out", tmp_path / "out", "--names", "source") == 1
+    assert {"a_sample00000.png", "z_sample00000.png"} <= set(outputs(tmp_path / "out"))
+    out, err = capsys.readouterr()
+    assert "2 of 3 images" in out and "b.png': a folder is where a sample, or a file where a folder of samples should be" in err
+
+
 def test_a_sample_that_would_replace_an_input(model, tmp_path, capsys):
     images(tmp_path, "a.png", "a_sample00000.png")
     before = (tmp_path / "a_sample00000.png").read_bytes()
     both = (tmp_path / "a.png", tmp_path / "a_sample00000.png")
     assert sample(model, *both, "--out", tmp_path, "--names", "source") == 1
-    assert "a sample would replace the input" in capsys.readouterr().err
+    assert "would replace the input" in capsys.readouterr().err
     assert (tmp_path / "a_sample00000.png").read_bytes() == before
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import struct
 
 import numpy as np
 import pytest
@@ -69,14 +70,48 @@ def test_other_kinds_of_pixels(tmp_path, mode):
 @pytest.mark.parametrize(
     "dtype, pixels, said",
     [
-        (np.float32, [0, 1], "its pixels are floats"),
-        (np.int32, [-5, 3], "32-bit integers from -5 to 3"),
-        (np.int32, [5, 70000], "32-bit integers from 5 to 70000"),
+        (np.float32, [0, 1], "floats"),
+        (np.int32, [-5, 3], "32-bit integers"),
+        (np.int32, [5, 70000], "32-bit integers"),
+        (np.int32, [0, 255], "32-bit integers"),
+        (np.int32, [0, 65535], "32-bit integers"),
     ],
 )
 def test_pixels_that_are_no_colours(tmp_path, dtype, pixels, said):
-    with pytest.raises(ImageError, match=f"x.tif': .*{said}.*; save it with 8 or 16 bits"):
+    with pytest.raises(ImageError, match=f"x.tif': its pixels are {said} of unknown range; save it with 8 bits, or"):
         read_image(save(tmp_path / "x.tif", np.array([pixels], dtype=dtype)))
+
+
+def tiff(path, bits, data, sample_format=1, order="<"):
+    """A TIFF of 2×2 grey pixels."""
+    tags = [(256, 4, 2), (257, 4, 2), (258, 3, bits), (259, 3, 1), (262, 3, 1), (273, 4, 8), (277, 3, 1), (278, 4, 2),
+            (279, 4, len(data)), (339, 3, sample_format)]  # fmt: skip
+    entries = [struct.pack(f"{order}HHI", tag, kind, 1) + struct.pack(f"{order}I" if kind == 4 else f"{order}Hxx", value)
+               for tag, kind, value in tags]  # fmt: skip
+    head = (b"II" if order == "<" else b"MM") + struct.pack(f"{order}HI", 42, 8 + len(data))
+    path.write_bytes(head + data + struct.pack(f"{order}H", len(tags)) + b"".join(entries) + bytes(4))
+    return path
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_tiff_of_twelve_and_sixteen_bits(tmp_path, order):
+    sixteen = tiff(tmp_path / "16.tif", 16, struct.pack(f"{order}4H", 0, 257, 32896, 65535), order=order)
+    assert read_image(sixteen)[0].flatten().tolist() == [0, 1, 128, 255]
+    signed = tiff(tmp_path / "signed.tif", 16, struct.pack(f"{order}4h", 0, 257, 3289, 32767), 2, order)
+    with pytest.raises(ImageError, match="its pixels are signed 16-bit integers of unknown range"):
+        read_image(signed)
+    if order == "<":  # Pillow reads no other, and keeps the values: 0, 16, 2048, 4095, two in three bytes
+        twelve = tiff(tmp_path / "12.tif", 12, bytes.fromhex("000010800fff"))
+        assert read_image(twelve)[0].flatten().tolist() == [0, 1, 128, 255]
+
+
+@pytest.mark.parametrize("highest", [255, 1023, 4095, 65535])
+@pytest.mark.parametrize("kind", ["P5", "P6"])
+def test_netpbm_of_any_depth(tmp_path, kind, highest):
+    values = (GREY.astype(np.float64) / 255 * highest).round().astype(">u2" if highest > 255 else "u1")
+    data = values if kind == "P5" else np.repeat(values[..., None], 3, axis=2)
+    (tmp_path / "x.pnm").write_bytes(b"%s 6 4 %d\n" % (kind.encode(), highest) + data.tobytes())
+    assert torch.equal(read_image(tmp_path / "x.pnm"), torch.from_numpy(GREY).expand(3, 4, 6))
 
 
 @pytest.mark.parametrize("suffix", ["gif", "png", "webp", "tif"])

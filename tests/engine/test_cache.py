@@ -14,7 +14,7 @@ from support import image, tiny_model
 
 from ncsr_fast import NCSR
 from ncsr_fast.engine import conditioning, fused_level
-from ncsr_fast.engine.cache import Cache
+from ncsr_fast.engine.cache import Cache, fingerprint
 
 
 def optimizer_step(model: NCSR) -> NCSR:
@@ -52,6 +52,12 @@ def through_data(model: NCSR) -> NCSR:
     return model
 
 
+def permuted_through_data(model: NCSR) -> NCSR:
+    weight = model.levels[1].couplings.conv3
+    weight.data.copy_(weight.flip(1))  # the same memory, count of changes and sum of bits
+    return model
+
+
 def replaced_data(model: NCSR) -> NCSR:
     model.levels[2].actnorm_bias.data = model.levels[2].actnorm_bias.data + 0.1
     return model
@@ -72,8 +78,8 @@ def initialized(model: NCSR) -> NCSR:
 
 
 CHANGES = [
-    optimizer_step, fused_optimizer_step, load_state_dict, load_published, in_place, through_data, replaced_data,
-    replaced_parameter, to_float, initialized,
+    optimizer_step, fused_optimizer_step, load_state_dict, load_published, in_place, through_data, permuted_through_data,
+    replaced_data, replaced_parameter, to_float, initialized,
 ]  # fmt: skip
 
 
@@ -84,7 +90,7 @@ def results(model: NCSR) -> list[torch.Tensor]:
     return [model.decode(model.encode(hr, lr).latents, lr.flip(2)), model.nll(hr, lr)]
 
 
-@marked("slow", lambda change: change not in (fused_optimizer_step, in_place, replaced_data))
+@marked("slow", lambda change: change not in (fused_optimizer_step, in_place, permuted_through_data, replaced_data))
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 @pytest.mark.parametrize("values_are_read", [True, False], ids=["cpu", "as-on-a-gpu"])
 def test_never_stale(change, values_are_read, monkeypatch):
@@ -164,3 +170,91 @@ def test_threads_hold_a_cache_each_for_itself():
         thread.join()
         assert found == [4] and value() == 2
     assert value() == 4
+
+
+def swapped(first: int, second: int):
+    def swap(x: torch.Tensor) -> torch.Tensor:
+        y = x.clone()
+        y.view(-1)[[first, second]] = x.view(-1)[[second, first]]
+        return y
+
+    return swap
+
+
+def negated(first: int, second: int):
+    def negate(x: torch.Tensor) -> torch.Tensor:
+        y = x.clone()
+        y.view(-1)[[first, second]] *= -1
+        return y
+
+    return negate
+
+
+def moved_by_opposite_bits(x: torch.Tensor) -> torch.Tensor:
+    y, word = x.clone(), {8: torch.int64, 4: torch.int32, 2: torch.int16}[x.element_size()]
+    y.view(-1).view(word)[:3] += torch.tensor([1, -2, 1], dtype=word)
+    return y
+
+
+IN_SILENCE = {
+    "flipped": lambda x: x.flip(0),
+    "transposed": lambda x: x.mT.contiguous(),
+    "rolled": lambda x: x.roll(1, 1),
+    "two elements swapped": swapped(0, -1),
+    "elements of two blocks swapped": swapped(5, 5 + 2**17),
+    "halves swapped": lambda x: x.roll(len(x) // 2, 0),
+    "negated": lambda x: -x,
+    "two elements negated": negated(1, -2),
+    "elements of two blocks negated": negated(5, 5 + 2**17),
+    "bits whose changes cancel": moved_by_opposite_bits,
+}
+WEIGHTS = {
+    "random": lambda dtype: image(512, 512).to(dtype) - 0.5,  # two blocks of the hash, or four
+    "ones and zeros": lambda dtype: (image(512, 512) < 0.5).to(dtype),  # whose bits differ in few places
+}
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_changes_that_leave_the_sum_of_bits(dtype, weights):
+    """Through `.data`, which PyTorch does not count."""
+    weight = torch.nn.Parameter(WEIGHTS[weights](dtype))
+    original, before = weight.detach().clone(), fingerprint([weight])
+    hashes = [before[1]]
+    for change in IN_SILENCE.values():
+        changed = change(original)
+        if not torch.equal(changed.view(torch.int16), original.view(torch.int16)):
+            weight.data.copy_(changed)
+            places, bits = fingerprint([weight])
+            assert places == before[0]
+            hashes.append(bits)
+    assert len(hashes) > len(IN_SILENCE) - 3  # of ones and zeros, some are equal
+    assert len(set(hashes)) == len(hashes)
+    weight.data.copy_(original)
+    assert fingerprint([weight]) == before
+
+
+def test_a_fingerprint_is_of_all_weights():
+    """Of many small ones, which share a block of the hash, in their order; and of none, and of empty ones."""
+    weights = [image(3, seed=seed) for seed in range(5)]
+    before = fingerprint(weights)
+    assert before == fingerprint(weights) and fingerprint(weights[:4]) != before
+    first, last = weights[0].clone(), weights[4].clone()
+    weights[0].data.copy_(last), weights[4].data.copy_(first)
+    after = fingerprint(weights)
+    assert after[0] == before[0] and after[1] != before[1]
+    assert fingerprint([]) == ([], 0) and fingerprint([torch.empty(0, 3), torch.ones(())])[1] != 0
+
+
+def test_a_fingerprint_does_not_depend_on_threads_or_memory():
+    weight = image(700, 700, dtype=torch.float32)
+    shifted = torch.empty(700 * 700 + 1)[1:].view(700, 700).copy_(weight)
+    threads = torch.get_num_threads()
+    try:
+        found = []
+        for count in (1, 2, 4):
+            torch.set_num_threads(count)
+            found += [fingerprint([tensor])[1] for tensor in (weight, shifted, weight.mT.contiguous().mT)]
+        assert len(set(found)) == 1
+    finally:
+        torch.set_num_threads(threads)

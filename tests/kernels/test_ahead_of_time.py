@@ -1,4 +1,4 @@
-"""Every kernel compiled for three generations of GPUs, none of which is needed: no spills, no TF32, little shared memory."""
+"""Every kernel compiled for three generations of GPUs, none of which is needed: no spills, no TF32, wide loads and stores."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import installation
 import pytest
@@ -23,39 +24,59 @@ import triton  # noqa: E402
 pytestmark = pytest.mark.skipif(not hasattr(triton, "knobs"), reason="ahead_of_time is written for Triton 3.6")
 
 SHARED = 99 * 1024  # bytes that a program may use on sm_86 and sm_89; sm_80, sm_90 and sm_100 have more
-CHANNELS = (12, 24, 192)  # one of each size of tile, half a minute of one core on each target
+CHANNELS = (12, 24, 96, 192)  # every size of tile, a minute of one core on each target
+TENSOR_CORES: set[str] = set()  # kernels that should compute products with them
 EVERY_CELL = [(target, channels) for channels in CHANNELS for target in (80, 90, 100)]
-# The largest tile needs most; and what a kernel needs it needs on all targets, but for a few registers: its products, of
-# float32, are not of tensor cores, in which the targets differ. The rest with `make test-all`.
-IN_EVERY_RUN = {(90, 192)}
+# The largest tile needs most, and 12 channels are aligned the least; and what a kernel needs it needs on all targets, but
+# for a few registers: its products, of float32, are not of tensor cores, in which the targets differ. The rest with
+# `make test-all`.
+IN_EVERY_RUN = {(90, 12), (90, 192)}
 CELLS = [pytest.param(*cell, marks=() if cell in IN_EVERY_RUN else pytest.mark.exhaustive) for cell in EVERY_CELL]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target, channels", CELLS)
-def test_no_kernel_spills(pytestconfig, target, channels):
+def test_what_every_kernel_needs(pytestconfig, target, channels):
     from ncsr_fast.kernels.ahead_of_time import TARGETS, Row, table, worst
+
+    arguments = ["-m", "ncsr_fast.kernels.ahead_of_time", "--json", "--targets", str(target), "--channels", str(channels)]
+    rows = [Row(**row) for row in printed(pytestconfig, f"ahead_of_time-{target}-{channels}", arguments)]
+    print(table(worst(rows)))
+    calls = Counter((row.target, row.channels) for row in rows)
+    # two directions and layouts of: affine, gaussian (3 kernels), step (5) with two dtypes of h, and step without h (5);
+    # and one of matrices
+    assert {cell[0] for cell in EVERY_CELL} == set(TARGETS)
+    assert calls == {(target, channels): 4 * (2 * (3 + 3 + 5) + 5) + 1}
+    assert [row for row in rows if row.spills] == []
+    assert [row for row in rows if row.shared > SHARED] == []
+    assert [row for row in rows if row.tf32] == []
+    assert {row.kernel for row in rows if row.tensor_cores} == TENSOR_CORES
+    # Four numbers at once, 16 bytes or 8 of bfloat16, but for the few that are not of an image
+    images = [row for row in rows if row.kernel != "sum_partials_kernel"]
+    assert [row for row in images if row.call.endswith("h=float32") and row.wide < 0.75] == []
+    assert [row for row in images if row.call.endswith("h=bfloat16") and (row.wide < 0.5 or row.middling < 0.75)] == []
+
+
+@pytest.mark.slow
+def test_images_of_other_sizes_compile_no_other_kernels(pytestconfig):
+    """In the engine's layout. In the other there are 3: 16 divides the strides of channels and samples, of samples, or none."""
+    code = "import json; from ncsr_fast.kernels import ahead_of_time as a; print(json.dumps(a.compiled_kernels(90, 12)))"
+    most = printed(pytestconfig, "compiled_kernels", ["-c", code])
+    assert most == {"nhwc": 1, "nchw": 3}
+
+
+def printed(pytestconfig: pytest.Config, name: str, arguments: list[str]) -> Any:
+    """What Python prints as JSON with these arguments, compiling kernels; printed again only after they have changed."""
 
     def compile_kernels(folder: Path) -> None:
         environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
         environment["TRITON_CACHE_DIR"] = str(folder / "triton")
-        command = [sys.executable, "-m", "ncsr_fast.kernels.ahead_of_time", "--json"]
-        command += ["--targets", str(target), "--channels", str(channels)]
+        command = [sys.executable, *arguments]
         run = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, check=False)
         assert run.returncode == 0, run.stderr
-        (folder / "rows.json").write_text(run.stdout)
+        (folder / "printed.json").write_text(run.stdout)
         shutil.rmtree(folder / "triton")
 
     sources = sorted(Path(importlib.util.find_spec("ncsr_fast.kernels").origin).parent.glob("*.py"))
-    causes = [*sources, triton.__version__]
-    folder = made_once(pytestconfig, f"ahead_of_time-{target}-{channels}", causes, compile_kernels)
-    rows = [Row(**row) for row in json.loads((folder / "rows.json").read_text())]
-    print(table(worst(rows)))
-    calls = Counter((row.target, row.channels) for row in rows)
-    # two directions and layouts of: affine, gaussian (2 kernels), step (3) with two dtypes of h, and step without h (3);
-    # and one of matrices
-    assert {cell[0] for cell in EVERY_CELL} == set(TARGETS)
-    assert calls == {(target, channels): 4 * (2 * (2 + 2 + 3) + 3) + 1}
-    assert [row for row in rows if row.spills] == []
-    assert [row for row in rows if row.shared > SHARED] == []
-    assert [row for row in rows if row.tf32] == []
+    folder = made_once(pytestconfig, name, [*sources, *arguments, triton.__version__], compile_kernels)
+    return json.loads((folder / "printed.json").read_text())

@@ -8,6 +8,7 @@ import installation
 import pytest
 import torch
 from operator_cases import interpreted
+from support import Watch
 from torch import Tensor
 
 pytestmark = pytest.mark.slow  # in `make check` the tests of the operators run these kernels
@@ -16,7 +17,7 @@ if not installation.expects("triton"):
     pytest.skip("the Triton backend is not among the cells", allow_module_level=True)
 
 from ncsr_fast import kernels  # noqa: E402
-from ncsr_fast.kernels import flow_step  # noqa: E402
+from ncsr_fast.kernels import _common, _pair_map, flow_step  # noqa: E402
 
 EPS = 1e-4
 SIZE = (2, 7, 5)  # batch, height, width: 35 pixels are no multiple of any tile
@@ -121,12 +122,14 @@ def check_step(inputs: dict[str, Tensor | None], inverse: bool, dy: Tensor, dlog
     )
 
 
-def step_inputs(normal, channels: int, inverse: bool, layout: str = "nchw", dtype=torch.float32) -> dict[str, Tensor]:
+def step_inputs(
+    normal, channels: int, inverse: bool, layout: str = "nchw", dtype=torch.float32, size=SIZE
+) -> dict[str, Tensor]:
     half = channels // 2
     kept = (0, half) if inverse else (half, 0)
     square = normal(channels, size=(1, channels, 1))[0, :, :, 0] / math.sqrt(channels)
-    h_pre, h_post = (normal(2 * (channels - k), layout, dtype) for k in kept)
-    return {"x": normal(channels, layout), "mix": square, "offset": square[0] + 1, "h_pre": h_pre, "h_post": h_post}
+    h_pre, h_post = (normal(2 * (channels - k), layout, dtype, size) for k in kept)
+    return {"x": normal(channels, layout, size=size), "mix": square, "offset": square[0] + 1, "h_pre": h_pre, "h_post": h_post}
 
 
 DLOGDET = torch.tensor([0.7, -1.3], device=DEVICE)
@@ -178,10 +181,11 @@ def test_step_without_an_affine(normal, missing, inverse):
 
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
 def test_weight_gradient_over_parts_of_several_tiles(normal, layout, monkeypatch):
-    """35 pixels are 3 tiles: 1 part of 4, of which the last is outside; or 2 parts of 2."""
-    for programs in (1, 4):
+    """77 pixels are 3 tiles: 1 part of 3; 2 parts of 2, of which the last is outside; or 3 parts of 1."""
+    for programs in (1, 4, 6):
         monkeypatch.setattr(flow_step, "WEIGHT_PROGRAMS", programs)
-        check_step(step_inputs(normal, 5, False, layout), False, normal(5, layout), DLOGDET)
+        size = (2, 7, 11)
+        check_step(step_inputs(normal, 5, False, layout, size=size), False, normal(5, layout, size=size), DLOGDET)
 
 
 @inverses
@@ -236,6 +240,39 @@ def test_repeats_are_equal_to_the_bit(normal):
     y, (x, mix, _, *h) = calls[0][0], inputs.values()
     calls = [(*call, *kernels.step_bwd(y, DLOGDET, x, y, mix, *h, EPS, False)) for call in calls]
     assert all(torch.equal(first, second) for first, second in zip(*calls, strict=True))
+
+
+@pytest.mark.parametrize("dim, shape", [(0, (700, 13)), (1, (3, 5000))], ids=["adjacent-outputs", "adjacent-parts"])
+def test_second_stage_of_a_reduction(dim, shape):
+    """In float64: of integers that cancel the sums are exact, as they would not be in float32."""
+    generator = torch.Generator().manual_seed(0)
+    partial = torch.randint(-(2**24), 2**24, shape, generator=generator).float().to(DEVICE)
+    expected = partial.double().sum(dim=dim)
+    assert not torch.equal(partial.cumsum(dim=dim).select(dim, -1).double(), expected)
+    first, rest = torch.empty(2, device=DEVICE), torch.empty(expected.numel() - 2, device=DEVICE)
+    _common.sum_partials(partial, dim, first, rest)
+    assert torch.equal(torch.cat([first, rest]), expected.float())
+    alone = torch.empty(expected.numel(), device=DEVICE)
+    _common.sum_partials(partial, dim, alone)
+    assert torch.equal(alone, expected.float())
+
+
+def test_launches(normal, monkeypatch):
+    """Nothing but these kernels: one for the values, and one for each reduction, of dmix and doffset together."""
+    launched, computed = [], []
+    for module in (_common, _pair_map, flow_step):
+        monkeypatch.setattr(module, "launch", lambda kernel, *_, **__: launched.append(kernel.__name__))
+    (x, mix, offset, h_pre, h_post), both = step_inputs(normal, 4, False).values(), normal(8)
+    with Watch(lambda name, _: computed.append(name)):
+        kernels.affine_fwd(x, both, 0, EPS, False)
+        kernels.gaussian_bwd(x, DLOGDET, x, h_pre, False)
+        kernels.step_fwd(x, mix, offset, h_pre, h_post, EPS, False)
+        kernels.step_bwd(x, DLOGDET, x, x, mix, h_pre, h_post, EPS, False)
+    assert launched == [
+        *("pair_map_fwd_kernel", "sum_partials_kernel", "pair_map_bwd_kernel", "step_fwd_kernel", "sum_partials_kernel"),
+        *("step_bwd_kernel", "step_weight_bwd_kernel", "sum_partials_kernel"),
+    ]
+    assert set(computed) <= {"aten::empty", "aten::empty_like", "aten::fill_"}  # the last poisons
 
 
 @pytest.mark.parametrize("size", [(0, 4, 4), (2, 0, 4)], ids=["no-sample", "no-row"])

@@ -23,14 +23,21 @@ static thread_local dim3 threadIdx;
 static dim3 blockIdx, gridDim;
 static std::barrier<>* barrier = nullptr;
 static double* dynamic_shared = nullptr;
+static constexpr int devices = 2;
+static int current_device = 0, device_of_last_launch = -1;
 static void __syncthreads() { barrier->arrive_and_wait(); }
 
 using cudaStream_t = void*;
-enum cudaError_t { cudaSuccess };
+enum cudaError_t { cudaSuccess, cudaErrorInvalidDevice };
 enum { cudaFuncAttributeMaxDynamicSharedMemorySize };
 static cudaError_t cudaGetLastError() { return cudaSuccess; }
-static const char* cudaGetErrorString(cudaError_t) { return ""; }
-static cudaError_t cudaGetDeviceCount(int* count) { return *count = 1, cudaSuccess; }
+static const char* cudaGetErrorString(cudaError_t error) { return error == cudaSuccess ? "" : "invalid device ordinal"; }
+static cudaError_t cudaGetDeviceCount(int* count) { return *count = devices, cudaSuccess; }
+static cudaError_t cudaGetDevice(int* device) { return *device = current_device, cudaSuccess; }
+static cudaError_t cudaSetDevice(int device) {
+    if (device < 0 || device >= devices) return cudaErrorInvalidDevice;
+    return current_device = device, cudaSuccess;
+}
 static cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t) {
     return std::memset(memory, value, bytes), cudaSuccess;
 }
@@ -42,6 +49,7 @@ cudaError_t cudaFuncSetAttribute(Kernel, int, int) {
 template <class Launch>
 void emulate(dim3 grid, size_t bytes, int block_threads, Launch launch) {
     gridDim = grid;
+    device_of_last_launch = current_device;
     std::vector<double> memory(bytes / sizeof(double) + 1);
     dynamic_shared = memory.data();
     for (blockIdx.y = 0; blockIdx.y < grid.y; ++blockIdx.y)
@@ -63,3 +71,5 @@ void emulate(dim3 grid, size_t bytes, int block_threads, Launch launch) {
 #define NCSR_LAUNCH(kernel, blocks, bytes, stream, ...) emulate(blocks, size_t(bytes), threads, [&] { kernel(__VA_ARGS__); })
 
 #include "cuda.cu"
+
+extern "C" __attribute__((visibility("default"))) int emulated_device() { return device_of_last_launch; }

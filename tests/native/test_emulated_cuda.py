@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import re
 import shutil
@@ -149,6 +150,26 @@ def test_emulated_empty(on_the_emulation, size, batch):
     assert y.shape == tensors[0].shape and logdet.isfinite().all()
     for grad in torch.autograd.grad(y.sum() + logdet.sum(), tensors):
         assert grad.isfinite().all()
+
+
+def test_the_device_of_a_launch(on_the_emulation, emulated, monkeypatch):
+    """The ordinal of the call decides it, whichever device is current; one that is not there raises with CUDA's message."""
+    from ncsr_fast.ops import _native as calls
+
+    x, h = arguments("affine_injector", 4, dtype=torch.float32)
+    memory = torch.empty(4096, dtype=torch.uint8)
+    library = ctypes.CDLL(emulated.__file__)
+
+    def launch_on(ordinal: int) -> None:
+        where = (1, ordinal, 0, memory.data_ptr())
+        monkeypatch.setattr(calls, "_launch", lambda call, x, workspace, *values: call(*values, False, where))
+        calls.affine_fwd(x, h, 0, 1e-4, False)
+
+    for ordinal in (1, 0, 0, 1):
+        launch_on(ordinal)
+        assert library.emulated_device() == ordinal
+    with pytest.raises(RuntimeError, match="ncsr_fast: CUDA: invalid device ordinal"):
+        launch_on(2)
 
 
 @pytest.mark.parametrize("architecture", [pytest.param("80", marks=pytest.mark.exhaustive), "90"])

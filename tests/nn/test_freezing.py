@@ -31,7 +31,7 @@ def counted():
     """The calls of what folds and inverts, and of what sums up the bits of a weight."""
     fold = mock.patch.object(fused_level, "fold_level", side_effect=conditioning.fold_level)
     invert = mock.patch.object(fused_level, "mix_level", side_effect=conditioning.mix_level)
-    compare = mock.patch("ncsr_fast.engine.cache._state", side_effect=AssertionError("weights were read"))
+    compare = mock.patch("ncsr_fast.engine.cache.fingerprint", side_effect=AssertionError("weights were read"))
     with fold as folded, invert as inverted, compare:
         yield lambda: (folded.call_count, inverted.call_count)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from support import image, tiny_model
@@ -83,6 +84,29 @@ def test_bad_latents(model):
         model.decode(latents[::-1], LR)
     with pytest.raises(TypeError, match=r"latents\[1\] must be torch.float64"):
         model.decode([latents[0], latents[1].float()], LR)
+
+
+@pytest.mark.parametrize("name, value", [("n", "3"), ("n", 2.0), ("n", True), ("temperature", "0.8"), ("temperature", None)])
+def test_numbers_that_are_none(model, name, value):
+    arguments = {name: value}
+    kind = "whole number" if name == "n" else "number"
+    with pytest.raises(TypeError, match=f"^{name} must be a {kind}, not {value!r}$"):
+        model.sample(LR, **arguments)
+    if name == "temperature":
+        with pytest.raises(TypeError, match="temperature must be a number, not"):
+            model.check_invertibility(LR, **arguments)
+
+
+def test_numbers_of_other_libraries(model):
+    assert model.sample(LR, n=np.int64(1), temperature=np.float32(0.5)).shape[:2] == (2, 1)
+    assert model.sample(LR, n=1, temperature=torch.tensor(0.5)).shape[:2] == (2, 1)
+
+
+def test_a_generator_wants_floats():
+    with pytest.raises(TypeError, match=r"lr must be torch.float64.*not torch.uint8; images are floats in \[0, 1\]: convert"):
+        tiny_model().encoder(LR.mul(255).byte())
+    with pytest.raises(TypeError, match="lr must be a tensor, not list"):
+        tiny_model().encoder([1])
 
 
 @pytest.mark.parametrize(

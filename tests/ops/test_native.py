@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import installation
 import pytest
@@ -83,6 +85,45 @@ print(alone, threads() - before)
     if not sys.platform.startswith("linux"):
         pytest.skip("counts threads in /proc")
     assert fresh_process(code, tmp_path).split() in (["0", "2"], ["0", "0"])  # none at all in a build without OpenMP
+
+
+def test_the_cpu_backend_does_not_ask_for_a_gpu(tmp_path):
+    """The question would initialise CUDA, which a child forked afterwards, a worker of a loader, could not use then."""
+    code = """
+from ncsr_fast import _native
+asked = []
+_native.cuda_unavailable = lambda: asked.append(1) or "there is none"
+import torch
+from ncsr_fast import ops
+z, h = torch.randn(2, 12, 4, 4), torch.randn(2, 24, 4, 4)
+ops.affine_injector(z, h), ops.affine_injector(z, h, backend="native"), ops.backends("cpu")
+print(len(asked), ops.backends("cuda")["native"].reason, len(asked))
+"""
+    assert fresh_process(code, tmp_path, CUDA_VISIBLE_DEVICES="") == "0 there is none 1"
+
+
+def test_a_launch_names_device_and_stream(monkeypatch):
+    """A GPU's ordinal and torch's current stream there, which is all that the compiled module knows of torch's GPUs."""
+    x, empty = SimpleNamespace(device=torch.device("cuda", 3), dtype=torch.float32), torch.empty
+    monkeypatch.setattr(torch, "empty", lambda size, dtype, device: empty(size, dtype=dtype))
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=40 + device.index))
+    passed = []
+    calls._launch(lambda *values: passed.extend(values), x, lambda: 16, "sizes")
+    sizes, float64, (cuda, ordinal, stream, memory) = passed
+    assert (sizes, float64, cuda, ordinal, stream) == ("sizes", False, 1, 3, 43) and memory
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@operators
+def test_another_gpu_than_the_current_one(name):
+    tensors = arguments(name, 12, dtype=torch.float32)
+    y, logdet = run(name, *(tensor.to("cuda:1") for tensor in tensors), backend="native")
+    expected, expected_logdet = formula(name, *(tensor.double() for tensor in tensors))
+    assert y.device == torch.device("cuda", 1) and torch.cuda.current_device() == 0
+    assert_close(y, expected, ROUNDING[torch.float32], "y")
+    assert_close(logdet, expected_logdet, 20 * ROUNDING[torch.float32], "logdet")
 
 
 @directions

@@ -87,23 +87,25 @@ def test_an_optimizer_that_cannot_skip_is_refused():
 
 
 def test_a_run_skips_logs_and_goes_on(settings, tmp_path, monkeypatch, capsys):
+    run = tmp_path / "run"
     spoil(monkeypatch, 3, 4)
-    model = train(replace(settings, backoff=0.5), tmp_path, "cpu")
+    model = train(replace(settings, backoff=0.5), run, "cpu")
     assert all(value.isfinite().all() for value in model.state_dict().values())
-    events = [row for row in log_rows(tmp_path) if row.get("event") == "skipped"]
+    events = [row for row in log_rows(run) if row.get("event") == "skipped"]
     assert [(row["step"], row["count"]) for row in events] == [(3, 1), (4, 1)]
     assert "step 4: the loss or its gradient is not finite, first in nothing" in capsys.readouterr().out  # gone when looked at
-    losses = [row for row in log_rows(tmp_path) if "grad_norm" in row]
+    losses = [row for row in log_rows(run) if "grad_norm" in row]
     assert [row["skipped"] for row in losses] == [0, 2, 2]
     assert "loss" not in losses[1] and losses[2]["loss"] is not None, "the mean is of the steps that were done"
     assert losses[2]["lr"] == pytest.approx(losses[0]["lr"] * 0.25 * 0.25), "backoff twice, and two milestones"
 
 
 def test_too_many_in_a_row_end_the_run_with_its_checkpoints_kept(settings, tmp_path, monkeypatch):
+    run = tmp_path / "run"
     spoil(monkeypatch, 1, 3, 4, 5)
     with pytest.raises(TrainingDiverged, match=r"step 5: .*\(3 in a row, 4 in all\).*Try a lower learning rate"):
-        train(replace(settings, max_skipped=3), tmp_path, "cpu")
-    saved = torch.load(tmp_path / "checkpoints" / "flow-00000004.pt", weights_only=True)
+        train(replace(settings, max_skipped=3), run, "cpu")
+    saved = torch.load(run / "checkpoints" / "flow-00000004.pt", weights_only=True)
     assert all(value.isfinite().all() for value in saved["model"].values())
     assert saved["counters"].tolist() == [4, 3, 2, 3]
 

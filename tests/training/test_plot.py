@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from support import full_disk
 
 import ncsr_fast
 from ncsr_fast.cli.main import main
@@ -123,6 +124,28 @@ def test_the_command_writes_where_it_is_told(tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().out.strip() == str(tmp_path / "picture.png")
     assert (tmp_path / "picture.png").stat().st_size > 10_000
     assert main(["plot", str(tmp_path / "nowhere")]) == 1
+
+
+@pytest.mark.parametrize("name, kind", [("bare", "PNG"), ("new/deep/x.PNG", "PNG"), ("x.jpg", "JPEG")])
+def test_the_picture_is_where_and_what_its_name_says(tmp_path, capsys, name, kind):
+    run = tmp_path / "run$x^{$y"
+    run.mkdir()
+    (run / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS[:2]))
+    assert main(["plot", str(run), "--out", str(tmp_path / name)]) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / name)
+    with Image.open(tmp_path / name) as picture:
+        assert picture.format == kind
+    assert main(["plot", str(run), "--out", str(tmp_path / "x.txt")]) == 1
+    err = capsys.readouterr().err
+    assert "x.txt': no plot is written as .txt; end the name in one of ." in err and ", .png, " in err
+
+
+def test_a_plot_that_fails_leaves_the_one_before(tmp_path):
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS[:2]))
+    (tmp_path / "x.png").write_text("before")
+    with full_disk(), pytest.raises(OSError, match="x.png"):
+        plot(tmp_path, tmp_path / "x.png")
+    assert (tmp_path / "x.png").read_text() == "before" and len(list(tmp_path.iterdir())) == 2
 
 
 def test_without_matplotlib_it_says_what_to_install(monkeypatch):

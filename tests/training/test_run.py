@@ -21,7 +21,7 @@ from ncsr_fast.data import RandomCrops
 from ncsr_fast.files import CheckpointError
 from ncsr_fast.training import TrainingDiverged, TrainingStopped, train
 from ncsr_fast.training.diagnose import without_texture
-from ncsr_fast.training.record import changes, data_record, write_record
+from ncsr_fast.training.record import _fingerprint, changes, data_record, write_record
 from ncsr_fast.training.run import Run
 from ncsr_fast.training.stages import FlowStage
 from ncsr_fast.training.validation import Validation, lower
@@ -144,6 +144,35 @@ def test_an_image_that_changed_in_nothing_but_its_content(photos, tmp_path):
     assert changes(tmp_path / "data.json", data_record(RandomCrops(photos, scale=4, crop=32))) == "1 changed (0/a.png)"
 
 
+@pytest.mark.parametrize("suffix", ["png", "bmp", "tif", "ppm", "tga"])
+@pytest.mark.parametrize("place", [0, 0.25, 0.5, 0.75, 1])
+def test_a_pixel_that_changed(tmp_path, suffix, place):
+    """At any place of an image of more bytes than are looked at of a compressed one."""
+    pixels = np.random.default_rng(0).integers(0, 256, (400, 1000, 3), dtype=np.uint8)
+    records = []
+    for _ in range(2):
+        Image.fromarray(pixels).save(tmp_path / f"a.{suffix}")
+        records.append(data_record(RandomCrops(tmp_path, scale=4, crop=32))["images"])
+        pixels.reshape(-1)[int(place * (pixels.size - 1))] ^= 1
+    assert records[0][0][:4] == records[1][0][:4] and records[0][0][4] != records[1][0][4]
+
+
+@pytest.mark.parametrize(
+    "magic", [b"\x89PNG", b"\xff\xd8\xff", b"RIFF", b"GIF8", b"....ftyp", b"....jP  ", b"\xff\x4f\xff\x51", b"BM"]
+)
+def test_a_byte_that_changed(tmp_path, magic):
+    """Compressed files are looked at where they begin, in the middle and where they end; others everywhere."""
+    path, content, seen = tmp_path / "x", bytearray(magic.ljust(700_000)), []
+    path.write_bytes(content)
+    before = _fingerprint(path)
+    for place in (60_000, 200_000, 350_000, 500_000, 699_999):
+        content[place] ^= 1
+        path.write_bytes(content)
+        seen.append(_fingerprint(path) != before)
+        content[place] ^= 1
+    assert seen == [True, magic == b"BM", True, magic == b"BM", True]
+
+
 def test_images_in_pickles_and_pairs_are_recorded(photos, tmp_path):
     arrays = [np.full((64, 64, 3), value, dtype=np.uint8) for value in (1, 2)]
     (tmp_path / "a.pklv4").write_bytes(pickle.dumps(arrays))
@@ -193,16 +222,19 @@ def test_a_validation_that_was_not_done_is_made_up_for(settings, run, finished, 
 
 
 def test_a_checkpoint_comes_before_the_validation_of_its_step(settings, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+
     def gone(*arguments):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Validation, "__call__", gone)
     with pytest.raises(KeyboardInterrupt):
-        train(replace(settings, save_every=100, validate_every=100), tmp_path, "cpu")
-    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["flow-00000002.pt"]
+        train(replace(settings, save_every=100, validate_every=100), run, "cpu")
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["flow-00000002.pt"]
 
 
 def test_a_validation_that_fails_is_passed_over(settings, tmp_path, monkeypatch, capsys):
+    run = tmp_path / "run"
     original, calls = FlowStage.validate, []
 
     def validate(self, *arguments):
@@ -212,16 +244,17 @@ def test_a_validation_that_fails_is_passed_over(settings, tmp_path, monkeypatch,
         return original(self, *arguments)
 
     monkeypatch.setattr(FlowStage, "validate", validate)
-    train(replace(settings, validation_images=2), tmp_path, "cpu")
-    events = [row for row in log_rows(tmp_path) if row.get("event") == "validation failed"]
+    train(replace(settings, validation_images=2), run, "cpu")
+    events = [row for row in log_rows(run) if row.get("event") == "validation failed"]
     assert [(row["step"], row["image"]) for row in events] == [(1, 1), (2, 0), (2, 1)]
     assert {row["problem"] for row in events} == {"OutOfMemoryError: CUDA out of memory"}
     assert "flow 2: validation image 0 is passed over (OutOfMemoryError" in capsys.readouterr().out
-    assert [row["step"] for row in log_rows(tmp_path) if "validation" in row] == [1], "of the image that was looked at"
-    assert (tmp_path / "model").is_dir() and not (tmp_path / "best").exists(), "which is no comparison with others"
+    assert [row["step"] for row in log_rows(run) if "validation" in row] == [1], "of the image that was looked at"
+    assert (run / "model").is_dir() and not (run / "best").exists(), "which is no comparison with others"
 
 
 def test_a_full_disk_is_named_and_costs_no_checkpoint(settings, tmp_path, monkeypatch):
+    run = tmp_path / "run"
     save = torch.save
 
     def full(state, path):
@@ -235,9 +268,9 @@ def test_a_full_disk_is_named_and_costs_no_checkpoint(settings, tmp_path, monkey
         with pytest.raises(
             OSError, match=r"flow-00000002.pt' could not be written \(\[enforce .* 0, \d+ MiB are free there\); when"
         ):
-            train(settings, tmp_path, "cpu")
-    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["flow-00000001.pt"]
-    train(settings, tmp_path, "cpu")
+            train(settings, run, "cpu")
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["flow-00000001.pt"]
+    train(settings, run, "cpu")
 
 
 def test_what_is_written_is_json(settings, tmp_path):

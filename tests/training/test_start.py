@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
 import signal
 import sys
+import warnings
 from dataclasses import replace
 
 import pytest
 import torch
 from PIL import Image
-from support import tiny_config, tiny_settings
+from support import contents, tiny_config, tiny_settings
 
 from ncsr_fast import NCSR
 from ncsr_fast.training import OtherProcessFailed, TrainingStopped, train
@@ -26,13 +28,10 @@ def settings(photos):
 
 def refused(settings, run, *errors) -> str:
     """What is said of a start that fails; the folder of the run, if it was there, is as it was."""
-    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} if run.is_dir() else None
+    before = contents(run)
     with pytest.raises(errors or (ValueError, OSError)) as caught:
         train(settings, run, "cpu")
-    if before is None:
-        assert not run.is_dir()
-    else:
-        assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    assert contents(run) == before
     return str(caught.value)
 
 
@@ -123,6 +122,7 @@ def test_a_folder_that_cannot_be_used(settings, tmp_path, monkeypatch):
     assert "run' is a file, and a run needs a folder" in refused(settings, tmp_path / "run", NotADirectoryError)
     assert "cannot be written to: Not a directory" in refused(settings, tmp_path / "run" / "deep", OSError)
     (tmp_path / "mine" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "mine" / "settings.json").write_text(json.dumps(settings.to_dict()))
     monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path / "mine" / "checkpoints")
     assert "checkpoints' cannot be written to; change its permissions" in refused(settings, tmp_path / "mine", PermissionError)
 
@@ -145,12 +145,37 @@ def test_a_signal_while_it_starts(settings, tmp_path, monkeypatch, number):
     def interrupted(crops):
         try:
             os.kill(os.getpid(), number)
-        except Exception:  # noqa: BLE001
+        except BaseException:  # noqa: BLE001
             return {"images": [], "left_out": {}}
 
     monkeypatch.setattr(start, "data_record", interrupted)
     said = refused(settings, tmp_path / "run", TrainingStopped)
     assert said == f"stopped by signal {int(number)} before the first step; nothing was written"
+
+
+@pytest.mark.parametrize("reader", ["exif_transpose", "image_size", "read_checkpoint", "pickle"])
+def test_a_signal_as_files_are_read(settings, photos, tmp_path, monkeypatch, reader):
+    """It is not taken for damage of the file, whatever the reader catches."""
+
+    def interrupted(*arguments, **options):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    if reader == "exif_transpose":
+        monkeypatch.setattr("PIL.ImageOps.exif_transpose", interrupted)
+    elif reader == "image_size":
+        monkeypatch.setattr("ncsr_fast.data.images._size", interrupted)
+    elif reader == "read_checkpoint":
+        torch.save({}, tmp_path / "start.pth")
+        settings = replace(settings, start_from=str(tmp_path / "start.pth"))
+        monkeypatch.setattr(torch, "load", interrupted)
+    else:
+        (tmp_path / "a.pklv4").write_bytes(b"")
+        settings = replace(settings, images=(str(tmp_path / "a.pklv4"),))
+        monkeypatch.setattr("ncsr_fast.data.pickled._Unpickler", interrupted)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        said = refused(settings, tmp_path / "run", TrainingStopped)
+    assert said == f"stopped by signal {int(signal.SIGTERM)} before the first step; nothing was written"
 
 
 class OneOfThree(Processes):
@@ -182,6 +207,12 @@ def test_an_error_is_raised_in_all_processes_and_said_once(messages, error):
     object.__setattr__(one, "messages", messages)
     with pytest.raises(error):
         one.together(call)
+
+
+def test_more_workers_than_a_machine_can_start(settings, tmp_path):
+    most = 8 * os.cpu_count()
+    said = refused(replace(settings, workers=most + 1), tmp_path / "run", ValueError)
+    assert said == f"workers: {most + 1} processes are too many for {os.cpu_count()} processors; at most {most}"
 
 
 def test_a_batch_that_the_processes_cannot_share(settings, tmp_path):

@@ -49,9 +49,10 @@ def test_a_run(settings, photos, tmp_path):
 
 @pytest.mark.slow
 def test_training_lowers_the_loss(settings, tmp_path):
+    run = tmp_path / "run"
     rare = {"log_every": 10, "save_every": 100, "validate_every": 100, "validation_images": 1}
-    train(replace(settings, encoder_steps=30, steps=40, lr=5e-3, encoder_lr=5e-3, **rare), tmp_path)
-    logged = [row for row in log_rows(tmp_path) if "loss" in row]
+    train(replace(settings, encoder_steps=30, steps=40, lr=5e-3, encoder_lr=5e-3, **rare), run)
+    logged = [row for row in log_rows(run) if "loss" in row]
     losses = {stage: [row["loss"] for row in logged if row["stage"] == stage] for stage in ("encoder", "flow")}
     assert losses["encoder"][-1] < 0.7 * losses["encoder"][0]
     assert losses["flow"][-1] < losses["flow"][0] - 0.5
@@ -81,8 +82,9 @@ def test_the_encoder_is_frozen_for_the_first_half(settings, tmp_path):
     ids=["std", "no-condition", "without-layer"],
 )
 def test_the_variants_train(settings, tmp_path, changes):
+    run = tmp_path / "run"
     config = replace(settings.model, **changes)
-    model = train(replace(settings, model=config, encoder_steps=0, steps=1, validation_images=1), tmp_path)
+    model = train(replace(settings, model=config, encoder_steps=0, steps=1, validation_images=1), run)
     assert model.config == config
 
 
@@ -98,8 +100,9 @@ def test_fine_tuning_starts_from_the_model_and_its_actnorms(settings, tmp_path):
 
 def test_l1_on_the_temperature_zero_sample(settings, tmp_path):
     """The weights times the mean NLL and mean |decode(0) - hr| are added, and both have a gradient."""
+    run = tmp_path / "run"
     settings = replace(settings, max_std=0.0, nll_weight=0.5, l1_weight=3.0, flip=False, rotate=False)
-    model = train(replace(settings, encoder_steps=0, steps=1), tmp_path)
+    model = train(replace(settings, encoder_steps=0, steps=1), run)
     hr = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)
     draws = Draws.of_step(0, settings, torch.Generator())
     loss, nll, l1 = FlowObjective(model, settings)(hr, None, *draws)
@@ -141,6 +144,8 @@ def measured(settings, kind, phase, sizes) -> StepMemory:
     ids=["GPU", "CPU"],
 )
 def test_out_of_memory_says_what_would_fit(settings, tmp_path, monkeypatch, error, measure):
+    run = tmp_path / "run"
+
     def advance(self, *arguments):
         raise error
 
@@ -148,25 +153,28 @@ def test_out_of_memory_says_what_would_fit(settings, tmp_path, monkeypatch, erro
     monkeypatch.setattr(memory, "_step", measure)
     monkeypatch.setattr(StageLoop, "advance", advance)
     with pytest.raises(TrainingOutOfMemory, match=r"out of memory: .*\n.*By the estimate 2 crops of 32×32") as caught:
-        train(settings, tmp_path)
+        train(settings, run)
     assert caught.value.__cause__ is error
 
 
 def test_another_error_is_not_taken_for_it(settings, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+
     def advance(self, *arguments):
         raise RuntimeError("something else")
 
     monkeypatch.setattr(StageLoop, "advance", advance)
     with pytest.raises(RuntimeError, match="something else"):
-        train(settings, tmp_path)
+        train(settings, run)
 
 
 @pytest.mark.slow
 def test_tensorboard(settings, tmp_path):
+    run = tmp_path / "run"
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    train(replace(settings, tensorboard=True, encoder_steps=0, validation_images=1), tmp_path)
-    board = EventAccumulator(str(tmp_path / "tensorboard" / "flow"))
+    train(replace(settings, tensorboard=True, encoder_steps=0, validation_images=1), run)
+    board = EventAccumulator(str(run / "tensorboard" / "flow"))
     board.Reload()
     assert [point.step for point in board.Scalars("flow/nll")] == [2, 4, 6]
     assert [point.step for point in board.Scalars("flow/validation/psnr@0.8")] == [3, 6]
