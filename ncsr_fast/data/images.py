@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -74,13 +75,8 @@ def list_images(folder: str | os.PathLike) -> list[Path]:
 
 def image_size(path: str | os.PathLike) -> tuple[int, int]:
     """(height, width) of an image as `read_image` returns it, from its header. Raises what `read_image` does."""
-    try:
-        with _opened(path) as image:
-            return _size(image)
-    except (FileNotFoundError, MemoryError):
-        raise
-    except Exception as error:  # of a decoder that was given arbitrary bytes
-        raise _image_error(path, error) from error
+    with _named_errors(path), _opened(path) as image:
+        return _size(image)
 
 
 def read_image(path: str | os.PathLike) -> Tensor:
@@ -96,17 +92,12 @@ def read_image(path: str | os.PathLike) -> Tensor:
             phone's MPO the first is taken, of a TIFF the one that is no thumbnail), floats, or 32-bit integers.
         MemoryError: The image is too large.
     """
-    try:
-        with _opened(path) as image:
-            _check_single(image)
-            _check_range(image)
-            highest = _highest(image)
-            image.load()
-            return torch.from_numpy(_pixels(ImageOps.exif_transpose(image), highest))
-    except (FileNotFoundError, MemoryError):
-        raise
-    except Exception as error:  # of a decoder that was given arbitrary bytes
-        raise _image_error(path, error) from error
+    with _named_errors(path), _opened(path) as image:
+        _check_single(image)
+        _check_range(image)
+        highest = _highest(image)
+        image.load()
+        return torch.from_numpy(_pixels(ImageOps.exif_transpose(image), highest))
 
 
 def write_image(path: str | os.PathLike, image: Tensor) -> None:
@@ -224,11 +215,37 @@ def _pixels(image: Image.Image, highest: int) -> np.ndarray:
     return np.ascontiguousarray(array.transpose(2, 0, 1))
 
 
-def _image_error(path: str | os.PathLike, error: Exception) -> ImageError:
-    if isinstance(error, UnidentifiedImageError):
+@contextlib.contextmanager
+def _named_errors(path: str | os.PathLike) -> Iterator[None]:
+    """Errors of a decoder that was given arbitrary bytes as an ImageError of the file."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # almost any
+        cut = isinstance(error, (MemoryError, Image.DecompressionBombError)) and _is_cut_png(path)
+        if isinstance(error, MemoryError) and not cut:
+            raise
+        raise _image_error(path, error, cut) from error
+
+
+def _image_error(path: str | os.PathLike, error: Exception, cut: bool) -> ImageError:
+    if cut:
+        reason = "it is broken off, and its header asks for more pixels than fit; copy or download it again"
+    elif isinstance(error, UnidentifiedImageError):
         reason = f"not an image, or of another format than {', '.join(FORMATS)}"
     elif isinstance(error, Image.DecompressionBombError):
         reason = f"{error}; cut it into parts, or raise PIL.Image.MAX_IMAGE_PIXELS"
     else:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return ImageError(f"cannot read image {os.fspath(path)!r}: {' '.join(reason.split())}")
+
+
+def _is_cut_png(path: str | os.PathLike) -> bool:
+    """True for a PNG that ends before its last chunk."""
+    with open(path, "rb") as file:
+        if file.read(8) != b"\x89PNG\r\n\x1a\n":
+            return False
+        while len(head := file.read(8)) == 8 and head[4:] != b"IEND":
+            file.seek(int.from_bytes(head[:4], "big") + 4, os.SEEK_CUR)  # the chunk and its checksum
+        return len(head) < 8

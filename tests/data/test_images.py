@@ -154,6 +154,25 @@ def test_an_image_of_too_many_pixels(tmp_path, monkeypatch):
             read(save(tmp_path / "x.png", RGB))
 
 
+@pytest.mark.parametrize("trouble", ["bomb", "memory"])
+def test_a_large_png_that_is_broken_off_is_named_as_that(tmp_path, monkeypatch, trouble):
+    path = save(tmp_path / "x.png", RGB)
+    whole = path.read_bytes()
+    for content, said in ((whole, "exceeds limit|^$"), (whole[:50], "x.png': it is broken off, .*copy or download it again")):
+        path.write_bytes(content)
+        with monkeypatch.context() as patch:
+            if trouble == "bomb":
+                patch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+            else:
+                patch.setattr("PIL.ImageFile.ImageFile.load", no_memory)
+            with pytest.raises(MemoryError if trouble == "memory" and content is whole else ImageError, match=said):
+                read_image(path)
+
+
+def no_memory(image):
+    raise MemoryError
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_damaged_files_are_image_errors(tmp_path):
     """Whatever a decoder makes of them."""

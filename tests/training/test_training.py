@@ -17,6 +17,7 @@ from ncsr_fast.training import TrainingOutOfMemory, TrainSettings, memory, train
 from ncsr_fast.training.batch import Draws
 from ncsr_fast.training.loop import StageLoop
 from ncsr_fast.training.memory import StepMemory
+from ncsr_fast.training.model import random_model
 from ncsr_fast.training.stages import FlowObjective
 
 
@@ -128,6 +129,21 @@ def test_encoder_weights(settings, tmp_path, kind):
     other = replace(settings.model, blocks=3)
     with pytest.raises(CheckpointError, match=r"not that of this encoder \(RRDB, ×4, 3 blocks of 4 channels\); 30 missing"):
         train(replace(settings, model=other, encoder_weights=weights), tmp_path / "other")
+
+
+def test_hooks_of_the_model_run_in_its_training(settings, tmp_path, monkeypatch):
+    """At each step, as for any module: the objective calls the model, and not one of its methods."""
+    calls, original = [], random_model
+
+    def hooked(settings):
+        model = original(settings)
+        model.register_forward_pre_hook(lambda module, inputs: calls.append("before"))
+        model.register_forward_hook(lambda module, inputs, output: calls.append(tuple(output.shape)))
+        return model
+
+    monkeypatch.setattr("ncsr_fast.training.model.random_model", hooked)
+    train(replace(settings, encoder_steps=0, steps=2, validate_every=9, validation_images=1), tmp_path / "run")
+    assert calls == ["before", (2,)] * 2
 
 
 def measured(settings, kind, phase, sizes) -> StepMemory:
