@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ncsr_fast.compat.engine import Engine
+from ncsr_fast.compat.engine import Engine, Filled
 from ncsr_fast.compat.replacement import Replacement, Unsupported, check_tensor, expect
 from ncsr_fast.compat.structure import Call, flow_attributes
 from ncsr_fast.config import NCSRConfig
@@ -51,8 +51,8 @@ class NetworkForward(Replacement):
         except Unsupported as reason:
             return self.hand_over(str(reason), "forward", *arguments, **options)
         recorded = torch.is_grad_enabled() and (not call.reverse or call.reverse_with_grad)
-        with torch.set_grad_enabled(recorded), engine.filled(weights, recorded):
-            return self._decode(call, engine) if call.reverse else self._encode(call, engine)
+        with torch.set_grad_enabled(recorded), engine.filled(weights, recorded) as filled:
+            return self._decode(call, filled) if call.reverse else self._encode(call, filled)
 
     def _engine(self, conditioned: bool) -> Engine:
         if conditioned not in self._engines:
@@ -77,7 +77,7 @@ class NetworkForward(Replacement):
         if call.y_label is not None:
             raise Unsupported("y_label is given")
         batch, height, width = self._check_images(call, like)
-        shapes = [(batch, *shape) for shape in engine.model.latent_shapes(height, width)]
+        shapes = [(batch, *shape) for shape in engine.skeleton.latent_shapes(height, width)]
         if call.reverse and isinstance(call.epses, list):
             if len(call.epses) != len(shapes):
                 raise Unsupported(f"epses has {len(call.epses)} latents instead of {len(shapes)}")
@@ -122,11 +122,11 @@ class NetworkForward(Replacement):
 
     # -- both directions ---------------------------------------------------------------------------------------
 
-    def _encode(self, call: Call, engine: Engine) -> tuple[Tensor | list[Tensor], Tensor, Tensor]:
+    def _encode(self, call: Call, filled: Filled) -> tuple[Tensor | list[Tensor], Tensor, Tensor]:
         z, pixels = call.gt, call.gt.shape[2] * call.gt.shape[3]
         if call.add_gt_noise and self._dequantises():
             z = z + ((torch.rand(z.shape, device=z.device) - 0.5) / self.module.quant).to(z)
-        latents, logdet = engine.encode(z, self._condition(call, engine), self._noise(call))
+        latents, logdet = filled.encode(z, self._condition(call, filled), self._noise(call))
         if call.add_gt_noise:
             logdet = logdet - math.log(self.module.quant) * pixels
         nll = (logdet + gaussian_log_density(latents[-1]).sum(dim=(1, 2, 3))) / (-math.log(2) * pixels)
@@ -135,27 +135,27 @@ class NetworkForward(Replacement):
         call.epses.extend(latents)
         return call.epses, nll, logdet
 
-    def _decode(self, call: Call, engine: Engine) -> tuple[Tensor, Tensor]:
-        latents = self._latents(call, engine)
-        image, logdet = engine.decode(latents, self._condition(call, engine), self._noise(call))
+    def _decode(self, call: Call, filled: Filled) -> tuple[Tensor, Tensor]:
+        latents = self._latents(call, filled)
+        image, logdet = filled.decode(latents, self._condition(call, filled), self._noise(call))
         if call.add_gt_noise:
             logdet = logdet + math.log(self.module.quant) * call.lr.shape[2] * call.lr.shape[3] * self.config.scale**2
         return image, logdet
 
-    def _latents(self, call: Call, engine: Engine) -> list[Tensor]:
+    def _latents(self, call: Call, filled: Filled) -> list[Tensor]:
         """In encoding order. Those of the splits that are not given are drawn as the network draws them: on the default device,
         in the default dtype, those nearest to the top first."""
         if isinstance(call.epses, list):
             return [latent.to(call.lr) for latent in call.epses]
-        *shapes, _ = engine.model.latent_shapes(*call.lr.shape[2:])
+        *shapes, _ = filled.model.latent_shapes(*call.lr.shape[2:])
         drawn = []
         for shape in reversed(shapes):
             size = (call.lr.shape[0], *shape)
             drawn.append(torch.normal(mean=torch.zeros(size), std=torch.ones(size) * call.eps_std).to(call.lr))
         return [*reversed(drawn), call.z]
 
-    def _condition(self, call: Call, engine: Engine) -> Any:
-        return engine.given(self._given_features(call)) if call.lr_enc is not None else engine.features(call.lr)
+    def _condition(self, call: Call, filled: Filled) -> Any:
+        return filled.given(self._given_features(call)) if call.lr_enc is not None else filled.features(call.lr)
 
     def _noise(self, call: Call) -> Tensor | None:
         if call.std is None or self.config.noise_channels == call.std.shape[1]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ from ncsr_fast.layout import traced
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _GLOBAL_HOOKS = tuple(f"_global{hooks}" for hooks in _HOOKS)
+_COUNTING = threading.Lock()  # replicas count together, each in a thread
 _REPLICATE = "_replicate_for_data_parallel"  # what DataParallel calls to copy a module to another device
 
 
@@ -57,7 +59,8 @@ class Replacement:
         return getattr(type(self.module), method)(self.module, *arguments, **options)
 
     def hand_over(self, reason: str, method: str, *arguments: Any, **options: Any) -> Any:
-        self.handed_over[reason] += 1
+        with _COUNTING:
+            self.handed_over[reason] += 1
         return self.own(method, *arguments, **options)
 
     def for_replica(self, replica: nn.Module) -> Replacement:

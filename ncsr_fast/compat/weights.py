@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -17,34 +18,33 @@ from ncsr_fast.nn.ncsr import NCSR
 class Slot(NamedTuple):
     """A parameter of ours, and the published ones it consists of."""
 
-    module: nn.Module
+    module: str  # that has it
     name: str
     shape: torch.Size
     sources: slice  # of all sources
 
 
 class StackedWeights:
-    """Fills the parameters of a model without weights from the modules of a published network.
+    """Which parameters of a published network make those of our model, and what they are now.
 
     `ncsr_fast.nn.published.layout` says which belongs where: its entries are views of the parameters.
     """
 
-    def __init__(self, model: NCSR, net: nn.Module) -> None:
+    def __init__(self, skeleton: NCSR, net: nn.Module) -> None:
         pieces: dict[int, list[tuple[int, str]]] = {}  # by the memory of a parameter: (position in it, published name)
-        for entry in entries_of(model):
+        for entry in entries_of(skeleton):
             if entry.tensor is not None:
                 key = entry.tensor.untyped_storage()._cdata
                 pieces.setdefault(key, []).append((entry.tensor.storage_offset(), entry.name))
         self._sources: list[tuple[nn.Module, str]] = []
-        self._slots: list[Slot] = []
-        for module in model.modules():
+        self.slots: list[Slot] = []
+        for path, module in skeleton.named_modules():
             for name, parameter in module.named_parameters(recurse=False):
                 first = len(self._sources)
                 for _, published in sorted(pieces[parameter.untyped_storage()._cdata]):
-                    path, _, attribute = published.rpartition(".")
-                    self._sources.append((net.get_submodule(path), attribute))
-                self._slots.append(Slot(module, name, parameter.shape, slice(first, len(self._sources))))
-        self._empty = [slot.module._parameters[slot.name] for slot in self._slots]
+                    owner, _, attribute = published.rpartition(".")
+                    self._sources.append((net.get_submodule(owner), attribute))
+                self.slots.append(Slot(path, name, parameter.shape, slice(first, len(self._sources))))
         self.modules = list(dict.fromkeys(module for module, _ in self._sources))
 
     def read(self) -> list[Tensor]:
@@ -59,16 +59,25 @@ class StackedWeights:
             raise Unsupported("its parameters are not plain tensors")
         return tensors
 
+
+class Vessel:
+    """A model without weights, to be filled with those of a call."""
+
+    def __init__(self, skeleton: NCSR, slots: list[Slot]) -> None:
+        self.model, self._slots = copy.deepcopy(skeleton), slots
+        self._modules = [self.model.get_submodule(slot.module) for slot in slots]
+        self._empty = [module._parameters[slot.name] for module, slot in zip(self._modules, slots)]
+
     def fill(self, tensors: list[Tensor]) -> None:
-        """Stack what was read, differentiably."""
-        for slot in self._slots:
+        """Stack what `StackedWeights` read, differentiably."""
+        for module, slot in zip(self._modules, self._slots):
             parts = tensors[slot.sources]
             whole = parts[0] if len(parts) == 1 else torch.stack(parts)
-            slot.module._parameters[slot.name] = whole.reshape(slot.shape)
+            module._parameters[slot.name] = whole.reshape(slot.shape)
 
     def clear(self) -> None:
-        for slot, empty in zip(self._slots, self._empty):
-            slot.module._parameters[slot.name] = empty
+        for module, slot, empty in zip(self._modules, self._slots, self._empty):
+            module._parameters[slot.name] = empty
 
 
 def state_of(tensors: Iterable[Tensor]) -> object | None:
