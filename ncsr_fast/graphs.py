@@ -7,6 +7,7 @@ without capture on any device (`graph=False`), for machines without a GPU and fo
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -59,6 +60,8 @@ class TrainingStep:
     backoff           what `rate` is multiplied by at a skipped step
     reduce            called with what `loss` returned, detached, to make it that of all processes, in place
     returns           what `loss` returned and the gradient norm, tensors on the device that the next call overwrites
+
+    Every call changes the weights, the gradients and what it returned before: one thread at a time.
 
     A step whose loss or gradient norm is not finite is skipped: weights and optimizer stay as they were. On the device,
     `counters` (int64: steps, skipped ones, skipped in a row, number of the last skipped one or -1) says so, and `rate`, a
@@ -155,7 +158,7 @@ class Sampler:
                `sampler.sound` where none was; it stays on the device
 
     Captured at the first call, and anew when an option of the model has changed. The graph begins with the weights as they
-    are when it is replayed.
+    are when it is replayed. Threads may share a sampler, one of which waits for the other; all of them on one CUDA stream.
 
     raises  ValueError for a model on the CPU with graph=True
     """
@@ -166,6 +169,7 @@ class Sampler:
             _check_on_gpu(model)
         self.sound = sum(level.steps for level in model.levels) + 1
         self._captured: tuple[object, _Captured] | None = None
+        self._one_at_a_time = threading.Lock()  # replays share their inputs and outputs
 
     @torch.no_grad()
     def __call__(self, lr: Tensor, temperature: float = 0.9, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
@@ -175,11 +179,12 @@ class Sampler:
         key = lr.shape, self.model.served
         if not self.graph:
             images, first_bad = self._run(padded, *latents)
-        else:
+            return self.model.shown(images, lr), first_bad
+        with self._one_at_a_time:
             if self._captured is None or self._captured[0] != key:
                 self._captured = key, _Captured(self._run, (padded, *latents))
             images, first_bad = self._captured[1](padded, *latents)
-        return self.model.shown(images, lr), first_bad.clone()
+            return self.model.shown(images, lr), first_bad.clone()
 
     def _run(self, lr: Tensor, *latents: Tensor) -> tuple[Tensor, Tensor]:
         return decode_samples(self.model, self.model.features(lr), list(latents), watch=True)
