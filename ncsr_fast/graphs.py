@@ -7,6 +7,7 @@ without capture on any device (`graph=False`), for machines without a GPU and fo
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from typing import Any
 
@@ -64,6 +65,8 @@ class TrainingStep:
     backoff           what `rate` is multiplied by at a skipped step
     reduce            called with what `loss` returned, detached, to make it that of all processes, in place
     returns           what `loss` returned and the gradient norm, tensors on the device that the next call overwrites
+
+    Every call changes the weights, the gradients and what it returned before: one thread at a time.
 
     A step whose loss or gradient norm is not finite is skipped: weights and optimizer stay as they were. On the device,
     `counters` (int64: steps, skipped ones, skipped in a row, number of the last skipped one or -1) says so, and `rate`, a
@@ -191,7 +194,7 @@ class Sampler:
 
     Captured at the first call, and anew for another LR shape or after an option of the model has changed, after the model was
     moved, frozen or thawed, or a parameter was put in another's place. The graph begins with the weights as they are when it
-    is replayed.
+    is replayed. Threads may share a sampler, one of which waits for the other; all of them on one CUDA stream.
 
     raises  ValueError for a model on the CPU with graph=True
     """
@@ -202,15 +205,19 @@ class Sampler:
             _check_on_gpu(model)
         self.sound = sum(level.steps for level in model.levels) + 1
         self._captured: tuple[Hashable, _Memory, _Captured] | None = None
+        self._one_at_a_time = threading.Lock()  # replays share their inputs and outputs
 
     @torch.no_grad()
     def __call__(self, lr: Tensor, temperature: float = 0.9, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         padded = self.model.padded(lr)
         shapes = self.model.latent_shapes(*lr.shape[2:])
         latents = draw_latents(shapes, lr.shape[0], self.n, temperature, lr, generator)
-        run = self._graph(padded, *latents) if self.graph else self._run
-        images, first_bad = run(padded, *latents)
-        return self.model.shown(images, lr), first_bad.clone()
+        if not self.graph:
+            images, first_bad = self._run(padded, *latents)
+            return self.model.shown(images, lr), first_bad
+        with self._one_at_a_time:
+            images, first_bad = self._graph(padded, *latents)(padded, *latents)
+            return self.model.shown(images, lr), first_bad.clone()
 
     def _graph(self, lr: Tensor, *latents: Tensor) -> _Captured:
         key = lr.shape, lr.dtype, self.model.served

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import threading
 from unittest import mock
 
 import pytest
@@ -99,6 +100,44 @@ def test_sampler_draws_what_the_model_draws(model):
         assert torch.equal(found, expected)
         assert (first_bad == sampler.sound).all()
         model.levels[0].actnorm_bias.data.add_(0.1)  # the next number of samples is drawn with other weights
+
+
+class OneBuffer:
+    """In place of a captured graph: inputs and outputs in the same memory for every call, and a thread that calls meanwhile."""
+
+    meanwhile: threading.Thread | None = None
+
+    def __init__(self, function, inputs):
+        self.function, self.inputs = function, [tensor.clone() for tensor in inputs]
+        self.outputs = [tensor.clone() for tensor in function(*inputs)]
+
+    def __call__(self, *inputs):
+        for own, given in zip(self.inputs, inputs):
+            own.copy_(given)
+        thread, OneBuffer.meanwhile = OneBuffer.meanwhile, None
+        if thread is not None:
+            thread.start()
+            thread.join(1)  # waits for this call to end, or has changed the inputs
+        for own, value in zip(self.outputs, self.function(*self.inputs)):
+            own.copy_(value)
+        return self.outputs
+
+
+@pytest.mark.skipif(CUDA, reason="stands in for a graph where there is no GPU")
+def test_threads_share_a_sampler(model, monkeypatch):
+    monkeypatch.setattr(graphs, "_Captured", OneBuffer)
+    monkeypatch.setattr(graphs, "_check_on_gpu", lambda model: None)
+    images = [batch(model, seed=seed)[1] for seed in range(2)]
+    sampler, alone = graphs.Sampler(model, 2), graphs.Sampler(model, 2, graph=False)
+
+    def drawn(by: graphs.Sampler, lr: torch.Tensor) -> torch.Tensor:
+        return by(lr, 0.5, torch.Generator().manual_seed(0))[0]
+
+    expected, found = [drawn(alone, lr) for lr in images], []
+    thread = OneBuffer.meanwhile = threading.Thread(target=lambda: found.append(drawn(sampler, images[1])))
+    found.insert(0, drawn(sampler, images[0]))
+    thread.join()
+    assert all(torch.equal(value, of) for value, of in zip(found, expected, strict=True))
 
 
 def test_gradients_alone(model):
