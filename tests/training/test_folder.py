@@ -64,6 +64,9 @@ def test_what_others_put_among_its_files_stays(settings, tmp_path):
     for name in kept:
         (run / name).parent.mkdir(parents=True, exist_ok=True)
         (run / name).write_text("precious")
+    (run / "cache" / "host").mkdir()  # of another machine, that was killed as it wrote
+    for name in ("lock", "pixels", ".index.ab_1xyz"):
+        (run / "cache" / "host" / name).touch()
     train(replace(settings, cache_gib=0.1), run, "cpu")
     assert sorted(name for name in contents(run) if "cache/" in name or "/." in name) == sorted(["cache/deep", *kept])
 
