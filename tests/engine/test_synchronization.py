@@ -107,7 +107,7 @@ class OneBuffer:
 
     meanwhile: threading.Thread | None = None
 
-    def __init__(self, function, inputs):
+    def __init__(self, function, inputs, device, warm_up):
         self.function, self.inputs = function, [tensor.clone() for tensor in inputs]
         self.outputs = [tensor.clone() for tensor in function(*inputs)]
 
