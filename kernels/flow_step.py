@@ -33,14 +33,15 @@ from ncsr_fast.layout import empty_like
 # Sizes of the tiles of the three products. Chosen for registers, spills and shared memory by the ahead-of-time
 # report (ncsr_fast.kernels.ahead_of_time), never timed: no GPU yet.
 CHANNELS = 64  # at most, written by a program
-# Of a program of the forward and backward kernels, by the channels it writes; BLOCK_K: channels read at once. Unless told
-# how many registers a thread may have, ptxas spills a few bytes to fit another program.
+# Of a program of the forward and backward kernels, by the channels it writes; BLOCK_K: channels read at once, or 16 where that
+# would leave a remainder. Unless told how many registers a thread may have, ptxas spills a few bytes to fit another program.
 OPTIONS = {
     16: {"BLOCK_P": 64, "BLOCK_K": 16, "num_warps": 4, "maxnreg": 128},
     32: {"BLOCK_P": 32, "BLOCK_K": 32, "num_warps": 4, "maxnreg": 168},
-    64: {"BLOCK_P": 32, "BLOCK_K": 16, "num_warps": 8, "maxnreg": 128},
+    64: {"BLOCK_P": 32, "BLOCK_K": 32, "num_warps": 8, "maxnreg": 128},
 }
-INVERSE_BACKWARD_REGISTERS = {16: 128, 32: 168, 64: 168}  # of 128, 8 bytes spill at C = 96
+# the backward kernel of the inverse, with affines, spills 16 bytes of those, and of 255 registers too
+INVERSE_BACKWARD_OPTIONS = {**OPTIONS, 64: {"BLOCK_P": 32, "BLOCK_K": 16, "num_warps": 8, "maxnreg": 168}}
 WEIGHT_CHANNELS = 32  # at most, of a block of the weight gradient; 64 spill
 WEIGHT_PIXELS = {16: 32, 32: 16}  # at once, in its loop over the pixels of a sample, by the channels of the block
 WEIGHT_PROGRAMS = 512  # of the weight gradient, about, and at least one a sample: two rounds of 132 multiprocessors
@@ -280,12 +281,14 @@ def _block(channels: int, most: int) -> int:
     return min(most, max(16, triton.next_power_of_2(channels)))
 
 
-def _tiles(channels: int, pixels: int, **_) -> tuple[int, dict[str, int]]:
+def _tiles(channels: int, pixels: int, options: dict[int, dict[str, int]] = OPTIONS, **_) -> tuple[int, dict[str, int]]:
     """Tiles of a sample, and their sizes, of the forward and backward kernels."""
     block_c = _block(channels, CHANNELS)
-    options = OPTIONS[block_c]
-    count = triton.cdiv(pixels, options["BLOCK_P"]) * triton.cdiv(channels, block_c)
-    return count, {"BLOCK_C": block_c, "BLOCKS_K": triton.cdiv(channels, options["BLOCK_K"]), **options}
+    sizes = dict(options[block_c])
+    if channels > sizes["BLOCK_K"] and channels % sizes["BLOCK_K"]:
+        sizes["BLOCK_K"] = 16
+    sizes |= {"BLOCK_C": block_c, "BLOCKS_K": triton.cdiv(channels, sizes["BLOCK_K"])}
+    return triton.cdiv(pixels, sizes["BLOCK_P"]) * triton.cdiv(channels, block_c), sizes
 
 
 def _weight_tiles(batch: int, channels: int, pixels: int) -> tuple[int, int, dict[str, int]]:
@@ -357,9 +360,8 @@ def step_bwd(
     sizes = extent(x, dy, y, h_pre, h_post, dx, dh_pre, dh_post)
     inputs = {"dy": image(dy), "x": image(x), "h_pre": image(h_pre), "h_post": image(h_post)}
     constants = {"eps": eps, "INVERSE": inverse, **_kept(x.shape[1], inverse), **sizes}
-    count, blocks = _tiles(**sizes)
-    if inverse:
-        blocks["maxnreg"] = INVERSE_BACKWARD_REGISTERS[blocks["BLOCK_C"]]
+    with_affines = h_pre is not None or h_post is not None
+    count, blocks = _tiles(**sizes, options=INVERSE_BACKWARD_OPTIONS if inverse and with_affines else OPTIONS)
     launch(
         step_bwd_kernel,
         x.shape[0] * count,
