@@ -1,8 +1,8 @@
 """What the kernels share: how they address images of any strides, and the launch.
 
-A kernel takes an image (B, C, H, W) as the tuple (pointer, and its four strides). A program works on a tile of
-pixels × channels of one sample. Lanes run along the channels where the compiler sees that they are adjacent, that is
-where their stride is 1, and along the pixels otherwise, which it takes for granted because they are axis 0.
+A kernel takes an image (B, C, H, W) as a tuple of its pointer and strides. A program works on a tile of pixels × channels
+of one sample. Lanes run along the channels where the compiler sees that they are adjacent, that is where their stride is 1,
+and along the pixels otherwise, which it takes for granted because they are axis 0.
 
 A lane reads 16 bytes at once where the compiler sees that every run of 16 bytes is aligned and wholly inside the image or
 outside. So numbers of channels are constants of the compiled kernel, and so are the strides of a channels-last image whose
@@ -55,13 +55,12 @@ def channel_tile(i_c, BLOCK_C: tl.constexpr):
 @triton.jit
 def at(image, pixel, o_c):
     """Pointers to channels o_c of the pixels; an index is int64, and so its product with a stride."""
-    p_channel = image[0] + o_c * image[2]
-    if image[1] is None:
-        return p_channel + pixel[5] * image[4]
-    elif image[3] is None:  # no division, and the compiler knows that the pixels are adjacent
-        return p_channel + pixel[0] * image[1] + pixel[4] * image[4]
+    if len(image) == 2:  # channels-last, and the batch one row of pixels
+        return image[0] + pixel[5] * image[1] + o_c
+    elif len(image) == 4:  # no division, and the compiler knows that the pixels are adjacent
+        return image[0] + pixel[0] * image[1] + o_c * image[2] + pixel[4] * image[3]
     else:
-        return p_channel + pixel[0] * image[1] + pixel[1] * image[3] + pixel[2] * image[4]
+        return image[0] + pixel[0] * image[1] + o_c * image[2] + pixel[1] * image[3] + pixel[2] * image[4]
 
 
 @triton.jit
@@ -105,8 +104,9 @@ def sum_partials_kernel(
 def image(x: Tensor | None) -> tuple | None:
     """The form in which a kernel takes an image: its pointer and its strides, in elements.
 
-    The stride of the rows is None where they follow one another, so that the image is one row of H·W columns, and that of the
-    samples where they do too, so that it is one row of B·H·W.
+    All four; without that of the rows where they follow one another, so that the image is one row of H·W columns; that of the
+    columns alone where channels are adjacent and samples follow one another as well, so that the batch is one row of B·H·W.
+    No stride is None instead: Triton 3.6 cannot ask about a tuple with None in it.
     """
     if x is None:
         return None
@@ -116,8 +116,8 @@ def image(x: Tensor | None) -> tuple | None:
     if row != width * column:
         return x, batch, channel, row, column
     if not is_channels_last(x) or batch != height * row:
-        return x, batch, channel, None, column
-    return x, None, tl.constexpr(channel), None, tl.constexpr(column)
+        return x, batch, channel, column
+    return x, tl.constexpr(column)
 
 
 def matrix(x: Tensor) -> tuple:

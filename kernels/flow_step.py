@@ -40,8 +40,9 @@ OPTIONS = {
     32: {"BLOCK_P": 32, "BLOCK_K": 32, "num_warps": 4, "maxnreg": 168},
     64: {"BLOCK_P": 32, "BLOCK_K": 32, "num_warps": 8, "maxnreg": 128},
 }
-# the backward kernel of the inverse, with affines, spills 16 bytes of those, and of 255 registers too
-INVERSE_BACKWARD_OPTIONS = {**OPTIONS, 64: {"BLOCK_P": 32, "BLOCK_K": 16, "num_warps": 8, "maxnreg": 168}}
+# The backward kernel with affines spills a few bytes of those of 64; that of the inverse would of 128 registers.
+BACKWARD_OPTIONS = {**OPTIONS, 64: {**OPTIONS[64], "BLOCK_K": 16}}
+INVERSE_BACKWARD_OPTIONS = {**OPTIONS, 64: {**BACKWARD_OPTIONS[64], "maxnreg": 168}}
 WEIGHT_CHANNELS = 32  # at most, of a block of the weight gradient; 64 spill
 WEIGHT_PIXELS = {16: 32, 32: 16}  # at once, in its loop over the pixels of a sample, by the channels of the block
 WEIGHT_PROGRAMS = 512  # of the weight gradient, about, and at least one a sample: two rounds of 132 multiprocessors
@@ -360,8 +361,8 @@ def step_bwd(
     sizes = extent(x, dy, y, h_pre, h_post, dx, dh_pre, dh_post)
     inputs = {"dy": image(dy), "x": image(x), "h_pre": image(h_pre), "h_post": image(h_post)}
     constants = {"eps": eps, "INVERSE": inverse, **_kept(x.shape[1], inverse), **sizes}
-    with_affines = h_pre is not None or h_post is not None
-    count, blocks = _tiles(**sizes, options=INVERSE_BACKWARD_OPTIONS if inverse and with_affines else OPTIONS)
+    options = INVERSE_BACKWARD_OPTIONS if inverse else BACKWARD_OPTIONS
+    count, blocks = _tiles(**sizes, options=OPTIONS if h_pre is None and h_post is None else options)
     launch(
         step_bwd_kernel,
         x.shape[0] * count,
