@@ -129,7 +129,7 @@ def main() -> None:
     print(trace_table(rows))
     if args.json:
         with atomic_write(args.json) as path:
-            path.write_text(to_json(rows))
+            path.write_text(to_json(rows), encoding="utf-8")
 
 
 if __name__ == "__main__":

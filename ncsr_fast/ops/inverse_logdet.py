@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from ncsr_fast.ops import _reference
 from ncsr_fast.ops._backends import implementation, resolve_backend
 from ncsr_fast.ops._contract import check_conditions, check_tensors, largest_condition
 from ncsr_fast.ops._operator import Operator
@@ -61,8 +62,8 @@ def _forward(weight: Tensor, name: str, needs_inverse: bool, backend: str) -> tu
     return (_checked(inverse, condition, name) if needs_inverse else inverse), logdet
 
 
-def _reference(weight: Tensor, name: str, needs_inverse: bool, _: str) -> tuple[Tensor, Tensor]:
-    inverse, logdet, condition = implementation("reference").inverse_logdet(weight)
+def _definition(weight: Tensor, name: str, needs_inverse: bool, _: str) -> tuple[Tensor, Tensor]:
+    inverse, logdet, condition = _reference.inverse_logdet(weight)
     return (_checked(inverse, condition, name) if needs_inverse else inverse), logdet
 
 
@@ -89,6 +90,6 @@ _inverse_logdet = Operator(
     "str name, bool needs_inverse, str backend",
     forward=_forward,
     backward=_backward,
-    reference=_reference,
+    reference=_definition,
     keeps_output=True,
 )

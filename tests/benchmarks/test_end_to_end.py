@@ -107,6 +107,7 @@ def command(monkeypatch, tmp_path):
         return [{"task": task.name, "what": "work", "arm": name, **failed} for name in arms]
 
     monkeypatch.setattr(end_to_end, "measure", measure)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)  # which main() sets for its process
     monkeypatch.setattr(end_to_end, "random_model", lambda device: None)
     monkeypatch.setattr(end_to_end, "Ours", lambda model, options, compiled=False: "ours")
     monkeypatch.setattr(end_to_end, "Captured", lambda model, options: "captured")
