@@ -40,9 +40,8 @@ OPTIONS = {
     32: {"BLOCK_P": 32, "BLOCK_K": 32, "num_warps": 4, "maxnreg": 168},
     64: {"BLOCK_P": 32, "BLOCK_K": 32, "num_warps": 8, "maxnreg": 128},
 }
-# The backward kernel with affines spills a few bytes of those of 64; that of the inverse would of 128 registers.
-BACKWARD_OPTIONS = {**OPTIONS, 64: {**OPTIONS[64], "BLOCK_K": 16}}
-INVERSE_BACKWARD_OPTIONS = {**OPTIONS, 64: {**BACKWARD_OPTIONS[64], "maxnreg": 168}}
+BACKWARD_OPTIONS = {**OPTIONS, 64: {**OPTIONS[64], "BLOCK_K": 16}}  # with affines; 32 spill a few bytes
+INVERSE_BACKWARD_OPTIONS = {**OPTIONS, 64: {**BACKWARD_OPTIONS[64], "maxnreg": 168}}  # 128 spill a few bytes
 WEIGHT_CHANNELS = 32  # at most, of a block of the weight gradient; 64 spill
 WEIGHT_PIXELS = {16: 32, 32: 16}  # at once, in its loop over the pixels of a sample, by the channels of the block
 WEIGHT_PROGRAMS = 512  # of the weight gradient, about, and at least one a sample: two rounds of 132 multiprocessors
@@ -268,9 +267,8 @@ def step_weight_bwd_kernel(
         b_a, _ = affine_if_any(b_x, h_pre, pixel, i_in, kept_pre, channels, eps, INVERSE, BLOCK_C, CHANNELS_LAST)
         b_dw_sum += b_dw
         b_dmix = tl.dot(tl.trans(b_dw), b_a, b_dmix, input_precision="ieee")
-    i_row = i_b * n_parts + i_part
     o_row = tl.trans(o_out)
-    p_partial += i_row * (channels * channels + channels)
+    p_partial += (i_b * n_parts + i_part) * (channels * channels + channels)
     tl.store(p_partial + o_row * channels + o_in, b_dmix, mask=(o_row < channels) & (o_in < channels))
     if i_in == 0:  # doffset once, not for every block of inputs
         p_doffset = p_partial + channels * channels + o_out
@@ -385,10 +383,8 @@ def _step_weight_bwd(x: Tensor, inputs: dict, constants: dict) -> tuple[Tensor, 
     """(dmix, doffset), float32."""
     batch, channels, height, width = x.shape
     parts, blocks, sizes = _weight_tiles(batch, channels, height * width)
-    partial, dmix, doffset = (
-        torch.empty(shape, dtype=torch.float32, device=x.device)
-        for shape in ((batch * parts, channels * channels + channels), (channels, channels), (channels,))
-    )
+    shapes = (batch * parts, channels * channels + channels), (channels, channels), (channels,)
+    partial, dmix, doffset = (torch.empty(shape, dtype=torch.float32, device=x.device) for shape in shapes)
     launch(
         step_weight_bwd_kernel,
         batch * parts * blocks,
