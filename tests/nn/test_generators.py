@@ -211,11 +211,15 @@ def test_a_generator_that_reads_four_times_its_channels_without_an_unshuffle(tmp
     torch.save(source.published_state_dict(), tmp_path / "net.pth")
     assert RRDB.from_pretrained(tmp_path / "net.pth").unshuffle == 2
     assert RRDB.from_pretrained(tmp_path / "net.pth", unshuffle=1).configuration() == source.configuration()
-    for unshuffle in (3, 8):
-        with pytest.raises(
-            ValueError, match=f"unshuffle={unshuffle}: the file's network reads 12 channels and doubles 2 times"
-        ):
-            RRDB.from_pretrained(tmp_path / "net.pth", unshuffle=unshuffle)
+
+
+@pytest.mark.parametrize("channels, unshuffle", [(12, 8), (9, 3), (64, 8)])
+def test_an_unshuffle_that_the_network_cannot_have(tmp_path, channels, unshuffle):
+    """By its channels, not a power of two, by its doublings."""
+    torch.save(RRDB(4, 4, 2, 1, in_channels=channels).published_state_dict(), tmp_path / "net.pth")
+    refusal = f"unshuffle={unshuffle}: the file's network reads {channels} channels and doubles 2 times"
+    with pytest.raises(ValueError, match=refusal):
+        RRDB.from_pretrained(tmp_path / "net.pth", unshuffle=unshuffle)
 
 
 def test_an_image_that_the_network_would_read_behind_another_unshuffle(tmp_path):
