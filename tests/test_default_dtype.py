@@ -1,6 +1,8 @@
-"""PyTorch's default dtype is the program's to choose: float64 makes float64 models, and float32 ones stay what they are."""
+"""PyTorch's default dtype is the program's to choose: models are made in it, and those of another dtype stay what they are."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -12,24 +14,26 @@ from ncsr_fast.evaluation import evaluate
 from ncsr_fast.export import Decoder, export_program
 
 
-@pytest.fixture(autouse=True)
-def float64_by_default():
-    torch.set_default_dtype(torch.float64)
-    yield
+@pytest.fixture(
+    params=[torch.float64, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.slow)], ids=str, autouse=True
+)
+def default(request) -> Iterator[torch.dtype]:
+    torch.set_default_dtype(request.param)
+    yield request.param
     torch.set_default_dtype(torch.float32)
 
 
-@pytest.fixture(params=[torch.float32, torch.float64], ids=str)
+@pytest.fixture(params=[torch.float32, pytest.param(torch.float64, marks=pytest.mark.slow)], ids=str)
 def dtype(request) -> torch.dtype:
     return request.param
 
 
 @pytest.fixture(params=["fused", pytest.param("plain", marks=pytest.mark.slow)])
-def model(request, dtype) -> NCSR:
-    """One made under the default, or of float32."""
+def model(request, default, dtype) -> NCSR:
+    """One made under the default, in the dtype of a test."""
     torch.manual_seed(0)
     model = NCSR(tiny_config(), engine=request.param)
-    assert {parameter.dtype for parameter in model.parameters()} == {torch.float64}
+    assert {parameter.dtype for parameter in model.parameters()} == {default}
     return model.to(dtype)
 
 
@@ -76,6 +80,19 @@ def test_saved_and_loaded(model, dtype, tmp_path):
     assert {parameter.dtype for parameter in loaded.parameters()} == {dtype}
 
 
+@pytest.mark.slow
+def test_the_shipped_model():
+    assert {parameter.dtype for parameter in NCSR.from_pretrained("ncsr-compact-x4").parameters()} == {torch.float32}
+
+
+def test_rotations_are_rotations(default):
+    """But for the rounding of their elements: rows are unit vectors, so that products of rows move by at most eps."""
+    for level in NCSR(tiny_config()).levels:
+        matrix = level.invconv.detach().double()
+        error = (matrix @ matrix.mT - torch.eye(level.channels, dtype=torch.float64)).abs().max()
+        assert error <= torch.finfo(default).eps + 1e-14
+
+
 def test_a_step_of_training(model, dtype):
     hr, lr = images(dtype)
     optimizer = graphs.adam(model, lr=1e-3)
@@ -98,8 +115,10 @@ def test_metrics(model, dtype):
 
 
 @pytest.mark.slow
-def test_an_accelerated_network(dtype):
+def test_an_accelerated_network(default, dtype):
+    torch.set_default_dtype(torch.float32)  # in which published networks are made
     net, arguments = SMALL.build(dtype), SMALL.images(dtype)
+    torch.set_default_dtype(default)
     with torch.no_grad():
         expected = net(**arguments)
         report = accelerate(net)

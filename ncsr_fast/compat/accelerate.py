@@ -42,9 +42,10 @@ def accelerate(module: nn.Module, **options: Any) -> AccelerationReport:
     network and wrappers around it do not notice. Calls, and what they return, are as before, and equal up to rounding;
     seeded samples are the same samples. A network is recognised by its structure, and the formulas of its code by running a
     copy of it once on a small image. Where a later call cannot be served (actnorms not yet initialised, hooks on inner
-    modules, …) the network's own code runs, and `report.handed_over` counts why. Under `torch.autocast` the small networks and
-    the encoder have the precision it asks for, and the state, which the published code rounds too, stays float32. Of the RRDB
-    encoder what only the super-resolved image uses is not evaluated.
+    modules, attributes or options changed since, …) the network's own code runs, and `report.handed_over` counts why. Several
+    threads may call a network at once, with and without gradients. Under `torch.autocast` the small networks and the encoder
+    have the precision it asks for, and the state, which the published code rounds too, stays float32. Of the RRDB encoder what
+    only the super-resolved image uses is not evaluated.
 
     returns  a report of what was replaced and of what was not, and why
     raises   ValueError when nothing in `module` could be replaced

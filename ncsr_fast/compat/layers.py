@@ -29,6 +29,14 @@ from ncsr_fast.compat.replacement import Replacement, Unsupported, check_tensor,
 from ncsr_fast.precision import true_float32
 
 _NO_EPS = 1e-37  # Glow's scale has no lower bound, and the operator's may not be 0: this one is lost in rounding
+_SERVED = {  # attributes that the code of the layers reads, where they have them
+    "flow_permutation": "invconv",
+    "flow_coupling": "affine",
+    "affine": True,
+    "logdet": True,
+    "LU": False,
+    "LU_decomposed": False,
+}
 _TRIAL_TOLERANCE = 1e-4  # of the largest element, or of 1; float32 rounding is below 1e-5
 
 
@@ -52,6 +60,7 @@ class LayerForward(Replacement):
     def check_call(self, x: Tensor) -> None:
         """Raise Unsupported unless the layer is initialised, and x one of its inputs."""
         self.check()
+        check_attributes(type(self), self.module)
         like = self.weight()
         if like.dtype not in (torch.float32, torch.float64):
             raise Unsupported(f"its parameters are {like.dtype}")
@@ -249,9 +258,16 @@ def candidate(module: nn.Module) -> type[LayerForward] | None:
     return None
 
 
+def check_attributes(kind: type[LayerForward], module: nn.Module) -> None:
+    """Raise Unsupported where the layer, or a child whose own code does not run, was told to compute something else."""
+    expect(module, "layer", **_SERVED)
+    for name in kind.passed_over or ():
+        expect(getattr(module, name), name, **_SERVED)
+
+
 def check_layer(kind: type[LayerForward], module: nn.Module) -> None:
     """Raise Unsupported where the layer computes something else than its replacement."""
-    expect(module, "layer", flow_permutation="invconv", flow_coupling="affine", affine=True, logdet=True)
+    check_attributes(kind, module)
     if kind is Step and ("weight" not in module.invconv._parameters or candidate(module.actnorm) is not ActNorm):
         raise Unsupported("its 1×1 convolution is decomposed, or its actnorm another")
     if not issubclass(kind, ReversibleLayer):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ncsr_fast.compat.engine import Engine, Filled
 from ncsr_fast.compat.replacement import Replacement, Unsupported, check_tensor, expect
-from ncsr_fast.compat.structure import Call, flow_attributes
+from ncsr_fast.compat.structure import Call, configuration_of, served_attributes
 from ncsr_fast.config import NCSRConfig
 from ncsr_fast.ops.gaussian_split import gaussian_log_density
 
@@ -28,15 +28,21 @@ class NetworkForward(Replacement):
     """
 
     def __init__(
-        self, module: nn.Module, config: NCSRConfig, options: dict[str, Any], handed_over: Counter[str] | None = None
+        self,
+        module: nn.Module,
+        config: NCSRConfig,
+        options: dict[str, Any],
+        handed_over: Counter[str] | None = None,
+        served: dict[str, dict[str, Any]] | None = None,
     ) -> None:
         super().__init__(module, handed_over)
         self.config, self.options = config, options
+        self.served = served_attributes(module, config) if served is None else served  # as it was recognised
         self._engines: dict[bool, Engine] = {}  # with and without the noise couplings
-        self._attributes: list[tuple[str, nn.Module, dict[str, Any]]] | None = None
+        self._layers: list[tuple[str, nn.Module, dict[str, Any]]] | None = None  # the layers that are served, found by name
 
     def for_replica(self, replica: nn.Module) -> NetworkForward:
-        return NetworkForward(replica, self.config, self.options, self.handed_over)
+        return NetworkForward(replica, self.config, self.options, self.handed_over, self.served)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_engines": {}}  # a copy has its own
@@ -64,9 +70,14 @@ class NetworkForward(Replacement):
 
     def check(self) -> None:
         super().check()
-        if self._attributes is None:
-            self._attributes = list(flow_attributes(self.module, self.config))
-        for name, layer, attributes in self._attributes:
+        if replace(configuration_of(self.module), noise_steps=()) != replace(self.config, noise_steps=()):
+            raise Unsupported("its options `opt` are others than those it was recognised by")
+        if self._layers is None:
+            modules = dict(self.module.named_modules())
+            if not self.served.keys() <= modules.keys():
+                raise Unsupported("submodules were removed")
+            self._layers = [(name, modules[name], attributes) for name, attributes in self.served.items()]
+        for name, layer, attributes in self._layers:
             expect(layer, name, **attributes)
 
     def _check_call(self, call: Call, engine: Engine, like: Tensor) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from itertools import islice
@@ -66,18 +66,27 @@ def recognise(net: nn.Module) -> NCSRConfig:
     arguments = list(inspect.signature(type(net).forward).parameters)[1:]
     if arguments not in (names, names[:-1]):
         raise Unsupported(f"its forward takes ({', '.join(arguments)}) instead of ({', '.join(names)})")
-    if not isinstance(getattr(net, "opt", None), Mapping):
-        raise Unsupported("it has no options `opt`, which tell the architecture")
-    try:
-        config = NCSRConfig.from_published(net.opt)
-    except (ValueError, TypeError) as error:
-        raise Unsupported(f"option {error}") from error
+    config = configuration_of(net)
     if bool(config.noise_channels) != ("std" in arguments):
         raise Unsupported("its options and its forward do not agree on a noise condition")
     config = replace(config, noise_steps=_noise_steps(net, config))
     _compare_parameters(net, config)
-    _check_layers(net, config)
+    for name, attributes in served_attributes(net, config).items():
+        expect(net.get_submodule(name), name, **attributes)
     return config
+
+
+def configuration_of(net: nn.Module) -> NCSRConfig:
+    """What the options say that the network was built with, and that its parts read; its noise steps are in the layers."""
+    if not isinstance(getattr(net, "opt", None), Mapping):
+        raise Unsupported("it has no options `opt`, which tell the architecture")
+    for name in ("RRDB", "flowUpsamplerNet"):
+        if getattr(getattr(net, name), "opt", net.opt) != net.opt:
+            raise Unsupported(f"the options {name}.opt are others than those of the network")
+    try:
+        return NCSRConfig.from_published(net.opt)
+    except (ValueError, TypeError) as error:
+        raise Unsupported(f"option {error}") from error
 
 
 def _noise_steps(net: nn.Module, config: NCSRConfig) -> tuple[int, ...]:
@@ -107,34 +116,36 @@ def _compare_parameters(net: nn.Module, config: NCSRConfig) -> None:
         raise Unsupported("it has buffers, which published networks have not")
 
 
-def _check_layers(net: nn.Module, config: NCSRConfig) -> None:
+def served_attributes(net: nn.Module, config: NCSRConfig) -> dict[str, dict[str, Any]]:
+    """For every layer, by name, those attributes that its own code reads and that it has, and what they have to be."""
+    found: dict[str, dict[str, Any]] = {}
     for name, module in net.named_modules():
         if isinstance(module, nn.Conv2d):
-            padding = tuple(size // 2 for size in module.kernel_size)
-            expect(module, name, stride=(1, 1), dilation=(1, 1), groups=1, padding_mode="zeros", logscale_factor=LOG_SCALE)
-            if module.padding not in (padding, "same"):
-                raise Unsupported(f"{name}.padding is {module.padding!r}, and only {padding!r} is served")
+            same = tuple(size // 2 for size in module.kernel_size)
+            padding = "same" if module.padding == "same" else same
+            found[name] = {"padding": padding, "stride": (1, 1), "dilation": (1, 1), "groups": 1, "padding_mode": "zeros"}
+            found[name] |= {"logscale_factor": LOG_SCALE, "do_actnorm": True}
         elif isinstance(module, nn.LeakyReLU):
-            expect(module, name, negative_slope=SLOPE)
-    for name, module, attributes in flow_attributes(net, config):
-        expect(module, name, **attributes)
-
-
-def flow_attributes(net: nn.Module, config: NCSRConfig) -> Iterator[tuple[str, nn.Module, dict[str, Any]]]:
-    """(name, layer, attributes) of every layer of the flow, and what the attributes have to be; layers may lack them."""
+            # in place or not as it is now: the encoder hands on features from before or after it
+            found[name] = {"negative_slope": SLOPE, "inplace": module.inplace}
     first = [config.steps - count for count in config.noise_steps]  # that use their noise coupling
     used = iter([bool(config.noise_channels) and k >= start for start in first for k in range(config.steps)])
     for index, layer in enumerate(net.flowUpsamplerNet.layers):
         name = f"flowUpsamplerNet.layers.{index}"
         if hasattr(layer, "invconv"):
-            yield name, layer, {"flow_permutation": "invconv", "norm_type": "ActNorm2d"}
-            yield f"{name}.invconv", layer.invconv, {"LU": False}
+            found[name] = {"flow_permutation": "invconv", "norm_type": "ActNorm2d"}
+            found[f"{name}.invconv"] = {"LU": False}
         elif hasattr(layer, "conv"):
-            yield name, layer, {"logs_eps": 0, "position": None}
+            found[name] = {"logs_eps": 0, "position": None}
         else:
-            yield name, layer, {"factor": 2}
+            found[name] = {"factor": 2}
         if hasattr(layer, "affine"):
-            yield f"{name}.affine", layer.affine, {"affine_eps": config.eps, "need_features": True, "stdmode": next(used)}
+            found[f"{name}.affine"] = {"affine_eps": config.eps, "need_features": True, "stdmode": next(used)}
+    modules = dict(net.named_modules())
+    return {
+        name: {attribute: value for attribute, value in attributes.items() if hasattr(modules[name], attribute)}
+        for name, attributes in found.items()
+    }
 
 
 @lru_cache(maxsize=4)

@@ -18,8 +18,8 @@ from ncsr_fast.synchronization import reading_is_free
 
 Built = TypeVar("Built")
 _WORD = {8: torch.int32, 4: torch.int32, 2: torch.int16}  # by the size of an element
-# Words hashed at once: on a CPU they and their sums stay in its caches; a GPU wants more.
-_AT_ONCE = {"cpu": 2**17, "cuda": 2**20}
+# Words hashed at once: on a CPU they and their sums stay in its caches; other devices want more.
+_AT_ONCE, _AT_ONCE_ELSEWHERE = 2**17, 2**20
 
 
 class Cache:
@@ -126,13 +126,14 @@ def _hash(words: list[Tensor]) -> int:
     2⁶⁴⁻ᵛ of all nₖ; and the sum over j by a random multiple of the largest power of two that divides all those changes. The
     sums over k cost three to four times what a plain sum of the words costs, which sees no order.
     """
-    size = min(sum(map(len, words)), _AT_ONCE[words[0].device.type]) if words else 0
-    if not size:
+    if not any(map(len, words)):
         return 0
-    sums, numbers = torch.zeros(size, dtype=torch.int64, device=words[0].device), random.Random(0)
+    device, numbers = words[0].device, random.Random(0)
+    size = min(sum(map(len, words)), _at_once(device))
+    sums = torch.zeros(size, dtype=torch.int64, device=device)
     for block in _blocks(words, size):
         sums[: len(block)].add_(block, alpha=numbers.getrandbits(64) - 2**63)
-    return int((sums * _random_words(sums.device)[:size]).sum())
+    return int((sums * _random_words(device)[:size]).sum())
 
 
 def _blocks(words: list[Tensor], size: int) -> Iterator[Tensor]:
@@ -151,7 +152,12 @@ def _joined(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
+def _at_once(device: torch.device) -> int:
+    return _AT_ONCE if device.type == "cpu" else _AT_ONCE_ELSEWHERE
+
+
 @functools.lru_cache
 def _random_words(device: torch.device) -> Tensor:
-    generator, shape = torch.Generator().manual_seed(0), (_AT_ONCE[device.type],)
+    """Random int64 numbers, as many as words are hashed at once."""
+    generator, shape = torch.Generator().manual_seed(0), (_at_once(device),)
     return torch.randint(-(2**63), 2**63 - 1, shape, generator=generator, device="cpu", dtype=torch.int64).to(device)

@@ -191,7 +191,9 @@ class RRDB(EncoderCheckpoints, nn.Module):
     def describe(self) -> str:
         """The network in a few words, for messages."""
         kind = "RRDB with ESRGAN+'s residuals" if self.dense_residual else "RRDB"
-        return f"{kind}, ×{self.scale}, {len(self.body)} blocks of {self.channels} channels"
+        of_images = f" of {self.in_channels}-channel images" if self.in_channels != 3 else ""
+        unshuffled = f", pixel unshuffle {self.unshuffle}" if self.unshuffle > 1 else ""
+        return f"{kind}, ×{self.scale}{of_images}, {len(self.body)} blocks of {self.channels} channels{unshuffled}"
 
     def forward(self, lr: Tensor, method: ConvolutionMethod | None = ENGINE) -> Tensor:
         """The super-resolved image of lr.
@@ -257,13 +259,26 @@ class RRDB(EncoderCheckpoints, nn.Module):
         if not lr.is_floating_point():
             check_like("lr", lr, self.conv_first.weight)  # other floats may be autocast's
         if lr.dim() != 4 or lr.shape[1] != self.in_channels:
-            raise ValueError(f"lr must have shape (B, {self.in_channels}, H, W), not {tuple(lr.shape)}")
+            raise ValueError(
+                f"lr must have shape (B, {self.in_channels}, H, W), not {tuple(lr.shape)}{self._as_another_unshuffle(lr)}"
+            )
         if any(side % self.unshuffle for side in lr.shape[2:]):
             height, width = lr.shape[2:]
             raise ValueError(
                 f"the sides of lr must be multiples of {self.unshuffle} for this generator, whose first layer is a pixel "
                 f"unshuffle, not {height}×{width}; pad or crop the image"
             )
+
+    def _as_another_unshuffle(self, lr: Tensor) -> str:
+        """Advice where these weights, behind another pixel unshuffle, read images like lr."""
+        read = self.in_channels * self.unshuffle**2
+        for side in (2**doubling for doubling in range(len(self.conv_up) + 1)):
+            if lr.dim() == 4 and read == lr.shape[1] * side**2:
+                return (
+                    f"; if the weights come from a published file, which does not say how its {read} channels are made, read "
+                    f"it by RRDB.from_pretrained(file, unshuffle={side})"
+                )
+        return ""
 
     @staticmethod
     def _conv(x: Tensor, conv: nn.Conv2d, method: ConvolutionMethod | None) -> Tensor:

@@ -71,8 +71,9 @@ class EncoderCheckpoints:
             long_skip: Where the long skip starts, which no file of weights says: "conv_first", the default, for all
                 generators; "last_block" for the RRDB files of SRFlow and NCSR. A flow checkpoint is read as the latter, and
                 a directory as its config.json has it: as "last_block" where an earlier version wrote it without.
-            unshuffle: Pixel unshuffle before the first convolution of a file. None: 2 or 4 where the first convolution
-                reads 4 or 16 times the channels the last one makes, as in BasicSR's ×2 and ×1 generators, and otherwise 1.
+            unshuffle: Pixel unshuffle before the first convolution of a file, which no file says. None: the shapes decide. It
+                is 2, 4, … where the first convolution reads 4, 16, … times the channels that the last one makes, as in
+                BasicSR's ×2 and ×1 generators, and the network doubles often enough; otherwise 1.
             revision: As cache_dir, token and local_files_only for the Hub, see `huggingface_hub.snapshot_download`.
 
         Raises:

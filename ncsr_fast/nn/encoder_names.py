@@ -52,16 +52,17 @@ def generator_state(named: StateDict) -> GeneratorState:
 def configuration_of(state: Mapping[str, Tensor], unshuffle: int | None = None) -> dict[str, Any]:
     """The arguments of the network that has this state dict (SRFlow's names), but for its long skip.
 
-    unshuffle  None: BasicSR's ×2 or ×1 generator where the first convolution reads 4 or 16 times the channels that the last
-               one makes, and there are two doublings, as in all of BasicSR's
+    unshuffle  None: 2, 4, … where the first convolution reads 4, 16, … times the channels that the last one makes, and the
+               network doubles often enough; as in BasicSR's ×2 and ×1 generators, which double twice
     """
     growth, channels = _kernel(state, "RRDB_trunk.0.RDB1.conv1.weight")
     read = _kernel(state, "conv_first.weight")[1] if "conv_first.weight" in state else 3
     made = _kernel(state, "conv_last.weight")[0] if "conv_last.weight" in state else 3
     doublings = len({name.split(".")[0] for name in state if name.startswith("upconv")})
+    sides = [2**doubling for doubling in range(doublings + 1)]
     if unshuffle is None:
-        unshuffle = {4 * made: 2, 16 * made: 4}.get(read, 1) if doublings == 2 else 1
-    if read % unshuffle**2 or unshuffle > 2**doublings:
+        unshuffle = next((side for side in sides if read == made * side**2), 1)
+    if unshuffle not in sides or read % unshuffle**2:
         raise ValueError(f"unshuffle={unshuffle}: the file's network reads {read} channels and doubles {doublings} times")
     residual = any(name.endswith(".conv1x1.weight") for name in state)
     return {

@@ -180,4 +180,6 @@ def couplings(step: Step, u: Tensor, v: Tensor | None) -> list[tuple[str, Networ
 
 
 def _random_rotation(channels: int) -> Tensor:
-    return torch.linalg.qr(torch.randn(channels, channels))[0]
+    """A rotation in the default dtype, which may be one that PyTorch decomposes no matrices of."""
+    normal = torch.randn(channels, channels)
+    return torch.linalg.qr(normal.double())[0].to(normal.dtype)

@@ -254,6 +254,29 @@ def test_calls_that_are_not_served():
     assert report.handed_over == {"the input is empty": 1, "input has another dtype or device than the parameters": 1}
 
 
+CHANGED = {
+    "layer.flow_coupling is 'additive', and only 'affine' is served": ("step", "", "flow_coupling", "additive"),
+    "invconv.LU is True, and only False is served": ("step", "invconv", "LU", True),
+    "layer.affine is False, and only True is served": ("reversible-coupling", "", "affine", False),
+    "layer.flow_permutation is 'shuffle', and only 'invconv' is served": ("actnorm", "", "flow_permutation", "shuffle"),
+    "actnorm.logdet is False, and only True is served": ("reversible-step", "actnorm", "logdet", False),
+}
+
+
+@pytest.mark.parametrize("reason", CHANGED)
+def test_layers_changed_afterwards_run_their_own_code(reason):
+    name, path, attribute, value = CHANGED[reason]
+    layer, untouched = twins(name)
+    report = ncsr_fast.accelerate(layer)
+    for one in (layer, untouched):
+        setattr(one.get_submodule(path), attribute, value)
+    x = image(2, C, 3, 4)
+    arguments = (x,) if hasattr(layer, "reverse") else (x, x.new_zeros(2))
+    for ours, theirs in zip(layer(*arguments), untouched(*arguments), strict=True):
+        assert relative_error(ours.detach(), theirs.detach()) <= 1e-12  # actnorms inside the network are served
+    assert report.handed_over == {reason: 1}
+
+
 def test_every_layer_has_a_sentence():
     kinds = [layers.ActNorm, layers.InvConv, layers.Step, layers.ReversibleInvConv, layers.ReversibleCoupling]
     assert len({kind.described() for kind in [*kinds, layers.ReversibleStep]}) == 6

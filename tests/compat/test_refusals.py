@@ -8,6 +8,7 @@ import pytest
 import torch
 from compat.networks import SMALL, STAND_INS, accelerated_twins
 from compat.standin import Split, StandInNCSR
+from compat.test_network import replicate
 from operator_cases import marked
 from support import image
 
@@ -84,6 +85,12 @@ def without_options():
     return net
 
 
+def with_other_options_of_the_encoder():
+    net = SMALL.build()
+    net.RRDB.opt = SRFLOW.options
+    return net
+
+
 def patched():
     net = SMALL.build()
     net.forward = lambda *arguments, **options: None
@@ -106,6 +113,7 @@ REFUSED = {
     "parameter": (with_parameter, "flowUpsamplerNet.extra.weight has shape .*, expected none: it is unknown"),
     "first steps": (with_noise_in_the_first_steps, "in level 1 the steps with a noise coupling are not the last"),
     "options": (without_options, "it has no options `opt`"),
+    "options of the encoder": (with_other_options_of_the_encoder, "RRDB.opt are others than those of the network"),
     "patched": (patched, "its forward was replaced already"),
     "meta": (lambda: SMALL.build().to("meta"), "on meta"),
     "something else": (lambda: torch.nn.Linear(2, 2), "nothing in this Linear could be accelerated: no part is recognised"),
@@ -161,7 +169,65 @@ def replace_a_forward(net):
     net.RRDB.conv_first.forward = lambda x: torch.zeros(len(x), 4, *x.shape[2:], dtype=x.dtype)
 
 
+def change_the_padding_mode(net):
+    net.RRDB.conv_first.padding_mode = "reflect"
+    net.RRDB.conv_first._reversed_padding_repeated_twice = [1] * 4
+
+
+def dilate(net):
+    conv = net.RRDB.RRDB_trunk[1].RDB2.conv3
+    conv.dilation, conv.padding = (2, 2), (2, 2)
+
+
+def pad_a_flow_network_otherwise(net):
+    conv = net.flowUpsamplerNet.layers[3].affine.fFeatures[0]
+    conv.padding_mode, conv._reversed_padding_repeated_twice = "circular", [1] * 4
+
+
+def change_a_slope(net):
+    net.RRDB.lrelu.negative_slope = 0.5
+
+
+def change_a_slope_of_a_block(net):
+    net.RRDB.RRDB_trunk[0].RDB1.lrelu.negative_slope = 0.5
+
+
+def compute_in_place(net):
+    net.RRDB.lrelu.inplace = True
+
+
+def stack_other_blocks(net):
+    net.opt["network_G"]["flow"]["stackRRDB"]["blocks"] = [1, 0, 2, 3]
+
+
+def ask_for_another_coupling(net):
+    net.opt["network_G"]["flow"]["coupling"] = "CondAffine"
+
+
+def give_the_encoder_other_options(net):
+    net.RRDB.opt = copy.deepcopy(net.opt)
+    net.RRDB.opt["network_G"]["flow"]["stackRRDB"]["blocks"] = [1, 0, 2, 3]
+
+
+def replace_the_options(net):
+    net.opt = copy.deepcopy(net.opt)
+    stack_other_blocks(net)
+
+
 CHANGED = {
+    "RRDB.conv_first.padding_mode is 'reflect', and only 'zeros' is served": change_the_padding_mode,
+    "RRDB.RRDB_trunk.1.RDB2.conv3.padding is (2, 2), and only (1, 1) is served": dilate,
+    "flowUpsamplerNet.layers.3.affine.fFeatures.0.padding_mode is 'circular', and only 'zeros' is served": (
+        pad_a_flow_network_otherwise
+    ),
+    "RRDB.lrelu.negative_slope is 0.5, and only 0.2 is served": change_a_slope,
+    "RRDB.RRDB_trunk.0.RDB1.lrelu.negative_slope is 0.5, and only 0.2 is served": change_a_slope_of_a_block,
+    "RRDB.lrelu.inplace is True, and only False is served": compute_in_place,
+    "its options `opt` are others than those it was recognised by": stack_other_blocks,
+    "option network_G.flow.coupling = 'CondAffine' is not supported, only 'CondAffineSeparatedAndCond'": (
+        ask_for_another_coupling
+    ),
+    "the options RRDB.opt are others than those of the network": give_the_encoder_other_options,
     "RRDB.conv_first was exchanged for another module": exchange_a_module,
     "flowUpsamplerNet.layers.3.invconv has hooks, which would not run": add_a_hook,
     "flowUpsamplerNet.layers.3.affine.affine_eps is 0.01, and only 0.0001 is served": change_an_attribute,
@@ -171,7 +237,7 @@ CHANGED = {
 }
 
 
-@marked("slow", lambda reason: CHANGED[reason] not in (add_a_hook, change_an_attribute))
+@marked("slow", lambda reason: CHANGED[reason] not in (add_a_hook, change_an_attribute, change_a_slope, stack_other_blocks))
 @pytest.mark.parametrize("reason", CHANGED)
 def test_networks_changed_afterwards_run_their_own_code(reason):
     net, untouched, report = accelerated_twins(SMALL)
@@ -180,6 +246,18 @@ def test_networks_changed_afterwards_run_their_own_code(reason):
         CHANGED[reason](one)
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(net(**SMALL.images()), untouched(**SMALL.images())))
     assert report.handed_over == {reason: 1}
+
+
+@marked("slow", lambda change: change is not change_a_slope_of_a_block)
+@pytest.mark.parametrize("change", [change_the_padding_mode, change_a_slope_of_a_block, compute_in_place, replace_the_options])
+def test_replicas_of_a_network_changed_afterwards_run_its_own_code(change):
+    """What is served is that of the network as it was recognised, not of the replica as it was made."""
+    net, untouched, report = accelerated_twins(SMALL)
+    for one in (net, untouched):
+        change(one)
+    replica = replicate(net)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(replica(**SMALL.images()), untouched(**SMALL.images())))
+    assert sum(report.handed_over.values()) == 1
 
 
 @pytest.mark.slow

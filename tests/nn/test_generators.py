@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import json
+import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -178,6 +179,10 @@ SHAPES = {
     "×8": {"scale": 8},
     "×2-unshuffled": {"scale": 2, "unshuffle": 2},
     "×1-unshuffled": {"scale": 1, "unshuffle": 4},
+    "×1-unshuffled-by-2": {"scale": 1, "unshuffle": 2},
+    "×2-unshuffled-by-4": {"scale": 2, "unshuffle": 4},
+    "×4-unshuffled": {"scale": 4, "unshuffle": 2},
+    "×1-unshuffled-by-8": {"scale": 1, "unshuffle": 8},
     "grey": {"scale": 4, "in_channels": 1, "out_channels": 1},
     "grey-×2-unshuffled": {"scale": 2, "unshuffle": 2, "in_channels": 1, "out_channels": 1},
     "grey-to-colour": {"scale": 4, "in_channels": 1},
@@ -196,9 +201,9 @@ def test_every_shape_is_read_again(tmp_path, shape, kind):
         again = RRDB.from_pretrained(tmp_path / "net.pth").eval()
     else:
         again = RRDB.from_pretrained(source.save_pretrained(tmp_path / "net")).eval()
-    lr = image(2, source.in_channels, 4, 8, dtype=torch.float32)
+    lr = image(2, source.in_channels, 8, 16, dtype=torch.float32)
     assert again.configuration() == source.configuration()
-    assert torch.equal(again(lr), source(lr)) and source(lr).shape[2] == 4 * source.scale
+    assert torch.equal(again(lr), source(lr)) and source(lr).shape[2] == 8 * source.scale
 
 
 def test_a_generator_that_reads_four_times_its_channels_without_an_unshuffle(tmp_path):
@@ -206,8 +211,32 @@ def test_a_generator_that_reads_four_times_its_channels_without_an_unshuffle(tmp
     torch.save(source.published_state_dict(), tmp_path / "net.pth")
     assert RRDB.from_pretrained(tmp_path / "net.pth").unshuffle == 2
     assert RRDB.from_pretrained(tmp_path / "net.pth", unshuffle=1).configuration() == source.configuration()
-    with pytest.raises(ValueError, match="unshuffle=8: the file's network reads 12 channels and doubles 2 times"):
-        RRDB.from_pretrained(tmp_path / "net.pth", unshuffle=8)
+
+
+@pytest.mark.parametrize("channels, unshuffle", [(12, 8), (9, 3), (64, 8)])
+def test_an_unshuffle_that_the_network_cannot_have(tmp_path, channels, unshuffle):
+    """By its channels, not a power of two, by its doublings."""
+    torch.save(RRDB(4, 4, 2, 1, in_channels=channels).published_state_dict(), tmp_path / "net.pth")
+    refusal = f"unshuffle={unshuffle}: the file's network reads {channels} channels and doubles 2 times"
+    with pytest.raises(ValueError, match=refusal):
+        RRDB.from_pretrained(tmp_path / "net.pth", unshuffle=unshuffle)
+
+
+def test_an_image_that_the_network_would_read_behind_another_unshuffle(tmp_path):
+    """No published file says what its channels are; the messages say what was made of them."""
+    for shape, images, right, said in (
+        ({"scale": 4, "in_channels": 12}, 12, 1, "×2, .*, pixel unshuffle 2"),
+        ({"scale": 1, "unshuffle": 2, "out_channels": 1}, 3, 2, "×2 of 12-channel images, "),
+    ):
+        source = RRDB(channels=4, growth=2, blocks=1, **shape)
+        torch.save(source.published_state_dict(), tmp_path / "net.pth")
+        read, lr = RRDB.from_pretrained(tmp_path / "net.pth"), image(1, images, 4, 4, dtype=torch.float32)
+        assert re.search(said, read.describe())
+        with pytest.raises(ValueError, match=rf"lr must have shape .* its 12 channels are made, .*\(file, unshuffle={right}\)"):
+            read(lr)
+        assert torch.equal(RRDB.from_pretrained(tmp_path / "net.pth", unshuffle=right)(lr), source(lr))
+    with pytest.raises(ValueError, match=r"not \(1, 5, 4, 4\)$"):
+        read(image(1, 5, 4, 4, dtype=torch.float32))
 
 
 def test_where_the_long_skip_of_a_file_starts(tmp_path):
