@@ -119,7 +119,7 @@ class Arm:
         self.noise = 0.03 * torch.randn(task.batch, 3, side, side, generator=generator).to(device)
 
     def run(self) -> None:
-        """What is timed."""
+        """Make the pass that is timed."""
         if not self.task.n:
             self.model.loss_and_gradients(self.hr, self.lr, self.noise)
             return
@@ -136,7 +136,7 @@ class Arm:
         return peak - sum(p.grad.nbytes for p in self.model.parameters() if p.grad is not None)
 
     def results(self, latents: list[Tensor]) -> dict[str, Tensor]:
-        """What must agree: decoded images; or the loss and the gradient of every parameter as one vector."""
+        """Results in which arms must agree: decoded images; or the loss, and the gradients of all parameters as one vector."""
         if self.task.n:
             with torch.no_grad():
                 return {"images": self.model.decode(latents, self.lr)}
@@ -190,7 +190,7 @@ class Ours:
 
 
 class Captured(Ours):
-    """The same in CUDA graphs."""
+    """NCSR whose training steps and samples are replays of CUDA graphs."""
 
     def sample(self, lr: Tensor, n: int, temperature: float) -> Tensor:
         self.network.options = self.options

@@ -54,7 +54,7 @@ class Case:
         return directions if self.shape.training else directions[:1]
 
     def draw(self) -> Drawn:
-        """The same numbers every time."""
+        """Inputs and arriving gradients, the same numbers every time."""
         draw = Draw(self.shape, self.dtype, self.layout, self.device)
         inputs = OPERATORS[self.operator].inputs(draw)
         return {name: tensor.requires_grad_(self.shape.training) for name, tensor in inputs.items()}, draw.cotangents()
@@ -65,7 +65,7 @@ class Case:
 
 
 def wrong_results(case: Case, functions: dict[str, Function]) -> list[str]:
-    """What is wrong with the value, the log-determinant or a gradient of each function, one line each.
+    """Complaints about the value, the log-determinant or a gradient of each function, one line each.
 
     The measure is the float64 reference on the same inputs. A function may be twice as far from it as the reference in
     the case's own dtype, plus a few roundings of the largest magnitude. Where n elements are summed, n^¼ times as many:

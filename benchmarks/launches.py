@@ -62,7 +62,7 @@ _LISTED, _CHUNKS, _CHUNK = (110, 64, 48, 36, 30), 320, 65536
 
 @dataclass
 class Count:
-    """What a pass or a part of it consists of.
+    """Counts of what a pass or a part of it consists of.
 
     Attributes:
         operations: ATen operators that compute.
@@ -100,7 +100,7 @@ class LaunchCounter(TorchDispatchMode):
 
     @property
     def total(self) -> Count:
-        """Of all parts."""
+        """Sum of the counts of all parts."""
         total = Count()
         for count in self.parts.values():
             total.add(count)

@@ -273,7 +273,7 @@ class _Captured:
         warm_up: int,
     ) -> None:
         self.inputs = [None if tensor is None else tensor.clone() for tensor in inputs]
-        self.replay, self.outputs = _capture(lambda: function(*self.inputs), device, warm_up)
+        self.replay, self.outputs = capture(lambda: function(*self.inputs), device, warm_up)
 
     def __call__(self, *inputs: Tensor | None) -> tuple[Tensor, ...]:
         for static, tensor in zip(self.inputs, inputs):
@@ -283,8 +283,8 @@ class _Captured:
         return self.outputs
 
 
-def _capture(
-    function: Callable[[], tuple[Tensor, ...]], device: torch.device, warm_up: int
+def capture(
+    function: Callable[[], tuple[Tensor, ...]], device: str | torch.device, warm_up: int
 ) -> tuple[Callable[[], None], tuple[Tensor, ...]]:
     """A function as a CUDA graph of this device, after some runs of the function: the graph's replay, and its outputs.
 

@@ -6,12 +6,12 @@ Kernels that are not PyTorch's operators are not recorded, so models run on the 
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+from support import no_reading
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -47,7 +47,7 @@ def _place(value: Any) -> Any:
 
 
 def capture(function: Callable[[], tuple[Tensor, ...]], device: torch.device, warm_up: int):
-    """As `graphs._capture`."""
+    """In place of `graphs.capture`."""
     captures.append(warm_up)
     for _ in range(warm_up):
         function()
@@ -60,12 +60,11 @@ captures: list[int] = []  # the runs before each capture of a test
 
 
 @pytest.fixture
-def emulated_graphs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def emulated_graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """Has `graph=True` work on a CPU, by the reference backend. A list with an entry a capture."""
     captures.clear()
-    monkeypatch.setattr(graphs, "_capture", capture)
+    monkeypatch.setattr(graphs, "capture", capture)
     monkeypatch.setattr(graphs, "_check_on_gpu", lambda model: None)
     monkeypatch.setattr("ncsr_fast.ops._backends._best", lambda kind, float64: "reference")
-    for module in ("nn.checks", "ops.inverse_logdet", "engine.cache"):  # as on a GPU
-        monkeypatch.setattr(sys.modules[f"ncsr_fast.{module}"], "reading_is_free", lambda tensor: False)
-    return captures
+    with no_reading():
+        yield captures

@@ -10,9 +10,10 @@ import os
 import resource
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -62,6 +63,15 @@ def relative_error(value: Tensor, expected: Tensor) -> float:
     """Largest difference over the largest magnitude of `expected`, the measure of the conformance README."""
     expected = expected.double()
     return float((value.double() - expected).abs().max() / expected.abs().max())
+
+
+@contextlib.contextmanager
+def no_reading() -> Iterator[None]:
+    """Inside, the package reads no values that may be read on a CPU alone: as on a GPU."""
+    with contextlib.ExitStack() as stack:
+        for module in ("nn.checks", "ops.inverse_logdet", "engine.cache"):
+            stack.enter_context(mock.patch.object(sys.modules[f"ncsr_fast.{module}"], "reading_is_free", return_value=False))
+        yield
 
 
 def fresh_process(code: str, folder: Path, **environment: str) -> str:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from ncsr_fast import NCSR, NCSRConfig, ops
+from ncsr_fast import NCSR, NCSRConfig, graphs, ops
 from ncsr_fast.benchmarks.end_to_end import random_model
 from ncsr_fast.benchmarks.harness import CALLS_IN_A_GRAPH, graph_of, quantiles, rounded, side_by_side
 from ncsr_fast.benchmarks.published import OPTIONS
@@ -139,7 +139,7 @@ class Session:
         return [name for name in available if name != "triton" or self.device == "cuda"]
 
     def model(self, **options: Any) -> NCSR:
-        """The same weights every time, made by the first item that asks."""
+        """A model with the same weights every time, made by the first item that asks."""
         path = self.setup.scratch / "model.pt"
         if not path.exists():
             with atomic_write(path) as temporary:
@@ -206,20 +206,13 @@ class Session:
         """A function as the replay of a CUDA graph, which returns its results."""
         if not self.capture:
             return function
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            function()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-                results = function()
-        torch.cuda.current_stream().wait_stream(stream)
+        replay, results = graphs.capture(function, self.device, warm_up=1)
 
-        def replay() -> Any:
-            graph.replay()
+        def replayed() -> Any:
+            replay()
             return results
 
-        return replay
+        return replayed
 
     def events(self, call: Callable[[], Any]) -> list[dict[str, Any]]:
         """Events that the profiler saw of a call: kernels, copies and calls of the CUDA runtime; on a CPU, operators."""

@@ -160,8 +160,8 @@ class Filled:
         """Whether what the samples of the image share is little enough to be kept."""
         count = 0
         for level, features in zip(self.model.levels, condition):
-            of_step = 2 * level.channels + self.model.config.hidden_channels
-            count += level.steps * of_step * features.own[:, :1].numel() * features.own.element_size()
+            elements = 2 * level.channels + self.model.config.hidden_channels
+            count += level.steps * elements * features.own[:, :1].numel() * features.own.element_size()
         return count <= spare_bytes(condition[0].own.device)
 
 

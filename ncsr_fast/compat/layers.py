@@ -130,12 +130,12 @@ class Step(LayerForward):
         norm = self.module.actnorm
         mixing = norm.bias.flatten(), norm.logs.flatten(), self.module.invconv.weight
         if reverse:
-            x, of_coupling = _couple(x, network(_kept(x)), True)
-            x, of_mixing = _mix(x, *mixing, True)
+            x, coupling_logdet = _couple(x, network(_kept(x)), True)
+            x, mixing_logdet = _mix(x, *mixing, True)
         else:
-            x, of_mixing = _mix(x, *mixing, False)
-            x, of_coupling = _couple(x, network(_kept(x)), False)
-        return x, of_mixing + of_coupling
+            x, mixing_logdet = _mix(x, *mixing, False)
+            x, coupling_logdet = _couple(x, network(_kept(x)), False)
+        return x, mixing_logdet + coupling_logdet
 
 
 class ReversibleLayer(LayerForward):
@@ -203,9 +203,9 @@ class ReversibleStep(ReversibleLayer):
         mixing = loc, torch.log(scale.abs()), weight[:, :, 0, 0] * scale.detach().sign()
         if reverse:
             return _mix(self.module.coupling.reverse(x), *mixing, True)
-        x, of_mixing = _mix(x, *mixing, False)
-        x, of_coupling = self.module.coupling(x)
-        return x, of_mixing if of_coupling is None else of_mixing + of_coupling
+        x, mixing_logdet = _mix(x, *mixing, False)
+        x, coupling_logdet = self.module.coupling(x)
+        return x, mixing_logdet if coupling_logdet is None else mixing_logdet + coupling_logdet
 
 
 def _glow_arguments(arguments: tuple, options: dict[str, Any]) -> tuple[Tensor, Any, bool]:

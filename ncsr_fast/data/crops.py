@@ -113,9 +113,9 @@ class RandomCrops(Dataset):
 
     def keep_decoded(self, folder: str | os.PathLike, limit: int) -> None:
         """Keep decoded image files in `folder`, at most `limit` bytes of them: see `ImageCache`. 0 keeps none."""
-        of_files = {image: size for image, size in self.sizes.items() if isinstance(image, Path)}
-        if limit > 0 and of_files:
-            self._cache = ImageCache(folder, limit, of_files)
+        file_sizes = {image: size for image, size in self.sizes.items() if isinstance(image, Path)}
+        if limit > 0 and file_sizes:
+            self._cache = ImageCache(folder, limit, file_sizes)
 
     def forget(self) -> None:
         """Delete the decoded images on disk."""

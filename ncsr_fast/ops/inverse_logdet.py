@@ -7,10 +7,10 @@ import math
 import torch
 from torch import Tensor
 
-from ncsr_fast.ops import _reference
 from ncsr_fast.ops._backends import implementation, resolve_backend
 from ncsr_fast.ops._contract import check_conditions, check_tensors, largest_condition
 from ncsr_fast.ops._operator import Operator
+from ncsr_fast.ops._reference import inverse_logdet as by_pytorch
 from ncsr_fast.synchronization import reading_is_free
 
 
@@ -30,7 +30,7 @@ def inverse_logdet(weight: Tensor, *, backend: str = "auto") -> tuple[Tensor, Te
 
     Raises:
         ValueError: on the CPU, for a matrix whose inverse has no correct digit, which it names. On a GPU that inverse is
-            NaN instead, as it is in a graph that is traced.
+            NaN instead, and so is the reference's inside `torch.compile` and transforms of `torch.func`.
         ValueError, TypeError: for a wrong shape or dtype.
 
     Example:
@@ -58,30 +58,31 @@ def invert(weight: Tensor, name: str, *, needs_inverse: bool = True, backend: st
 
 
 def _forward(weight: Tensor, name: str, needs_inverse: bool, backend: str) -> tuple[Tensor, Tensor]:
-    inverse, logdet, condition = implementation(backend).inverse_logdet(weight)
-    return (_checked(inverse, condition, name) if needs_inverse else inverse), logdet
+    return _checked(implementation(backend).inverse_logdet(weight), name, needs_inverse)
 
 
-def _definition(weight: Tensor, name: str, needs_inverse: bool, _: str) -> tuple[Tensor, Tensor]:
-    inverse, logdet, condition = _reference.inverse_logdet(weight)
-    return (_checked(inverse, condition, name) if needs_inverse else inverse), logdet
+def _reference(weight: Tensor, name: str, needs_inverse: bool, _: str) -> tuple[Tensor, Tensor]:
+    return _checked(by_pytorch(weight), name, needs_inverse)  # named here, where torch.compile traces it
 
 
-def _checked(inverse: Tensor, condition: Tensor, name: str) -> Tensor:
-    """The inverse; where values may not be read, NaN in place of one without a correct digit."""
+def _checked(found: tuple[Tensor, Tensor, Tensor], name: str, needs_inverse: bool) -> tuple[Tensor, Tensor]:
+    """(inverse, logdet) of what a backend found: where values may not be read, NaN for an inverse without a correct digit."""
+    inverse, logdet, condition = found
+    if not needs_inverse:
+        return inverse, logdet
     channels = inverse.shape[-1]
     if reading_is_free(condition):
         check_conditions(name, condition.tolist(), channels)
-        return inverse
-    return torch.where((condition < largest_condition(channels))[:, None, None], inverse, math.nan)
+        return inverse, logdet
+    return torch.where((condition < largest_condition(channels))[:, None, None], inverse, math.nan), logdet
 
 
 def _backward(
     dinverse: Tensor, dlogdet: Tensor, inverse: Tensor, weight: Tensor, name: str, needs_inverse: bool, backend: str
 ) -> tuple[Tensor]:
     transposed = inverse.transpose(1, 2)
-    of_logdet = dlogdet[:, None, None] * transposed
-    return (torch.baddbmm(of_logdet, transposed @ dinverse, transposed, alpha=-1).contiguous(),)
+    through_logdet = dlogdet[:, None, None] * transposed
+    return (torch.baddbmm(through_logdet, transposed @ dinverse, transposed, alpha=-1).contiguous(),)
 
 
 _inverse_logdet = Operator(
@@ -90,6 +91,6 @@ _inverse_logdet = Operator(
     "str name, bool needs_inverse, str backend",
     forward=_forward,
     backward=_backward,
-    reference=_definition,
+    reference=_reference,
     keeps_output=True,
 )

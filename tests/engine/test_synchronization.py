@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 import threading
-from unittest import mock
 
 import pytest
 import torch
 from operator_cases import marked
-from support import image, tiny_model, tiny_settings
+from support import image, no_reading, tiny_model, tiny_settings
 
 from ncsr_fast import NCSR, graphs
 from ncsr_fast.benchmarks.waiting import NoWaiting
@@ -30,10 +28,7 @@ def no_waiting():
         finally:
             torch.cuda.set_sync_debug_mode("default")
         return
-    with contextlib.ExitStack() as stack:
-        for module in ("nn.checks", "ops.inverse_logdet", "engine.cache"):
-            stack.enter_context(mock.patch.object(sys.modules[f"ncsr_fast.{module}"], "reading_is_free", return_value=False))
-        stack.enter_context(NoWaiting())
+    with no_reading(), NoWaiting():
         yield
 
 
