@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from emulated_graphs import emulated_graphs  # noqa: F401 - a fixture
+from operator_cases import marked
 from support import image, tiny_model
 from torch import nn
 
@@ -98,6 +99,7 @@ CHANGES = {
 }
 
 
+@marked("slow", lambda change: change not in ("moved", "weight decay"))
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_change_is_captured(model, change, emulated_graphs):  # noqa: F811
     twins = Twins(model)

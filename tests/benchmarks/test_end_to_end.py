@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from operator_cases import marked
 from support import tiny_model
 
 from ncsr_fast.benchmarks import end_to_end, report
@@ -74,6 +75,7 @@ class Raising(end_to_end.Ours):
         setattr(self, method, call)
 
 
+@marked("slow", lambda method: method not in ("gradient", "sample"))
 @pytest.mark.parametrize(
     "method, n", [("loss_and_gradients", 0), ("gradient", 0), ("round_trip", 0), ("decode", 1), ("sample", 1)]
 )

@@ -85,6 +85,7 @@ def test_what_fails_stops_nothing(tmp_path):
     assert "Segmentation fault" in rows["ending", None]["error"], "and where it was"
 
 
+@pytest.mark.slow
 def test_an_item_that_hangs_is_killed_with_all_it_started(tmp_path):
     rows = rows_of(tmp_path, 1, hanging=0.5, passing=5)
     assert rows["hanging", "before"]["ok"] and rows["passing", None]["ok"]

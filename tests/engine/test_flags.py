@@ -87,7 +87,7 @@ PASSES = [nll, images, decoded, initialized, checked, second_order, functional, 
 
 # the plain engine convolves the same whatever the operators, whose products the others have
 @marked("exhaustive", lambda engine, backend: (engine, backend) == ("plain", "native"))
-@marked("slow", lambda backend: backend == "reference")
+@marked("slow", lambda run, backend: backend == "reference" or run not in (nll, images))
 @pytest.mark.parametrize("backend", ["reference", "native"])
 @pytest.mark.parametrize("engine", ["fused", "plain"])
 @pytest.mark.parametrize("run", PASSES, ids=lambda run: run.__name__)

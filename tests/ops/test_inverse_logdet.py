@@ -85,6 +85,7 @@ def test_a_gradient_of_float32_weights_is_float32(device, backend):
 
 
 @cells
+@marked("slow", interpreted)
 @pytest.mark.parametrize("layout", ["transposed", "sliced", "expanded", "negated"])
 def test_layouts(device, backend, layout):
     weight = matrices(6, count=4, device=device)
@@ -100,6 +101,7 @@ def test_layouts(device, backend, layout):
 
 
 @cells
+@marked("slow", interpreted)
 def test_the_same_bits_every_time(device, backend):
     """And whatever the number of matrices and of threads."""
     weight, threads = matrices(12, count=5, device=device), torch.get_num_threads()
@@ -133,6 +135,7 @@ def without_inverse(kind: str) -> Tensor:
 
 
 @cells
+@marked("slow", interpreted)
 @pytest.mark.parametrize("kind", ["singular", "near singular", "nan", "infinite"])
 def test_a_matrix_without_an_inverse(device, backend, kind):
     """Is named on the CPU, and NaN where reading it would make the host wait; the others are not touched."""

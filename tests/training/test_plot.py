@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from operator_cases import marked
 from PIL import Image
 from support import full_disk
 
@@ -126,6 +127,7 @@ def test_the_command_writes_where_it_is_told(tmp_path, capsys, monkeypatch):
     assert main(["plot", str(tmp_path / "nowhere")]) == 1
 
 
+@marked("slow", lambda kind: kind == "PNG")
 @pytest.mark.parametrize("name, kind", [("bare", "PNG"), ("new/deep/x.PNG", "PNG"), ("x.jpg", "JPEG")])
 def test_the_picture_is_where_and_what_its_name_says(tmp_path, capsys, name, kind):
     run = tmp_path / "run$x^{$y"
