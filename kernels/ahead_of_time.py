@@ -144,16 +144,16 @@ def calls(channels: int, size: tuple[int, int, int] = SIZE) -> Iterator[tuple[st
             "affine",
             name,
             lambda: (
-                kernels.affine_fwd(x, changed, half, 1e-4, inverse),
-                kernels.affine_bwd(x, dlogdet, x, changed, half, 1e-4, inverse),
+                kernels.affine_forward(x, changed, half, 1e-4, inverse),
+                kernels.affine_backward(x, dlogdet, x, changed, half, 1e-4, inverse),
             ),
         )
         yield (
             "gaussian",
             name,
             lambda: (
-                kernels.gaussian_fwd(x, changed, inverse),
-                kernels.gaussian_bwd(x, dlogdet, x, changed, inverse),
+                kernels.gaussian_split_forward(x, changed, inverse),
+                kernels.gaussian_split_backward(x, dlogdet, x, changed, inverse),
             ),
         )
         steps = {"step": (whole, changed) if inverse else (changed, whole)}
@@ -164,8 +164,8 @@ def calls(channels: int, size: tuple[int, int, int] = SIZE) -> Iterator[tuple[st
                 operator,
                 name,
                 lambda: (
-                    kernels.step_fwd(x, mix, mix[0], *h, 1e-4, inverse),
-                    kernels.step_bwd(x, dlogdet, x, x, mix, *h, 1e-4, inverse),
+                    kernels.flow_step_forward(x, mix, mix[0], *h, 1e-4, inverse),
+                    kernels.flow_step_backward(x, dlogdet, x, x, mix, *h, 1e-4, inverse),
                 ),
             )
 

@@ -306,7 +306,7 @@ def _kept(channels: int, inverse: bool) -> dict[str, int]:
     return {"kept_pre": 0 if inverse else half, "kept_post": half if inverse else 0}
 
 
-def step_fwd(
+def flow_step_forward(
     x: Tensor, mix: Tensor, offset: Tensor, h_pre: Tensor | None, h_post: Tensor | None, eps: float, inverse: bool
 ) -> tuple[Tensor, Tensor]:
     """(y, logdet); mix (C, C), offset (C,) float32, h_pre and h_post shift and raw interleaved, or None."""
@@ -338,7 +338,7 @@ def step_fwd(
     return y, logdet
 
 
-def step_bwd(
+def flow_step_backward(
     dy: Tensor,
     dlogdet: Tensor,
     x: Tensor,
@@ -349,7 +349,7 @@ def step_bwd(
     eps: float,
     inverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """(dx, dmix, doffset, dh_pre, dh_post) from the inputs of `step_fwd` and its y; None where h is."""
+    """(dx, dmix, doffset, dh_pre, dh_post) from the inputs of `flow_step_forward` and its y; None where h is."""
     check_dtype(x)
     dx = empty_like(x)
     dh_pre = None if h_pre is None else empty_like(h_pre)

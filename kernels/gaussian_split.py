@@ -40,11 +40,11 @@ def gaussian_map_bwd(dy, g, x, mean, logs, log_2pi, INVERSE: tl.constexpr):
         return b_dx, -b_dx, -b_e * b_eps - g
 
 
-def gaussian_fwd(x: Tensor, h: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+def gaussian_split_forward(x: Tensor, h: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
     """(y, logdet); h (B, 2m, H, W) holds mean and log standard deviation of the last m channels, interleaved."""
     return pair_map_fwd(x, h, x.shape[1] - h.shape[1] // 2, LOG_2PI, gaussian_map, inverse)
 
 
-def gaussian_bwd(dy: Tensor, dlogdet: Tensor, x: Tensor, h: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
-    """(dx, dh) from the inputs of `gaussian_fwd`."""
+def gaussian_split_backward(dy: Tensor, dlogdet: Tensor, x: Tensor, h: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+    """(dx, dh) from the inputs of `gaussian_split_forward`."""
     return pair_map_bwd(dy, dlogdet, x, h, x.shape[1] - h.shape[1] // 2, LOG_2PI, gaussian_map_bwd, inverse)

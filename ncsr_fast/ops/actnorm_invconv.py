@@ -4,29 +4,36 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ncsr_fast.ops._backends import resolve_backend
-from ncsr_fast.ops._contract import check_state, check_tensors
+from ncsr_fast.ops.backends import resolve_backend
+from ncsr_fast.ops.contract import check_state, check_tensors
 from ncsr_fast.ops.flow_step import parameters, step
 
 
 def actnorm_invconv(
     x: Tensor, bias: Tensor, logs: Tensor, weight: Tensor, *, inverse: bool = False, backend: str = "auto"
 ) -> tuple[Tensor, Tensor]:
-    """`y = weight · ((x + bias) · exp(logs))` at every pixel, or its inverse.
+    """Normalise the channels and mix them: `y = weight · ((x + bias) · exp(logs))` at every pixel, or the inverse map.
 
-    x        (B, C, H, W)
-    bias     (C,)
-    logs     (C,)
-    weight   (C, C), rows are output channels
-    returns  y (B, C, H, W) in the dtype of x, and logdet (B,) = ±H·W·(Σ logs + log|det weight|)
+    Computed in float32, or in float64 for float64 x; the inverse of `weight` always in float64. Differentiable with respect
+    to every tensor: x, y and the parameters are saved for the backward pass.
 
-    Computed in float32, or in float64 for float64 x; the inverse of `weight` always in float64.
-    Differentiable with respect to every tensor: x, y and the parameters are saved for it. Raises ValueError
-    when `inverse` meets a weight that is singular or not finite, and ValueError or TypeError naming the
-    argument for a wrong shape, dtype or device.
+    Args:
+        x: State (B, C, H, W).
+        bias: (C,).
+        logs: (C,).
+        weight: (C, C), rows are output channels.
+        inverse: Apply the inverse map.
+        backend: "auto", "reference", "native" or "triton".
+
+    Returns:
+        y (B, C, H, W) in the dtype of x, and logdet (B,) = H·W·(Σ logs + log|det weight|), its negative for the inverse.
+
+    Raises:
+        ValueError: `inverse` meets a weight that is singular or not finite (on the CPU).
+        ValueError, TypeError: A wrong shape, dtype or device; the message names the argument.
     """
     _, channels, _, _ = check_state("actnorm_invconv", "x", x)
     check_tensors("actnorm_invconv", x, *parameters(channels, bias, logs, weight))
-    backend = resolve_backend("actnorm_invconv", backend, x)
+    backend = resolve_backend("actnorm_invconv", backend, x, kernel="flow_step")
     # the flow step without its affines, where eps has no meaning
     return step("actnorm_invconv", x, None, bias, logs, weight, None, 1.0, inverse, backend)

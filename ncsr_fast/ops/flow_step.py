@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from types import ModuleType
-
 import torch
 from torch import Tensor
 
-from ncsr_fast.ops import _fold
-from ncsr_fast.ops._backends import implementation, resolve_backend
-from ncsr_fast.ops._contract import check_eps, check_state, check_tensors, compute_dtype
-from ncsr_fast.ops._operator import Operator
-from ncsr_fast.ops.affine_injector import affine
+from ncsr_fast.ops.affine import affine
+from ncsr_fast.ops.backends import Kernels, covering_backend, kernels, resolve_backend
+from ncsr_fast.ops.contract import check_eps, check_state, check_tensors, compute_dtype, pass_through_channels
 from ncsr_fast.ops.inverse_logdet import invert
+from ncsr_fast.ops.operator import Operator, Pair, Tensors
+from ncsr_fast.ops.reference import flow_step_forward
+from ncsr_fast.ops.registration import Signature
 from ncsr_fast.precision import product
+
+StepTensors = tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor, Tensor | None]
+FoldedTensors = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
 
 
 def flow_step(
@@ -28,24 +30,36 @@ def flow_step(
     inverse: bool = False,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """The coupling of one step, then actnorm, 1×1 convolution and injector of the next; or the inverse of all that.
-
-    z           (B, C, H, W)
-    h_coupling  (B, 2(C - C//2), H, W) as for `affine_coupling`, or None: no coupling
-    bias, logs  (C,), weight (C, C) as for `actnorm_invconv`
-    h_injector  (B, 2C, H, W) as for `affine_injector`, or None: no injector
-    returns     y (B, C, H, W) in the dtype of z, and logdet (B,), the sum of the parts'
+    """Apply the coupling of one step, then actnorm, 1×1 convolution and injector of the next; or the inverse of all that.
 
     Equal to `affine_coupling`, `actnorm_invconv` and `affine_injector` one after the other (the inverses in the opposite
-    order), which all touch one pixel at a time and can share one pass over memory. Computed in float32, or in float64
-    for float64 z; the inverse of `weight` always in float64. Differentiable with respect to every tensor: z, y and the
-    arguments are saved, what is between is recomputed. Raises ValueError when `inverse` meets a weight that is singular
-    or not finite, and ValueError or TypeError naming the argument for a wrong shape, dtype, device or eps.
+    order), which all touch one pixel at a time and can share one pass over memory. Computed in float32, or in float64 for
+    float64 z; the inverse of `weight` always in float64. Differentiable with respect to every tensor: z, y and the arguments
+    are saved, what is between is recomputed.
+
+    Args:
+        z: State (B, C, H, W).
+        h_coupling: (B, 2(C - C//2), H, W) as for `affine_coupling`, or None: no coupling.
+        bias: (C,) as for `actnorm_invconv`, as are `logs` (C,) and `weight` (C, C).
+        logs: (C,).
+        weight: (C, C).
+        h_injector: (B, 2C, H, W) as for `affine_injector`, or None: no injector.
+        eps: Lower bound of the scales.
+        inverse: Apply the inverse map.
+        backend: "auto", "reference", "native" or "triton".
+
+    Returns:
+        y (B, C, H, W) in the dtype of z, and logdet (B,), the sum of the parts', in nats.
+
+    Raises:
+        ValueError: `inverse` meets a weight that is singular or not finite (on the CPU).
+        ValueError, TypeError: A wrong shape, dtype, device or eps; the message names the argument.
     """
     batch, channels, height, width = check_state("flow_step", "z", z)
     check_tensors("flow_step", z, *parameters(channels, bias, logs, weight))
     if h_coupling is not None:
-        check_tensors("flow_step", z, ("h_coupling", h_coupling, (batch, 2 * (channels - channels // 2), height, width)))
+        changed = channels - pass_through_channels(channels)
+        check_tensors("flow_step", z, ("h_coupling", h_coupling, (batch, 2 * changed, height, width)))
     if h_injector is not None:
         check_tensors("flow_step", z, ("h_injector", h_injector, (batch, 2 * channels, height, width)))
     check_eps("flow_step", eps)
@@ -54,7 +68,7 @@ def flow_step(
 
 
 def parameters(channels: int, bias: Tensor, logs: Tensor, weight: Tensor) -> tuple[tuple[str, Tensor, tuple[int, ...]], ...]:
-    """What `check_tensors` is to know of an actnorm and a 1×1 convolution."""
+    """Names, tensors and expected shapes of an actnorm and a 1×1 convolution, for `check_tensors`."""
     return ("bias", bias, (channels,)), ("logs", logs, (channels,)), ("weight", weight, (channels, channels))
 
 
@@ -70,8 +84,63 @@ def step(
     inverse: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """`flow_step` of checked arguments; `op` is who is named when the weight is singular."""
-    return _flow_step(z, h_coupling, bias, logs, weight, h_injector, eps, inverse, op, backend)
+    """`flow_step` of checked arguments; messages about a singular weight name `op`."""
+    y, logdet = _flow_step((z, h_coupling, bias, logs, weight, h_injector), eps, inverse, op, backend)
+    return y, logdet
+
+
+def folded_step(
+    x: Tensor,
+    mix: Tensor,
+    offset: Tensor,
+    h_before: Tensor | None,
+    h_after: Tensor | None,
+    eps: float,
+    inverse: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """`after(mix · before(x) + offset)` and the log|det| (B,) of the two affines: a flow step of folded parameters.
+
+    Args:
+        x: State (B, C, H, W).
+        mix: (C, C) of `fold`, for the direction of `inverse`.
+        offset: (C,), likewise.
+        h_before: Of the affine before the matrix, or None: a coupling's when encoding, an injector's for the inverse.
+        h_after: Of the affine after the matrix, or None: an injector's when encoding, a coupling's for the inverse.
+        eps: Lower bound of the scales.
+        inverse: Both affines are inverse maps.
+        backend: Resolved.
+    """
+    y, logdet = _folded_step((x, mix, offset, h_before, h_after), eps, inverse, backend)
+    return y, logdet
+
+
+def _forward(tensors: StepTensors, eps: float, inverse: bool, op: str, backend: str) -> tuple[Pair, Tensors]:
+    z, h_coupling, bias, logs, weight, h_injector = tensors
+    mix, offset, logdet_of_pixel = _folding(backend, z).fold_forward(op, bias, logs, weight, inverse, compute_dtype(z))
+    before, after = (h_injector, h_coupling) if inverse else (h_coupling, h_injector)
+    y, logdet = kernels(backend).flow_step_forward(z, mix, offset, before, after, eps, inverse)
+    return (y, logdet.add_(logdet_of_pixel * (z.shape[2] * z.shape[3]))), (y,)
+
+
+def _backward(
+    grads: Pair, tensors: StepTensors, saved: tuple[Tensor], _: object, eps: float, inverse: bool, op: str, backend: str
+) -> Tensors:
+    z, h_coupling, bias, logs, weight, h_injector = tensors
+    (dy, dlogdet), folding = grads, _folding(backend, z)
+    mix, _, _ = folding.fold_forward(op, bias, logs, weight, inverse, compute_dtype(z), needs_logdet=False)
+    before, after = (h_injector, h_coupling) if inverse else (h_coupling, h_injector)
+    found = kernels(backend).flow_step_backward(dy, dlogdet, z, *saved, mix, before, after, eps, inverse)
+    dz, dmix, doffset, dbefore, dafter = found
+    dlogdet_of_pixel = dlogdet.sum(dtype=torch.float64) * (z.shape[2] * z.shape[3])
+    dbias, dlogs, dweight = folding.fold_backward(bias, logs, weight, inverse, dmix, doffset, dlogdet_of_pixel)
+    dcoupling, dinjector = (dafter, dbefore) if inverse else (dbefore, dafter)
+    return dz, dcoupling, dbias, dlogs, dweight, dinjector
+
+
+def _folding(backend: str, z: Tensor) -> Kernels:
+    """The backend that folds the parameters: the step's where it can, else the reference, on the device of z."""
+    return kernels(covering_backend("fold", backend, z))
 
 
 def _reference(
@@ -85,93 +154,76 @@ def _reference(
     inverse: bool,
     op: str,
     _: str,
-) -> tuple[Tensor, Tensor]:
+) -> Pair:
     dtype = compute_dtype(z)
-    y, kept = z.to(dtype), z.shape[1] // 2
-    affines = [(h_coupling, kept), (h_injector, 0)]
-    before, after = affines[::-1] if inverse else affines
+    y, pass_through = z.to(dtype), pass_through_channels(z.shape[1])
+    affines = [(h_coupling, pass_through), (h_injector, 0)]
+    (h_before, pass_before), (h_after, pass_after) = affines[::-1] if inverse else affines
     logdets = []
-    if before[0] is not None:
-        y, logdet = affine(y, before[0], before[1], eps, inverse, "reference")
+    if h_before is not None:
+        y, logdet = affine(y, h_before, pass_before, eps, inverse, "reference")
         logdets.append(logdet)
-    y, logdet = _mix(op, y, bias.to(dtype), logs.to(dtype), weight.to(dtype), inverse)
+    y, logdet = _mixed(op, y, bias.to(dtype), logs.to(dtype), weight.to(dtype), inverse)
     logdets.append(logdet)
-    if after[0] is not None:
-        y, logdet = affine(y, after[0], after[1], eps, inverse, "reference")
+    if h_after is not None:
+        y, logdet = affine(y, h_after, pass_after, eps, inverse, "reference")
         logdets.append(logdet)
     return y.to(z.dtype), torch.stack(logdets).sum(dim=0)
 
 
-def _mix(op: str, x: Tensor, bias: Tensor, logs: Tensor, weight: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
-    """Actnorm and 1×1 convolution as the definition has them."""
+def _mixed(op: str, x: Tensor, bias: Tensor, logs: Tensor, weight: Tensor, inverse: bool) -> Pair:
+    """Actnorm and 1×1 convolution by their formulas, or their inverse, with the log-det (B,)."""
     batch, _, height, width = x.shape
     inverses, logdets = invert(weight[None], op, needs_inverse=inverse, backend="reference")
     logdet = (logs.sum() + logdets[0].to(logs.dtype)) * (height * width)
     pixels = x.flatten(2)
     if inverse:
-        mixed = inverses[0].to(weight.dtype)
-        y, logdet = torch.exp(-logs)[:, None] * (product(mixed, pixels)) - bias[:, None], -logdet
+        undone = inverses[0].to(weight.dtype)
+        y, logdet = torch.exp(-logs)[:, None] * product(undone, pixels) - bias[:, None], -logdet
     else:
         y = product(weight, (pixels + bias[:, None]) * torch.exp(logs)[:, None])
     return y.view(x.shape), logdet.expand(batch)
 
 
-def _forward(
-    z: Tensor,
-    h_coupling: Tensor | None,
-    bias: Tensor,
-    logs: Tensor,
-    weight: Tensor,
-    h_injector: Tensor | None,
-    eps: float,
-    inverse: bool,
-    op: str,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    kernels = implementation(backend)
-    mix, offset, of_pixel = _folding(kernels, z).fold(op, bias, logs, weight, inverse, compute_dtype(z))
-    before, after = (h_injector, h_coupling) if inverse else (h_coupling, h_injector)
-    y, logdet = kernels.step_fwd(z, mix, offset, before, after, eps, inverse)
-    return y, logdet.add_(of_pixel * (z.shape[2] * z.shape[3]))
-
-
-def _backward(
-    dy: Tensor,
-    dlogdet: Tensor,
-    y: Tensor,
-    z: Tensor,
-    h_coupling: Tensor | None,
-    bias: Tensor,
-    logs: Tensor,
-    weight: Tensor,
-    h_injector: Tensor | None,
-    eps: float,
-    inverse: bool,
-    op: str,
-    backend: str,
-) -> tuple[Tensor | None, ...]:
-    kernels = implementation(backend)
-    folding = _folding(kernels, z)
-    mix, _, _ = folding.fold(op, bias, logs, weight, inverse, compute_dtype(z), with_logdet=False)
-    before, after = (h_injector, h_coupling) if inverse else (h_coupling, h_injector)
-    dz, dmix, doffset, dbefore, dafter = kernels.step_bwd(dy, dlogdet, z, y, mix, before, after, eps, inverse)
-    of_pixels = dlogdet.sum(dtype=torch.float64) * (z.shape[2] * z.shape[3])
-    dbias, dlogs, dweight = folding.fold_backward(bias, logs, weight, inverse, dmix, doffset, of_pixels)
-    dcoupling, dinjector = (dafter, dbefore) if inverse else (dbefore, dafter)
-    return dz, dcoupling, dbias, dlogs, dweight, dinjector
-
-
-def _folding(kernels: ModuleType, z: Tensor) -> ModuleType:
-    """Who folds the parameters: the backend where it can (C++ on the CPU), else torch, on the device of z."""
-    return kernels if z.device.type == "cpu" and hasattr(kernels, "fold") else _fold
-
-
 _flow_step = Operator(
     "flow_step",
-    "Tensor z, Tensor? h_coupling, Tensor bias, Tensor logs, Tensor weight, Tensor? h_injector",
-    "float eps, bool inverse, str op, str backend",
     forward=_forward,
     backward=_backward,
     reference=_reference,
-    keeps_output=True,
+    signature=Signature(
+        "Tensor z, Tensor? h_coupling, Tensor bias, Tensor logs, Tensor weight, Tensor? h_injector",
+        "float eps, bool inverse, str op, str backend",
+        saved=(0,),
+    ),
+)
+
+
+def _folded_forward(tensors: FoldedTensors, eps: float, inverse: bool, backend: str) -> tuple[Pair, Tensors]:
+    y, logdet = kernels(backend).flow_step_forward(*tensors, eps, inverse)
+    return (y, logdet), (y,)
+
+
+def _folded_backward(
+    grads: Pair, tensors: FoldedTensors, saved: tuple[Tensor], _: object, eps: float, inverse: bool, backend: str
+) -> Tensors:
+    x, mix, _, h_before, h_after = tensors
+    return kernels(backend).flow_step_backward(*grads, x, *saved, mix, h_before, h_after, eps, inverse)
+
+
+def _folded_reference(
+    x: Tensor, mix: Tensor, offset: Tensor, h_before: Tensor | None, h_after: Tensor | None, eps: float, inverse: bool, _: str
+) -> Pair:
+    return flow_step_forward(x, mix, offset, h_before, h_after, eps, inverse)
+
+
+_folded_step = Operator(
+    "folded_step",
+    forward=_folded_forward,
+    backward=_folded_backward,
+    reference=_folded_reference,
+    signature=Signature(
+        "Tensor x, Tensor mix, Tensor offset, Tensor? h_before, Tensor? h_after",
+        "float eps, bool inverse, str backend",
+        saved=(0,),
+    ),
 )

@@ -7,10 +7,10 @@ import math
 import torch
 from torch import Tensor
 
-from ncsr_fast.ops._backends import implementation, resolve_backend
-from ncsr_fast.ops._contract import check_conditions, check_tensors, largest_condition
-from ncsr_fast.ops._operator import Operator
-from ncsr_fast.ops._reference import inverse_logdet as by_pytorch
+from ncsr_fast.ops.backends import kernels, resolve_backend
+from ncsr_fast.ops.contract import check_conditions, check_tensors, largest_condition
+from ncsr_fast.ops.operator import Operator, Pair, Tensors
+from ncsr_fast.ops.registration import Signature
 from ncsr_fast.synchronization import reading_is_free
 
 
@@ -53,20 +53,22 @@ def invert(weight: Tensor, name: str, *, needs_inverse: bool = True, backend: st
         needs_inverse: False for the log|det| alone, which every matrix has: singular ones are then not refused.
         backend: as for `inverse_logdet`.
     """
-    backend = resolve_backend("inverse_logdet", backend, weight, computes_float64=True)
-    return _inverse_logdet(weight.double(), name, needs_inverse, backend)
+    backend = resolve_backend("inverse_logdet", backend, weight)
+    inverse, logdet = _inverse_logdet((weight.double(),), name, needs_inverse, backend)
+    return inverse, logdet
 
 
-def _forward(weight: Tensor, name: str, needs_inverse: bool, backend: str) -> tuple[Tensor, Tensor]:
-    return _checked(implementation(backend).inverse_logdet(weight), name, needs_inverse)
+def _forward(tensors: tuple[Tensor], name: str, needs_inverse: bool, backend: str) -> tuple[Pair, Tensors]:
+    inverse, logdet = _checked(kernels(backend).inverse_logdet(*tensors), name, needs_inverse)
+    return (inverse, logdet), (inverse,)
 
 
-def _reference(weight: Tensor, name: str, needs_inverse: bool, _: str) -> tuple[Tensor, Tensor]:
-    return _checked(by_pytorch(weight), name, needs_inverse)  # named here, where torch.compile traces it
+def _reference(weight: Tensor, name: str, needs_inverse: bool, _: str) -> Pair:
+    return _checked(kernels("reference").inverse_logdet(weight), name, needs_inverse)
 
 
-def _checked(found: tuple[Tensor, Tensor, Tensor], name: str, needs_inverse: bool) -> tuple[Tensor, Tensor]:
-    """(inverse, logdet) of what a backend found: where values may not be read, NaN for an inverse without a correct digit."""
+def _checked(found: tuple[Tensor, Tensor, Tensor], name: str, needs_inverse: bool) -> Pair:
+    """(inverse, logdet) that a backend found; an inverse without a correct digit is NaN where values may not be read."""
     inverse, logdet, condition = found
     if not needs_inverse:
         return inverse, logdet
@@ -77,20 +79,21 @@ def _checked(found: tuple[Tensor, Tensor, Tensor], name: str, needs_inverse: boo
     return torch.where((condition < largest_condition(channels))[:, None, None], inverse, math.nan), logdet
 
 
-def _backward(
-    dinverse: Tensor, dlogdet: Tensor, inverse: Tensor, weight: Tensor, name: str, needs_inverse: bool, backend: str
-) -> tuple[Tensor]:
-    transposed = inverse.transpose(1, 2)
+def _backward(grads: Pair, _: Tensors, saved: tuple[Tensor], __: object, *settings: object) -> tuple[Tensor]:
+    dinverse, dlogdet = grads
+    transposed = saved[0].transpose(1, 2)
     through_logdet = dlogdet[:, None, None] * transposed
     return (torch.baddbmm(through_logdet, transposed @ dinverse, transposed, alpha=-1).contiguous(),)
 
 
+def _fake(weight: Tensor, *_: object) -> Pair:
+    return torch.empty_like(weight, memory_format=torch.contiguous_format), weight.new_empty(weight.shape[0])
+
+
 _inverse_logdet = Operator(
     "inverse_logdet",
-    "Tensor weight",
-    "str name, bool needs_inverse, str backend",
     forward=_forward,
     backward=_backward,
     reference=_reference,
-    keeps_output=True,
+    signature=Signature("Tensor weight", "str name, bool needs_inverse, str backend", fake=_fake, saved=(0,)),
 )

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ncsr_fast import _native as native
 from ncsr_fast.layout import empty_like, in_memory
-from ncsr_fast.ops._contract import check_conditions, compute_dtype
+from ncsr_fast.ops.contract import check_conditions, compute_dtype
 
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}  # csrc/tensor.h
 
@@ -85,16 +85,18 @@ def _per_sample(x: Tensor, dtype: torch.dtype) -> _Passed:
     return _Passed((_address(x), _DTYPES[x.dtype], x.stride(0), 0, 0, 0), x)
 
 
-def _parameter(x: Tensor) -> _Passed:
-    """A matrix or a vector of any strides, in float32 or float64, which is what the folding reads."""
+def _parameter(x: Tensor, dims: int) -> _Passed:
+    """One tensor of `dims` ≤ 2 dimensions, or a stack of them, of any strides, in float32 or float64, which the folding reads."""
     x = in_memory(x)
     x = x if x.dtype in (torch.float32, torch.float64) else x.float()
-    return _Passed((_address(x), _DTYPES[x.dtype], x.stride(0) if x.dim() == 2 else 0, x.stride(-1), 0, 0), x)
+    item = x.stride(0) if x.dim() > dims else 0
+    row, column = (0, 0, *x.stride()[x.dim() - dims :])[-2:]
+    return _Passed((_address(x), _DTYPES[x.dtype], item, 0, row, column), x)
 
 
-def _parameter_written(x: Tensor) -> _Passed:
-    _dense_written(x)
-    return _parameter(x)
+def _parameter_written(x: Tensor, dims: int) -> _Passed:
+    _check_writable(x)
+    return _parameter(x, dims)
 
 
 def _address(x: Tensor) -> int:
@@ -132,81 +134,83 @@ def _logdet(x: Tensor) -> Tensor:
     return torch.empty(x.shape[0], dtype=compute_dtype(x), device=x.device)
 
 
-def affine_fwd(x: Tensor, h: Tensor, kept: int, eps: float, inverse: bool) -> tuple[Tensor, Tensor]:
-    return _pointwise_fwd(False, x, h, kept, eps, inverse)
+def affine_forward(x: Tensor, h: Tensor, pass_through: int, eps: float, inverse: bool) -> tuple[Tensor, Tensor]:
+    return _elementwise_forward(native.Map.affine, x, h, pass_through, eps, inverse)
 
 
-def affine_bwd(
-    dy: Tensor, dlogdet: Tensor, x: Tensor, h: Tensor, kept: int, eps: float, inverse: bool
+def affine_backward(
+    dy: Tensor, dlogdet: Tensor, x: Tensor, h: Tensor, pass_through: int, eps: float, inverse: bool
 ) -> tuple[Tensor, Tensor]:
-    return _pointwise_bwd(False, dy, dlogdet, x, h, kept, eps, inverse)
+    return _elementwise_backward(native.Map.affine, dy, dlogdet, x, h, pass_through, eps, inverse)
 
 
-def gaussian_fwd(x: Tensor, h: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
-    return _pointwise_fwd(True, x, h, x.shape[1] - h.shape[1] // 2, 1.0, inverse)
+def gaussian_split_forward(x: Tensor, h: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+    return _elementwise_forward(native.Map.gaussian, x, h, x.shape[1] - h.shape[1] // 2, 1.0, inverse)
 
 
-def gaussian_bwd(dy: Tensor, dlogdet: Tensor, x: Tensor, h: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
-    return _pointwise_bwd(True, dy, dlogdet, x, h, x.shape[1] - h.shape[1] // 2, 1.0, inverse)
+def gaussian_split_backward(dy: Tensor, dlogdet: Tensor, x: Tensor, h: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+    return _elementwise_backward(native.Map.gaussian, dy, dlogdet, x, h, x.shape[1] - h.shape[1] // 2, 1.0, inverse)
 
 
-def _pointwise_fwd(gaussian: bool, x: Tensor, h: Tensor, kept: int, eps: float, inverse: bool) -> tuple[Tensor, Tensor]:
+def _elementwise_forward(
+    map: Any, x: Tensor, h: Tensor, pass_through: int, eps: float, inverse: bool
+) -> tuple[Tensor, Tensor]:
     y, logdet = empty_like(x), _logdet(x)
     _run(
-        native.pointwise_forward, x, lambda: native.pointwise_workspace(x.shape),
-        gaussian, x.shape, kept, eps, inverse, _read(x), _read(h), _written(y), _dense_written(logdet),
+        native.elementwise_forward, x, lambda: native.elementwise_workspace(x.shape),
+        map, x.shape, pass_through, eps, inverse, _read(x), _read(h), _written(y), _dense_written(logdet),
     )  # fmt: skip
     return y, logdet
 
 
-def _pointwise_bwd(
-    gaussian: bool, dy: Tensor, dlogdet: Tensor, x: Tensor, h: Tensor, kept: int, eps: float, inverse: bool
+def _elementwise_backward(
+    map: Any, dy: Tensor, dlogdet: Tensor, x: Tensor, h: Tensor, pass_through: int, eps: float, inverse: bool
 ) -> tuple[Tensor, Tensor]:
     dx, dh = empty_like(x), empty_like(h)
     _run(
-        native.pointwise_backward, x, lambda: 0, gaussian, x.shape, kept, eps, inverse,
+        native.elementwise_backward, x, lambda: 0, map, x.shape, pass_through, eps, inverse,
         _read(dy), _per_sample(dlogdet, compute_dtype(x)), _read(x), _read(h), _written(dx), _written(dh),
     )  # fmt: skip
     return dx, dh
 
 
-def step_fwd(
-    x: Tensor, mix: Tensor, offset: Tensor, h_pre: Tensor | None, h_post: Tensor | None, eps: float, inverse: bool
+def flow_step_forward(
+    x: Tensor, mix: Tensor, offset: Tensor, h_before: Tensor | None, h_after: Tensor | None, eps: float, inverse: bool
 ) -> tuple[Tensor, Tensor]:
     y, logdet, dtype = empty_like(x), _logdet(x), compute_dtype(x)
     _run(
         native.flow_step_forward, x, lambda: native.flow_step_workspace(x.shape, x.dtype == torch.float64, False),
-        x.shape, eps, inverse, _read(x), _dense(mix, dtype), _dense(offset, dtype), _read(h_pre), _read(h_post), _written(y),
+        x.shape, eps, inverse, _read(x), _dense(mix, dtype), _dense(offset, dtype), _read(h_before), _read(h_after), _written(y),
         _dense_written(logdet),
     )  # fmt: skip
     return y, logdet
 
 
-def step_bwd(
+def flow_step_backward(
     dy: Tensor,
     dlogdet: Tensor,
     x: Tensor,
     y: Tensor,
     mix: Tensor,
-    h_pre: Tensor | None,
-    h_post: Tensor | None,
+    h_before: Tensor | None,
+    h_after: Tensor | None,
     eps: float,
     inverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     dtype, channels = compute_dtype(x), x.shape[1]
     dx, dmix, doffset = empty_like(x), x.new_empty((channels, channels), dtype=dtype), x.new_empty(channels, dtype=dtype)
-    dh_pre = None if h_pre is None else empty_like(h_pre)
-    dh_post = None if h_post is None else empty_like(h_post)
+    dh_before = None if h_before is None else empty_like(h_before)
+    dh_after = None if h_after is None else empty_like(h_after)
     _run(
         native.flow_step_backward, x, lambda: native.flow_step_workspace(x.shape, x.dtype == torch.float64, True),
-        x.shape, eps, inverse, _read(dy), _per_sample(dlogdet, dtype), _read(x), _read(y), _dense(mix, dtype), _read(h_pre),
-        _read(h_post), _written(dx), _dense_written(dmix), _dense_written(doffset), _written(dh_pre), _written(dh_post),
+        x.shape, eps, inverse, _read(dy), _per_sample(dlogdet, dtype), _read(x), _read(y), _dense(mix, dtype), _read(h_before),
+        _read(h_after), _written(dx), _dense_written(dmix), _dense_written(doffset), _written(dh_before), _written(dh_after),
     )  # fmt: skip
-    return dx, dmix.to(mix.dtype), doffset.to(mix.dtype), dh_pre, dh_post
+    return dx, dmix.to(mix.dtype), doffset.to(mix.dtype), dh_before, dh_after
 
 
-def network_fwd(
-    x: Tensor | None,
+def step_network_forward(
+    z1: Tensor | None,
     pre: Tensor,
     w1: Tensor | None,
     w2: Tensor,
@@ -214,97 +218,110 @@ def network_fwd(
     w3: Tensor,
     b3: Tensor,
     *,
-    hidden: tuple[Tensor, Tensor] | None = None,
+    tf32: bool = False,
 ) -> Tensor:
-    """A coupling or injector network of CPU tensors: conv3x3(relu(conv1x1(relu(pre + conv3x3(x))))), channels-last.
+    return _step_network(None, None, z1, pre, w1, w2, b2, w3, b3)
 
-    x may be None, and w1 then is too. Computed in the dtype of pre, float32 or float64; the weights are those of
-    `torch.nn.Conv2d`. To `hidden`, of that dtype, what follows the first and the second relu is written.
-    """
-    (batch, width, rows, columns), outputs = pre.shape, w3.shape[0]
-    h1, h2 = hidden or (None, None)
+
+def step_network_layers(
+    z1: Tensor | None,
+    pre: Tensor,
+    w1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor,
+    w3: Tensor,
+    b3: Tensor,
+    *,
+    tf32: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    h1, h2 = (torch.empty_like(pre, memory_format=torch.channels_last) for _ in range(2))
+    return h1, h2, _step_network(h1, h2, z1, pre, w1, w2, b2, w3, b3)
+
+
+def _step_network(
+    h1: Tensor | None, h2: Tensor | None, z1: Tensor | None, pre: Tensor, w1: Tensor | None, *weights: Tensor
+) -> Tensor:
+    """The output, channels-last; the hidden layers are written to h1 and h2 where they are given."""
+    (batch, width, rows, columns), outputs = pre.shape, weights[-1].shape[0]
     y = _channels_last((batch, outputs, rows, columns), pre)
-    sizes = (batch, rows, columns, 0 if x is None else x.shape[1], width, outputs)
-    weights = [_dense(weight, pre.dtype) for weight in (w1, w2, b2, w3, b3)]
+    sizes = (batch, rows, columns, 0 if z1 is None else z1.shape[1], width, outputs)
     _run(
-        native.network_forward, pre, lambda: 0, sizes, _read(x, pre.dtype), _read(pre), *weights, _written(h1), _written(h2),
-        _written(y),
+        native.step_network_forward, pre, lambda: 0, sizes, _read(z1, pre.dtype), _read(pre),
+        *(_dense(weight, pre.dtype) for weight in (w1, *weights)), _written(h1), _written(h2), _written(y),
     )  # fmt: skip
     return y
 
 
-def conv3x3_fwd(
+def conv3x3_forward(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     *,
-    copies: bool = False,
+    upsample2x: bool = False,
     slope: float = 1.0,
+    tf32: bool = False,
     out: Tensor | None = None,
     accumulate: bool = False,
 ) -> Tensor:
-    """leaky_relu(conv3x3(x, weight) + bias) of CPU tensors, zeros around x; added to what `out` holds with `accumulate`.
-
-    Computed in the dtype of x, float32 or float64, which is that of `out` too. x and out are best with the channels of a pixel
-    adjacent, and may be different channels of one tensor. With `copies` it is the convolution of x enlarged to twice its size,
-    by 2×2 copies of every pixel.
-    """
-    return _convolution(x, weight, bias, copies, slope, None, False, out, accumulate)
+    """As the reference's; x and `out` are best with the channels of a pixel adjacent."""
+    return _conv3x3(x, weight, bias, upsample2x, slope, None, False, out, accumulate)
 
 
-def conv3x3_bwd_input(
+def conv3x3_backward(
     dy: Tensor,
+    x: Tensor,
     weight: Tensor,
+    needed: tuple[bool, bool, bool],
     *,
-    copies: bool = False,
-    gate: Tensor | None = None,
-    slope: float = 1.0,
-    out: Tensor | None = None,
-    accumulate: bool = False,
-) -> Tensor:
-    """The gradient of x of `conv3x3_fwd` without leaky relu, added to what `out` holds with `accumulate`.
+    upsample2x: bool = False,
+    relu: tuple[Tensor, float] | None = None,
+    tf32: bool = False,
+    dx: Tensor | None = None,
+    dweight: Tensor | None = None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    if needed[0]:
+        relu_output, slope = relu or (None, 1.0)
+        dx = _conv3x3(dy, weight, None, upsample2x, slope, relu_output, True, dx, dx is not None)
+    if not (needed[1] or needed[2]):
+        return dx, None, None
+    return dx, *_conv3x3_backward_weight(dy, x, upsample2x, dweight)
 
-    Where x ends with the channels of `gate`, which a leaky relu of this slope made, of them it is the sum's gradient of what
-    was before the leaky relu.
-    """
-    return _convolution(dy, weight, None, copies, slope, gate, True, out, accumulate)
 
-
-def conv3x3_bwd_weight(dy: Tensor, x: Tensor, *, copies: bool = False, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The gradients of weight and bias of `conv3x3_fwd` without leaky relu; that of weight is written to `out`, some of the
-    inputs of a dense weight, if there is one."""
+def _conv3x3_backward_weight(dy: Tensor, x: Tensor, upsample2x: bool, out: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Gradients of weight and bias."""
     outputs, inputs = dy.shape[1], x.shape[1]
     dweight, dbias = dy.new_empty((outputs, inputs, 3, 3)) if out is None else out, dy.new_empty(outputs)
     _run(
-        native.convolution_gradient, dy, lambda: 0, (*_sizes(x, dy), inputs, outputs), copies, _read(x, dy.dtype), _read(dy),
+        native.conv3x3_gradient, dy, lambda: 0, (*_sizes(x, dy), inputs, outputs), upsample2x, _read(x, dy.dtype), _read(dy),
         *_weight_written(dweight), _dense_written(dbias),
     )  # fmt: skip
     return dweight, dbias
 
 
-def _convolution(
+def _conv3x3(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    copies: bool,
+    upsample2x: bool,
     slope: float,
-    gate: Tensor | None,
+    relu_output: Tensor | None,
     transposed: bool,
     out: Tensor | None,
     accumulate: bool,
 ) -> Tensor:
+    """The convolution, or with `transposed` the gradient of its input, of which x is then the gradient of the output."""
     batch, inputs, rows, columns = x.shape
     outputs = weight.shape[1 if transposed else 0]
     if out is None:
-        if copies:
+        if upsample2x:
             rows, columns = (rows // 2, columns // 2) if transposed else (2 * rows, 2 * columns)
         out = _channels_last((batch, outputs, rows, columns), x)
         if accumulate:
             out.zero_()
     _run(
-        native.convolution_forward, x, lambda: 0, (*_sizes(x, out), inputs, outputs), copies, _read(x),
-        *_weight(weight, x.dtype, transposed), _dense(bias, x.dtype), slope, _read(gate, x.dtype),
-        0 if gate is None else gate.shape[1], transposed, accumulate, _written(out),
+        native.conv3x3_forward, x, lambda: 0, (*_sizes(x, out), inputs, outputs), upsample2x, _read(x),
+        *_weight(weight, x.dtype, transposed), _dense(bias, x.dtype), slope, _read(relu_output, x.dtype),
+        0 if relu_output is None else relu_output.shape[1], transposed, accumulate, _written(out),
     )  # fmt: skip
     return out
 
@@ -329,34 +346,36 @@ def inverse_logdet(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return inverse, logdet, condition
 
 
-def fold(
-    op: str, bias: Tensor, logs: Tensor, weight: Tensor, inverse: bool, dtype: torch.dtype, with_logdet: bool = True
-) -> tuple[Tensor, Tensor, float]:
-    """As `ops._fold.fold`, for CPU tensors."""
-    channels = weight.shape[0]
-    mix, offset = weight.new_empty((channels, channels), dtype=dtype), weight.new_empty(channels, dtype=dtype)
-    logdet, condition = _fold_by(
-        native.fold_forward, channels, _parameter(bias), _parameter(logs), _parameter(weight), inverse, with_logdet,
-        _parameter_written(mix), _parameter_written(offset),
+def fold_forward(
+    name: str,
+    bias: Tensor,
+    logs: Tensor,
+    weight: Tensor,
+    inverse: bool,
+    dtype: torch.dtype,
+    needs_logdet: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    channels, count = weight.shape[-1], weight.shape[0] if weight.dim() == 3 else 1
+    mix, offset = weight.new_empty(weight.shape, dtype=dtype), weight.new_empty(bias.shape, dtype=dtype)
+    logdet, condition = (weight.new_empty(bias.shape[:-1], dtype=torch.float64) for _ in range(2))
+    _run(
+        native.fold_forward, weight, lambda: 0, count, channels, inverse, needs_logdet, _parameter(bias, 1),
+        _parameter(logs, 1), _parameter(weight, 2), _parameter_written(mix, 2), _parameter_written(offset, 1),
+        _parameter_written(logdet, 0), _parameter_written(condition, 0),
     )  # fmt: skip
     if inverse:
-        check_conditions(op, [condition], channels)
+        check_conditions(name, condition.flatten().tolist(), channels)
     return mix, offset, logdet
 
 
 def fold_backward(
     bias: Tensor, logs: Tensor, weight: Tensor, inverse: bool, dmix: Tensor, doffset: Tensor, dlogdet: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `ops._fold.fold_backward`, for CPU tensors."""
-    read = [_parameter(x) for x in (bias, logs, weight)]
-    grads = [x.new_empty(x.shape, dtype=compute_dtype(x)) for x in (bias, logs, weight)]
-    _fold_by(
-        native.fold_backward, weight.shape[0], *read, inverse, _parameter(dmix), _parameter(doffset), float(dlogdet),
-        *map(_parameter_written, grads),
+    channels, count = weight.shape[-1], weight.shape[0] if weight.dim() == 3 else 1
+    dbias, dlogs, dweight = (x.new_empty(x.shape, dtype=compute_dtype(x)) for x in (bias, logs, weight))
+    _run(
+        native.fold_backward, weight, lambda: 0, count, channels, inverse, _parameter(bias, 1), _parameter(logs, 1),
+        _parameter(weight, 2), _parameter(dmix, 2), _parameter(doffset, 1), _parameter(dlogdet.double(), 0),
+        _parameter_written(dbias, 1), _parameter_written(dlogs, 1), _parameter_written(dweight, 2),
     )  # fmt: skip
-    dbias, dlogs, dweight = (grad.to(tensor.dtype) for grad, tensor in zip(grads, (bias, logs, weight)))
-    return dbias, dlogs, dweight
-
-
-def _fold_by(call: Callable[..., Any], *arguments: object) -> Any:
-    return call(*(argument.value if type(argument) is _Passed else argument for argument in arguments))
+    return dbias.to(bias.dtype), dlogs.to(logs.dtype), dweight.to(weight.dtype)

@@ -62,6 +62,11 @@ def check_conditions(name: str, conditions: Sequence[float], channels: int) -> N
             )
 
 
+def pass_through_channels(channels: int) -> int:
+    """The number of channels z1 that a coupling reads and leaves unchanged: the first half."""
+    return channels // 2
+
+
 def compute_dtype(state: Tensor) -> torch.dtype:
     """Arithmetic and log-determinants are float32 whatever the storage, float64 for float64."""
     return torch.float64 if state.dtype == torch.float64 else torch.float32

@@ -1,0 +1,343 @@
+"""The implementations of the operators: what each of them provides, which there are on this machine, and the choice of one."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, cast
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("reference", "native", "triton")
+_MODULES = {"reference": "ncsr_fast.ops.reference", "native": "ncsr_fast.ops.native", "triton": "ncsr_fast.kernels"}
+_NOT_INSTALLED = "this is a source tree that was not installed; in it: pip install -e ."
+_PREFERRED = {"cpu": ("native",), "cuda": ("triton", "native")}  # what "auto" tries before the reference
+
+
+class Kernels(Protocol):
+    """What a backend provides: functions of checked tensors without autograd, each documented in `ncsr_fast.ops.reference`.
+
+    The reference has all of them; what the others have, on which devices and in which dtypes, says `COVERAGE`.
+    """
+
+    def affine_forward(self, x: Tensor, h: Tensor, pass_through: int, eps: float, inverse: bool) -> tuple[Tensor, Tensor]: ...
+
+    def affine_backward(
+        self, dy: Tensor, dlogdet: Tensor, x: Tensor, h: Tensor, pass_through: int, eps: float, inverse: bool
+    ) -> tuple[Tensor, Tensor]: ...
+
+    def gaussian_split_forward(self, x: Tensor, h: Tensor, inverse: bool) -> tuple[Tensor, Tensor]: ...
+
+    def gaussian_split_backward(
+        self, dy: Tensor, dlogdet: Tensor, x: Tensor, h: Tensor, inverse: bool
+    ) -> tuple[Tensor, Tensor]: ...
+
+    def flow_step_forward(
+        self,
+        x: Tensor,
+        mix: Tensor,
+        offset: Tensor,
+        h_before: Tensor | None,
+        h_after: Tensor | None,
+        eps: float,
+        inverse: bool,
+    ) -> tuple[Tensor, Tensor]: ...
+
+    def flow_step_backward(
+        self,
+        dy: Tensor,
+        dlogdet: Tensor,
+        x: Tensor,
+        y: Tensor,
+        mix: Tensor,
+        h_before: Tensor | None,
+        h_after: Tensor | None,
+        eps: float,
+        inverse: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]: ...
+
+    def inverse_logdet(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]: ...
+
+    def fold_forward(
+        self,
+        name: str,
+        bias: Tensor,
+        logs: Tensor,
+        weight: Tensor,
+        inverse: bool,
+        dtype: torch.dtype,
+        needs_logdet: bool = True,
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
+
+    def fold_backward(
+        self, bias: Tensor, logs: Tensor, weight: Tensor, inverse: bool, dmix: Tensor, doffset: Tensor, dlogdet: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
+
+    def conv3x3_forward(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        *,
+        upsample2x: bool = False,
+        slope: float = 1.0,
+        tf32: bool = False,
+        out: Tensor | None = None,
+        accumulate: bool = False,
+    ) -> Tensor: ...
+
+    def conv3x3_backward(
+        self,
+        dy: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        needed: tuple[bool, bool, bool],
+        *,
+        upsample2x: bool = False,
+        relu: tuple[Tensor, float] | None = None,
+        tf32: bool = False,
+        dx: Tensor | None = None,
+        dweight: Tensor | None = None,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]: ...
+
+    def step_network_forward(
+        self,
+        z1: Tensor | None,
+        pre: Tensor,
+        w1: Tensor | None,
+        w2: Tensor,
+        b2: Tensor,
+        w3: Tensor,
+        b3: Tensor,
+        *,
+        tf32: bool = False,
+    ) -> Tensor: ...
+
+    def step_network_layers(
+        self,
+        z1: Tensor | None,
+        pre: Tensor,
+        w1: Tensor | None,
+        w2: Tensor,
+        b2: Tensor,
+        w3: Tensor,
+        b3: Tensor,
+        *,
+        tf32: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
+
+
+class Coverage(NamedTuple):
+    """Where a backend has an operator: for tensors on these devices, of these dtypes."""
+
+    devices: tuple[str, ...]
+    dtypes: tuple[torch.dtype, ...]
+
+
+_FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+_WIDE = (torch.float32, torch.float64)
+_NARROW = (torch.float32, torch.float16, torch.bfloat16)
+# "cpu" of Triton is its interpreter
+COVERAGE: dict[str, dict[str, Coverage]] = {
+    "native": {
+        "affine": Coverage(("cpu", "cuda"), _FLOATS),
+        "gaussian_split": Coverage(("cpu", "cuda"), _FLOATS),
+        "flow_step": Coverage(("cpu", "cuda"), _FLOATS),
+        "inverse_logdet": Coverage(("cpu", "cuda"), _FLOATS),
+        "fold": Coverage(("cpu",), _FLOATS),
+        "conv3x3": Coverage(("cpu",), _WIDE),
+        "step_network": Coverage(("cpu",), _WIDE),
+    },
+    "triton": {
+        "affine": Coverage(("cpu", "cuda"), _NARROW),
+        "gaussian_split": Coverage(("cpu", "cuda"), _NARROW),
+        "flow_step": Coverage(("cpu", "cuda"), _NARROW),
+        "inverse_logdet": Coverage(("cpu", "cuda"), _FLOATS),
+    },
+}
+
+
+class BackendUnavailable(RuntimeError):
+    """The backend asked for by name cannot run here; the message says what is missing."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """Whether a backend can be used, and why not."""
+
+    name: str
+    available: bool
+    reason: str
+
+
+def backends(device: str | torch.device | None = None, dtype: torch.dtype = torch.float32) -> dict[str, Backend]:
+    """The backends of the flow's operators for tensors of a device and dtype, with the reason where one is not available.
+
+    Args:
+        device: The tensors' device; None is the GPU where there is one, else the CPU.
+        dtype: The tensors' dtype.
+
+    Returns:
+        A `Backend` by name: "reference", "native", "triton".
+    """
+    kind = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")).type
+    missing = {name: _missing(name, "affine", kind, _DTYPE_NAMES.get(dtype, str(dtype))) for name in BACKENDS}
+    return {name: Backend(name, not why, why or _description(name, kind)) for name, why in missing.items()}
+
+
+def resolve_backend(op: str, backend: str = "auto", like: Tensor | None = None, *, kernel: str = "") -> str:
+    """The name of the backend that runs an operator for tensors like `like`.
+
+    Args:
+        op: The operator, as messages name it.
+        backend: "auto" chooses the fastest that can run; a backend by name is returned or refused.
+        like: A tensor of the device and dtype in question; None is float32 on the GPU where there is one, else on the CPU.
+        kernel: The name in `COVERAGE` where it is not `op`.
+
+    Raises:
+        BackendUnavailable: The backend named cannot run; the message says what is missing.
+        ValueError: There is no backend of that name.
+    """
+    kind, dtype = _kind_of(like)
+    kernel = kernel or op
+    if backend == "auto":
+        return _best(kernel, kind, dtype)
+    if backend not in BACKENDS:
+        raise ValueError(f"{op}: backend must be one of 'auto', {', '.join(map(repr, BACKENDS))}, not {backend!r}")
+    missing = _missing(backend, kernel, kind, dtype)
+    if missing:
+        raise BackendUnavailable(f"{op}: backend {backend!r} is not available: {missing}")
+    return backend
+
+
+def covering_backend(kernel: str, backend: str, like: Tensor) -> str:
+    """`backend` where it has the kernel for tensors like `like`, else "reference"; "auto" chooses as `resolve_backend` does."""
+    kind, dtype = _kind_of(like)
+    if backend == "auto":
+        return _best(kernel, kind, dtype)
+    return "reference" if _missing(backend, kernel, kind, dtype) else backend
+
+
+@functools.cache
+def kernels(backend: str) -> Kernels:
+    """The functions of a backend."""
+    return cast(Kernels, importlib.import_module(_MODULES[backend]))
+
+
+_DTYPE_NAMES = {dtype: str(dtype) for dtype in _FLOATS}
+
+
+def _kind_of(like: Tensor | None) -> tuple[str, str]:
+    """The type of the device, and the name of the dtype."""
+    if like is None:
+        return ("cuda" if torch.cuda.is_available() else "cpu"), "torch.float32"
+    return like.device.type, _DTYPE_NAMES.get(like.dtype, "another dtype")
+
+
+def _constant(function: Callable[..., str]) -> Callable[..., str]:
+    """Evaluated once, and when `torch.compile` meets it called instead of traced.
+
+    The mark is what `torch.compiler.assume_constant_result` leaves, which would import the compiler to do so.
+    """
+    setattr(function, "_dynamo_marked_constant", True)
+    cached = functools.cache(function)
+
+    def call(*arguments: str) -> str:
+        return function(*arguments) if torch.compiler.is_compiling() else cached(*arguments)
+
+    return call
+
+
+@_constant
+def _best(kernel: str, kind: str, dtype: str) -> str:
+    return next((name for name in _PREFERRED.get(kind, ()) if not _missing(name, kernel, kind, dtype)), "reference")
+
+
+@_constant
+def _missing(name: str, kernel: str, kind: str, dtype: str) -> str:
+    """Why a backend cannot run a kernel, or nothing."""
+    if name == "reference":
+        return ""
+    if kind not in ("cpu", "cuda"):
+        return f"it runs on CPU and CUDA tensors, not on {kind} ones; use backend='reference'"
+    return (_native_missing(kind) if name == "native" else _triton_missing(kind)) or _not_covered(name, kernel, kind, dtype)
+
+
+def _not_covered(name: str, kernel: str, kind: str, dtype: str) -> str:
+    """What a backend that is here lacks, or nothing."""
+    coverage = COVERAGE[name].get(kernel)
+    if coverage is None:
+        return f"it has no {kernel}; use backend='reference'"
+    if kind not in coverage.devices:
+        return f"its {kernel} runs on {' and '.join(coverage.devices)} tensors, not on {kind} ones; use backend='reference'"
+    if dtype not in map(str, coverage.dtypes):
+        others = [other for other in BACKENDS if other != name and dtype in map(str, _dtypes(other, kernel))]
+        return f"its {kernel} does not compute in {dtype.removeprefix('torch.')}; use backend={' or '.join(map(repr, others))}"
+    return ""
+
+
+def _dtypes(name: str, kernel: str) -> tuple[torch.dtype, ...]:
+    return _FLOATS if name == "reference" else COVERAGE[name][kernel].dtypes if kernel in COVERAGE[name] else ()
+
+
+def _native_missing(kind: str) -> str:
+    try:
+        native = compiled_module()
+    except ImportError as error:
+        return f"{error}; {_native_mend(Path(__file__).parents[1])}"
+    # asked for CUDA tensors alone: the question initialises CUDA, which a child forked afterwards cannot use
+    return native.cuda_unavailable() if kind == "cuda" else ""
+
+
+def _triton_missing(kind: str) -> str:
+    try:
+        kernels("triton")
+    except ImportError as error:
+        return f"the Triton kernels cannot be imported ({error}): {_triton_mend(error)}"
+    if kind == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        return "the Triton kernels run on CUDA tensors; on CPU ones only in the interpreter (TRITON_INTERPRET=1)"
+    return ""
+
+
+def compiled_module() -> Any:
+    """The compiled module `ncsr_fast._native`; ImportError where there is none for this Python and machine."""
+    return importlib.import_module("ncsr_fast._native")
+
+
+def _native_mend(package: Path) -> str:
+    """Advice where the compiled module cannot be imported."""
+    modules = [path.name for path in package.glob("_native.*") if path.suffix in (".so", ".pyd")]
+    account = package / "build_info.txt"  # setup.py's, of the installation
+    if any(name == f"_native{suffix}" for name in modules for suffix in EXTENSION_SUFFIXES):
+        return "it was built for another machine; install the package again on this one: pip install --force-reinstall ."
+    if modules:
+        return f"{modules[0]} was built for another Python; install the package again: {sys.executable} -m pip install ."
+    if not account.exists():
+        return _NOT_INSTALLED
+    reason = account.read_text(encoding="utf-8").strip()
+    return f"{reason}; with a C++ compiler (g++ or clang++), install the package again: pip install ."
+
+
+def _triton_mend(error: ImportError) -> str:
+    """Advice where the Triton kernels cannot be imported."""
+    if error.name == _MODULES["triton"]:
+        return _NOT_INSTALLED
+    if error.name == "triton" and isinstance(error, ModuleNotFoundError):
+        return "pip install 'ncsr_fast[triton]'" if sys.platform == "linux" else "there is no Triton for this system"
+    return "another version is needed: pip install --upgrade 'ncsr_fast[triton]'"
+
+
+def _description(name: str, kind: str) -> str:
+    if name == "reference":
+        return "plain PyTorch, any device and dtype"
+    if name == "native":
+        native = compiled_module()
+        return f"{'CUDA' if kind == 'cuda' else 'C++ for ' + native.instruction_set()} ({native.build_info})"
+    return f"Triton {importlib.import_module('triton').__version__}" + (" (interpreter)" if kind == "cpu" else "")

@@ -1,0 +1,87 @@
+"""Actnorm and 1×1 convolution folded into one affine map of a pixel, of all steps of a level at once."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ncsr_fast.ops.backends import covering_backend, kernels, resolve_backend
+from ncsr_fast.ops.contract import check_tensors
+from ncsr_fast.ops.operator import Operator, Tensors
+from ncsr_fast.ops.reference import fold_forward
+from ncsr_fast.ops.registration import Signature
+
+Maps = tuple[Tensor, Tensor, Tensor]
+
+
+def fold(
+    bias: Tensor, logs: Tensor, weight: Tensor, *, inverse: bool = False, backend: str = "auto"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The affine maps `y = mix · x + offset` of a pixel that actnorms and 1×1 convolutions are, or their inverses.
+
+    `mix = weight · diag(exp(logs))` and `offset = mix · bias`; for the inverse, `mix = diag(exp(-logs)) · weight⁻¹` and
+    `offset = -bias`. Computed in float64 whatever the dtype. Differentiable with respect to every tensor.
+
+    Args:
+        bias: (N, C).
+        logs: (N, C).
+        weight: (N, C, C), rows are output channels.
+        inverse: The inverse maps.
+        backend: "auto", "reference", or "native" for CPU tensors.
+
+    Returns:
+        mix (N, C, C), offset (N, C) and the log-det (N,) of a pixel, ±(Σ logs + log|det weight|), all float64.
+
+    Raises:
+        ValueError: On the CPU, for a matrix without an inverse, where the inverse is wanted. On a GPU it is NaN instead.
+        ValueError, TypeError: A wrong shape, dtype or device; the message names the argument.
+
+    Example:
+        >>> mix, offset, logdet = ops.fold(torch.zeros(18, 12), torch.zeros(18, 12), torch.eye(12).expand(18, 12, 12))
+    """
+    if not isinstance(weight, Tensor) or weight.dim() != 3:
+        shape = tuple(weight.shape) if isinstance(weight, Tensor) else type(weight).__name__
+        raise ValueError(f"fold: weight must have shape (N, C, C), not {shape}")
+    count, channels, _ = weight.shape
+    expected = ("bias", bias, (count, channels)), ("logs", logs, (count, channels)), ("weight", weight, (count, channels, channels))
+    check_tensors("fold", weight, *expected)
+    resolve_backend("fold", backend, weight)
+    return folded(bias, logs, weight, inverse, "fold: matrix {}", backend)
+
+
+def folded(bias: Tensor, logs: Tensor, weight: Tensor, inverse: bool, name: str, backend: str) -> Maps:
+    """`fold` of checked arguments, by the reference where the backend has no kernel.
+
+    Args:
+        name: The argument that messages name where a matrix has no inverse; {} becomes its number.
+    """
+    mix, offset, logdet = _fold((bias, logs, weight), inverse, name, covering_backend("fold", backend, weight))
+    return mix, offset, logdet
+
+
+def _forward(tensors: Maps, inverse: bool, name: str, backend: str) -> tuple[Maps, Tensors]:
+    return kernels(backend).fold_forward(name, *tensors, inverse, torch.float64), ()
+
+
+def _backward(grads: Maps, tensors: Maps, _: Tensors, __: object, inverse: bool, name: str, backend: str) -> Maps:
+    return kernels(backend).fold_backward(*tensors, inverse, *grads)
+
+
+def _reference(bias: Tensor, logs: Tensor, weight: Tensor, inverse: bool, name: str, _: str) -> Maps:
+    return fold_forward(name, bias, logs, weight, inverse, torch.float64)
+
+
+def _fake(bias: Tensor, logs: Tensor, weight: Tensor, *_: object) -> Maps:
+    mix, offset, logdet = (weight.new_empty(tensor.shape, dtype=torch.float64) for tensor in (weight, bias, bias[:, 0]))
+    return mix, offset, logdet
+
+
+_fold = Operator(
+    "fold",
+    forward=_forward,
+    backward=_backward,
+    reference=_reference,
+    signature=Signature(
+        "Tensor bias, Tensor logs, Tensor weight", "bool inverse, str name, str backend", fake=_fake, outputs=3
+    ),
+)

@@ -1,0 +1,126 @@
+"""The autograd wrapper of every map with a hand-written backward pass.
+
+An eager call goes straight to the kernels, inside an `autograd.Function` where gradients are recorded: the dispatcher would
+cost as much as a small kernel. Under `torch.compile` or with fake tensors the call goes through the registered operator
+`ncsr_fast::<name>` (`registration.py`), which has a schema, a fake and an autograd formula; a map that is not registered runs
+its reference there, which is made of maps that are. What kernels cannot do, plain PyTorch does whatever the backend: gradients
+of gradients, and calls under `torch.func` transforms or batched gradients, whose tensors have no memory of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ncsr_fast.autocast import without_autocast
+from ncsr_fast.layout import has_memory, is_eager, traced, transformed
+from ncsr_fast.ops.registration import Registered, Signature
+
+Tensors = tuple[Tensor | None, ...]
+Outputs = tuple[Tensor, ...]
+Pair = tuple[Tensor, Tensor]
+
+
+class Operator:
+    """A differentiable map (tensors, *settings) → outputs, all tuples; `torch.autocast` touches neither it nor its gradient.
+
+    Args:
+        name: The name of the autograd node, and of the registered operator.
+        forward: (tensors, *settings) → (outputs, tensors saved for the backward pass besides the inputs).
+        backward: (gradients of the outputs, inputs, saved, needed, *settings) → the gradient of every input; that of an
+            input which is None, or whose flag in `needed` is False, is not looked at.
+        reference: (*tensors, *settings) → outputs, in plain PyTorch.
+        signature: The types of the tensors and settings, for an operator that is registered; the last setting is its backend.
+        autograd_of_reference: True: with the backend "reference" autograd differentiates the reference. False: `forward` and
+            `backward` serve that backend too.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        forward: Callable[..., tuple[Outputs, Tensors]],
+        backward: Callable[..., Tensors],
+        reference: Callable[..., Outputs],
+        signature: Signature | None = None,
+        autograd_of_reference: bool = True,
+    ) -> None:
+        self.forward, self.backward, self.reference = forward, backward, reference
+        self._registered = None if signature is None else Registered(name, signature, self)
+        self._autograd_of_reference = signature is not None and autograd_of_reference
+        self._function = self._make_function(name)
+
+    def __call__(self, tensors: Tensors, *settings: Any) -> Outputs:
+        given = [tensor for tensor in tensors if tensor is not None]
+        with without_autocast(given[0].device.type):
+            return self._compute(tensors, given, settings)
+
+    def _compute(self, tensors: Tensors, given: list[Tensor], settings: tuple[Any, ...]) -> Outputs:
+        if self._by_pytorch(settings):
+            if self._autograd_of_reference or traced() or not all(map(is_eager, given)):
+                return self.reference(*tensors, *settings)
+        elif not torch.compiler.is_compiling() and transformed():
+            return self.reference(*tensors, *settings)
+        elif self._registered is not None and (traced() or not all(map(has_memory, given))):
+            return self._registered(tensors, settings)
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given):
+            outputs: Outputs = self._function.apply(len(tensors), *tensors, *settings)
+            return outputs
+        return self.forward(tensors, *settings)[0]
+
+    def _by_pytorch(self, settings: tuple[Any, ...]) -> bool:
+        """Whether `forward` and `backward` are made of what PyTorch and other operators do, and reach no kernel themselves."""
+        return self._registered is None or settings[-1] == "reference"
+
+    def _make_function(self, name: str) -> type[torch.autograd.Function]:
+        def forward(ctx: Any, count: int, *arguments: Any) -> Outputs:  # a setup_context would cost 25 µs a call
+            inputs, settings = arguments[:count], arguments[count:]
+            outputs, saved = self.forward(inputs, *settings)
+            ctx.save_for_backward(*inputs, *saved)
+            ctx.count, ctx.settings = count, settings
+            return outputs
+
+        def gradient(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+            saved = ctx.saved_tensors  # once: torch.utils.checkpoint recomputes them for it
+            needed = ctx.needs_input_grad[1 : ctx.count + 1]
+            found = self.gradients(grads, saved[: ctx.count], saved[ctx.count :], needed, ctx.settings, self.backward)
+            return None, *found, *([None] * len(ctx.settings))
+
+        methods: dict[str, Callable[..., Any]] = {"forward": forward, "backward": gradient}
+        return type(name, (torch.autograd.Function,), {key: staticmethod(method) for key, method in methods.items()})
+
+    def gradients(
+        self,
+        grads: Tensors,
+        inputs: Tensors,
+        saved: Tensors,
+        needed: tuple[bool, ...],
+        settings: tuple[Any, ...],
+        backward: Callable[..., Tensors],
+    ) -> Tensors:
+        """The gradient of every input, None where it is not needed: by `backward`, or by autograd on the reference where a
+        gradient of it is wanted (create_graph=True) or `grads` have no memory that a kernel could read."""
+        given = [grad for grad in grads if grad is not None]
+        with without_autocast(given[0].device.type):
+            eager = is_eager if self._by_pytorch(settings) else has_memory
+            if torch.is_grad_enabled() or not all(map(eager, given)):
+                return self._gradients_of_reference(grads, inputs, needed, settings)
+            found = backward(grads, inputs, saved, needed, *settings)
+        return tuple(gradient if wanted else None for gradient, wanted in zip(found, needed))
+
+    def _gradients_of_reference(
+        self, grads: Tensors, inputs: Tensors, needed: tuple[bool, ...], settings: tuple[Any, ...]
+    ) -> Tensors:
+        create_graph = torch.is_grad_enabled()
+        with torch.enable_grad():
+            # views, so that an input counts as one of its own where it was computed from another
+            views = [None if tensor is None else tensor.view_as(tensor) for tensor in inputs]
+            pairs = zip(self.reference(*views, *settings), grads)
+            recorded = [(output, grad) for output, grad in pairs if output is not None and output.requires_grad]
+        outputs, weights = zip(*recorded)
+        wanted = [view for view, need in zip(views, needed) if need]
+        found = iter(torch.autograd.grad(outputs, wanted, weights, create_graph=create_graph, allow_unused=True))
+        return tuple(next(found) if need else None for need in needed)

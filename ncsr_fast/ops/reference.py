@@ -1,0 +1,346 @@
+"""The kernels in plain PyTorch: specification of what a backend computes, fallback where there is no kernel, and test oracle.
+
+    affine           y = (x + t)·s on the channels from `pass_through` on, or its inverse y = x/s - t; s = sigmoid(raw + 2) + eps
+    gaussian_split   eps = (x - mean)·exp(-logs) on the last channels, or its inverse, and the log-density
+    flow_step        y = after(mix·before(x) + offset), with two such affines
+    inverse_logdet   W⁻¹, log|det W| and the condition number of W
+    fold             actnorm and 1×1 convolution as one affine map y = mix·x + offset of a pixel
+    conv3x3          zero-padded 3×3 convolution, of an upsampled input, added to an output, through the mask of a leaky ReLU
+    step_network     w3 ∗ relu(w2 · relu(w1 ∗ z1 + pre) + b2) + b3
+
+`ncsr_fast.ops.backends.Kernels` has their signatures.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ncsr_fast.layout import is_channels_last
+from ncsr_fast.ops.contract import compute_dtype, pass_through_channels
+from ncsr_fast.ops.inverse_logdet import invert
+from ncsr_fast.ops.plain_convolution import Needed, convolve, convolve_backward
+from ncsr_fast.precision import product
+
+
+def affine_forward(x: Tensor, h: Tensor, pass_through: int, eps: float, inverse: bool) -> tuple[Tensor, Tensor]:
+    """y in the dtype of x, and Σ log|det| (B,)."""
+    dtype = compute_dtype(x)
+    h = h.to(dtype)
+    shift, scale = h[:, 0::2], torch.sigmoid(h[:, 1::2] + 2) + eps
+    logdet = torch.log(scale).sum(dim=(1, 2, 3))
+    changed = x[:, pass_through:].to(dtype)
+    y = changed / scale - shift if inverse else (changed + shift) * scale
+    y = torch.cat([x[:, :pass_through], y.to(x.dtype)], dim=1) if pass_through else y.to(x.dtype)
+    return y, -logdet if inverse else logdet
+
+
+def affine_backward(
+    dy: Tensor, dlogdet: Tensor, x: Tensor, h: Tensor, pass_through: int, eps: float, inverse: bool
+) -> tuple[Tensor, Tensor]:
+    """Gradients of x and h, from the input x."""
+    return _affine_gradients(dy, dlogdet, affine_forward(x, h, pass_through, eps, inverse)[0], h, pass_through, eps, inverse)
+
+
+def _affine_gradients(
+    dy: Tensor, dlogdet: Tensor, y: Tensor, h: Tensor, pass_through: int, eps: float, inverse: bool
+) -> tuple[Tensor, Tensor]:
+    """From the output y: dx = dy·s and ds = (dy·y + g)/s, or for the inverse dx = dy/s and ds = -(dx·(y + t) + g/s)."""
+    dtype = compute_dtype(y)
+    values = h.to(dtype)
+    gate, g = torch.sigmoid(values[:, 1::2] + 2), dlogdet[:, None, None, None]
+    scale = gate + eps
+    changed, dchanged = y[:, pass_through:].to(dtype), dy[:, pass_through:].to(dtype)
+    if inverse:
+        dchanged = dchanged / scale
+        dshift, dscale = -dy[:, pass_through:].to(dtype), -(dchanged * (changed + values[:, 0::2]) + g / scale)
+    else:
+        dscale = (dchanged * changed + g) / scale
+        dchanged = dchanged * scale
+        dshift = dchanged
+    dh = torch.stack([dshift, dscale * gate * (1 - gate)], dim=2).flatten(1, 2)
+    dx = torch.cat([dy[:, :pass_through], dchanged.to(dy.dtype)], dim=1) if pass_through else dchanged.to(dy.dtype)
+    return dx, dh.to(h.dtype)
+
+
+def gaussian_log_density(eps: Tensor) -> Tensor:
+    """log N(eps; 0, 1) of every element, in nats."""
+    return -0.5 * (eps * eps + math.log(2 * math.pi))
+
+
+def gaussian_split_forward(x: Tensor, h: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+    """y in the dtype of x, and the log-density (B,) of the last channels, its negative for the inverse."""
+    taken, dtype = h.shape[1] // 2, compute_dtype(x)
+    mean, logs = h[:, 0::2].to(dtype), h[:, 1::2].to(dtype)
+    z1, last = x[:, :-taken], x[:, -taken:].to(dtype)
+    eps = last if inverse else (last - mean) * torch.exp(-logs)
+    logdet = (gaussian_log_density(eps) - logs).sum(dim=(1, 2, 3))
+    changed = mean + torch.exp(logs) * eps if inverse else eps
+    return torch.cat([z1, changed.to(x.dtype)], dim=1), -logdet if inverse else logdet
+
+
+def gaussian_split_backward(dy: Tensor, dlogdet: Tensor, x: Tensor, h: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+    """Gradients of x and h. With d = dy - g·eps: dx = d·exp(-logs), dmean = -dx, dlogs = -d·eps - g; the inverse, whose x is
+    eps: dx = dy·exp(logs) + g·x, dmean = dy, dlogs = dy·exp(logs)·x + g."""
+    taken, dtype, g = h.shape[1] // 2, compute_dtype(x), dlogdet[:, None, None, None]
+    mean, logs = h[:, 0::2].to(dtype), h[:, 1::2].to(dtype)
+    last, dlast = x[:, -taken:].to(dtype), dy[:, -taken:].to(dtype)
+    if inverse:
+        scaled = dlast * torch.exp(logs)
+        dchanged, dmean, dlogs = scaled + g * last, dlast, scaled * last + g
+    else:
+        eps = (last - mean) * torch.exp(-logs)
+        d = dlast - g * eps
+        dchanged = d * torch.exp(-logs)
+        dmean, dlogs = -dchanged, -d * eps - g
+    dh = torch.stack([dmean, dlogs], dim=2).flatten(1, 2).to(h.dtype)
+    return torch.cat([dy[:, :-taken], dchanged.to(dy.dtype)], dim=1), dh
+
+
+def flow_step_forward(
+    x: Tensor, mix: Tensor, offset: Tensor, h_before: Tensor | None, h_after: Tensor | None, eps: float, inverse: bool
+) -> tuple[Tensor, Tensor]:
+    """y in the dtype of x, and the log|det| (B,) of the affines. Encoding, `before` is a coupling; decoding, `after`."""
+    pass_before, pass_after = _pass_through(x, inverse)
+    y, logdet = x.to(mix.dtype), x.new_zeros(x.shape[0], dtype=compute_dtype(x))
+    if h_before is not None:
+        y, part = affine_forward(y, h_before, pass_before, eps, inverse)
+        logdet = logdet + part
+    y = mixed(mix, y) + offset[:, None, None]
+    if h_after is not None:
+        y, part = affine_forward(y, h_after, pass_after, eps, inverse)
+        logdet = logdet + part
+    return y.to(x.dtype), logdet
+
+
+def flow_step_backward(
+    dy: Tensor,
+    dlogdet: Tensor,
+    x: Tensor,
+    y: Tensor,
+    mix: Tensor,
+    h_before: Tensor | None,
+    h_after: Tensor | None,
+    eps: float,
+    inverse: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Gradients of x, mix, offset, h_before and h_after, from the input x and the output y."""
+    pass_before, pass_after = _pass_through(x, inverse)
+    dh_before = dh_after = None
+    dw = dy.to(mix.dtype)
+    if h_after is not None:
+        dw, dh_after = _affine_gradients(dw, dlogdet, y.to(mix.dtype), h_after, pass_after, eps, inverse)
+    a = x.to(mix.dtype)
+    if h_before is not None:
+        a, _ = affine_forward(a, h_before, pass_before, eps, inverse)
+    pixels = dw.flatten(2)
+    dmix, doffset = product(pixels, a.flatten(2).mT).sum(dim=0), pixels.sum(dim=(0, 2))
+    dx = mixed(mix.mT, dw)
+    if h_before is not None:
+        dx, dh_before = _affine_gradients(dx, dlogdet, a, h_before, pass_before, eps, inverse)
+    return dx.to(x.dtype), dmix, doffset, dh_before, dh_after
+
+
+def mixed(mix: Tensor, x: Tensor) -> Tensor:
+    """mix·x at every pixel of x (B, C, H, W), in the layout of x."""
+    if is_channels_last(x):
+        return product(x.movedim(1, 3), mix.mT).movedim(3, 1)
+    return product(mix, x.flatten(2)).view(x.shape)
+
+
+def _pass_through(x: Tensor, inverse: bool) -> tuple[int, int]:
+    """Pass-through channels of the affine before the matrix and of the one after it."""
+    half = pass_through_channels(x.shape[1])
+    return (0, half) if inverse else (half, 0)
+
+
+def inverse_logdet(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """W⁻¹ (N, C, C), log|det W| (N,) and the condition number ‖W‖·‖W⁻¹‖ (N,) in the ∞-norm, by PyTorch's LU."""
+    inverse, info = torch.linalg.inv_ex(weight)
+    condition = torch.linalg.matrix_norm(weight, torch.inf) * torch.linalg.matrix_norm(inverse, torch.inf)
+    condition = torch.where(info == 0, condition, torch.inf)  # the inverse of a singular matrix may be anything
+    return inverse.contiguous(), torch.linalg.slogdet(weight)[1], condition.detach()  # LAPACK's inverse is column-major
+
+
+def fold_forward(
+    name: str,
+    bias: Tensor,
+    logs: Tensor,
+    weight: Tensor,
+    inverse: bool,
+    dtype: torch.dtype,
+    needs_logdet: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Actnorms and 1×1 convolutions as affine maps of a pixel, computed in float64.
+
+        y = mix·x + offset,  mix = weight·diag(exp(logs)),     offset = mix·bias
+        x = mix·y + offset,  mix = diag(exp(-logs))·weight⁻¹,  offset = -bias     for the inverse
+
+    Args:
+        name: The argument that messages name where a matrix has no inverse; {} becomes its number.
+        bias: (N, C), or (C,) of a single map.
+        logs: Likewise.
+        weight: (N, C, C), or (C, C).
+        inverse: The inverse maps.
+        dtype: Of mix and offset.
+        needs_logdet: False where the log-det is not looked at.
+
+    Returns:
+        mix (N, C, C), offset (N, C), and the log-det (N,) of a pixel in float64, ±(Σ logs + log|det weight|); without N for
+        a single map.
+
+    Raises:
+        ValueError: The inverse is wanted, a weight has none, and the host may read values.
+    """
+    single, bias, logs, weight = weight.dim() == 2, bias.double(), logs.double(), weight.double()
+    logdet = logs.sum(dim=-1)
+    if inverse or needs_logdet:
+        undone, logdets = invert(weight[None] if single else weight, name, needs_inverse=inverse)
+        undone, logdets = (undone[0], logdets[0]) if single else (undone, logdets)
+        logdet = logdet + logdets
+    if inverse:
+        mix, offset, logdet = torch.exp(-logs)[..., :, None] * undone, -bias, -logdet
+    else:
+        mix = weight * torch.exp(logs)[..., None, :]
+        offset = (mix @ bias[..., None])[..., 0]
+    return mix.to(dtype).contiguous(), offset.to(dtype), logdet
+
+
+def fold_backward(
+    bias: Tensor, logs: Tensor, weight: Tensor, inverse: bool, dmix: Tensor, doffset: Tensor, dlogdet: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of bias, logs and weight of `fold_forward` in their dtypes; dlogdet is (N,), or () for a single map."""
+    dtypes, single = (bias.dtype, logs.dtype, weight.dtype), weight.dim() == 2
+    bias, logs, weight, dmix, doffset, dlogdet = (t.double() for t in (bias, logs, weight, dmix, doffset, dlogdet))
+    undone = invert(weight[None] if single else weight, "", needs_inverse=False)[0]
+    turned = (undone[0] if single else undone).mT  # weight⁻ᵀ, the gradient of log|det weight|
+    g = dlogdet[..., None, None]
+    if inverse:
+        scaled = torch.exp(-logs)[..., :, None] * dmix
+        dbias, dlogs = -doffset, -(scaled * turned.mT).sum(dim=-1) - dlogdet[..., None]
+        dweight = -turned @ scaled @ turned - g * turned
+    else:
+        scale = torch.exp(logs)[..., None, :]
+        mix = weight * scale
+        total = dmix + doffset[..., :, None] * bias[..., None, :]  # offset is mix·bias
+        dbias, dlogs = (mix.mT @ doffset[..., None])[..., 0], (total * mix).sum(dim=-2) + dlogdet[..., None]
+        dweight = total * scale + g * turned
+    return dbias.to(dtypes[0]), dlogs.to(dtypes[1]), dweight.to(dtypes[2])
+
+
+def conv3x3_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    upsample2x: bool = False,
+    slope: float = 1.0,
+    tf32: bool = False,
+    out: Tensor | None = None,
+    accumulate: bool = False,
+) -> Tensor:
+    """leaky_relu(weight ∗ x + bias), zeros around x, in the dtype of x.
+
+    Args:
+        x: (B, C, H, W), read with nearest-neighbour upsampling ×2 with `upsample2x`.
+        weight: (N, C, 3, 3).
+        bias: (N,) or None.
+        slope: Of the leaky ReLU; 1 is none.
+        tf32: Whether a GPU may round float32 operands to TF32.
+        out: Written to and returned, if given; may be other channels of the memory of x.
+        accumulate: Add to `out` instead.
+    """
+    y = convolve(_upsampled(x) if upsample2x else x, weight, bias, tf32)
+    if slope != 1 and out is not None and not accumulate:
+        return torch.ops.aten.leaky_relu.out(y, slope, out=out)
+    y = y if slope == 1 else F.leaky_relu(y, slope)
+    if out is None:
+        return y
+    return out.add_(y) if accumulate else out.copy_(y)
+
+
+def conv3x3_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    needed: Needed,
+    *,
+    upsample2x: bool = False,
+    relu: tuple[Tensor, float] | None = None,
+    tf32: bool = False,
+    dx: Tensor | None = None,
+    dweight: Tensor | None = None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of x, weight and bias of `conv3x3_forward` without its leaky ReLU, in the dtype of x, those that are `needed`.
+
+    Args:
+        dy: Gradient of the output.
+        x: (B, C, H, W); with `upsample2x` its gradient is the sum over the 2×2 copies of a pixel.
+        weight: (N, C, 3, 3).
+        needed: Which of the three.
+        upsample2x: As in the forward pass.
+        relu: Output of a leaky ReLU, the trailing channels of x, and its slope. For those channels the gradient, with what
+            `dx` holds, is multiplied by the derivative of the leaky ReLU: 1 where its output is positive, else the slope.
+        tf32: Whether a GPU may round float32 operands to TF32.
+        dx: Added to and returned, if given.
+        dweight: Written to and returned, if given: may be some of the inputs of a dense one.
+    """
+    read = _upsampled(x) if upsample2x else x
+    found, dfound, dbias = convolve_backward(dy, read, weight, needed, tf32)
+    if found is not None:
+        found = F.avg_pool2d(found, 2, divisor_override=1) if upsample2x else found
+        dx = found if dx is None else dx.add_(found)
+        if relu is not None:
+            last = dx[:, -relu[0].shape[1] :]
+            torch.ops.aten.leaky_relu_backward.grad_input(last, *relu, True, grad_input=last)
+    return dx, dfound if dweight is None or dfound is None else dweight.copy_(dfound), dbias
+
+
+def _upsampled(x: Tensor) -> Tensor:
+    return F.interpolate(x, scale_factor=2, mode="nearest")
+
+
+def step_network_forward(
+    z1: Tensor | None,
+    pre: Tensor,
+    w1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor,
+    w3: Tensor,
+    b3: Tensor,
+    *,
+    tf32: bool = False,
+) -> Tensor:
+    """h (B, outputs, H, W) = w3 ∗ h2 + b3 with h1 = relu(w1 ∗ z1 + pre) and h2 = relu(w2 · h1 + b2), in the dtype of pre.
+
+    Args:
+        z1: (B, C, H, W) of any dtype, or None with w1 None.
+        pre: (B, hidden, H, W).
+        w1: (hidden, C, 3, 3).
+        w2: (hidden, hidden, 1, 1).
+        b2: (hidden,).
+        w3: (outputs, hidden, 3, 3).
+        b3: (outputs,).
+        tf32: Whether a GPU may round float32 operands to TF32.
+    """
+    return step_network_layers(z1, pre, w1, w2, b2, w3, b3, tf32=tf32)[2]
+
+
+def step_network_layers(
+    z1: Tensor | None,
+    pre: Tensor,
+    w1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor,
+    w3: Tensor,
+    b3: Tensor,
+    *,
+    tf32: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """h1, h2 and h of `step_network_forward`."""
+    h1 = F.relu(pre if z1 is None or w1 is None else convolve(z1.to(pre.dtype), w1, None, tf32) + pre)
+    h2 = F.relu(convolve(h1, w2, b2, tf32))
+    return h1, h2, convolve(h2, w3, b3, tf32)
