@@ -26,7 +26,7 @@ REST = "rest"
 # The part of a pass that an operator belongs to, by the innermost function on the stack that is here; "*" is any other of
 # its module.
 PARTS: dict[str, dict[str, str]] = {
-    "ncsr_fast.nn.encoder": {"*": "encoder"},
+    "ncsr_fast.encoder.rrdb": {"*": "encoder"},
     "ncsr_fast.engine.dense_block": {"*": "encoder"},
     "ncsr_fast.engine.folding": {"*": "fold"},
     "ncsr_fast.engine.hoisting": {"*": "hoist"},
@@ -38,7 +38,7 @@ PARTS: dict[str, dict[str, str]] = {
     "ncsr_fast.engine.level_gradient": {"_injector_backward": "injectors", "_forward": "steps", "_backward": "steps"},
     "ncsr_fast.engine.fused_level": {"_prior": "split"},
     "ncsr_fast.ops.gaussian_split": {"*": "split"},
-    "ncsr_fast.nn.sampling": {"draw_latents": "draws", "_first_bad": "watch"},
+    "ncsr_fast.flow.samples": {"draw_latents": "draws", "_first_bad": "watch"},
     "ncsr_fast.training.batch": {"*": "data"},
     "ncsr_fast.graphs": {"_count": "clipping"},
     "torch.nn.utils.clip_grad": {"*": "clipping"},
@@ -47,7 +47,7 @@ PARTS: dict[str, dict[str, str]] = {
     # the backward passes of single convolutions, and of what is plain PyTorch, the fold foremost
     "ncsr_fast.benchmarks.fake_cuda": {"_backward": "autograd"},
 }  # fmt: skip
-_CONVOLUTION, _OTHER_CONVOLUTIONS = "ncsr_fast.engine.convolution", "other convolutions"
+_CONVOLUTION, _OTHER_CONVOLUTIONS = "ncsr_fast.ops.conv3x3", "other convolutions"
 
 # Launches of operators that are more than one: those with a filled result, and estimates for batched linear algebra.
 _SEVERAL = {

@@ -5,4 +5,12 @@ from ncsr_fast.kernels.flow_step import flow_step_backward, flow_step_forward
 from ncsr_fast.kernels.gaussian_split import gaussian_split_backward, gaussian_split_forward
 from ncsr_fast.kernels.inverse_logdet import inverse_logdet
 
-__all__ = ["affine_backward", "affine_forward", "gaussian_split_backward", "gaussian_split_forward", "inverse_logdet", "flow_step_backward", "flow_step_forward"]
+__all__ = [
+    "affine_backward",
+    "affine_forward",
+    "gaussian_split_backward",
+    "gaussian_split_forward",
+    "inverse_logdet",
+    "flow_step_backward",
+    "flow_step_forward",
+]

@@ -11,7 +11,9 @@ import importlib
 
 from ncsr_fast import ops
 from ncsr_fast.config import NCSRConfig
-from ncsr_fast.nn import NCSR, RRDB, CheckpointError
+from ncsr_fast.encoder.rrdb import RRDB
+from ncsr_fast.files import CheckpointError
+from ncsr_fast.model import NCSR
 
 __version__ = "0.1.0"
 __all__ = [

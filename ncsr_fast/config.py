@@ -1,8 +1,9 @@
-"""The shape of a model: everything needed to build one, and nothing about its weights."""
+"""A flow as data: everything needed to build a model, and nothing about its weights."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +29,153 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
+CONDITIONS = ("features", "noise", None)
+
+
+@dataclass(frozen=True)
+class Branch:
+    """An affine map `(z + shift) · scale` of a conditional step, whose shift and scale a network computes.
+
+    Args:
+        name: The attribute of the level that holds the networks of all its steps; what state dicts call them.
+        condition: What the networks are conditioned on: "features", the encoder's; "noise", the noise at the level's
+            resolution; or None.
+        changes_all: True: every channel is changed, and the network reads the condition alone (SRFlow's injector). False: the
+            second half of the channels is changed, and the network reads the first half too (a coupling).
+        steps: How many of the last steps of the level have it; None: all of them.
+        network: The kind of the networks, a name in `ncsr_fast.flow.networks.NETWORKS`.
+    """
+
+    name: str
+    condition: str | None = "features"
+    changes_all: bool = False
+    steps: int | None = None
+    network: str = "glow"
+
+    def __post_init__(self) -> None:
+        if not self.name.isidentifier():
+            raise ValueError(f"a branch's name must be an identifier, not {self.name!r}")
+        if self.condition not in CONDITIONS:
+            raise ValueError(f"branch {self.name}: condition must be one of {CONDITIONS}, not {self.condition!r}")
+        if self.changes_all and self.condition is None:
+            raise ValueError(f"branch {self.name} changes all channels and has no condition: its network would read nothing")
+
+    @property
+    def label(self) -> str:
+        """The branch of one step in words: "noise coupling" for noise_couplings."""
+        return self.name.replace("_", " ").removesuffix("s")
+
+
+INJECTORS, COUPLINGS = Branch("injectors", changes_all=True), Branch("couplings")
+
+
+@dataclass(frozen=True)
+class LevelConfig:
+    """A level of a flow: squeeze, transition steps, conditional steps, split.
+
+    Args:
+        steps: Conditional steps: actnorm, 1×1 convolution, branches.
+        condition_channels: Channels of the features u.
+        branches: The branches of a conditional step, in the order in which encoding applies them.
+        transition_steps: Steps of actnorm and 1×1 convolution alone, before the conditional ones.
+        split_channels: Channels that leave the flow as a latent after the last step; 0: none.
+        squeeze: Side of the blocks of pixels that become channels before the first step; 1: none.
+    """
+
+    steps: int
+    condition_channels: int
+    branches: tuple[Branch, ...] = (INJECTORS, COUPLINGS)
+    transition_steps: int = 0
+    split_channels: int = 0
+    squeeze: int = 2
+
+    def __post_init__(self) -> None:
+        for name, least in (
+            ("steps", 1),
+            ("condition_channels", 0),
+            ("transition_steps", 0),
+            ("split_channels", 0),
+            ("squeeze", 1),
+        ):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < least:
+                raise ValueError(f"{name} of a level must be an integer ≥ {least}, not {value!r}")
+        counts = ((branch, self.steps if branch.steps is None else min(branch.steps, self.steps)) for branch in self.branches)
+        # a branch that no step has is none, and one that asks for more steps than there are has all
+        object.__setattr__(self, "branches", tuple(dataclasses.replace(b, steps=count) for b, count in counts if count > 0))
+        names = [branch.name for branch in self.branches]
+        if len(set(names)) != len(names):
+            raise ValueError(f"the branches of a level need names of their own: {', '.join(names)}")
+
+
+@dataclass(frozen=True)
+class FlowConfig:
+    """A conditional flow: its levels, and what it flows from and to.
+
+    Args:
+        scale: Sides of the HR image over those of the LR image.
+        levels: From the HR side.
+        channels: Of an image.
+        hidden_channels: Width of the networks.
+        noise_channels: Of the noise condition: 0 none, those of the image, or 1 for its standard deviation.
+        eps: Lower bound of a branch's scale.
+        prior: Of the top latent: "standard", N(0, 1); "encoder", N(mean, 1) with the encoder's `Condition.prior_mean`.
+        base: What sampled images are added to, and the flow's images are residuals of: None, or "bicubic", the LR image
+            enlarged (half-pixel centres, a = -0.75, as `torch.nn.functional.interpolate` has it).
+        lr_multiple: LR images are padded so that their sides are multiples of it.
+    """
+
+    scale: int
+    levels: tuple[LevelConfig, ...]
+    channels: int = 3
+    hidden_channels: int = 64
+    noise_channels: int = 0
+    eps: float = 1e-4
+    prior: str = "standard"
+    base: str | None = None
+    lr_multiple: int = 2
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "levels", tuple(self.levels))
+        for name, allowed in (("prior", ("standard", "encoder")), ("base", (None, "bicubic"))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, not {getattr(self, name)!r}")
+        if not self.levels:
+            raise ValueError("a flow needs a level")
+        if not self.noise_channels and any(branch.condition == "noise" for level in self.levels for branch in level.branches):
+            raise ValueError("a branch has the noise as condition, and noise_channels is 0")
+        if self.levels[-1].split_channels:
+            raise ValueError("the last level needs no split: its state is the top latent")
+        if self.scale * self.lr_multiple % math.prod(level.squeeze for level in self.levels):
+            raise ValueError(
+                f"the levels squeeze HR images by {math.prod(level.squeeze for level in self.levels)}, and the sides of one are "
+                f"multiples of scale · lr_multiple = {self.scale * self.lr_multiple}"
+            )
+        for index, (level, channels) in enumerate(zip(self.levels, self.level_channels())):
+            if level.split_channels >= channels:
+                raise ValueError(f"level {index + 1} has {channels} channels, and its split takes {level.split_channels}")
+
+    def level_channels(self) -> list[int]:
+        """Channels C of the state inside each level, from the HR side."""
+        channels, inside = self.channels, []
+        for level in self.levels:
+            channels *= level.squeeze**2
+            inside.append(channels)
+            channels -= level.split_channels
+        return inside
+
+    def latent_shapes(self, height: int, width: int) -> list[tuple[int, int, int]]:
+        """(C, h, w) of each latent of an LR image of that size: those of the splits in encoding order, then the top one."""
+        sides = [-(-side // self.lr_multiple) * self.lr_multiple * self.scale for side in (height, width)]
+        shapes = []
+        for index, (level, channels) in enumerate(zip(self.levels, self.level_channels())):
+            sides = [side // level.squeeze for side in sides]
+            taken = channels if index == len(self.levels) - 1 else level.split_channels
+            if taken:
+                shapes.append((taken, sides[0], sides[1]))
+        return shapes
+
+
 @dataclass(frozen=True)
 class NCSRConfig:
     """Architecture of an NCSR or SRFlow model.
@@ -36,19 +184,20 @@ class NCSRConfig:
     1/2^ℓ of the HR size, and there are log2(scale) + 1 of them, so that the last one works at half
     the LR size.
 
-    scale            super-resolution factor, 4 or 8
-    channels         width of the encoder (`nf` of the published options)
-    growth           channels each dense-block convolution adds (`gc`)
-    blocks           number of residual-in-residual dense blocks of the encoder (`nb`)
-    stacked_blocks   indices of the blocks whose outputs condition the flow
-    steps            conditional flow steps of each level (`K`)
-    transition_steps unconditional steps (actnorm + 1×1 convolution) that open each level
-    hidden_channels  width of the injector and coupling networks
-    noise_channels   0: no noise-conditional layer (SRFlow); 3: conditioned on the noise image (NCSR);
-                     1: conditioned on its standard deviation
-    noise_steps      for each level, how many of its last steps carry a noise-conditional layer (`S`);
-                     all zero with noise_channels > 0 is NCSR "without the layer"
-    eps              lower bound of a coupling's or injector's scale
+    Args:
+        scale: Super-resolution factor, 4 or 8.
+        channels: Width of the encoder (`nf` of the published options).
+        growth: Channels that each convolution of a dense block adds (`gc`).
+        blocks: Number of residual-in-residual dense blocks of the encoder (`nb`).
+        stacked_blocks: Indices of the blocks whose outputs condition the flow.
+        steps: Conditional steps of each level (`K`).
+        transition_steps: Unconditional steps (actnorm and 1×1 convolution) that open each level.
+        hidden_channels: Width of the injector and coupling networks.
+        noise_channels: 0: no noise-conditional layer (SRFlow); 3: conditioned on the noise image (NCSR); 1: conditioned on
+            the standard deviation of the noise.
+        noise_steps: For each level, how many of its last steps carry a noise-conditional layer (`S`); all zero with
+            noise_channels > 0 is NCSR "without the layer".
+        eps: Lower bound of a coupling's or injector's scale.
     """
 
     scale: int = 4
@@ -118,6 +267,23 @@ class NCSRConfig:
         The published models split after every level but the last two.
         """
         return round(channels * 0.5) if level < self.levels - 2 else 0
+
+    @property
+    def flow(self) -> FlowConfig:
+        """The flow that the architecture is."""
+        levels = []
+        for index, channels in enumerate(self.level_channels()):
+            noise = Branch("noise_couplings", "noise", steps=self.noise_steps[index])
+            branches = (INJECTORS, noise, COUPLINGS)
+            split = self.split_channels(index, channels)
+            levels.append(LevelConfig(self.steps, self.condition_channels, branches, self.transition_steps, split))
+        return FlowConfig(
+            self.scale,
+            tuple(levels),
+            hidden_channels=self.hidden_channels,
+            noise_channels=self.noise_channels,
+            eps=self.eps,
+        )
 
     @classmethod
     def preset(cls, name: str) -> NCSRConfig:

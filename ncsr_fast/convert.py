@@ -9,13 +9,14 @@ from pathlib import Path
 import torch
 
 from ncsr_fast import files
+from ncsr_fast.checkpoints import models, published
+from ncsr_fast.checkpoints.state_dicts import read_named
 from ncsr_fast.config import NCSRConfig
+from ncsr_fast.encoder import checkpoints as rrdb_files
+from ncsr_fast.encoder import names as rrdb_names
+from ncsr_fast.encoder.rrdb import RRDB
 from ncsr_fast.hub import find_model
-from ncsr_fast.nn import encoder_names, published
-from ncsr_fast.nn.checkpoints import is_own
-from ncsr_fast.nn.encoder import RRDB
-from ncsr_fast.nn.ncsr import NCSR
-from ncsr_fast.nn.state_dicts import read_named
+from ncsr_fast.model import NCSR
 from ncsr_fast.places import check_apart, files_of_model
 
 _SAFETENSORS = ".safetensors"
@@ -106,14 +107,14 @@ def _read(path: Path, config: NCSRConfig | None, long_skip: str | None) -> tuple
             return NCSR.from_pretrained(path), None
         return RRDB.from_pretrained(path, long_skip=long_skip), None
     named = read_named(path)
-    if is_own(named.tensors) or any(name.startswith("flowUpsamplerNet.") for name in named.tensors):
+    if models.is_own(named.tensors) or any(name.startswith("flowUpsamplerNet.") for name in named.tensors):
         _refuse_long_skip(path, long_skip)
-        model = NCSR.from_state_dict(named.tensors, path, config)
-        return model, None if is_own(named.tensors) else named.names
+        model = models.model_of_state_dict(NCSR, named.tensors, path, config)
+        return model, None if models.is_own(named.tensors) else named.names
     if config is not None:
         raise ValueError(f"config belongs to a flow; {str(path)!r} is a generator")
-    state = encoder_names.generator_state(named)
-    return RRDB.from_state_dict(state, long_skip), state.names
+    state = rrdb_names.generator_state(named)
+    return rrdb_files.from_state(RRDB, state, long_skip), state.names
 
 
 def _refuse_long_skip(path: Path, long_skip: str | None) -> None:
@@ -150,7 +151,7 @@ def _rows(model: NCSR | RRDB, names: dict[str, str] | None, wrapper: str | None)
         places = published.places(model)
         written = {name: name for name in places}
     else:
-        layout = [name for name, _ in encoder_names.encoder_layout(model)]
+        layout = [name for name, _ in rrdb_names.encoder_layout(model)]
         places = dict(zip(layout, model.state_dict()))
         written = dict(zip(layout, model.published_state_dict()))
     prefix = f"{wrapper}/" if wrapper else ""

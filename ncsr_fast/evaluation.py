@@ -15,7 +15,7 @@ from ncsr_fast.data.perturb import degrade
 from ncsr_fast.metrics.fidelity import lr_psnr, psnr, ssim, to_uint8
 from ncsr_fast.metrics.imresize import imresize
 from ncsr_fast.metrics.perceptual import diversity_score, error_maps, lpips
-from ncsr_fast.nn.ncsr import NCSR
+from ncsr_fast.model import NCSR
 
 _MULTIPLE = 8  # of which many scripts make the sides of HR images, whatever the scale
 

@@ -18,15 +18,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ncsr_fast.engine.conditioning import fold_level, mix_level
-from ncsr_fast.engine.convolution import convolution
-from ncsr_fast.engine.folding import LOG_SCALE
+from ncsr_fast.config import NCSRConfig
+from ncsr_fast.engine.folding import LOG_SCALE, fold_mixing, fold_networks
 from ncsr_fast.engine.options import EngineOptions
 from ncsr_fast.files import atomic_write
+from ncsr_fast.flow.walk import downward
+from ncsr_fast.ops.conv3x3 import convolution
 
 if TYPE_CHECKING:
-    from ncsr_fast.nn.level import FlowLevel
-    from ncsr_fast.nn.ncsr import NCSR
+    from ncsr_fast.flow.level import FlowLevel
+    from ncsr_fast.model import NCSR
 
 _OPSET = 18
 _TOLERANCE = 1e-4  # of the largest pixel, where that is more than 1
@@ -142,7 +143,7 @@ def _difference(graph: bytes, decoder: Decoder, reference: NCSR) -> float:
         latents = latents or [torch.zeros(batch, *shape) for shape in reference.latent_shapes(height, width)]
         with torch.no_grad():
             expected = reference.decode([latent.double() for latent in latents], lr.double())
-        expected = reference.shown(expected, lr) if decoder.clip else expected
+        expected = reference.inputs.shown(expected, lr) if decoder.clip else expected
         found = torch.from_numpy(found).double()
         gap = torch.where(found.isnan() & expected.isnan(), 0, found - expected).abs().max()
         gap = gap / expected.nan_to_num(0).abs().max().clamp(min=1)
@@ -165,6 +166,8 @@ class Decoder(nn.Module):
 
     def __init__(self, model: NCSR, deterministic: bool = False, clip: bool = True) -> None:
         super().__init__()
+        if not isinstance(model.config, NCSRConfig):
+            raise ValueError("the exporter knows the architectures of NCSRConfig, and this model is a flow of one's own")
         self.deterministic, self.clip = deterministic, clip
         self.latents = [(channels, side) for channels, side, _ in model.latent_shapes(2, 2)]  # side to two LR pixels
         self.inputs = [] if deterministic else [f"latent{index}" for index in range(len(self.latents))]  # beside lr
@@ -197,30 +200,37 @@ class Decoder(nn.Module):
         if self.deterministic:
             halves = lr.shape[2] // 2, lr.shape[3] // 2
             latents = tuple(lr.new_zeros(lr.shape[0], c, *(side * half for half in halves)) for c, side in self.latents)
-        *taken, z = latents
-        features = self.encoder.features(lr)
-        for level, u in zip(reversed(self.levels), reversed(features)):
-            z = level(z, taken.pop() if level.split is not None else None, u)
+        z, features = latents[-1], self.encoder.features(lr)
+        for index, level, latent in downward(self.levels, latents):
+            z = level(z, latent, features[index])
         return torch.where(z.isfinite(), z.clamp(0, 1), torch.nan) if self.clip else z
 
 
 class _Level(nn.Module):
-    """`FlowLevel.decode` without noise and log-determinant: state of the next level → state of this one's input."""
+    """`FlowLevel.decode` with zero noise and without log-determinant: state of the next level → state of this one's input."""
 
     def __init__(self, level: FlowLevel) -> None:
         super().__init__()
-        self.eps, self.steps = level.eps, level.steps
-        self.changed = level.channels - level.kept
-        networks, mixing = fold_level(level, level.actnorm_bias.dtype), mix_level(level, inverse=True)
+        self.eps, self.squeeze, self.split_channels = level.eps, level.squeeze, level.split_channels
+        dtype = level.actnorm_bias.dtype
+        pairs = [
+            fold_networks(level.networks(branch), 0 if branch.changes_all else level.pass_through, dtype)
+            for branch in level.branches
+        ]
+        mixing = fold_mixing(level.actnorm_bias, level.actnorm_logs, level.invconv, level.transition_steps, inverse=True)
         self.split = _Convolution(*_halves(*_prior(level))) if level.split_channels else None
-        # the part of all networks' first layers that sees u, the injectors' first: one convolution
-        self.hoisted = _Convolution(networks.hoisted.weight, networks.hoisted.bias)
-        self.injectors = nn.ModuleList(_Network(networks.injectors, index) for index in range(self.steps))
-        self.couplings = nn.ModuleList(_Network(networks.couplings, index) for index in range(self.steps))
-        # of zero noise only the bias of the first layer is left
-        self.noise_couplings = nn.ModuleList(
-            _Network(networks.noise_couplings, index, bias)
-            for index, bias in enumerate(networks.hoisted_noise.bias.chunk(level.noise_steps) if level.noise_steps else ())
+        self.changed = level.channels - level.pass_through
+        hoisted = [hoisted for branch, (_, hoisted) in zip(level.branches, pairs) if branch.condition == "features"]
+        # the part of all networks' first layers that sees u: one convolution
+        self.hoisted = _Convolution(torch.cat([h.weight for h in hoisted]), torch.cat([h.bias for h in hoisted]))
+        self.hoists = [branch.condition == "features" for branch in level.branches]
+        self.networks = nn.ModuleList(
+            nn.ModuleList(
+                # of zero noise, or of no condition, only the bias of the first layer is left
+                _Network(networks, index, None if hoists else bias)
+                for index, bias in enumerate(hoisted.bias.chunk(len(networks.w2)))
+            )
+            for (networks, hoisted), hoists in zip(pairs, self.hoists)
         )
         self.mixes = nn.ModuleList(
             _Convolution(mix[:, :, None, None], offset) for mix, offset in zip(mixing.mix, mixing.offset)
@@ -230,22 +240,23 @@ class _Level(nn.Module):
         if self.split is not None:
             mean, logs = self.split(z).chunk(2, dim=1)
             z = torch.cat([z, mean + torch.exp(logs) * latent], dim=1)
-        pre = self.hoisted(u).chunk(2 * self.steps, dim=1)
-        first_noise = self.steps - len(self.noise_couplings)
-        for step in reversed(range(self.steps)):
-            z = self._undo(self.couplings[step], z, pre[self.steps + step])
-            if step >= first_noise:
-                z = self._undo(self.noise_couplings[step - first_noise], z, None)
-            z = self.mixes[step](self._undo(self.injectors[step], z, pre[step]))
-        return F.pixel_shuffle(z, 2)
+        counts = [len(networks) for networks, hoists in zip(self.networks, self.hoists) if hoists]
+        hoisted = iter(self.hoisted(u).chunk(sum(counts), dim=1))
+        pres = [[next(hoisted) if hoists else None for _ in networks] for networks, hoists in zip(self.networks, self.hoists)]
+        for left in range(1, len(self.mixes) + 1):
+            for networks, own in reversed(list(zip(self.networks, pres))):
+                if left <= len(networks):
+                    z = self._undo(networks[len(networks) - left], z, own[len(networks) - left])
+            z = self.mixes[len(self.mixes) - left](z)
+        return F.pixel_shuffle(z, self.squeeze) if self.squeeze > 1 else z
 
     def _undo(self, network: _Network, z: Tensor, pre: Tensor | None) -> Tensor:
-        """The inverse of a coupling, or of an injector: z / scale - shift, of the channels the network has values for."""
-        kept = z.shape[1] - self.changed if network.sees_state else 0
-        z1, z2 = z[:, :kept], z[:, kept:]
-        shift, raw = network(z1 if kept else None, pre).chunk(2, dim=1)
+        """The inverse of a branch's affine map, z / scale - shift, of the channels the network has values for."""
+        pass_through = z.shape[1] - self.changed if network.sees_state else 0
+        z1, z2 = z[:, :pass_through], z[:, pass_through:]
+        shift, raw = network(z1 if pass_through else None, pre).chunk(2, dim=1)
         z2 = z2 / (torch.sigmoid(raw) + self.eps) - shift
-        return torch.cat([z1, z2], dim=1) if kept else z2
+        return torch.cat([z1, z2], dim=1) if pass_through else z2
 
 
 class _Network(nn.Module):

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ncsr_fast.autocast import autocast_dtype
-from ncsr_fast.nn.ncsr import NCSR
-from ncsr_fast.nn.sampling import decode_samples, draw_latents
+from ncsr_fast.flow.samples import decode_samples, draw_latents
+from ncsr_fast.model import NCSR
 
 _WARM_UP = 3  # runs before a capture: plans of cuDNN, compilation of Triton, lazy loading of modules
 _WARM_UP_OF_DDP = 11  # as PyTorch's notes on CUDA graphs ask for: DistributedDataParallel rebuilds its buckets meanwhile
@@ -214,10 +214,10 @@ class Sampler:
         latents = draw_latents(shapes, lr.shape[0], self.n, temperature, lr, generator)
         if not self.graph:
             images, first_bad = self._run(padded, *latents)
-            return self.model.shown(images, lr), first_bad
+            return self.model.inputs.shown(images, lr), first_bad
         with self._one_at_a_time:
             images, first_bad = self._graph(padded, *latents)(padded, *latents)
-            return self.model.shown(images, lr), first_bad.clone()
+            return self.model.inputs.shown(images, lr), first_bad.clone()
 
     def _graph(self, lr: Tensor, *latents: Tensor) -> _Captured:
         key = lr.shape, lr.dtype, self.model.served
@@ -228,7 +228,7 @@ class Sampler:
         return self._captured[2]
 
     def _run(self, lr: Tensor, *latents: Tensor) -> tuple[Tensor, Tensor]:
-        return decode_samples(self.model, self.model.features(lr), list(latents), watch=True)
+        return decode_samples(self.model.conditioned_levels(lr), list(latents), watch=True)
 
 
 class _Memory:

@@ -11,7 +11,7 @@ inside. Who asks here what the flags say is told what the program has set, not w
 
 While a pass is inside on a GPU, PyTorch refuses to read `torch.backends.cudnn.allow_tf32`, as it does after a program has set
 `torch.backends.fp32_precision`: that flag cannot be changed and put back. So forward passes there change no flag (see
-`ncsr_fast.engine.convolution`), and backward passes do for one call at a time, inside which no code of the user's runs.
+`ncsr_fast.ops.conv3x3`), and backward passes do for one call at a time, inside which no code of the user's runs.
 """
 
 from __future__ import annotations

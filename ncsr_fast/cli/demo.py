@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> None:
     from ncsr_fast.figures import contact_sheet, heat_map
     from ncsr_fast.files import atomic_write
     from ncsr_fast.metrics import diversity_score, error_maps, imresize, lr_psnr, psnr
-    from ncsr_fast.nn.ncsr import NCSR
+    from ncsr_fast.model import NCSR
     from ncsr_fast.places import check_apart, files_of_model
 
     if args.n < 3:

@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> None:
     from ncsr_fast.evaluation import Evaluation, table
     from ncsr_fast.memory import within_free_memory
     from ncsr_fast.metrics.perceptual import LPIPSUnavailable, lpips_model
-    from ncsr_fast.nn.ncsr import NCSR
+    from ncsr_fast.model import NCSR
     from ncsr_fast.places import check_apart, files_of_model
 
     device = pick_device(args.device)

@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from ncsr_fast.export import export_onnx
-    from ncsr_fast.nn.ncsr import NCSR
+    from ncsr_fast.model import NCSR
     from ncsr_fast.places import check_apart, files_of_model
 
     check_file("--out", args.out)

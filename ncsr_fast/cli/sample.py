@@ -29,7 +29,7 @@ from ncsr_fast.cli._common import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ncsr_fast.nn.ncsr import NCSR
+    from ncsr_fast.model import NCSR
 
 # errors of writing that are of one image's samples, and what is said of them where the system's words are not enough
 _IN_THE_WAY = "a folder is where a sample, or a file where a folder of samples should be; move it, or choose another --out"
@@ -81,9 +81,9 @@ def run(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from ncsr_fast.data.images import ImageError, write_image
+    from ncsr_fast.flow.samples import NonFiniteSamples
     from ncsr_fast.memory import is_out_of_memory, within_free_memory
-    from ncsr_fast.nn.ncsr import NCSR
-    from ncsr_fast.nn.sampling import NonFiniteSamples
+    from ncsr_fast.model import NCSR
     from ncsr_fast.places import check_apart, files_of_model
 
     device = pick_device(args.device)
@@ -126,7 +126,6 @@ def _sampled(model: NCSR, file: Path, args: argparse.Namespace) -> tuple[Tensor,
     import torch
 
     from ncsr_fast.data.images import read_image, to_float
-    from ncsr_fast.nn.sampling import advice
 
     like = next(model.parameters())
     lr = to_float(read_image(file))[None].to(like)
@@ -136,7 +135,7 @@ def _sampled(model: NCSR, file: Path, args: argparse.Namespace) -> tuple[Tensor,
     bad = int((~torch.isfinite(samples)).flatten(1).any(dim=1).sum())
     if not bad:
         return samples, None
-    problem = f"{bad} of {args.n} samples of {str(file)!r} are not finite, and black there. {advice(model, lr)}"
+    problem = f"{bad} of {args.n} samples of {str(file)!r} are not finite, and black there. {model.advice(lr)}"
     return samples.nan_to_num(0), problem
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -13,29 +12,19 @@ from torch import Tensor, nn
 from ncsr_fast.compat.structure import skeleton_of
 from ncsr_fast.compat.weights import StackedWeights, Vessel, state_of
 from ncsr_fast.config import NCSRConfig
-from ncsr_fast.engine.conditioning import Features
-from ncsr_fast.engine.fused_level import Decoder, level_decoder
-from ncsr_fast.engine.memory import spare_bytes
+from ncsr_fast.engine.condition import Condition, Features
 from ncsr_fast.engine.options import EngineOptions
+from ncsr_fast.flow.conditioned import Levels
 from ncsr_fast.layout import laid_out
-from ncsr_fast.nn.ncsr import NCSR
+from ncsr_fast.model import NCSR
 from ncsr_fast.precision import convolutions_are_rounded
 
 
-class Decoders(NamedTuple):
-    """What is kept of an LR image for further samples of it."""
-
-    noise: Tensor | None
-    of_levels: dict[int, Decoder]
-
-
-@dataclass
-class Image:
-    """The last LR image, and what is kept of it."""
+class Image(NamedTuple):
+    """The last LR image, and the levels conditioned on it."""
 
     lr: Tensor
-    features: list[Features]
-    kept: Decoders | None = None
+    levels: Levels
 
 
 class Engine:
@@ -105,68 +94,30 @@ class Filled:
         self.model.options = options
         self._image: Image | None = None
 
-    def features(self, lr: Tensor) -> list[Features]:
-        """The condition of every level, of an LR image of even size."""
+    def condition(self, lr: Tensor) -> Levels:
+        """The levels conditioned on LR images of an even size."""
         if not self._keeps:
-            return self.model.features(lr)
+            return self.model.conditioned_levels(lr)
         image = self._image
         if image is None or not _same(image.lr, lr):
             image = self._image = None  # before the memory is needed again
-            image = self._image = Image(lr.clone(), self.model.features(lr))
-        return image.features
+            image = self._image = Image(lr.clone(), self.model.conditioned_levels(lr, keeps=True))
+        return image.levels
 
-    def given(self, features: Sequence[Tensor]) -> list[Features]:
-        """The same of feature maps that are there."""
-        options = self.model.options
+    def given(self, features: Sequence[Tensor]) -> Levels:
+        """The levels conditioned on feature maps that are there."""
+        model, options = self.model, self.model.options
         dtype, layout = options.network_dtype(features[0].dtype), options.memory_format
-        return [Features(laid_out(own.to(dtype), layout), None) for own in features]
+        condition = Condition([Features(laid_out(own.to(dtype), layout)) for own in features])
+        return Levels(model.levels, model.flow, condition, options, keeps=False)
 
-    def encode(self, hr: Tensor, features: list[Features], noise: Tensor | None) -> tuple[tuple[Tensor, ...], Tensor]:
-        """Latents in encoding order, and the log-det (B,) with the density of all but the last."""
-        return self.model.encode_features(hr, features, noise)
-
-    def decode(self, latents: list[Tensor], features: list[Features], noise: Tensor | None) -> tuple[Tensor, Tensor]:
+    def decode(self, latents: list[Tensor], levels: Levels, noise: Tensor | None) -> tuple[Tensor, Tensor]:
         """The image, and the log-det (B,) of decoding, minus that of encoding."""
-        *latents, z = latents
         if noise is not None and self._keeps and not noise.any():
             noise = None  # zero
-        decoders, logdets = self._decoders(features, noise), []
-        for index in reversed(range(len(self.model.levels))):
-            latent = latents.pop() if self.model.levels[index].split_channels else None
-            z, logdet = self._decoder(index, features[index], noise, decoders)(z, latent, None)
-            logdets.append(logdet)
-        return z, torch.stack(logdets).sum(dim=0)
-
-    def _decoders(self, features: list[Features], noise: Tensor | None) -> dict[int, Decoder] | None:
-        """Those kept of the image under this noise, None where none are kept."""
-        image = self._image
-        if image is None or features is not image.features or not self._fits(features):
-            return None
-        kept = image.kept
-        if kept is None or not _same(kept.noise, noise):
-            kept = image.kept = Decoders(None if noise is None else noise.clone(), {})
-        return kept.of_levels
-
-    def _decoder(self, index: int, features: Features, noise: Tensor | None, kept: dict[int, Decoder] | None) -> Decoder:
-        if kept is not None and index in kept:
-            return kept[index]
-        noise = self.model.noise_at(index, noise, features.own, False)
-        decoder = level_decoder(self.model.levels[index], features, noise, self.model.options)
-        if kept is not None:
-            kept[index] = decoder
-        return decoder
-
-    def _fits(self, condition: list[Features]) -> bool:
-        """Whether what the samples of the image share is little enough to be kept."""
-        count = 0
-        for level, features in zip(self.model.levels, condition):
-            elements = 2 * level.channels + self.model.config.hidden_channels
-            count += level.steps * elements * features.own[:, :1].numel() * features.own.element_size()
-        return count <= spare_bytes(condition[0].own.device)
+        return levels.decode(latents, noise)
 
 
-def _same(first: Tensor | None, second: Tensor | None) -> bool:
+def _same(first: Tensor, second: Tensor) -> bool:
     """Whether two images are the same to the last bit, in the same place; NaN is not. Waits for the device."""
-    if first is None or second is None:
-        return first is second
     return first.dtype == second.dtype and first.device == second.device and torch.equal(first, second)

@@ -14,7 +14,8 @@ from ncsr_fast.compat.engine import Engine, Filled
 from ncsr_fast.compat.replacement import Replacement, Unsupported, check_tensor, expect
 from ncsr_fast.compat.structure import Call, configuration_of, served_attributes
 from ncsr_fast.config import NCSRConfig
-from ncsr_fast.ops.gaussian_split import gaussian_log_density
+from ncsr_fast.flow.conditioned import Levels
+from ncsr_fast.ops.reference import gaussian_log_density
 
 
 class NetworkForward(Replacement):
@@ -137,7 +138,7 @@ class NetworkForward(Replacement):
         z, pixels = call.gt, call.gt.shape[2] * call.gt.shape[3]
         if call.add_gt_noise and self._dequantises():
             z = z + ((torch.rand(z.shape, device=z.device) - 0.5) / self.module.quant).to(z)
-        latents, logdet = filled.encode(z, self._condition(call, filled), self._noise(call))
+        latents, logdet = self._condition(call, filled).encode(z, self._noise(call))
         if call.add_gt_noise:
             logdet = logdet - math.log(self.module.quant) * pixels
         nll = (logdet + gaussian_log_density(latents[-1]).sum(dim=(1, 2, 3))) / (-math.log(2) * pixels)
@@ -165,8 +166,8 @@ class NetworkForward(Replacement):
             drawn.append(torch.normal(mean=torch.zeros(size), std=torch.ones(size) * call.eps_std).to(call.lr))
         return [*reversed(drawn), call.z]
 
-    def _condition(self, call: Call, filled: Filled) -> Any:
-        return filled.given(self._given_features(call)) if call.lr_enc is not None else filled.features(call.lr)
+    def _condition(self, call: Call, filled: Filled) -> Levels:
+        return filled.given(self._given_features(call)) if call.lr_enc is not None else filled.condition(call.lr)
 
     def _noise(self, call: Call) -> Tensor | None:
         if call.std is None or self.config.noise_channels == call.std.shape[1]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ncsr_fast.compat.replacement import Unsupported
 from ncsr_fast.compat.structure import entries_of
 from ncsr_fast.engine.cache import fingerprint
-from ncsr_fast.nn.ncsr import NCSR
+from ncsr_fast.model import NCSR
 
 
 class Slot(NamedTuple):
@@ -27,7 +27,7 @@ class Slot(NamedTuple):
 class StackedWeights:
     """Which parameters of a published network make those of our model, and what they are now.
 
-    `ncsr_fast.nn.published.layout` says which belongs where: its entries are views of the parameters.
+    `ncsr_fast.checkpoints.published.layout` says which belongs where: its entries are views of the parameters.
     """
 
     def __init__(self, skeleton: NCSR, net: nn.Module) -> None:

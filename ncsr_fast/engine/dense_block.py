@@ -1,9 +1,9 @@
-"""A dense block of the RRDB encoder that keeps what each of its convolutions adds once.
+"""A dense block of the RRDB encoder that saves what each of its convolutions adds once.
 
     x_0 = x,   x_i = lrelu(w_i ∗ [x_0 … x_{i-1}] + b_i)  (i = 1 … n-1),   y = x + residual · (w_n ∗ [x_0 … x_{n-1}] + b_n)
 
-The concatenations are prefixes of one buffer, which is all the backward pass keeps: the sign of x_i tells where lrelu bent.
-Autograd on the definition keeps every concatenation, 3.3 times as much (n = 5, 64 channels, 32 added by each).
+The concatenations are prefixes of one buffer, which is all that is saved: the sign of x_i tells the derivative of its lrelu.
+Autograd on the reference saves every concatenation, 3.3 times as much (n = 5, 64 channels, 32 added by each).
 """
 
 from __future__ import annotations
@@ -13,23 +13,28 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ncsr_fast.autocast import autocast
-from ncsr_fast.engine.convolution import (
+from ncsr_fast.layout import is_channels_last
+from ncsr_fast.ops.conv3x3 import (
     ConvolutionMethod,
     convolution,
     convolution_backward,
-    convolve,
-    convolve_into,
+    convolution_forward,
+    convolution_into,
 )
-from ncsr_fast.engine.function import Piece, Tensors
-from ncsr_fast.layout import is_channels_last
+from ncsr_fast.ops.operator import Operator, Outputs, Tensors
 
 
 def dense_block(
     x: Tensor, convolutions: list[tuple[Tensor, Tensor]], slope: float, residual: float, method: ConvolutionMethod | None
 ) -> Tensor:
-    """y (B, C, H, W) of x; `convolutions` are the (weight, bias) of the n 3×3 convolutions.
+    """The output y (B, C, H, W) of a dense block. Differentiable.
 
-    `method` as for `convolution`; None is the definition, concatenations and convolutions one by one.
+    Args:
+        x: (B, C, H, W).
+        convolutions: (weight, bias) of the n 3×3 convolutions.
+        slope: Of the leaky ReLUs.
+        residual: Factor of the branch that is added to x.
+        method: How to convolve; None: the reference, concatenations and convolutions one by one.
     """
     tensors = tuple(tensor for pair in convolutions for tensor in pair)
     if method is None:
@@ -37,7 +42,7 @@ def dense_block(
     return _dense_block((autocast(x), *tensors), slope, residual, method)[0]
 
 
-def _forward(tensors: Tensors, slope: float, residual: float, method: ConvolutionMethod) -> tuple[Tensors, Tensors]:
+def _forward(tensors: Tensors, slope: float, residual: float, method: ConvolutionMethod) -> tuple[Outputs, Tensors]:
     x, pairs = tensors[0], _pairs(tensors)
     layout = torch.channels_last if is_channels_last(x) else torch.contiguous_format
     channels = pairs[-1][0].shape[1]
@@ -45,21 +50,21 @@ def _forward(tensors: Tensors, slope: float, residual: float, method: Convolutio
     buffer[:, : x.shape[1]] = x
     for weight, bias in pairs[:-1]:
         read, added = weight.shape[1], weight.shape[0]
-        convolve_into(buffer[:, read : read + added], buffer[:, :read], weight, bias, slope, method)
-    y = convolve(buffer, *pairs[-1], method)
+        convolution_into(buffer[:, read : read + added], buffer[:, :read], weight, bias, slope, method)
+    y = convolution_forward(buffer, *pairs[-1], method)
     return (torch.add(x, y, alpha=residual),), (buffer,)
 
 
 def _backward(
     grads: Tensors,
     inputs: Tensors,
-    kept: Tensors,
+    saved: Tensors,
     needed: tuple[bool, ...],
     slope: float,
     residual: float,
     method: ConvolutionMethod,
-) -> Tensors:
-    (dy,), (buffer,), pairs = grads, kept, _pairs(inputs)
+) -> Outputs:
+    (dy,), (buffer,), pairs = grads, saved, _pairs(inputs)
     found: list[Tensor | None] = []
     dbuffer = None
     for index in reversed(range(len(pairs))):
@@ -69,15 +74,15 @@ def _backward(
         wanted = (index > 0 or needed[0], needed[1 + 2 * index], needed[2 + 2 * index])
         before = None if dbuffer is None else dbuffer[:, :read]
         # what convolution index - 1 added is read by none before this: the gradient is complete there, but for its lrelu
-        gate = (buffer[:, pairs[index - 1][0].shape[1] : read], slope) if index else None
-        dread, dweight, dbias = convolution_backward(gradient, buffer[:, :read], weight, wanted, method, before, gate)
+        relu = (buffer[:, pairs[index - 1][0].shape[1] : read], slope) if index else None
+        dread, dweight, dbias = convolution_backward(gradient, buffer[:, :read], weight, wanted, method, before, relu)
         found = [None if d is None else d.to(p.dtype) for d, p in ((dweight, weight), (dbias, bias))] + found
         dbuffer = dread if dbuffer is None else dbuffer
     dx = dbuffer[:, : inputs[0].shape[1]] + dy if needed[0] else None
     return dx, *found
 
 
-def _reference(x: Tensor, *arguments: Tensor | float | ConvolutionMethod | None) -> Tensors:
+def _reference(x: Tensor, *arguments: Tensor | float | ConvolutionMethod | None) -> Outputs:
     *parameters, slope, residual, method = arguments
     features, pairs = [x], _pairs((x, *parameters))
     for weight, bias in pairs[:-1]:
@@ -89,4 +94,4 @@ def _pairs(tensors: Tensors) -> list[tuple[Tensor, Tensor]]:
     return list(zip(tensors[1::2], tensors[2::2]))
 
 
-_dense_block = Piece("DenseBlock", forward=_forward, backward=_backward, reference=_reference)
+_dense_block = Operator("DenseBlock", forward=_forward, backward=_backward, reference=_reference)

@@ -1,6 +1,6 @@
-"""Parameters as the level uses them: every actnorm and exp-scale folded into its convolution, 1×1 convolutions composed.
+"""Parameters as the steps use them: actnorms and scales folded into the convolutions beside them, 1×1 convolutions composed.
 
-All of it is differentiable PyTorch on small tensors; autograd carries the gradients to the published parameters.
+All of it is differentiable: autograd carries the gradients to the parameters.
 """
 
 from __future__ import annotations
@@ -10,14 +10,15 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ncsr_fast.ops._contract import compute_dtype
-from ncsr_fast.ops.inverse_logdet import invert
+from ncsr_fast.ops.contract import compute_dtype
+from ncsr_fast.ops.fold import folded
+from ncsr_fast.ops.step_network import StepNetwork
 
 LOG_SCALE = 3.0  # factor of `logs` in a zero-initialised convolution (Glow)
 
 
-class Parameters(Protocol):
-    """The stacked parameters of K networks: see `ncsr_fast.nn.networks.StackedNetworks`."""
+class NetworkParameters(Protocol):
+    """The stacked parameters of K networks: see `ncsr_fast.flow.networks.StackedNetworks`."""
 
     conv1: Tensor
     norm1_bias: Tensor
@@ -31,21 +32,25 @@ class Parameters(Protocol):
 
 
 class Networks(NamedTuple):
-    """K folded networks, h = w3 ∗ relu(w2 · relu(w1 ∗ z1 + pre) + b2) + b3, `pre` being the hoisted part of the first layer."""
+    """K folded networks, `ncsr_fast.ops.step_network`'s weights stacked along a leading dimension."""
 
-    w1: Tensor | None  # (K, hidden, kept, 3, 3); None: the network does not see the state
+    w1: Tensor | None  # (K, hidden, C, 3, 3); None: the networks do not read the state
     w2: Tensor  # (K, hidden, hidden, 1, 1)
     b2: Tensor  # (K, hidden)
     w3: Tensor  # (K, outputs, hidden, 3, 3)
     b3: Tensor  # (K, outputs)
 
+    def unbind(self) -> list[StepNetwork]:
+        """The networks one by one."""
+        count = len(self.w2)
+        return [StepNetwork(*weights) for weights in zip(*([None] * count if t is None else t.unbind() for t in self))]
+
 
 class Hoisted(NamedTuple):
-    """The rest of the first layers, of all K networks: pre = weight ∗ condition + bias."""
+    """The rest of the first layers of K networks: pre = weight ∗ condition + bias."""
 
-    weight: Tensor  # (K·hidden, condition, 3, 3), or its part of the level's own features where there are combinations
+    weight: Tensor | None  # (K·hidden, condition, 3, 3); None without a condition
     bias: Tensor  # (K·hidden,)
-    combinations: list[list[Tensor]] | None = None  # of the part of enlarged features: see `hoisting.combinations`
 
 
 class Mixing(NamedTuple):
@@ -59,20 +64,21 @@ class Mixing(NamedTuple):
     logdet: Tensor  # () float64, of one pixel through all of them
 
 
-def fold_networks(parameters: Parameters, kept: int, dtype: torch.dtype) -> tuple[Networks, Hoisted]:
-    """Networks whose first `kept` input channels are z1 and whose others are the condition, in `dtype`."""
+def fold_networks(parameters: NetworkParameters, state_channels: int, dtype: torch.dtype) -> tuple[Networks, Hoisted]:
+    """Networks in `dtype` whose first `state_channels` input channels are z1 and whose other ones are the condition."""
     scale1, scale2 = torch.exp(parameters.norm1_logs), torch.exp(parameters.norm2_logs)
     scale3 = torch.exp(LOG_SCALE * parameters.logs3)
     conv1 = (parameters.conv1 * _filters(scale1)).to(dtype)
-    first, weight = conv1.split((kept, conv1.shape[2] - kept), dim=2)
+    w1, weight = conv1.split((state_channels, conv1.shape[2] - state_channels), dim=2)
     networks = Networks(
-        first.contiguous() if kept else None,
+        w1.contiguous() if state_channels else None,
         (parameters.conv2 * _filters(scale2)).to(dtype),
         (parameters.norm2_bias * scale2).to(dtype),
         (parameters.conv3 * _filters(scale3)).to(dtype),
         (parameters.bias3 * scale3).to(dtype),
     )
-    return networks, Hoisted(weight.flatten(0, 1), (parameters.norm1_bias * scale1).to(dtype).flatten())
+    bias = (parameters.norm1_bias * scale1).to(dtype).flatten()
+    return networks, Hoisted(weight.flatten(0, 1) if weight.shape[2] else None, bias)
 
 
 def _filters(scale: Tensor) -> Tensor:
@@ -80,13 +86,22 @@ def _filters(scale: Tensor) -> Tensor:
     return scale[:, :, None, None, None]
 
 
-def fold_mixing(bias: Tensor, logs: Tensor, weight: Tensor, transitions: int, inverse: bool) -> Mixing:
-    """The maps of actnorms bias, logs (T+K, C) and 1×1 convolutions weight (T+K, C, C), computed in float64.
+def fold_mixing(bias: Tensor, logs: Tensor, weight: Tensor, transitions: int, inverse: bool, backend: str = "auto") -> Mixing:
+    """The maps of the actnorms and 1×1 convolutions of a level, computed in float64.
 
-    inverse  the inverse maps and the log-det of applying them; ValueError for a singular weight on the CPU. On a GPU the
-             check would make the host wait: there the inverse is NaN, and so the images are flagged as not finite.
+    Args:
+        bias: (T+K, C), the transition steps first.
+        logs: (T+K, C).
+        weight: (T+K, C, C).
+        transitions: T.
+        inverse: The inverse maps, and the log-det of applying them. On a GPU, where a check would make the host wait, the
+            inverse of a singular weight is NaN, and so the images are flagged as not finite.
+        backend: Of the operators.
+
+    Raises:
+        ValueError: The inverse of a singular weight is wanted, on the CPU.
     """
-    mix, offset, logdet = _maps(bias, logs, weight, inverse)
+    mix, offset, logdets = folded(bias.double(), logs.double(), weight.double(), inverse, "1×1 convolution of step {}", backend)
     first, *others = range(transitions + 1)[::-1] if inverse else range(transitions + 1)
     composed, composed_offset = mix[first], offset[first]
     for index in others:
@@ -94,15 +109,4 @@ def fold_mixing(bias: Tensor, logs: Tensor, weight: Tensor, transitions: int, in
     mix = torch.cat([composed[None], mix[transitions + 1 :]])
     offset = torch.cat([composed_offset[None], offset[transitions + 1 :]])
     dtype = compute_dtype(weight)
-    return Mixing(mix.to(dtype).contiguous(), offset.to(dtype), logdet)  # as kernels read it, copied once for all calls
-
-
-def _maps(bias: Tensor, logs: Tensor, weight: Tensor, inverse: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """mix (N, C, C) and offset (N, C) of every map, and the log-det () of a pixel through all, in float64."""
-    bias, logs, weight = bias.double(), logs.double(), weight.double()
-    inverses, logdets = invert(weight, "1×1 convolution of step {}", needs_inverse=inverse)
-    logdet = logs.sum() + logdets.sum()
-    if inverse:
-        return torch.exp(-logs)[:, :, None] * inverses, -bias, -logdet
-    mix = weight * torch.exp(logs)[:, None, :]
-    return mix, (mix @ bias[:, :, None])[:, :, 0], logdet
+    return Mixing(mix.to(dtype).contiguous(), offset.to(dtype), logdets.sum())  # as kernels read it, copied once for all calls

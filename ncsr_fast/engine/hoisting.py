@@ -15,120 +15,168 @@ the zero padding of the enlarged image. For f = 2 on a CPU there is a kernel tha
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ncsr_fast.engine.convolution import (
+from ncsr_fast.engine.ablation import ablation
+from ncsr_fast.engine.condition import Features
+from ncsr_fast.layout import traced
+from ncsr_fast.ops.backends import kernels
+from ncsr_fast.ops.conv3x3 import (
     ConvolutionMethod,
-    by_winograd,
+    backend_for,
+    conv3x3,
     convolution,
+    convolution_backend,
     convolution_backward,
-    convolve,
+    convolution_forward,
 )
-from ncsr_fast.engine.function import Piece, Tensors
-from ncsr_fast.ops._backends import implementation
+from ncsr_fast.ops.operator import Operator, Tensors
+
+Products = list[list[Tensor]]  # 1×1 weights (N, s, 1, 1) of {S, A, C} × {S, A, C}
 
 
-def hoisted_convolution(
-    own: Tensor, stacked: Tensor | None, weight: Tensor, bias: Tensor, method: ConvolutionMethod, subpixel: bool = True
-) -> Tensor:
-    """`weight ∗ [own, resized stacked] + bias`.
+class HoistedWeight(NamedTuple):
+    """The weight of a hoisted convolution, prepared for features of one kind and size.
 
-    own      (B, c, h, w) features at the level's resolution
-    stacked  (B, s, h', w') features at LR resolution, or None; h is f·h' or h'/f for an integer f
-    weight   (N, c + s, 3, 3), bias (N,)
-    returns  (B, N, h, w) in the layout and dtype of own
+    Args:
+        weight: (N, c + s, 3, 3), for c channels of the level's own features and s stacked ones. Of the former alone,
+            (N, c, 3, 3), where there are `products`.
+        products: `products_of` the part of the stacked features; computed where they are needed if None.
+        algorithm: How the features are convolved. "joined": as one tensor, with the stacked features resized; "kernel": by a
+            kernel that reads the stacked ones with upsampling ×2; "products": the stacked ones by nine 1×1 convolutions.
     """
-    if stacked is None:
-        return convolution(own, weight, bias, method)
-    if subpixel and own.shape[2] > stacked.shape[2]:
-        return _enlarged((own, stacked, weight, bias), method)[0]
-    return convolution(_joined(own, stacked), weight, bias, method)
+
+    weight: Tensor
+    products: Products | None
+    algorithm: str
+
+    def rows(self, first: int, last: int) -> HoistedWeight:
+        """The weight of some of the outputs."""
+        products = self.products and [[part[first:last] for part in row] for row in self.products]
+        return HoistedWeight(self.weight[first:last], products, self.algorithm)
 
 
-def _joined(own: Tensor, stacked: Tensor) -> Tensor:
-    return torch.cat([own, F.interpolate(stacked, size=own.shape[2:], mode="nearest")], dim=1)
+def algorithm(features: Features, rows: int, dtype: torch.dtype, method: ConvolutionMethod) -> str:
+    """The `HoistedWeight.algorithm` for features and a weight of so many outputs, in this dtype."""
+    own, stacked = features
+    if stacked is None or not features.upsampled or not ablation().subpixel:
+        return "joined"
+    shape = rows, stacked.shape[1], 3, 3
+    if own.shape[2] == 2 * stacked.shape[2] and backend_for(stacked, shape, dtype, method) != "reference":
+        return "kernel"
+    return "joined" if traced() else "products"
 
 
-def _reference(own: Tensor, stacked: Tensor, weight: Tensor, bias: Tensor, method: ConvolutionMethod) -> Tensors:
-    return (convolution(_joined(own, stacked), weight, bias, method),)
+def prepared(weight: Tensor, own_channels: int, algorithm: str, with_products: bool) -> HoistedWeight:
+    """`weight` (N, c + s, 3, 3) for an algorithm; `with_products` computes the products now, for many calls."""
+    if algorithm == "products" and with_products:
+        return HoistedWeight(weight[:, :own_channels].contiguous(), products_of(weight[:, own_channels:]), algorithm)
+    return HoistedWeight(weight, None, algorithm)
 
 
-def _forward(tensors: Tensors, method: ConvolutionMethod) -> tuple[Tensors, Tensors]:
-    return (enlarged_convolution(*tensors, method),), ()
+def hoisted_convolution(features: Features, weight: HoistedWeight, bias: Tensor, method: ConvolutionMethod) -> Tensor:
+    """`weight ∗ u + bias` (B, N, h, w) in the layout and dtype of the level's own features. Differentiable.
+
+    Args:
+        features: The condition u.
+        weight: `prepared` for the features.
+        bias: (N,).
+        method: How to convolve.
+    """
+    if weight.algorithm == "joined":
+        return convolution(features.joined, weight.weight, bias, method)
+    own, stacked = features
+    assert stacked is not None
+    if weight.products is not None:  # prepared without gradients
+        return _upsampled_forward(own, stacked, weight, bias, method)
+    return _upsampled((own, stacked, weight.weight, bias), weight.algorithm, method)[0]
 
 
-def enlarged_convolution(
-    own: Tensor,
-    stacked: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    method: ConvolutionMethod,
-    rows: list[list[Tensor]] | None = None,
+def _reference(
+    own: Tensor, stacked: Tensor, weight: Tensor, bias: Tensor, algorithm: str, method: ConvolutionMethod
+) -> tuple[Tensor]:
+    if algorithm != "kernel":
+        return (convolution(Features(own, stacked).joined, weight, bias, method),)
+    own_weight, stacked_weight = weight.tensor_split([own.shape[1]], dim=1)
+    y = convolution(own, own_weight, bias, method)
+    backend = convolution_backend(stacked, stacked_weight, method)
+    return (y + conv3x3(stacked, stacked_weight, upsample2x=True, tf32=method.tf32, backend=backend),)
+
+
+def _forward(
+    tensors: tuple[Tensor, Tensor, Tensor, Tensor], algorithm: str, method: ConvolutionMethod
+) -> tuple[tuple[Tensor], Tensors]:
+    own, stacked, weight, bias = tensors
+    return (_upsampled_forward(own, stacked, HoistedWeight(weight, None, algorithm), bias, method),), ()
+
+
+def _upsampled_forward(
+    own: Tensor, stacked: Tensor, prepared: HoistedWeight, bias: Tensor, method: ConvolutionMethod
 ) -> Tensor:
-    """`hoisted_convolution` of enlarged features, not differentiable. With `rows`, the `combinations` of the weight of the
-    stacked ones, `weight` may be that of own alone."""
-    split = own.shape[1]
-    y = convolve(own, weight[:, :split], bias, method)
-    if rows is None and copies_suffice(own, stacked, weight[:, split:], method):
-        native = implementation("native")
-        return native.conv3x3_fwd(stacked, weight[:, split:], None, copies=True, out=y, accumulate=True)
-    rows = rows or combinations(weight[:, split:])
+    """The convolution of upsampled features, without gradients."""
+    split, (weight, rows, algorithm) = own.shape[1], prepared
+    y = convolution_forward(own, weight[:, :split], bias, method)
+    if algorithm == "kernel":
+        backend = convolution_backend(stacked, weight[:, split:], method)
+        return kernels(backend).conv3x3_forward(stacked, weight[:, split:], None, upsample2x=True, out=y, accumulate=True)
+    rows = rows or products_of(weight[:, split:])
     cells = _Cells(own, stacked)
     # along a row first: what is added to the first, the inner and the last columns of a cell
     for i in range(3):
-        products = [convolve(cells.difference(i, j), rows[i][j], None, method) for j in range(3)]
+        products = [convolution_forward(cells.difference(i, j), rows[i][j], None, method) for j in range(3)]
         for q in range(cells.factor):
             line = products[0] + products[_side(q, cells.factor)] if _side(q, cells.factor) else products[0]
             for p in cells.rows(i):
-                cells.of(y, p, q).add_(line)
+                cells.pixels(y, p, q).add_(line)
     return y
 
 
-def copies_suffice(own: Tensor, stacked: Tensor, weight: Tensor, method: ConvolutionMethod) -> bool:
-    """Whether the kernel for pixels that come in 2×2 copies serves, so that nobody needs `combinations` of the weight."""
-    return own.shape[2] == 2 * stacked.shape[2] and by_winograd(stacked, weight, method)
-
-
-def _backward(grads: Tensors, inputs: Tensors, _: Tensors, needed: tuple[bool, ...], method: ConvolutionMethod) -> Tensors:
-    (dy,), (own, stacked, weight, bias) = grads, inputs
+def _backward(
+    grads: tuple[Tensor],
+    tensors: tuple[Tensor, Tensor, Tensor, Tensor],
+    _: Tensors,
+    needed: tuple[bool, ...],
+    algorithm: str,
+    method: ConvolutionMethod,
+) -> Tensors:
+    (dy,), (own, stacked, weight, bias) = grads, tensors
     split = own.shape[1]
-    of_stacked = weight[:, split:]
+    stacked_weight = weight[:, split:]
     dweight = torch.empty_like(weight, memory_format=torch.contiguous_format) if needed[2] else None
     dfirst, dlast = (None, None) if dweight is None else (dweight[:, :split], dweight[:, split:])
-    of_own = (needed[0], needed[2], needed[3])
-    down, _, dbias = convolution_backward(dy, own, weight[:, :split], of_own, method, dweight=dfirst)
-    if copies_suffice(own, stacked, of_stacked, method):
-        native, dstacked = implementation("native"), None
-        if needed[1]:
-            dstacked = native.conv3x3_bwd_input(dy, of_stacked, copies=True)
-        if dlast is not None:
-            native.conv3x3_bwd_weight(dy, stacked, copies=True, out=dlast)
+    wanted = needed[0], needed[2], needed[3]
+    down, _, dbias = convolution_backward(dy, own, weight[:, :split], wanted, method, dweight=dfirst)
+    if algorithm == "kernel":
+        backward = kernels(convolution_backend(stacked, stacked_weight, method)).conv3x3_backward
+        wanted = needed[1], needed[2], False
+        dstacked = backward(dy, stacked, stacked_weight, wanted, upsample2x=True, dweight=dlast)[0]
     else:
-        dstacked, dcombined = _products_backward(dy, own, stacked, combinations(of_stacked), needed[1:3], method)
+        dstacked, dproducts = _products_backward(dy, own, stacked, products_of(stacked_weight), needed[1:3], method)
         if dlast is not None:
-            dlast.copy_(_combinations_backward(dcombined))
+            dlast.copy_(_products_of_backward(dproducts))
     return down, dstacked, dweight, None if dbias is None else dbias.to(bias.dtype)
 
 
 def _products_backward(
-    dy: Tensor, own: Tensor, stacked: Tensor, rows: list[list[Tensor]], needed: tuple[bool, ...], method: ConvolutionMethod
+    dy: Tensor, own: Tensor, stacked: Tensor, rows: Products, needed: tuple[bool, ...], method: ConvolutionMethod
 ) -> tuple[Tensor | None, list[list[Tensor | None]]]:
-    """Gradients of the stacked features and of the combinations."""
+    """Gradients of the stacked features and of the products' weights."""
     dstacked = torch.zeros_like(stacked) if needed[0] else None
-    dcombined: list[list[Tensor | None]] = [[None] * 3 for _ in range(3)]
+    dproducts: list[list[Tensor | None]] = [[None] * 3 for _ in range(3)]
     cells = _Cells(own, stacked)
     for i in range(3):
-        lines = [_sum([cells.of(dy, p, q) for p in cells.rows(i)]) for q in range(cells.factor)]
+        lines = [_sum([cells.pixels(dy, p, q) for p in cells.rows(i)]) for q in range(cells.factor)]
         for j in range(3):
             dproduct = lines[0] if j == 1 else lines[-1] if j == 2 else _sum(lines)
-            dx, dcombined[i][j], _ = convolution_backward(
+            dx, dproducts[i][j], _ = convolution_backward(
                 dproduct, cells.difference(i, j), rows[i][j], (*needed, False), method
             )
             if dx is not None:
                 dstacked += _difference_backward(_difference_backward(dx, j, 3), i, 2)
-    return dstacked, dcombined
+    return dstacked, dproducts
 
 
 class _Cells:
@@ -137,7 +185,7 @@ class _Cells:
     def __init__(self, own: Tensor, stacked: Tensor) -> None:
         self.factor, self._stacked = own.shape[2] // stacked.shape[2], stacked
 
-    def of(self, x: Tensor, p: int, q: int) -> Tensor:
+    def pixels(self, x: Tensor, p: int, q: int) -> Tensor:
         """The pixels of x at row p and column q of every cell: (B, N, h', w'), a view."""
         return x[:, :, p :: self.factor, q :: self.factor]
 
@@ -180,7 +228,7 @@ def _difference_backward(dy: Tensor, kind: int, axis: int) -> Tensor:
     return _difference(dy, (0, 2, 1)[kind], axis)
 
 
-def combinations(weight: Tensor) -> list[list[Tensor]]:
+def products_of(weight: Tensor) -> Products:
     """The 1×1 weights (N, s, 1, 1) of the nine products, dense: sums over the window, or its first or last row or column."""
     return [[part.contiguous()[:, :, None, None] for part in _sum_and_ends(row)] for row in _sum_and_ends(weight)]
 
@@ -191,7 +239,7 @@ def _sum_and_ends(weight: Tensor) -> list[Tensor]:
     return [first + middle + last, first, last]
 
 
-def _combinations_backward(grads: list[list[Tensor]]) -> Tensor:
+def _products_of_backward(grads: list[list[Tensor]]) -> Tensor:
     """Gradient (N, s, 3, 3) of the weight: each of its elements is in the sums, and the outer ones in a product more."""
     rows = [_spread([part[:, :, 0, 0] for part in row]) for row in grads]
     return _spread(rows)
@@ -203,4 +251,4 @@ def _spread(grads: list[Tensor]) -> Tensor:
     return torch.stack([total + first, total, total + last], dim=2)
 
 
-_enlarged = Piece("EnlargedConvolution", forward=_forward, backward=_backward, reference=_reference)
+_upsampled = Operator("UpsampledConvolution", forward=_forward, backward=_backward, reference=_reference)

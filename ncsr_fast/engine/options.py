@@ -1,4 +1,4 @@
-"""How a model is evaluated. None of it changes what is computed, but for the rounding of the networks."""
+"""Options of the engine. None of them changes what is computed, but for the rounding of the networks."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from ncsr_fast.autocast import autocast_dtype
-from ncsr_fast.engine.convolution import ConvolutionMethod
-from ncsr_fast.ops._backends import BACKENDS
+from ncsr_fast.engine.ablation import ablation
+from ncsr_fast.ops.backends import BACKENDS
+from ncsr_fast.ops.conv3x3 import ConvolutionMethod
 
 ENGINES = ("fused", "plain")
 PRECISIONS = ("fp32", "tf32", "bf16")  # for training too; EngineOptions says what "fp16" is for
@@ -19,32 +20,27 @@ _AUTOCAST = {dtype: precision for precision, dtype in _DTYPES.items()}
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """Options of the engine.
+    """How a model is evaluated.
 
-    engine         "fused": what does not depend on the state is computed once, for all steps and all samples;
-                   "plain": step by step as the definition has it, the oracle the other is held to
-    precision      of the networks (encoder, injectors, couplings): "fp32"; "tf32", the same on a CPU; "bf16". The state, its
-                   log-determinants and the 1×1 convolutions are float32 in all of them. A float64 model has float64 networks,
-                   and wants "fp32". "fp16", what float16 autocast asks for, has a narrow range: its gradients need
-                   `torch.amp.GradScaler`. PyTorch's global flags change none of it, with two exceptions: where they forbid
-                   TF32, backward passes have none either; and a graph of `torch.compile` convolves as they say.
-    checkpoint     True: a level keeps its state at every step and recomputes the small networks in the backward pass;
-                   False: their activations are kept, which takes more memory and less time
-    backend        of the operators between the networks (`ncsr_fast.ops`)
-    subpixel       False: features enlarged to a level are convolved as the enlarged tensors they are; for comparison
-    winograd       False: 3×3 convolutions on a CPU by the definition, as PyTorch has them; for comparison. By Winograd's way
-                   a NaN or an infinity may reach three pixels further.
-    channels_last  False: NCHW inside the levels and the encoder; for comparison
-    samples_at_once  how many samples of an image are decoded together; None: as many as an eighth of the memory holds
+    Args:
+        engine: "fused": what does not depend on the state is computed once, for all steps and all samples; "plain": step by
+            step, the reference that the other is held to.
+        precision: Of the networks (encoder, injectors, couplings): "fp32"; "tf32", the same on a CPU; "bf16". The state, its
+            log-determinants and the 1×1 convolutions are float32 in all of them. A float64 model has float64 networks, and
+            wants "fp32". "fp16", which float16 autocast asks for, has a narrow range: its gradients need
+            `torch.amp.GradScaler`. PyTorch's global flags change none of it, with two exceptions: where they forbid TF32,
+            backward passes have none either; and a graph of `torch.compile` convolves as they say, where no kernel does.
+        checkpoint: True: a level saves its state at every step and recomputes the hidden layers of the networks in the
+            backward pass; False: it saves them too, which takes more memory and less time.
+        backend: Of the operators (`ncsr_fast.ops`): "auto", "reference", "native" or "triton". By Winograd's convolutions,
+            which the native backend has on a CPU, a NaN or an infinity may reach three pixels further.
+        samples_at_once: How many samples of an image are decoded together; None: as many as an eighth of the memory holds.
     """
 
     engine: str = "fused"
     precision: str = "fp32"
     checkpoint: bool = True
     backend: str = "auto"
-    subpixel: bool = True
-    winograd: bool = True
-    channels_last: bool = True
     samples_at_once: int | None = None
 
     def __post_init__(self) -> None:
@@ -56,12 +52,14 @@ class EngineOptions:
 
     @property
     def method(self) -> ConvolutionMethod:
-        """How the networks are convolved."""
-        return ConvolutionMethod(self.precision, self.winograd and self.backend in ("auto", "native"))
+        """How networks are convolved."""
+        by_kernel = ablation().winograd and self.backend in ("auto", "native")
+        return ConvolutionMethod(self.precision == "tf32", "auto" if by_kernel else "reference")
 
     @property
     def memory_format(self) -> torch.memory_format:
-        return torch.channels_last if self.channels_last else torch.contiguous_format
+        """How the state and the features lie."""
+        return torch.channels_last if ablation().channels_last else torch.contiguous_format
 
     def network_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """The dtype of the networks of a model of `dtype`; ValueError for a float64 model with low-precision networks."""

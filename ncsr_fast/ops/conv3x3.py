@@ -86,9 +86,14 @@ _PYTORCH = ConvolutionMethod(backend="reference")
 
 def convolution_backend(x: Tensor, weight: Tensor, method: ConvolutionMethod) -> str:
     """The backend for a convolution of x: a kernel where it pays, by layout and numbers of channels, else "reference"."""
-    if method.backend == "reference" or weight.shape[-1] != 3 or min(weight.shape[:2]) < _WORTH_IT:
+    return backend_for(x, tuple(weight.shape), weight.dtype, method)
+
+
+def backend_for(x: Tensor, shape: tuple[int, ...], dtype: torch.dtype, method: ConvolutionMethod) -> str:
+    """`convolution_backend` of a weight of this shape and dtype."""
+    if method.backend == "reference" or shape[-1] != 3 or min(shape[:2]) < _WORTH_IT:
         return "reference"
-    if x.dtype != weight.dtype or not is_channels_last(x):
+    if x.dtype != dtype or not is_channels_last(x):
         return "reference"
     return covering_backend("conv3x3", method.backend, x)
 

@@ -43,7 +43,11 @@ def fold(
         shape = tuple(weight.shape) if isinstance(weight, Tensor) else type(weight).__name__
         raise ValueError(f"fold: weight must have shape (N, C, C), not {shape}")
     count, channels, _ = weight.shape
-    expected = ("bias", bias, (count, channels)), ("logs", logs, (count, channels)), ("weight", weight, (count, channels, channels))
+    expected = (
+        ("bias", bias, (count, channels)),
+        ("logs", logs, (count, channels)),
+        ("weight", weight, (count, channels, channels)),
+    )
     check_tensors("fold", weight, *expected)
     resolve_backend("fold", backend, weight)
     return folded(bias, logs, weight, inverse, "fold: matrix {}", backend)

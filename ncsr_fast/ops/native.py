@@ -152,9 +152,7 @@ def gaussian_split_backward(dy: Tensor, dlogdet: Tensor, x: Tensor, h: Tensor, i
     return _elementwise_backward(native.Map.gaussian, dy, dlogdet, x, h, x.shape[1] - h.shape[1] // 2, 1.0, inverse)
 
 
-def _elementwise_forward(
-    map: Any, x: Tensor, h: Tensor, pass_through: int, eps: float, inverse: bool
-) -> tuple[Tensor, Tensor]:
+def _elementwise_forward(map: Any, x: Tensor, h: Tensor, pass_through: int, eps: float, inverse: bool) -> tuple[Tensor, Tensor]:
     y, logdet = empty_like(x), _logdet(x)
     _run(
         native.elementwise_forward, x, lambda: native.elementwise_workspace(x.shape),

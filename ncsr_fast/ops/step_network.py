@@ -82,24 +82,24 @@ def step_network(
         ("b3", b3, (outputs,)),
     )
     weights = (None if weight is None else weight.to(pre.dtype) for weight in (w1, w2, b2, w3, b3))
-    return evaluate(StepNetwork(*weights), z1, pre, tf32, resolve_backend("step_network", backend, pre))
+    return evaluate_network(StepNetwork(*weights), z1, pre, tf32, resolve_backend("step_network", backend, pre))
 
 
-def evaluate(network: StepNetwork, z1: Tensor | None, pre: Tensor, tf32: bool, backend: str) -> Tensor:
+def evaluate_network(network: StepNetwork, z1: Tensor | None, pre: Tensor, tf32: bool, backend: str) -> Tensor:
     """`step_network` of checked arguments of one dtype; a batch of 1 of pre is shared by all samples of z1."""
     if z1 is not None:
         pre = pre.expand(z1.shape[0], -1, -1, -1)
     return _step_network((z1, pre, *network), tf32, backend)[0]
 
 
-def layers(network: StepNetwork, z1: Tensor | None, pre: Tensor, tf32: bool, backend: str) -> Layers:
+def network_layers(network: StepNetwork, z1: Tensor | None, pre: Tensor, tf32: bool, backend: str) -> Layers:
     """h1, h2 and h, without autograd."""
     if z1 is not None:
         pre = pre.expand(z1.shape[0], -1, -1, -1)
     return kernels(backend).step_network_layers(z1, pre, *network, tf32=tf32)
 
 
-def gradients(
+def network_gradients(
     network: StepNetwork,
     z1: Tensor | None,
     h1: Tensor,
@@ -135,7 +135,7 @@ def _backward(
     z1, pre, network = tensors[0], tensors[1], StepNetwork(*tensors[2:])
     h1, h2, _ = kernels(backend).step_network_layers(z1, pre, *network, tf32=tf32)
     dpre = torch.empty_like(h1)
-    dz1, dnetwork = gradients(network, z1, h1, h2, grads[0], any(needed[2:]), _method(tf32, backend), dpre)
+    dz1, dnetwork = network_gradients(network, z1, h1, h2, grads[0], any(needed[2:]), _method(tf32, backend), dpre)
     if dz1 is not None and z1 is not None:
         dz1 = dz1.to(z1.dtype)
     return dz1, dpre, *(dnetwork or [None] * 5)

@@ -7,8 +7,9 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ncsr_fast.nn.level import FlowLevel
-from ncsr_fast.nn.ncsr import NCSR
+from ncsr_fast.engine.plain import PlainLevel
+from ncsr_fast.flow.level import FlowLevel
+from ncsr_fast.model import NCSR
 from ncsr_fast.training.batch import Batch
 
 _FLAT = 0.95  # of the pixels are equal to their neighbours; of photographs it is less than half, in an even sky too
@@ -39,12 +40,13 @@ def _in_weights(model: NCSR) -> str | None:
 
 def _in_likelihood(model: NCSR, batch: Batch) -> str | None:
     z = batch.noisy_hr
-    for index, (level, features) in enumerate(zip(model.levels, model.features(batch.noisy_lr, plain=True))):
-        u = features.own
+    condition = model.features(batch.noisy_lr, plain=True)
+    for index, (level, features) in enumerate(zip(model.levels, condition.features)):
+        plain = PlainLevel(level, features, model.options)
+        u, noise = plain.u, plain.noise(batch.noise, z)
         if not _finite(u):
             return f"the encoder's features for level {index + 1}"
-        noise = model.noise_at(index, batch.noise, u, filled=True)
-        z = torch.nn.functional.pixel_unshuffle(z, 2)
+        z = level.squeezed(z)
         for number, step in enumerate(level.unbind()):
             for part in level.encode_parts(step, z, u, noise):
                 for what, tensor in (("network of", part.h), ("state after", part.z), ("log-determinant of", part.logdet)):

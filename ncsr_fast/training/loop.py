@@ -19,7 +19,7 @@ from ncsr_fast.data.crops import RandomCrops, crop_loader
 from ncsr_fast.data.search import named
 from ncsr_fast.graphs import TrainingStep, adam
 from ncsr_fast.memory import is_out_of_memory
-from ncsr_fast.nn.ncsr import NCSR
+from ncsr_fast.model import NCSR
 from ncsr_fast.synchronization import reading_is_free
 from ncsr_fast.training.batch import Draws
 from ncsr_fast.training.diagnose import without_texture

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ncsr_fast.memory import peak_bytes
-from ncsr_fast.nn.ncsr import NCSR
+from ncsr_fast.model import NCSR
 from ncsr_fast.training.model import random_model
 from ncsr_fast.training.settings import TrainSettings
 

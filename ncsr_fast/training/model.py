@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from ncsr_fast.nn.encoder import RRDB
-from ncsr_fast.nn.ncsr import NCSR
+from ncsr_fast.encoder.rrdb import RRDB
+from ncsr_fast.model import NCSR
 from ncsr_fast.training.settings import TrainSettings
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ncsr_fast.data.perturb import perturb
 from ncsr_fast.metrics.fidelity import psnr
-from ncsr_fast.nn.ncsr import NCSR
+from ncsr_fast.model import NCSR
 from ncsr_fast.training.batch import Draws, prepare
 from ncsr_fast.training.diagnose import first_nonfinite
 from ncsr_fast.training.settings import TrainSettings

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ncsr_fast.data.crops import RandomCrops
-from ncsr_fast.nn.ncsr import NCSR
+from ncsr_fast.model import NCSR
 from ncsr_fast.training.model import first_model, random_model
 from ncsr_fast.training.processes import Processes
 from ncsr_fast.training.record import changes, data_record, write_record

@@ -16,7 +16,7 @@ from ncsr_fast.data.degradation import load_degradation
 from ncsr_fast.data.images import ImageError, to_float
 from ncsr_fast.data.perturb import degrade
 from ncsr_fast.data.sources import Source, list_sources, read_source
-from ncsr_fast.nn.ncsr import NCSR
+from ncsr_fast.model import NCSR
 from ncsr_fast.training.processes import Processes
 from ncsr_fast.training.run import Run
 from ncsr_fast.training.settings import TrainSettings

@@ -7,9 +7,9 @@ import importlib.util
 import torch
 from torch import Tensor
 
+from ncsr_fast.flow.samples import decode_samples, draw_latents
 from ncsr_fast.metrics.fidelity import lr_psnr, psnr, ssim
-from ncsr_fast.nn.ncsr import NCSR
-from ncsr_fast.nn.sampling import decode_samples, draw_latents
+from ncsr_fast.model import NCSR
 
 _EXAMINED = 32  # side of the LR image looked at step by step
 
@@ -21,8 +21,8 @@ def sample_metrics(
     nonfinite, and saturated: beyond [0, 1] before they are clipped. And the sample (3, sH, sW)."""
     padded = model.padded(lr)
     latents = draw_latents(model.latent_shapes(*lr.shape[2:]), 1, 1, temperature, padded, generator)
-    images, _ = decode_samples(model, model.features(padded), latents, watch=False)
-    raw, sr = images[:, 0, :, : hr.shape[2], : hr.shape[3]], model.shown(images[:, 0], lr)
+    images, _ = decode_samples(model.conditioned_levels(padded), latents, watch=False)
+    raw, sr = images[:, 0, :, : hr.shape[2], : hr.shape[3]], model.inputs.shown(images[:, 0], lr)
     metrics = {"psnr": float(psnr(sr, hr)), "lr_psnr": float(lr_psnr(sr, lr, model.config.scale))}
     if importlib.util.find_spec("skimage"):
         metrics["ssim"] = float(ssim(sr, hr))

@@ -14,7 +14,7 @@ import ncsr_fast
 from ncsr_fast import NCSR
 from ncsr_fast.graphs import Sampler, TrainingStep
 from ncsr_fast.metrics.imresize import imresize
-from ncsr_fast.nn.encoder import RRDB
+from ncsr_fast.encoder.rrdb import RRDB
 
 F32 = torch.float32
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from support import image
 
-from ncsr_fast.engine.convolution import ConvolutionMethod
+from ncsr_fast.ops.conv3x3 import ConvolutionMethod
 from ncsr_fast.engine.hoisting import hoisted_convolution
 
 

@@ -15,7 +15,7 @@ from support import image, tiny_model
 
 import ncsr_fast
 from ncsr_fast import NCSR
-from ncsr_fast.nn.encoder import RRDB
+from ncsr_fast.encoder.rrdb import RRDB
 
 EXACT = 1e-11
 layouts = pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout != "contiguous"])

@@ -11,7 +11,7 @@ import torch
 from support import image, tiny_model
 
 from ncsr_fast import NCSR
-from ncsr_fast.nn.sampling import NonFiniteSamples
+from ncsr_fast.flow.samples import NonFiniteSamples
 
 
 def draw(model: NCSR, lr: torch.Tensor, n: int, **arguments) -> torch.Tensor:

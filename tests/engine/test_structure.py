@@ -7,9 +7,9 @@ import torch
 from support import image, tiny_model
 
 from ncsr_fast import NCSR
-from ncsr_fast.engine.convolution import ConvolutionMethod
+from ncsr_fast.ops.conv3x3 import ConvolutionMethod
 from ncsr_fast.engine.folding import fold_mixing
-from ncsr_fast.nn.encoder import DenseBlock
+from ncsr_fast.encoder.rrdb import DenseBlock
 from ncsr_fast.ops.inverse_logdet import invert
 
 

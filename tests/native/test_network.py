@@ -16,9 +16,9 @@ from torch import Tensor
 if not installation.expects("native"):
     pytest.skip("the native backend is not among the cells", allow_module_level=True)
 
-from ncsr_fast.engine.convolution import ConvolutionMethod
+from ncsr_fast.ops.conv3x3 import ConvolutionMethod
 from ncsr_fast.engine.network import Network, evaluate
-from ncsr_fast.ops._native import network_fwd
+from ncsr_fast.ops.native import network_fwd
 
 LAST = torch.channels_last
 DTYPES = [torch.float32, torch.float64]
@@ -175,7 +175,7 @@ def test_nothing_is_read_beyond_a_tensor(tmp_path):
     code = """
 import ctypes, math, mmap, torch
 from ncsr_fast import _native
-from ncsr_fast.ops._native import network_fwd
+from ncsr_fast.ops.native import network_fwd
 libc, kept_alive = ctypes.CDLL(None, use_errno=True), []
 def at_the_end(*shape, channels_last=False):
     size = 4 * math.prod(shape)

@@ -11,7 +11,7 @@ from operator_cases import marked
 from support import Case, load_case, relative_error, weights_module
 
 from ncsr_fast import NCSR
-from ncsr_fast.nn.published import layout
+from ncsr_fast.checkpoints.published import layout
 
 SMALL = ["ncsr_x4_small", "ncsr_x4_std_small", "ncsr_x8_small", "srflow_x4_small"]
 CASES = [*SMALL, "ncsr_x4_full"]

@@ -16,7 +16,7 @@ from support import assert_same_weights, image, tiny_model
 
 from ncsr_fast import NCSR, graphs
 from ncsr_fast.engine import conditioning, fused_level
-from ncsr_fast.nn.freezing import FrozenError
+from ncsr_fast.freezing import FrozenError
 
 
 @pytest.fixture(params=["cpu", "as-on-a-gpu"])

@@ -7,7 +7,7 @@ import pytest
 import torch
 from support import image, tiny_model
 
-from ncsr_fast.nn.sampling import NonFiniteSamples
+from ncsr_fast.flow.samples import NonFiniteSamples
 
 LR, HR = image(2, 3, 4, 6, seed=1), image(2, 3, 16, 24, seed=2)
 
@@ -147,7 +147,7 @@ CAUSES = {
 def test_what_is_said_of_samples_that_blew_up(cause, monkeypatch):
     """The real cause; the range of pixels is read here only where it was not before, which is on a GPU."""
     model, lr = tiny_model(), LR
-    monkeypatch.setattr("ncsr_fast.nn.checks.reading_is_free", lambda tensor: False)
+    monkeypatch.setattr("ncsr_fast.checks.reading_is_free", lambda tensor: False)
     if cause == "pixels":
         lr = 255 * (LR - LR.min())
     with torch.no_grad():

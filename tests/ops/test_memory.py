@@ -23,7 +23,7 @@ from operator_cases import (
 )
 
 from ncsr_fast import layout, ops
-from ncsr_fast.ops._backends import implementation
+from ncsr_fast.ops.backends import implementation
 
 
 def assert_like_the_reference(name: str, tensors: list[torch.Tensor], backend: str, inverse: bool = False) -> None:

@@ -59,7 +59,7 @@ def test_a_skipped_step_changes_nothing_but_the_count():
     step(*good)
     before = state(model, optimizer)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ncsr_fast.nn.checks.reading_is_free", lambda tensor: False)  # as on a GPU, where input is not looked at
+        patch.setattr("ncsr_fast.checks.reading_is_free", lambda tensor: False)  # as on a GPU, where input is not looked at
         for _ in range(2):
             step(good[0] * NAN, good[1])
     assert all(torch.equal(a, b) for a, b in zip(before, state(model, optimizer), strict=True))

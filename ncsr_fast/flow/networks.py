@@ -1,4 +1,4 @@
-"""The small convolutional networks of injectors and couplings, all of a level's stacked in one module."""
+"""The networks of a level's branches, those of all steps stacked in one module."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ncsr_fast.engine.convolution import convolution
 from ncsr_fast.engine.folding import LOG_SCALE
-from ncsr_fast.nn.actnorm import initialize_actnorm
+from ncsr_fast.flow.actnorm import initialize_actnorm
+from ncsr_fast.ops.conv3x3 import convolution
 
 WEIGHT_STD = 0.05  # of the initial weights of the first two convolutions
 
@@ -61,14 +61,14 @@ class StackedNetworks(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Apply `to()`, `half()`, `share_memory()` … to stacked weights as to the 4-D weights of single networks, which can
         have the memory format `torch.channels_last`."""
-        return super()._apply(lambda tensor: _of_single(fn, tensor), recurse)
+        return super()._apply(lambda tensor: _apply_single(fn, tensor), recurse)
 
     def unbind(self) -> list[Network]:
         """The networks one by one. Once a pass: under autograd, indexing would fill a stack of zeros per step."""
         return [Network(*tensors) for tensors in zip(*(getattr(self, name).unbind() for name in Network._fields))]
 
 
-def _of_single(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
+def _apply_single(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
     if tensor.dim() != 5:
         return fn(tensor)
     return fn(tensor.flatten(0, 1)).unflatten(0, tensor.shape[:2])
@@ -86,3 +86,8 @@ def _conv_actnorm_relu(x: Tensor, weight: Tensor, bias: Tensor, logs: Tensor, in
         initialize_actnorm(bias, logs, convolution(x, weight, None, None))
     scale = torch.exp(logs)
     return F.relu(convolution(x, weight * scale[:, None, None, None], bias * scale, None))
+
+
+# By kind: a module (count, inputs, hidden, outputs) whose `unbind` returns the networks one by one, each a function of
+# (x, initialize). The engine has kernels for StackedNetworks; a level with another kind runs by its definition.
+NETWORKS: dict[str, Callable[..., nn.Module]] = {"glow": StackedNetworks}

@@ -12,17 +12,19 @@ from ncsr_fast.synchronization import reading_is_free
 _BRIGHTEST, _DARKEST = 16.0, -1.0  # images, residuals and noise on either are far within; bytes and 16-bit pixels are not
 
 
-def check_image(name: str, image: Tensor, like: Tensor) -> None:
-    """Raise unless `image` is (B, 3, H, W), of the dtype and device of the parameter `like`, finite, and not of 0 … 255.
+def check_image(name: str, image: Tensor, like: Tensor, channels: int = 3) -> None:
+    """Raise unless `image` is (B, channels, H, W), of the dtype and device of the parameter `like`, finite, and not of 0 … 255.
 
     Values are read on the CPU only: on a GPU that would make the host wait. B, H and W are 1 or more.
     """
     if not isinstance(image, Tensor):
         raise TypeError(f"{name} must be a tensor, not {type(image).__name__}")
-    if image.dim() != 4 or image.shape[1] != 3:
-        raise ValueError(f"{name} must have shape (B, 3, H, W), not {tuple(image.shape)}")
+    if image.dim() != 4 or image.shape[1] != channels:
+        raise ValueError(f"{name} must have shape (B, {channels}, H, W), not {tuple(image.shape)}")
     if 0 in image.shape:
-        raise ValueError(f"{name} must have shape (B, 3, H, W) of one image and one pixel or more, not {tuple(image.shape)}")
+        raise ValueError(
+            f"{name} must have shape (B, {channels}, H, W) of one image and one pixel or more, not {tuple(image.shape)}"
+        )
     check_like(name, image, like)
     check_finite(name, image)
     if reading_is_free(image) and (values := bytes_range(image)):
@@ -75,7 +77,7 @@ def bytes_range(image: Tensor) -> str | None:
 
 def check_pair(hr: Tensor, lr: Tensor, scale: int) -> None:
     """Raise unless `hr` is `scale` times the size of `lr`, image by image."""
-    expected = (lr.shape[0], 3, lr.shape[2] * scale, lr.shape[3] * scale)
+    expected = (*lr.shape[:2], lr.shape[2] * scale, lr.shape[3] * scale)
     if tuple(hr.shape) != expected:
         raise ValueError(f"hr must have shape {expected} for lr {tuple(lr.shape)} at scale {scale}, not {tuple(hr.shape)}")
 
@@ -85,9 +87,9 @@ def check_noise(noise: Tensor, lr: Tensor, scale: int, noise_channels: int) -> N
     if noise_channels == 0:
         raise ValueError("noise must be None: this model has no noise-conditional layer")
     batch, _, height, width = lr.shape
-    expected = (batch, 3, height * scale, width * scale) if noise_channels == 3 else (batch, 1, 1, 1)
+    expected = (batch, noise_channels, height * scale, width * scale) if noise_channels > 1 else (batch, 1, 1, 1)
     if not isinstance(noise, Tensor):
         raise TypeError(f"noise must be a tensor or None, not {type(noise).__name__}")
     if tuple(noise.shape) != expected:
-        meaning = "the noise image" if noise_channels == 3 else "the standard deviation of each image's noise"
+        meaning = "the noise image" if noise_channels > 1 else "the standard deviation of each image's noise"
         raise ValueError(f"noise must be {meaning}, of shape {expected}, not {tuple(noise.shape)}")

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ncsr_fast.engine.convolution import ConvolutionMethod, convolution
+from ncsr_fast import files
+from ncsr_fast.checks import check_like
+from ncsr_fast.encoder import checkpoints
+from ncsr_fast.encoder.names import published_layout
+from ncsr_fast.engine.condition import Condition, Features
 from ncsr_fast.engine.dense_block import dense_block
-from ncsr_fast.nn.checks import check_like
-from ncsr_fast.nn.encoder_checkpoints import EncoderCheckpoints
+from ncsr_fast.hub import find_model
+from ncsr_fast.ops.conv3x3 import ConvolutionMethod, convolution
 
 SLOPE = 0.2  # of every LeakyReLU
 ENGINE = ConvolutionMethod()
@@ -96,7 +103,7 @@ class ResidualBlock(nn.Module):
         return self.noise(torch.add(x, y, alpha=RESIDUAL))
 
 
-class RRDB(EncoderCheckpoints, nn.Module):
+class RRDB(nn.Module):
     """ESRGAN's ×`scale` generator, or the encoder of the flow, which is the same network but for its long skip.
 
     `forward(lr)` is the super-resolved image. `features(lr)` are the conditioning features of the flow's levels, from the
@@ -201,7 +208,7 @@ class RRDB(EncoderCheckpoints, nn.Module):
         Args:
             lr: (B, in_channels, H, W), in [0, 1], of the dtype and device of the weights. H and W must be multiples of
                 `unshuffle`: published programs do not pad, nor is it done here.
-            method: As for `ncsr_fast.engine.convolution.convolution`.
+            method: As for `ncsr_fast.ops.conv3x3.convolution`.
 
         Returns:
             (B, out_channels, scale·H, scale·W), not clipped.
@@ -233,13 +240,79 @@ class RRDB(EncoderCheckpoints, nn.Module):
 
         At LR size the former are the trunk's output, above it they are *after* the LeakyReLU (the published encoder
         applies it in place), and at half the LR size they are its 2×2 averages. In the dtype and layout of lr.
-        `method` as for `ncsr_fast.engine.convolution.convolution`.
+        `method` as for `ncsr_fast.ops.conv3x3.convolution`.
         """
         trunk, stacked = self._trunk(lr, method)
         pyramid = [F.avg_pool2d(trunk, 2), trunk]
         for conv in self.conv_up[:-1]:
             pyramid.append(self._upsample(pyramid[-1], conv, method))
         return pyramid[::-1], stacked
+
+    def condition(self, lr: Tensor, method: ConvolutionMethod | None = ENGINE) -> Condition:
+        """The condition of a flow's levels, of LR images whose sides are even: see `ncsr_fast.engine.condition.Encoder`."""
+        pyramid, stacked = self.pyramid(lr, method)
+        return Condition([Features(own, stacked) for own in pyramid])
+
+    def load_published(self, source: Mapping[str, Tensor] | str | os.PathLike) -> None:
+        """Load the weights of a published generator, or of the encoder in a flow checkpoint, into this network.
+
+        Strict, and nothing is changed when they do not fit. The long skip stays that of this network: a flow's encoder may
+        start from an ESRGAN generator, to be trained on.
+
+        Args:
+            source: A state dict or a file, in the names of SRFlow, BasicSR or ESRGAN (new and old).
+
+        Raises:
+            CheckpointError: Tensors are missing, unexpected or of the wrong shape; or they are those of a flow's encoder,
+                whose long skip starts at the last block, and that of this network does not.
+        """
+        checkpoints.load_published(self, source)
+
+    def published_state_dict(self) -> dict[str, Tensor]:
+        """The weights under the names that the published programs read.
+
+        The names are SRFlow's, which NCSR and ESRGAN's new architecture share; of ESRGAN+ its own, of generators that begin
+        with a pixel unshuffle BasicSR's.
+        """
+        return {name: tensor.clone() for name, tensor in published_layout(self)}
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | os.PathLike,
+        *,
+        long_skip: str | None = None,
+        unshuffle: int | None = None,
+        revision: str | None = None,
+        cache_dir: str | os.PathLike | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+    ) -> RRDB:
+        """A generator from a directory written by `save_pretrained`, a published file, or the Hugging Face Hub.
+
+        Published are ESRGAN (new and old architecture), BasicSR and Real-ESRGAN with their ×2 and ×1 forms, ESRGAN+, and the
+        encoders of SRFlow and NCSR. Sizes are read off the shapes.
+
+        Args:
+            path: A directory; a .pth or .safetensors file; or a repository "user/name" of the Hub.
+            long_skip: Where the long skip starts, which no file of weights says: "conv_first", the default, for all
+                generators; "last_block" for the RRDB files of SRFlow and NCSR. A flow checkpoint is read as the latter, and
+                a directory as its config.json has it: as "last_block" where an earlier version wrote it without.
+            unshuffle: Pixel unshuffle before the first convolution of a file, which no file says. None: the shapes decide. It
+                is 2, 4, … where the first convolution reads 4, 16, … times the channels that the last one makes, as in
+                BasicSR's ×2 and ×1 generators, and the network doubles often enough; otherwise 1.
+            revision: As cache_dir, token and local_files_only for the Hub, see `huggingface_hub.snapshot_download`.
+
+        Raises:
+            ValueError: long_skip or unshuffle is not what the flow or directory has.
+            FileNotFoundError, CheckpointError, ImportError: As for `NCSR.from_pretrained`.
+        """
+        path = find_model(path, revision, cache_dir, token, local_files_only)
+        return checkpoints.from_pretrained(cls, path, long_skip, unshuffle)
+
+    def save_pretrained(self, directory: str | os.PathLike) -> Path:
+        """Write `config.json` and `model.safetensors` to `directory`, each atomically; return it."""
+        return files.save_directory(self, "rrdb", self.configuration(), directory)
 
     def _trunk(self, lr: Tensor, method: ConvolutionMethod | None) -> tuple[Tensor, Tensor | None]:
         x = F.pixel_unshuffle(lr, self.unshuffle) if self.unshuffle > 1 else lr

@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ncsr_fast.nn.level import FlowLevel, Step, couplings
-from ncsr_fast.nn.sampling import draw_latents
+from ncsr_fast.engine.plain import PlainLevel
+from ncsr_fast.flow.level import FlowLevel, Step
+from ncsr_fast.flow.samples import draw_latents
+from ncsr_fast.flow.walk import downward
 
 if TYPE_CHECKING:
-    from ncsr_fast.nn.ncsr import NCSR
+    from ncsr_fast.model import NCSR
 
 HEALTHY_SCALE = 1e-2  # below it, eight steps in a row take a state of 1 beyond float32
 
@@ -71,14 +73,16 @@ class InvertibilityReport:
 def check_invertibility(model: NCSR, lr: Tensor, temperature: float, generator: torch.Generator | None) -> InvertibilityReport:
     """What `NCSR.check_invertibility` documents, of an LR image of even size, step by step without the engine."""
     latents = [draw[:, 0] for draw in draw_latents(model.latent_shapes(*lr.shape[2:]), len(lr), 1, temperature, lr, generator)]
-    features = [level.own for level in model.features(lr, plain=True)]
+    condition = model.features(lr, plain=True)
     reports: list[StepReport] = []
-    z = latents.pop()
-    for index in reversed(range(len(model.levels))):
-        level, u = model.levels[index], features[index]
-        noise = model.noise_at(index, None, u, filled=True)
-        if level.split_channels:
-            z, _ = level.undo_split(z, latents.pop())
+    z = latents[-1]
+    if condition.prior_mean is not None:
+        z = z + condition.prior_mean
+    for index, level, latent in downward(model.levels, latents):
+        plain = PlainLevel(level, condition.features[index], model.options)
+        u, noise = plain.u, plain.noise(None, z)
+        if latent is not None:
+            z, _ = level.undo_split(z, latent)
         for number, step in reversed(list(enumerate(level.unbind()))):
             scale, of = _smallest_scale(level, step, z, u, noise)
             y, (z, _) = z, level.decode_step(step, z, u, noise)
@@ -94,17 +98,16 @@ def check_invertibility(model: NCSR, lr: Tensor, temperature: float, generator: 
                     largest_state=float(z.abs().max()),
                 )
             )
-        z = torch.nn.functional.pixel_shuffle(z, 2)
+        z = level.unsqueezed(z)
     return InvertibilityReport(tuple(reports), _round_trip(model, z, lr))
 
 
 def _smallest_scale(level: FlowLevel, step: Step, y: Tensor, u: Tensor, noise: Tensor | None) -> tuple[float, str]:
     """The smallest scale of a step and what has it; y is the state after it, whose first half its networks read."""
     found = [(float(torch.exp(step.logs.min())), "actnorm")]
-    if step.injector is not None:
-        outputs = [("injector", step.injector(u))]
-        outputs += [(name, network(level.joined(y, condition))) for name, network, condition in couplings(step, u, noise)]
-        found += [(float(torch.sigmoid(h[:, 1::2] + 2).min() + level.eps), name) for name, h in outputs]
+    for branch, network in step.branches:
+        h = network(level.network_input(branch, y, u, noise))
+        found.append((float(torch.sigmoid(h[:, 1::2] + 2).min() + level.eps), branch.label))
     return min(found)
 
 
@@ -112,4 +115,5 @@ def _round_trip(model: NCSR, hr: Tensor, lr: Tensor) -> float:
     """Of decoded images; NaN when they are not finite."""
     if not hr.isfinite().all():
         return math.nan
-    return float((model.decode(model.encode(hr, lr).latents, lr) - hr).abs().max())
+    flow = model.condition(lr)
+    return float((flow.decode(flow.encode(hr).latents) - hr).abs().max())

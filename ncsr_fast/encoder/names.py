@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
+from ncsr_fast.checkpoints.state_dicts import StateDict, read_named
 from ncsr_fast.files import CheckpointError, listed
-from ncsr_fast.nn.state_dicts import StateDict, read_named
 
 if TYPE_CHECKING:
-    from ncsr_fast.nn.encoder import RRDB
+    from ncsr_fast.encoder.rrdb import RRDB
 
 _OF_FLOW = "RRDB."  # what the names of a flow's encoder begin with
 

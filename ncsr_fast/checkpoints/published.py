@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from ncsr_fast.encoder.names import encoder_layout
 from ncsr_fast.files import compare
-from ncsr_fast.nn.encoder_names import encoder_layout
-from ncsr_fast.nn.networks import StackedNetworks
+from ncsr_fast.flow.networks import StackedNetworks
 
 if TYPE_CHECKING:
-    from ncsr_fast.nn.ncsr import NCSR
+    from ncsr_fast.model import NCSR
 
 
 class Entry(NamedTuple):
@@ -34,7 +34,7 @@ def layout(model: NCSR) -> Iterator[Entry]:
         yield Entry("RRDB." + name, tuple(tensor.shape), tensor)
     config = model.config
     position = 0
-    for level in model.levels:
+    for number, level in enumerate(model.levels):
         position += 1  # the squeeze
         for index in range(config.transition_steps + config.steps):
             prefix = f"flowUpsamplerNet.layers.{position}"
@@ -50,14 +50,13 @@ def layout(model: NCSR) -> Iterator[Entry]:
             if not config.noise_channels:
                 continue
             # the published network exists in every step, used or not
-            noise_step = step - (level.steps - level.noise_steps)
+            noise_step = step - (config.steps - config.noise_steps[number])
             if noise_step >= 0:
                 yield from _network(f"{prefix}.affine.fAffine_std", level.noise_couplings, noise_step)
             else:
+                inputs, outputs = level.pass_through + config.noise_channels, 2 * (level.channels - level.pass_through)
                 with torch.device("meta"):  # shapes alone
-                    unused = StackedNetworks(
-                        1, level.kept + config.noise_channels, config.hidden_channels, 2 * (level.channels - level.kept)
-                    )
+                    unused = StackedNetworks(1, inputs, config.hidden_channels, outputs)
                 for entry in _network(f"{prefix}.affine.fAffine_std", unused, 0):
                     yield entry._replace(tensor=None)
         if level.split_channels:

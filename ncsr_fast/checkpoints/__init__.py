@@ -1,0 +1,1 @@
+"""Models in files: functions of state dicts, published and our own."""

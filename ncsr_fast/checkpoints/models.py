@@ -1,0 +1,100 @@
+"""Models in files: the published programs' checkpoints, our directories, and the shipped model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ncsr_fast import files
+from ncsr_fast.checkpoints import published
+from ncsr_fast.checkpoints.state_dicts import read_state_dict
+from ncsr_fast.config import PRESETS, NCSRConfig
+
+if TYPE_CHECKING:
+    from ncsr_fast.model import NCSR
+
+
+def load_model(make: Callable[[NCSRConfig], NCSR], path: Path, config: NCSRConfig | None) -> NCSR:
+    """A model from a directory written by `save_pretrained`, or from a file.
+
+    Args:
+        make: Makes a model without weights.
+        path: Of the directory or file.
+        config: Of a file; None finds it.
+
+    Raises:
+        ValueError: There is a config, and the directory has its own.
+        CheckpointError: As for `load_state_dict`.
+    """
+    if path.is_dir():
+        if config is not None:
+            raise ValueError(f"config belongs to a file; {str(path)!r} is a directory with its own {files.CONFIG}")
+        return files.load_directory(path, "ncsr", lambda values: make(NCSRConfig.from_dict(values)))
+    return model_of_state_dict(make, read_state_dict(path), path, config)
+
+
+def model_of_state_dict(
+    make: Callable[[NCSRConfig], NCSR], state: Mapping[str, Tensor], path: Path, config: NCSRConfig | None
+) -> NCSR:
+    """A model from what the file `path` holds: a published state dict, or one of ours."""
+    if is_own(state):
+        model = make(_config_of_run(path) if config is None else config)
+        expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        files.compare(expected, state, f"this model ({model.describe()})")
+        files.adopt_dtype(model, state)
+        model.load_state_dict(state)
+    else:
+        model = make(_matching_config(make, state, path) if config is None else config)
+        files.adopt_dtype(model, state)
+        published.load_network(model, state)
+    return model
+
+
+def describe(config: NCSRConfig) -> str:
+    """A model in a few words, for messages."""
+    kind = {0: "SRFlow", 1: "NCSR, std-conditional", 3: "NCSR, noise-conditional"}[config.noise_channels]
+    return f"{kind}, ×{config.scale}, {config.blocks} blocks, {config.steps} steps a level"
+
+
+def is_own(state: Mapping[str, Tensor]) -> bool:
+    """Whether the names are those of our modules, and not the published ones."""
+    return "levels.0.actnorm_bias" in state
+
+
+def _config_of_run(path: Path) -> NCSRConfig:
+    """The configuration of RUN/checkpoints/STAGE-STEP.pt."""
+    settings = path.absolute().parents[1] / "settings.json"
+    try:
+        return NCSRConfig.from_dict(files.read_json(settings)["model"])
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise files.CheckpointError(
+            f"{str(path)!r} has our tensors, but no {str(settings)!r} says of which model: give its config, or the "
+            "directory RUN/model that a training run ends with"
+        ) from error
+
+
+def _matching_config(make: Callable[[NCSRConfig], NCSR], state: Mapping[str, Tensor], path: Path) -> NCSRConfig:
+    """The preset, or its std-conditional variant, whose published tensors have exactly these names and shapes."""
+    presets = [NCSRConfig.preset(name) for name in PRESETS]
+    variants = [replace(config, noise_channels=1) for config in presets if config.noise_channels == 3]
+    celeba = NCSRConfig(scale=8, blocks=8, stacked_blocks=(1, 3, 5, 7))  # SRFlow's face model
+    found = []
+    for config in [*presets, *variants, celeba]:
+        with torch.device("meta"):
+            model = make(config)
+        problems = files.differences({entry.name: entry.shape for entry in published.layout(model)}, state)
+        if not problems:
+            return config
+        found.append((sum(map(len, problems.values())), model.describe(), problems))
+    _, nearest, problems = min(found, key=lambda candidate: candidate[0])
+    raise files.CheckpointError(
+        f"{str(path)!r} has the tensors of no preset ({', '.join(PRESETS)}); of the nearest, {nearest}, it has "
+        f"{files.listed(problems)}. Say which model it is: "
+        "NCSR.from_pretrained(path, config=NCSRConfig.from_published(options))",
+        problems,
+    )

@@ -1,0 +1,1 @@
+"""Encoders: the RRDB network, and its files."""

@@ -1,0 +1,62 @@
+"""RRDB networks in files: those of the published programs, and our directories."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from ncsr_fast import files
+from ncsr_fast.encoder.names import GeneratorState, configuration_of, encoder_layout, read_generator
+
+if TYPE_CHECKING:
+    from ncsr_fast.encoder.rrdb import RRDB
+
+
+def load_published(network: RRDB, source: Mapping[str, Tensor] | str | os.PathLike) -> None:
+    """As `RRDB.load_published`."""
+    found = read_generator(source)
+    if found.of_flow and network.long_skip != "last_block":
+        raise files.CheckpointError(
+            "the checkpoint is a flow's, and the long skip of its encoder starts at the last block, not at the first "
+            "convolution as in this network: build it with long_skip='last_block'"
+        )
+    _load(network, found)
+
+
+def from_pretrained(make: Callable[..., RRDB], path: Path, long_skip: str | None, unshuffle: int | None) -> RRDB:
+    """As `RRDB.from_pretrained`, of a directory or file that is here; `make` makes a network without weights."""
+    if not path.is_dir():
+        return from_state(make, read_generator(path), long_skip, unshuffle)
+    unrecorded = {"long_skip": long_skip or "last_block"}  # by versions that had no other
+    network = files.load_directory(path, "rrdb", lambda values: make(**{**unrecorded, **values}))
+    for name, asked in (("long_skip", long_skip), ("unshuffle", unshuffle)):
+        if asked not in (None, getattr(network, name)):
+            raise ValueError(f"{name}={asked!r}: {str(path)!r} holds a network with {name}={getattr(network, name)!r}")
+    return network
+
+
+def from_state(
+    make: Callable[..., RRDB], state: GeneratorState, long_skip: str | None = None, unshuffle: int | None = None
+) -> RRDB:
+    """A generator of the size that the shapes tell; long_skip and unshuffle as for `RRDB.from_pretrained`."""
+    if state.of_flow:
+        if long_skip not in (None, "last_block"):
+            raise ValueError(f"long_skip={long_skip!r}: the file is a flow's, and its encoder's is 'last_block'")
+        long_skip = "last_block"
+    network = make(**configuration_of(state.tensors, unshuffle), long_skip=long_skip or "conv_first")
+    files.adopt_dtype(network, state.tensors)
+    _load(network, state)
+    return network
+
+
+def _load(network: RRDB, state: GeneratorState) -> None:
+    """Copy a state dict into `network`; strict, and nothing is changed when it does not fit."""
+    entries = dict(encoder_layout(network))
+    expected = {name: tuple(tensor.shape) for name, tensor in entries.items()}
+    files.compare(expected, state.tensors, f"this encoder ({network.describe()})")
+    for name, tensor in entries.items():
+        tensor.copy_(state.tensors[name])

@@ -1,0 +1,70 @@
+"""A level by its definition, step after step: the reference of the plan, and what runs a level that no kernel knows."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+from ncsr_fast.engine.condition import Features, resized_noise
+from ncsr_fast.engine.options import EngineOptions
+from ncsr_fast.engine.plan import Level, LevelPlan
+
+
+class DefinedLevel(Level, Protocol):
+    """A level with its definition, as `ncsr_fast.flow.level.FlowLevel` has it."""
+
+    has_kernels: bool
+    noise_channels: int
+
+    def encode(
+        self, z: Tensor, u: Tensor, v: Tensor | None, initialize: bool, backend: str
+    ) -> tuple[Tensor, Tensor | None, Tensor]: ...
+
+    def decode(self, z: Tensor, latent: Tensor | None, u: Tensor, v: Tensor | None, backend: str) -> tuple[Tensor, Tensor]: ...
+
+
+class PlainLevel:
+    """The interface of `LevelPlan`, evaluated by the level's definition.
+
+    Args:
+        level: The level.
+        features: Its condition.
+        options: Of the engine, of which the backend of the operators is used.
+    """
+
+    def __init__(self, level: DefinedLevel, features: Features, options: EngineOptions) -> None:
+        self.level, self.backend = level, options.backend
+        self.u = features.joined.to(level.actnorm_bias.dtype)
+
+    def encode(self, z: Tensor, noise: Tensor | None = None, initialize: bool = False) -> tuple[Tensor, Tensor | None, Tensor]:
+        """As `LevelPlan.encode`; `initialize` sets every actnorm from the data that reaches it, before it is applied."""
+        return self.level.encode(z, self._u(z), self.noise(noise, z), initialize, self.backend)
+
+    def decode(
+        self, z: Tensor, latent: Tensor | None, noise: Tensor | None = None, peaks: list[Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """As `LevelPlan.decode`, without peaks."""
+        return self.level.decode(z, latent, self._u(z), self.noise(noise, z), self.backend)
+
+    def noise(self, noise: Tensor | None, z: Tensor) -> Tensor | None:
+        """The noise condition v of the level, zeros where noise is None; None for a level that has none."""
+        if not any(branch.condition == "noise" for branch in self.level.branches):
+            return None
+        if noise is None:
+            return self.u.new_zeros(z.shape[0], self.level.noise_channels, *self.u.shape[2:])
+        return resized_noise(noise, self.u.shape[2:])
+
+    def _u(self, z: Tensor) -> Tensor:
+        """The features, shared by all samples of z."""
+        return self.u.expand(z.shape[0], -1, -1, -1)
+
+
+Plan = LevelPlan | PlainLevel
+
+
+def plan(level: DefinedLevel, features: Features, options: EngineOptions, inverse: bool) -> Plan:
+    """The level planned, or where the options or its networks ask for it, its definition."""
+    if options.engine == "plain" or not level.has_kernels:
+        return PlainLevel(level, features, options)
+    return LevelPlan(level, features, options, inverse)

@@ -1,0 +1,293 @@
+"""A level planned once for a condition: parameters folded, all that depends on the condition alone computed, algorithms chosen.
+
+The plan then maps states, any number of times. It serves both gradient modes. Where gradients of the condition or of the
+level's parameters are recorded, the pre-activations of all networks are one tensor, whose gradient the level's backward pass
+fills in. Where they are not, the outputs of the injectors are computed here as well, shared by all samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ncsr_fast import ops
+from ncsr_fast.autocast import without_autocast
+from ncsr_fast.config import Branch
+from ncsr_fast.engine.cache import Cache
+from ncsr_fast.engine.condition import Features, resized_noise
+from ncsr_fast.engine.folding import LOG_SCALE, Hoisted, Mixing, NetworkParameters, Networks, fold_mixing, fold_networks
+from ncsr_fast.engine.gradient import level_pass
+from ncsr_fast.engine.hoisting import HoistedWeight, algorithm, hoisted_convolution, prepared
+from ncsr_fast.engine.options import EngineOptions
+from ncsr_fast.engine.program import BranchProgram, Place, Program, stages
+from ncsr_fast.engine.walk import LevelTensors
+from ncsr_fast.layout import laid_out
+from ncsr_fast.ops.backends import covering_backend
+from ncsr_fast.ops.conv3x3 import ConvolutionMethod, convolution
+from ncsr_fast.ops.step_network import evaluate_network
+
+# Bytes of pre-activations computed together where nothing is saved for a backward pass.
+_AT_ONCE = 256 * 2**20
+
+
+class Level(Protocol):
+    """What the engine reads of `ncsr_fast.flow.level.FlowLevel`."""
+
+    actnorm_bias: Tensor
+    actnorm_logs: Tensor
+    invconv: Tensor
+    transition_steps: int
+    steps: int
+    squeeze: int
+    pass_through: int
+    branches: tuple[Branch, ...]
+    split_channels: int
+    split_weight: Tensor
+    split_bias: Tensor
+    split_logs: Tensor
+    eps: float
+    cache: Cache
+
+    def networks(self, branch: Branch) -> NetworkParameters: ...
+
+    def parameters(self) -> Iterator[Tensor]: ...
+
+
+class FoldedLevel(NamedTuple):
+    """The networks of a level, folded.
+
+    Args:
+        networks: Of every branch.
+        hoisted: By condition, the rest of the first layers of all branches that have it, one branch after the other.
+        weight: That of the hoisted convolution of the features, prepared for them; None where no branch reads them.
+    """
+
+    networks: tuple[Networks, ...]
+    hoisted: dict[str | None, Hoisted]
+    weight: HoistedWeight | None
+
+
+class PreActivations:
+    """Pre-activations of a level's networks and where each of them is, and outputs that need no state."""
+
+    def __init__(self, branches: int) -> None:
+        self.sources: list[Tensor] = []
+        self.places: list[list[Place]] = [[] for _ in range(branches)]
+        self.outputs: list[list[Tensor] | None] = [None] * branches
+
+    def add(self, source: Tensor, places: list[tuple[int, int]]) -> None:
+        """Add a tensor of pre-activations that holds those of branches, each (branch, first channel), in this order."""
+        for branch, channel in places:
+            self.places[branch].append(Place(len(self.sources), channel))
+        self.sources.append(source)
+
+
+class LevelPlan:
+    """A level in one direction, for one condition.
+
+    Args:
+        level: The level.
+        features: Its condition, of a batch or of one image whose samples share it.
+        options: Of the engine.
+        inverse: Whether states are decoded.
+    """
+
+    def __init__(self, level: Level, features: Features, options: EngineOptions, inverse: bool) -> None:
+        self.level, self.features, self.options, self.inverse = level, features, options, inverse
+        self.recorded = _recorded(level, features)
+        self._group = {condition: self._branches_of(condition) for condition in ("features", "noise", None)}
+        with without_autocast(features.own.device.type):
+            self.mixing, self.folded = self._folded_mixing(), self._folded_networks()
+            self._known = self._pre_activations()
+            self.program = self._make_program()
+
+    def encode(self, z: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor | None, Tensor]:
+        """z → state of the next level, the split's latent (None without one), logdet (B,).
+
+        Args:
+            z: (B, C/s², s·h, s·w) for a level that squeezes by s.
+            noise: As the model has it, or None for zero.
+        """
+        level, options = self.level, self.options
+        with without_autocast(z.device.type):
+            x = F.pixel_unshuffle(z, level.squeeze) if level.squeeze > 1 else z
+            z, logdet = self._steps(laid_out(x, options.memory_format), noise, None)
+            if not level.split_channels:
+                return z, None, logdet
+            z, density = ops.gaussian_split(z, split_prior(level, z[:, : -level.split_channels]), backend=options.backend)
+            return z[:, : -level.split_channels], z[:, -level.split_channels :], logdet + density
+
+    def decode(
+        self, z: Tensor, latent: Tensor | None, noise: Tensor | None = None, peaks: list[Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The inverse of `encode`: z and logdet (B,).
+
+        Args:
+            z: State of the next level, or the top latent; more samples than the features have share a batch of 1.
+            latent: Of the split, None without one.
+            noise: As the model has it, or None for zero.
+            peaks: Is appended the largest magnitude (B,) of the state after each step decoded, NaN where it holds one; not
+                where gradients are recorded.
+        """
+        logdets, options = [], self.options
+        with without_autocast(z.device.type):
+            if latent is not None:
+                joined, h = torch.cat([z, latent], dim=1), split_prior(self.level, z)
+                z, density = ops.gaussian_split(joined, h, inverse=True, backend=options.backend)
+                logdets.append(density)
+            z, logdet = self._steps(laid_out(z, options.memory_format), noise, peaks)
+            z = F.pixel_shuffle(z, self.level.squeeze) if self.level.squeeze > 1 else z
+            return z, torch.stack([logdet, *logdets]).sum(dim=0)
+
+    def _steps(self, x: Tensor, noise: Tensor | None, peaks: list[Tensor] | None) -> tuple[Tensor, Tensor]:
+        sources = [*self._known.sources, *self._noise_source(noise)]
+        # autograd sums the gradients of what samples share
+        sources = [source.expand(x.shape[0], -1, -1, -1) if source.requires_grad else source for source in sources]
+        outputs = tuple(None if known is None else tuple(known) for known in self._known.outputs)
+        tensors = LevelTensors(self.mixing.mix, self.mixing.offset, self.folded.networks, tuple(sources), outputs)
+        y, logdet = level_pass(x, tensors, self.program, self.options.checkpoint, peaks)
+        return y, logdet + self.mixing.logdet * (x.shape[2] * x.shape[3])
+
+    def _branches_of(self, condition: str | None) -> list[int]:
+        """The numbers of the branches with a condition."""
+        return [index for index, branch in enumerate(self.level.branches) if branch.condition == condition]
+
+    def _folded_mixing(self) -> Mixing:
+        level = self.level
+        weights = level.actnorm_bias, level.actnorm_logs, level.invconv
+
+        def fold() -> Mixing:
+            return fold_mixing(*weights, level.transition_steps, self.inverse, self.options.backend)
+
+        return fold() if self.recorded else level.cache.get(("mixing", self.inverse), weights, fold)
+
+    def _folded_networks(self) -> FoldedLevel:
+        level, features, method = self.level, self.features, self.options.method
+        dtype = self.options.network_dtype(level.actnorm_bias.dtype)
+        rows = sum(level.networks(level.branches[index]).norm1_bias.numel() for index in self._group["features"])
+        chosen = algorithm(features, rows, dtype, method)
+
+        def fold() -> FoldedLevel:
+            return self._fold(dtype, chosen)
+
+        return fold() if self.recorded else level.cache.get(("networks", dtype, chosen), level.parameters(), fold)
+
+    def _fold(self, dtype: torch.dtype, algorithm: str) -> FoldedLevel:
+        level, pairs = self.level, []
+        for branch in level.branches:
+            state_channels = 0 if branch.changes_all else level.pass_through
+            pairs.append(fold_networks(level.networks(branch), state_channels, dtype))
+        hoisted = {
+            condition: _stacked([pairs[index][1] for index in group]) for condition, group in self._group.items() if group
+        }
+        weight, own_channels = None, self.features.own.shape[1]
+        if "features" in hoisted:
+            weight = prepared(hoisted["features"].weight, own_channels, algorithm, not self.recorded)
+        return FoldedLevel(tuple(networks for networks, _ in pairs), hoisted, weight)
+
+    def _pre_activations(self) -> PreActivations:
+        """Those of the features and of branches without a condition."""
+        known, own = PreActivations(len(self.level.branches)), self.features.own
+        if self._group["features"]:
+            self._add_features(known)
+        if self._group[None]:
+            bias = self.folded.hoisted[None].bias
+            known.add(bias[None, :, None, None].expand(1, -1, *own.shape[2:]), self._places(None))
+        return known
+
+    def _places(self, condition: str | None) -> list[tuple[int, int]]:
+        """Branch and first channel of the pre-activations of a condition, as the hoisted convolution puts them out."""
+        found, channel = [], 0
+        for index in self._group[condition]:
+            networks = self.folded.networks[index]
+            for _ in range(len(networks.w2)):
+                found.append((index, channel))
+                channel += networks.w2.shape[1]
+        return found
+
+    def _add_features(self, known: PreActivations) -> None:
+        places, bias = self._places("features"), self.folded.hoisted["features"].bias
+        if self.recorded:
+            known.add(hoisted_convolution(self.features, self.folded.weight, bias, self.options.method), places)
+            return
+        for index in self._group["features"]:
+            self._add_branch(known, index, [channel for branch, channel in places if branch == index])
+
+    def _add_branch(self, known: PreActivations, index: int, channels: list[int]) -> None:
+        """Add a branch some networks at a time: where it reads the features alone, their outputs in place of pre-activations."""
+        networks, method, own = self.folded.networks[index].unbind(), self.options.method, self.features.own
+        weight, bias = self.folded.weight, self.folded.hoisted["features"].bias
+        hidden, changes_all = networks[0].w2.shape[0], self.level.branches[index].changes_all
+        size = own[:, :1].numel() * hidden * own.element_size()
+        # torch.export knows no sizes
+        together = len(networks) if isinstance(size, torch.SymInt) else max(1, _AT_ONCE // size)
+        outputs: list[Tensor] = []
+        for first in range(0, len(networks), together):
+            part = networks[first : first + together]
+            start, end = channels[first], channels[first] + hidden * len(part)
+            pre = hoisted_convolution(self.features, weight.rows(start, end), bias[start:end], method)
+            for network, own_pre in zip(part, pre.split(hidden, dim=1)):
+                if changes_all:
+                    outputs.append(evaluate_network(network, None, own_pre, method.tf32, self._network_backend))
+                else:  # dense: read for every sample, and the pixels of a slice lie pages apart
+                    known.add(laid_out(own_pre, self.options.memory_format), [(index, 0)])
+        if changes_all:
+            known.outputs[index] = outputs
+
+    def _noise_source(self, noise: Tensor | None) -> list[Tensor]:
+        """The pre-activations of the branches whose condition is the noise, if there are any."""
+        if not self._group["noise"]:
+            return []
+        own, (weight, bias) = self.features.own, self.folded.hoisted["noise"]
+        if noise is None:
+            return [bias[None, :, None, None].expand(own.shape[0], -1, *own.shape[2:])]
+        v = laid_out(resized_noise(noise, own.shape[2:]).to(own.dtype), self.options.memory_format)
+        return [convolution(v, weight, bias, self.options.method)]
+
+    @property
+    def _network_backend(self) -> str:
+        return covering_backend("step_network", self.options.backend, self.features.own)
+
+    def _make_program(self) -> Program:
+        level, known, branches = self.level, self._known, []
+        noise = dict.fromkeys(self._group["noise"], len(known.sources))
+        for index, (branch, networks) in enumerate(zip(level.branches, self.folded.networks)):
+            places = known.places[index]
+            if index in noise:
+                places = [Place(noise[index], channel) for number, channel in self._places("noise") if number == index]
+            count, hidden = len(networks.w2), networks.w2.shape[1]
+            branches.append(BranchProgram(count, branch.changes_all, hidden, tuple(places)))
+        backend = ops.resolve_backend("engine", self.options.backend, level.actnorm_bias, kernel="flow_step")
+        return Program(
+            stages(branches, level.steps, self.inverse),
+            tuple(branches),
+            level.eps,
+            self.inverse,
+            backend,
+            self._network_backend,
+            self.options.method,
+        )
+
+
+def split_prior(level: Level, z1: Tensor) -> Tensor:
+    """Mean and log standard deviation, interleaved, of the channels that a split takes out: Glow's zero-initialised convolution."""
+    scale = torch.exp(LOG_SCALE * level.split_logs)
+    return convolution(z1, level.split_weight * scale[:, None, None, None], level.split_bias * scale, ConvolutionMethod())
+
+
+def _recorded(level: Level, features: Features) -> bool:
+    """Whether autograd records what the level's parameters and the features decide."""
+    tensors = (*level.parameters(), *(tensor for tensor in features if tensor is not None))
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def _stacked(parts: list[Hoisted]) -> Hoisted:
+    """The hoisted layers of several branches with one condition as one."""
+    if len(parts) == 1:
+        return parts[0]
+    weights = [part.weight for part in parts if part.weight is not None]
+    return Hoisted(torch.cat(weights) if weights else None, torch.cat([part.bias for part in parts]))

@@ -1,0 +1,161 @@
+"""A flow conditioned on LR images: what the images alone decide is computed once, for any number of calls."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ncsr_fast.engine.condition import Condition
+from ncsr_fast.engine.memory import spare_bytes
+from ncsr_fast.engine.plain import Plan, plan
+from ncsr_fast.flow.walk import downward
+from ncsr_fast.layout import traced
+from ncsr_fast.ops.reference import gaussian_log_density
+
+if TYPE_CHECKING:
+    from ncsr_fast.config import FlowConfig
+    from ncsr_fast.engine.options import EngineOptions
+    from ncsr_fast.flow.level import FlowLevel
+
+
+class Encoded(NamedTuple):
+    """An image as the flow's latents.
+
+    Args:
+        latents: Those of the splits in encoding order, then the top one.
+        log_likelihood: log p(hr | lr) = Σ log|det| + Σ log N(latent; mean, 1), (B,) in nats.
+        prior_mean: Mean of the top latent, of its shape; None where it is zero, as all others' is.
+    """
+
+    latents: tuple[Tensor, ...]
+    log_likelihood: Tensor
+    prior_mean: Tensor | None = None
+
+
+class Levels:
+    """The levels of a flow for one condition, without checks of arguments: images are of the padded size.
+
+    Args:
+        levels: From the HR side.
+        config: The flow.
+        condition: Of a batch of LR images, or of one that all samples share.
+        options: Of the engine.
+        keeps: Whether the plans of levels are kept for further calls, rather than made anew by each.
+    """
+
+    def __init__(
+        self, levels: Sequence[FlowLevel], config: FlowConfig, condition: Condition, options: EngineOptions, keeps: bool
+    ) -> None:
+        self.levels, self.config, self.condition, self.options = levels, config, condition, options
+        self.keeps = keeps and self._fit()
+        self._plans: dict[tuple[int, bool], Plan] = {}
+        self._images: list[Levels] | None = None
+
+    @property
+    def batch(self) -> int:
+        """The number of LR images."""
+        return len(self.condition.features[0].own)
+
+    def image(self, index: int) -> Levels:
+        """The levels for one of the LR images."""
+        if self.batch == 1:
+            return self
+        if self._images is None:
+            parts = (self.condition.sample(number) for number in range(self.batch))
+            self._images = [Levels(self.levels, self.config, part, self.options, self.keeps) for part in parts]
+        return self._images[index]
+
+    def plan(self, index: int, inverse: bool) -> Plan:
+        """The plan of a level in one direction."""
+        if (index, inverse) in self._plans:
+            return self._plans[index, inverse]
+        made = plan(self.levels[index], self.condition.features[index], self.options, inverse)
+        if self.keeps:
+            self._plans[index, inverse] = made
+        return made
+
+    def encode(self, x: Tensor, noise: Tensor | None) -> tuple[tuple[Tensor, ...], Tensor]:
+        """Latents, and the log|det| (B,) of encoding with the log-density of all latents but the last."""
+        latents, logdets = [], []
+        for index in range(len(self.levels)):
+            x, latent, logdet = self.plan(index, inverse=False).encode(x, noise)
+            logdets.append(logdet)
+            if latent is not None:
+                latents.append(latent)
+        return (*latents, x), torch.stack(logdets).sum(dim=0)
+
+    def encoded(self, x: Tensor, noise: Tensor | None) -> Encoded:
+        """Latents and log-likelihood."""
+        latents, logdet = self.encode(x, noise)
+        return with_prior(latents, logdet, self.condition.prior_mean)
+
+    def decode(
+        self, latents: Sequence[Tensor], noise: Tensor | None, peaks: list[Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The image of latents, and the log|det| (B,) of decoding, which is minus that of encoding.
+
+        Args:
+            latents: In encoding order; of several samples where the condition is one image's.
+            noise: As the model has it, or None for zero.
+            peaks: Is appended the largest magnitude (B,) of the state after each step decoded, NaN where it holds one.
+        """
+        z, logdets = latents[-1], []
+        for index, _, latent in downward(self.levels, latents):
+            z, logdet = self._decode_level(index, z, latent, noise, peaks)
+            logdets.append(logdet)
+        return z, torch.stack(logdets).sum(dim=0)
+
+    def _decode_level(
+        self, index: int, z: Tensor, latent: Tensor | None, noise: Tensor | None, peaks: list[Tensor] | None
+    ) -> tuple[Tensor, Tensor]:
+        """One level, of as many samples at a time as the memory holds where they share an image."""
+        planned = self.plan(index, inverse=True)
+        shared = self.batch == 1 and not traced()  # graphs have no chunks
+        together = self._samples_at_once(index) if shared else len(z)
+        if len(z) <= together:
+            return planned.decode(z, latent, noise, peaks)
+        parts, logdets, found = [], [], []
+        for first in range(0, len(z), together):
+            chunk = slice(first, first + together)
+            found.append([])
+            own_noise = noise if noise is None or len(noise) == 1 else noise[chunk]
+            x, logdet = planned.decode(z[chunk], None if latent is None else latent[chunk], own_noise, found[-1])
+            parts.append(x)
+            logdets.append(logdet)
+        if peaks is not None:
+            peaks += [torch.cat(peak) for peak in zip(*found)]
+        return torch.cat(parts), torch.cat(logdets)
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Inside, weights do not change: what is made of them is made or compared once."""
+        with contextlib.ExitStack() as stack:
+            for level in self.levels:
+                stack.enter_context(level.cache.held())
+            yield
+
+    def _samples_at_once(self, index: int) -> int:
+        """How many samples of an image a level decodes together."""
+        if self.options.samples_at_once is not None:
+            return self.options.samples_at_once
+        own = self.condition.features[index].own
+        channels = 2 * self.config.hidden_channels + 8 * self.levels[index].channels  # hidden layers, outputs and states
+        return max(1, spare_bytes(own.device) // (channels * own.shape[2] * own.shape[3] * own.element_size()))
+
+    def _fit(self) -> bool:
+        """Whether what the plans hold is little enough to be kept."""
+        count = 0
+        for level, features in zip(self.levels, self.condition.features):
+            elements = 2 * level.channels + self.config.hidden_channels
+            count += level.steps * elements * features.own[:, :1].numel() * features.own.element_size()
+        return count <= spare_bytes(self.condition.features[0].own.device)
+
+
+def with_prior(latents: tuple[Tensor, ...], logdet: Tensor, prior_mean: Tensor | None) -> Encoded:
+    """Latents with their log-likelihood, from the log-det with the log-density of all of them but the last."""
+    top = latents[-1] if prior_mean is None else latents[-1] - prior_mean
+    return Encoded(latents, logdet + gaussian_log_density(top).sum(dim=(1, 2, 3)), prior_mean)

@@ -1,0 +1,106 @@
+"""The arguments of a conditioned flow: checked and padded on the way in, cropped and clipped on the way out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ncsr_fast.checks import bytes_range, check_finite, check_image, check_like, check_noise, check_pair
+from ncsr_fast.config import FlowConfig
+
+
+class Inputs:
+    """What images, noise and latents of a flow must be.
+
+    Args:
+        flow: The flow.
+        like: A parameter, of the dtype and device that tensors must have.
+    """
+
+    def __init__(self, flow: FlowConfig, like: Tensor) -> None:
+        self.flow, self.like = flow, like
+
+    def lr(self, lr: Tensor) -> Tensor:
+        """LR images, padded to sides that are multiples of `FlowConfig.lr_multiple`."""
+        check_image("lr", lr, self.like, self.flow.channels)
+        return pad(lr, 1, self.flow.lr_multiple)
+
+    def hr(self, hr: Tensor, lr: Tensor) -> Tensor:
+        """The HR images of `lr`, padded as they are."""
+        check_image("hr", hr, self.like, self.flow.channels)
+        check_pair(hr, lr, self.flow.scale)
+        return pad(hr, self.flow.scale, self.flow.lr_multiple)
+
+    def noise(self, noise: Tensor | None, lr: Tensor) -> Tensor | None:
+        """The noise condition of LR images, padded as they are."""
+        if noise is None:
+            return None
+        check_noise(noise, lr, self.flow.scale, self.flow.noise_channels)
+        check_like("noise", noise, self.like)
+        check_finite("noise", noise)
+        return noise if self.flow.noise_channels == 1 else pad(noise, self.flow.scale, self.flow.lr_multiple)
+
+    def latents(self, latents: Sequence[Tensor], lr: Tensor) -> Sequence[Tensor]:
+        """The latents of images of the size of `lr`: as many, or any number of one LR image."""
+        expected = self.flow.latent_shapes(*lr.shape[2:])
+        if len(latents) != len(expected):
+            raise ValueError(f"latents must be {len(expected)} tensors, not {len(latents)}")
+        batch = len(latents[0]) if len(lr) == 1 and isinstance(latents[0], Tensor) and latents[0].dim() == 4 else len(lr)
+        for index, (latent, shape) in enumerate(zip(latents, expected)):
+            if tuple(latent.shape) != (batch, *shape):
+                raise ValueError(f"latents[{index}] must have shape {(batch, *shape)}, not {tuple(latent.shape)}")
+            check_like(f"latents[{index}]", latent, self.like)
+        return latents
+
+    def cropped(self, image: Tensor, lr: Tensor) -> Tensor:
+        """Images (…, channels, h, w) of the padded size without the padding."""
+        return image[..., : lr.shape[2] * self.flow.scale, : lr.shape[3] * self.flow.scale]
+
+    def shown(self, image: Tensor, lr: Tensor) -> Tensor:
+        """Decoded images (B, …, channels, h, w) as samples of `lr`: cropped, added to the base, clipped to [0, 1] where finite."""
+        image = self.cropped(image, lr)
+        if self.flow.base is not None:
+            base = F.interpolate(lr, scale_factor=self.flow.scale, mode=self.flow.base, align_corners=False)
+            image = image + base.view(len(lr), *[1] * (image.dim() - 4), *base.shape[1:])
+        return torch.where(image.isfinite(), image.clamp(0, 1), torch.nan)  # clamp alone would make an infinity look like white
+
+    def padded_pixels(self, lr: Tensor) -> int:
+        """The number of positions of a padded HR image."""
+        multiple, scale = self.flow.lr_multiple, self.flow.scale
+        height, width = (-(-side // multiple) * multiple * scale for side in lr.shape[2:])
+        return height * width
+
+    def advice(self, lr: Tensor) -> str:
+        """Why samples of LR images blew up, as far as pixels tell, and advice."""
+        if not lr.isfinite().all():
+            return "Pixels of lr are not finite."
+        values = bytes_range(lr)
+        if values:
+            return f"lr has values {values}; images are floats in [0, 1]: divide by 255."
+        return (
+            "Somewhere before, a scale near zero became a divisor: model.check_invertibility(lr) shows where. Try a lower "
+            "temperature, or on_nonfinite='retry'."
+        )
+
+
+def pad(image: Tensor, cell: int, multiple: int = 2) -> Tensor:
+    """Pad (B, C, H, W) at the bottom and right to multiples of `multiple` cells; the same tensor if it is that already.
+
+    By reflection, or by replication along an axis that has too little to reflect.
+
+    Args:
+        image: To pad.
+        cell: Pixels of `image` to an LR pixel: 1 for the LR image, `scale` for the HR image and its noise, so that a padded
+            pair stays a pair.
+        multiple: In LR pixels.
+    """
+    for axis in (-1, -2):
+        size = image.shape[axis]
+        missing = -size % (multiple * cell)
+        if missing:
+            sides = (0, missing, 0, 0) if axis == -1 else (0, 0, 0, missing)
+            image = F.pad(image, sides, mode="reflect" if size > missing else "replicate")
+    return image

@@ -1,0 +1,215 @@
+"""One level of the flow: squeeze, transition steps, conditional steps, split (SRFlow, Lugmayr et al. 2020; NCSR, Kim & Son 2021)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ncsr_fast import ops
+from ncsr_fast.config import CONDITIONS, Branch, LevelConfig
+from ncsr_fast.engine.cache import Cache
+from ncsr_fast.flow.actnorm import initialize_actnorm
+from ncsr_fast.flow.networks import NETWORKS, Network, StackedNetworks, zeros_conv
+from ncsr_fast.ops.contract import pass_through_channels
+
+
+class Step(NamedTuple):
+    """The parameters of one step, in the order in which encoding applies them.
+
+    Args:
+        bias: Of the actnorm, (C,), as is `logs`.
+        logs: (C,).
+        weight: Of the 1×1 convolution, (C, C).
+        branches: Each with the network of this step; none in a transition step.
+    """
+
+    bias: Tensor
+    logs: Tensor
+    weight: Tensor
+    branches: tuple[tuple[Branch, Network], ...] = ()
+
+
+class Part(NamedTuple):
+    """A part of a step that was encoded.
+
+    Args:
+        name: What it is.
+        h: Output of its network, None for actnorm and 1×1 convolution.
+        z: The state after it.
+        logdet: Its log-det (B,).
+    """
+
+    name: str
+    h: Tensor | None
+    z: Tensor
+    logdet: Tensor
+
+
+class FlowLevel(nn.Module):
+    """A level: `transition_steps` of actnorm + 1×1 convolution, then `steps` conditional steps, then a split.
+
+    A conditional step is actnorm, 1×1 convolution and the branches that it has, in the order of the configuration. Of NCSR:
+    x → actnorm → 1×1 convolution → injector(u) → [noise coupling(z1, v)] → coupling(z1, u), where u (B, condition, h, w) are
+    the features and v (B, noise_channels, h, w) is the noise at the level's resolution.
+
+    `encode` and `decode` are the definition, step by step; `ncsr_fast.engine.plan` computes the same.
+
+    The actnorms and 1×1 convolutions of all steps are stacked, the transition steps first: `actnorm_bias`, `actnorm_logs`
+    (T+K, C), `invconv` (T+K, C, C). So are the networks of a branch, in the attribute of its name.
+
+    Args:
+        config: The level.
+        channels: C, after the squeeze.
+        hidden_channels: Width of the networks.
+        noise_channels: Of v.
+        eps: Lower bound of the scales.
+    """
+
+    def __init__(
+        self, config: LevelConfig, channels: int, hidden_channels: int, noise_channels: int = 0, eps: float = 1e-4
+    ) -> None:
+        super().__init__()
+        self.config, self.channels, self.eps, self.noise_channels = config, channels, eps, noise_channels
+        self.steps, self.transition_steps, self.squeeze = config.steps, config.transition_steps, config.squeeze
+        self.branches, self.split_channels = config.branches, config.split_channels
+        self.pass_through = pass_through_channels(channels)
+        count = self.transition_steps + self.steps
+        self.actnorm_bias = nn.Parameter(torch.zeros(count, channels))
+        self.actnorm_logs = nn.Parameter(torch.zeros(count, channels))
+        self.invconv = nn.Parameter(torch.stack([_random_rotation(channels) for _ in range(count)]))
+        widths = {"features": config.condition_channels, "noise": noise_channels, None: 0}
+        # by condition, as the engine evaluates the networks' first layers
+        for branch in sorted(self.branches, key=lambda branch: CONDITIONS.index(branch.condition)):
+            self._check_name(branch)
+            inputs = widths[branch.condition] + (0 if branch.changes_all else self.pass_through)
+            outputs = 2 * (channels if branch.changes_all else channels - self.pass_through)
+            setattr(self, branch.name, NETWORKS[branch.network](branch.steps, inputs, hidden_channels, outputs))
+        if self.split_channels:
+            left = channels - self.split_channels
+            self.split_weight = nn.Parameter(torch.zeros(2 * self.split_channels, left, 3, 3))
+            self.split_bias = nn.Parameter(torch.zeros(2 * self.split_channels))
+            self.split_logs = nn.Parameter(torch.zeros(2 * self.split_channels))
+        self.cache = Cache()  # of what the engine makes of the parameters
+
+    def _check_name(self, branch: Branch) -> None:
+        if hasattr(self, branch.name):
+            raise ValueError(f"a branch cannot be called {branch.name!r}: a level has an attribute of that name")
+        if branch.network not in NETWORKS:
+            raise ValueError(f"branch {branch.name}: no networks of kind {branch.network!r}; there are {', '.join(NETWORKS)}")
+
+    def networks(self, branch: Branch) -> nn.Module:
+        """The networks of a branch."""
+        return getattr(self, branch.name)
+
+    @property
+    def has_kernels(self) -> bool:
+        """Whether the engine knows all networks of the level."""
+        return all(isinstance(self.networks(branch), StackedNetworks) for branch in self.branches)
+
+    def encode(
+        self, z: Tensor, u: Tensor, v: Tensor | None, initialize: bool = False, backend: str = "auto"
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """z (B, C/s², s·h, s·w) → state of the next level, the split's latent (None without one), logdet (B,).
+
+        With `initialize`, every actnorm is set from the data that reaches it, before it is applied.
+        """
+        z = self.squeezed(z)
+        logdets = []
+        for step in self.unbind():
+            z, logdet = self.encode_step(step, z, u, v, initialize, backend)
+            logdets.append(logdet)
+        latent = None
+        if self.split_channels:
+            z, logdet = ops.gaussian_split(z, self._prior(z[:, : -self.split_channels]), backend=backend)
+            logdets.append(logdet)
+            z, latent = z[:, : -self.split_channels], z[:, -self.split_channels :]
+        return z, latent, torch.stack(logdets).sum(dim=0)
+
+    def decode(
+        self, z: Tensor, latent: Tensor | None, u: Tensor, v: Tensor | None, backend: str = "auto"
+    ) -> tuple[Tensor, Tensor]:
+        """The inverse of `encode`: state of the next level and the split's latent → z and logdet (B,)."""
+        logdets = []
+        if self.split_channels:
+            z, logdet = self.undo_split(z, latent, backend)
+            logdets.append(logdet)
+        for step in reversed(self.unbind()):
+            z, logdet = self.decode_step(step, z, u, v, backend)
+            logdets.append(logdet)
+        return self.unsqueezed(z), torch.stack(logdets).sum(dim=0)
+
+    def squeezed(self, z: Tensor) -> Tensor:
+        """Blocks of pixels as channels."""
+        return F.pixel_unshuffle(z, self.squeeze) if self.squeeze > 1 else z
+
+    def unsqueezed(self, z: Tensor) -> Tensor:
+        """The inverse of `squeezed`."""
+        return F.pixel_shuffle(z, self.squeeze) if self.squeeze > 1 else z
+
+    def encode_step(
+        self, step: Step, z: Tensor, u: Tensor, v: Tensor | None, initialize: bool = False, backend: str = "auto"
+    ) -> tuple[Tensor, Tensor]:
+        """One step of the squeezed state z (B, C, h, w)."""
+        parts = self.encode_parts(step, z, u, v, initialize, backend)
+        return parts[-1].z, torch.stack([part.logdet for part in parts]).sum(dim=0)
+
+    def encode_parts(
+        self, step: Step, z: Tensor, u: Tensor, v: Tensor | None, initialize: bool = False, backend: str = "auto"
+    ) -> list[Part]:
+        """The parts of one step, in encoding order."""
+        if initialize:
+            initialize_actnorm(step.bias, step.logs, z)
+        z, logdet = ops.actnorm_invconv(z, step.bias, step.logs, step.weight, backend=backend)
+        parts = [Part("actnorm and 1×1 convolution", None, z, logdet)]
+        for branch, network in step.branches:
+            h = network(self.network_input(branch, z, u, v), initialize)
+            z, logdet = self._affine(branch, z, h, False, backend)
+            parts.append(Part(branch.label, h, z, logdet))
+        return parts
+
+    def decode_step(self, step: Step, z: Tensor, u: Tensor, v: Tensor | None, backend: str = "auto") -> tuple[Tensor, Tensor]:
+        """The inverse of `encode_step`."""
+        logdets = []
+        for branch, network in reversed(step.branches):
+            z, logdet = self._affine(branch, z, network(self.network_input(branch, z, u, v)), True, backend)
+            logdets.append(logdet)
+        z, logdet = ops.actnorm_invconv(z, step.bias, step.logs, step.weight, inverse=True, backend=backend)
+        return z, torch.stack([*logdets, logdet]).sum(dim=0)
+
+    def undo_split(self, z: Tensor, latent: Tensor, backend: str = "auto") -> tuple[Tensor, Tensor]:
+        """The state before the split, and the log-det (B,) of undoing it."""
+        return ops.gaussian_split(torch.cat([z, latent], dim=1), self._prior(z), inverse=True, backend=backend)
+
+    def unbind(self) -> list[Step]:
+        """The steps, in encoding order."""
+        networks = [(branch, self.networks(branch).unbind()) for branch in self.branches]
+        steps = []
+        for index, mix in enumerate(zip(self.actnorm_bias.unbind(), self.actnorm_logs.unbind(), self.invconv.unbind())):
+            left = self.transition_steps + self.steps - index  # steps from this one on
+            conditional = index >= self.transition_steps
+            own = tuple((branch, nets[len(nets) - left]) for branch, nets in networks if conditional and left <= len(nets))
+            steps.append(Step(*mix, own))
+        return steps
+
+    def network_input(self, branch: Branch, z: Tensor, u: Tensor, v: Tensor | None) -> Tensor:
+        """What the network of a branch reads: pass-through channels of the state, where it changes the others, and condition."""
+        condition = {"features": u, "noise": v, None: None}[branch.condition]
+        parts = [] if branch.changes_all else [z[:, : self.pass_through]]
+        parts += [] if condition is None else [condition]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+    def _affine(self, branch: Branch, z: Tensor, h: Tensor, inverse: bool, backend: str) -> tuple[Tensor, Tensor]:
+        affine = ops.affine_injector if branch.changes_all else ops.affine_coupling
+        return affine(z, h, self.eps, inverse=inverse, backend=backend)
+
+    def _prior(self, z1: Tensor) -> Tensor:
+        return zeros_conv(z1, self.split_weight, self.split_bias, self.split_logs)
+
+
+def _random_rotation(channels: int) -> Tensor:
+    """A rotation in the default dtype, which may be one that PyTorch decomposes no matrices of."""
+    normal = torch.randn(channels, channels)
+    return torch.linalg.qr(normal.double())[0].to(normal.dtype)

@@ -1,0 +1,271 @@
+"""Drawing samples of conditioned flows, and what is done about those that blew up."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ncsr_fast.checks import check_count, check_temperature
+from ncsr_fast.flow.conditioned import Encoded, Levels
+from ncsr_fast.flow.inputs import Inputs
+from ncsr_fast.layout import has_memory, traced
+
+ON_NONFINITE = ("warn", "raise", "ignore", "retry")
+STATE_BOUND = 1e4  # actnorms keep a healthy state near unit variance: within ±10
+RETRIES, COOLING = 4, 0.8  # of a sample that blew up: how often, and the factor of the temperature each time
+
+
+class NonFiniteSamples(ArithmeticError):
+    """The inverse of the flow exploded: the state of a sample is not finite, or far beyond what the flow was trained on."""
+
+
+class Origin(NamedTuple):
+    """Where the state of a sample was first not finite or beyond the bound.
+
+    Args:
+        level: From the HR side, 0 first.
+        step: Conditional step in encoding order, 0 first; decoding goes from the last to the first.
+    """
+
+    level: int
+    step: int
+
+    def __str__(self) -> str:
+        return f"level {self.level + 1}, step {self.step}"
+
+
+class ConditionedFlow:
+    """A flow conditioned on LR images, made by `NCSR.condition`: what the images alone decide is computed once.
+
+    Args:
+        levels: The levels for the condition.
+        inputs: The checks and the padding of arguments.
+        lr: The LR images, (B, 3, H, W).
+        parameters: Returns the model's parameters, whose changes are noticed.
+        recording: A context in which gradients are recorded as the model has it.
+        advice: Says of LR images why their samples blew up.
+    """
+
+    def __init__(
+        self,
+        levels: Levels,
+        inputs: Inputs,
+        lr: Tensor,
+        parameters: Callable[[], Iterator[Tensor]],
+        recording: Callable[[], contextlib.AbstractContextManager],
+        advice: Callable[[Tensor], str],
+    ) -> None:
+        self._levels, self._inputs, self.lr = levels, inputs, lr
+        self._parameters, self._recording, self._advice = parameters, recording, advice
+        self._versions = self._version()
+
+    def sample(
+        self,
+        n: int = 10,
+        temperature: float = 0.9,
+        generator: torch.Generator | None = None,
+        latents: Sequence[Tensor] | None = None,
+        *,
+        on_nonfinite: str = "warn",
+    ) -> Tensor:
+        """n images (B, n, 3, sH, sW) of each LR image, clipped to [0, 1]: as `NCSR.sample`, which documents the arguments.
+
+        Args:
+            latents: The images' latents (B, n, …), in the order of `encode`, in place of drawn ones.
+
+        Raises:
+            ValueError: `latents` are not of n images of this size, or as `NCSR.sample`.
+        """
+        check_count("n", n)
+        check_temperature(temperature)
+        if on_nonfinite not in ON_NONFINITE:
+            raise ValueError(f"on_nonfinite must be one of {', '.join(ON_NONFINITE)}, not {on_nonfinite!r}")
+        self._check_version()
+        with self._recording():
+            if latents is None:
+                latents = draw(self._levels, self.lr, n, temperature, generator)
+            else:
+                latents = self._given(latents, n)
+            images = self._sampled(latents, temperature, generator, on_nonfinite)
+        return self._inputs.shown(images, self.lr)
+
+    def encode(self, hr: Tensor, noise: Tensor | None = None) -> Encoded:
+        """Latents and log-likelihood of the HR images; see `NCSR.encode`."""
+        self._check_version()
+        hr, noise = self._inputs.hr(hr, self.lr), self._inputs.noise(noise, self.lr)
+        with self._recording():
+            return self._levels.encoded(hr, noise)
+
+    def log_prob(self, hr: Tensor, noise: Tensor | None = None) -> Tensor:
+        """log p(hr | lr), (B,) in nats."""
+        return self.encode(hr, noise).log_likelihood
+
+    def decode(self, latents: Sequence[Tensor], noise: Tensor | None = None) -> Tensor:
+        """The HR images of latents, not clipped; see `NCSR.decode`. Of one LR image, latents of any number of samples."""
+        self._check_version()
+        latents, noise = self._inputs.latents(latents, self.lr), self._inputs.noise(noise, self.lr)
+        with self._recording():
+            return self._inputs.cropped(self._levels.decode(latents, noise)[0], self.lr)
+
+    def _given(self, latents: Sequence[Tensor], n: int) -> list[Tensor]:
+        expected = self._inputs.flow.latent_shapes(*self.lr.shape[2:])
+        shapes = [(len(self.lr), n, *shape) for shape in expected]
+        if [tuple(latent.shape) for latent in latents] != shapes:
+            raise ValueError(f"latents must have shapes {shapes}, not {[tuple(latent.shape) for latent in latents]}")
+        return list(latents)
+
+    def _sampled(
+        self, latents: list[Tensor], temperature: float, generator: torch.Generator | None, on_nonfinite: str
+    ) -> Tensor:
+        """Images (B, n, …) of the padded size, not clipped, and what is to be done about those that blew up."""
+        watch = on_nonfinite != "ignore"
+        images, first_bad = decode_samples(self._levels, latents, watch)
+        if not watch:
+            return images
+        if not has_memory(first_bad):
+            raise ValueError(f"on_nonfinite={on_nonfinite!r} reads values, and there are none here: use on_nonfinite='ignore'")
+        found = _origins(self._levels, first_bad)
+        if not found:
+            return images
+        message = _explained(found, first_bad.numel(), temperature, self._advice(self.lr))
+        if on_nonfinite == "raise":
+            raise NonFiniteSamples(message)
+        if on_nonfinite == "retry":
+            return self._drawn_again(images, found, temperature, generator, message)
+        _warn(message)
+        return images
+
+    def _drawn_again(
+        self,
+        images: Tensor,
+        found: dict[tuple[int, int], Origin],
+        temperature: float,
+        generator: torch.Generator | None,
+        message: str,
+    ) -> Tensor:
+        """`images` with those of `found` drawn again, cooler each time, until they are sound or four times; warns either way."""
+        images, left = images.clone(), list(found)
+        for _ in range(RETRIES):
+            temperature *= COOLING
+            for image in sorted({image for image, _ in left}):
+                samples = [sample for other, sample in left if other == image]
+                levels, lr = self._levels.image(image), self.lr[image : image + 1]
+                drawn, first_bad = decode_samples(levels, draw(levels, lr, len(samples), temperature, generator), True)
+                images[image, samples] = drawn[0]
+                still = _origins(levels, first_bad)
+                left = [pair for pair in left if pair[0] != image or (0, samples.index(pair[1])) in still]
+            if not left:
+                break
+        outcome = (
+            f"all were drawn again, the last at temperature {temperature:g}" if not left else f"{len(left)} still did after"
+        )
+        tail = "." if not left else f" {RETRIES} more draws, the last at temperature {temperature:g}."
+        _warn(f"{message} With on_nonfinite='retry' {outcome}{tail}")
+        return images
+
+    def _version(self) -> list[int]:
+        """PyTorch's counts of changes of the parameters, of those that it counts."""
+        if traced():
+            return []
+        return [0 if parameter.is_inference() else parameter._version for parameter in self._parameters()]
+
+    def _check_version(self) -> None:
+        if self._version() != self._versions:
+            raise RuntimeError("the weights have changed since model.condition(lr): condition the flow anew")
+
+
+def draw(levels: Levels, lr: Tensor, n: int, temperature: float, generator: torch.Generator | None) -> list[Tensor]:
+    """Latents (B, n, …) of n samples of each LR image, at a temperature: the first m do not depend on n."""
+    latents = draw_latents(levels.config.latent_shapes(*lr.shape[2:]), len(lr), n, temperature, lr, generator)
+    if levels.condition.prior_mean is not None:
+        latents[-1] = latents[-1] + levels.condition.prior_mean[:, None]
+    return latents
+
+
+def draw_latents(
+    shapes: Sequence[tuple[int, int, int]],
+    batch: int,
+    n: int,
+    temperature: float,
+    like: Tensor,
+    generator: torch.Generator | None,
+) -> list[Tensor]:
+    """Latents (batch, n, *shape) ~ N(0, temperature²), drawn sample by sample: the first m do not depend on n."""
+    options = {"generator": generator, "dtype": like.dtype, "device": like.device}
+    draws = [[torch.randn((batch, *shape), **options) for shape in shapes] for _ in range(n)]
+    return [temperature * torch.stack(latents, dim=1) for latents in zip(*draws)]
+
+
+def decode_samples(levels: Levels, latents: list[Tensor], watch: bool) -> tuple[Tensor, Tensor | None]:
+    """Images (B, n, 3, sH, sW) of latents (B, n, …); with `watch` also where each of them (B, n) blew up, as `_first_bad` says.
+
+    If n is 1, the images are decoded as one batch. Otherwise the samples of each image form a batch and share its condition.
+    Never synchronizes with the host.
+    """
+    with levels.held():
+        images, peaks = _decode_all(levels, latents, watch)
+        return images, _first_bad(levels, images, peaks) if watch else None
+
+
+def _decode_all(levels: Levels, latents: list[Tensor], watch: bool) -> tuple[Tensor, list[Tensor]]:
+    batch, n = latents[0].shape[:2]
+    if n == 1:
+        images, peaks = _decode_group(levels, [latent[:, 0] for latent in latents], watch)
+        return images[:, None], [peak[:, None] for peak in peaks]
+    groups = [_decode_group(levels.image(index), [latent[index] for latent in latents], watch) for index in range(batch)]
+    images = torch.stack([images for images, _ in groups])
+    return images, [torch.stack(peak) for peak in zip(*(peaks for _, peaks in groups))]
+
+
+def _decode_group(levels: Levels, latents: list[Tensor], watch: bool) -> tuple[Tensor, list[Tensor]]:
+    """Images (N, 3, sH, sW) and the peak (N,) of every state on the way to them."""
+    peaks: list[Tensor] | None = [] if watch else None
+    images, _ = levels.decode(latents, None, peaks)
+    return images, peaks or []
+
+
+def _stations(levels: Levels) -> list[Origin]:
+    """The steps in the order they are decoded in."""
+    numbered = reversed(list(enumerate(levels.levels)))
+    return [Origin(index, step) for index, level in numbered for step in reversed(range(level.steps))]
+
+
+def _first_bad(levels: Levels, images: Tensor, peaks: list[Tensor]) -> Tensor:
+    """For each sample (B, n) the number of the station whose state was the first beyond the bound or not finite.
+
+    The number after the last station's is the image's own, and the next one means none.
+    """
+    image_bad = ~images.detach().isfinite().flatten(2).all(dim=2)
+    bad = [~(peak <= STATE_BOUND) for peak in peaks]  # NaN included
+    bad += [torch.zeros_like(image_bad)] * (len(_stations(levels)) - len(bad))  # of states that were not watched
+    return torch.stack([*bad, image_bad, torch.ones_like(image_bad)]).to(torch.int8).argmax(dim=0)
+
+
+def _origins(levels: Levels, first_bad: Tensor) -> dict[tuple[int, int], Origin]:
+    """Of every (image, sample) that blew up, where. Waits for the device."""
+    order = [*_stations(levels), Origin(0, 0)]
+    numbered = ((image, i, number) for image, row in enumerate(first_bad.tolist()) for i, number in enumerate(row))
+    return {(image, i): order[number] for image, i, number in numbered if number < len(order)}
+
+
+def _explained(found: dict[tuple[int, int], Origin], total: int, temperature: float, why: str) -> str:
+    (image, i), origin = next(iter(found.items()))
+    return (
+        f"{len(found)} of {total} samples at temperature {temperature:g} blew up: their state is not finite or beyond "
+        f"±{STATE_BOUND:g}, first in {origin} (image {image}, sample {i}). {why}"
+    )
+
+
+def _warn(message: str) -> None:
+    """Warn at the line that called the package."""
+    package, frame, level = str(Path(__file__).parents[1]), sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(package):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, RuntimeWarning, stacklevel=level)

@@ -1,0 +1,121 @@
+"""A model whose weights will not change: what is made of them is made once, and every way to change them is refused."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ncsr_fast.engine.cache import Cache, place
+from ncsr_fast.layout import traced
+
+
+class FrozenError(RuntimeError):
+    """The weights of a frozen model were changed, or would have been."""
+
+
+class Freezer:
+    """Whether a model is frozen, and what it was like before. A copy or a pickle of a frozen model is not frozen."""
+
+    def __init__(self) -> None:
+        self._record: _Record | None = None
+
+    @property
+    def frozen(self) -> bool:
+        """Whether the model is frozen."""
+        return self._record is not None
+
+    def freeze(self, model: nn.Module, caches: Sequence[Cache], fold: Callable[[], None]) -> None:
+        """Freeze a model, in evaluation mode and without gradients.
+
+        Args:
+            model: The model.
+            caches: Of what is made of its weights.
+            fold: Makes what is made of the weights, so that it is made here and not in the first pass.
+
+        Raises:
+            ValueError: The weights were made under `torch.inference_mode()`, of which PyTorch counts no changes.
+        """
+        self.thaw(model, caches)
+        if any(parameter.is_inference() for parameter in model.parameters()):
+            raise ValueError(
+                "the model was made under torch.inference_mode(), where changes of its weights are not counted; make it outside"
+            )
+        training, flags = model.training, [parameter.requires_grad for parameter in model.parameters()]
+        model.eval().requires_grad_(False)
+        for parameter in model.parameters():
+            parameter.grad = None
+        for cache in caches:
+            cache.freeze()
+        self._record = _Record(model, training, flags)
+        try:
+            with torch.inference_mode(False):
+                fold()
+        except BaseException:
+            self.thaw(model, caches)
+            raise
+
+    def thaw(self, model: nn.Module, caches: Sequence[Cache]) -> None:
+        """Restore mode and gradients as they were; nothing happens to a model that is not frozen."""
+        record, self._record = self._record, None
+        if record is None:
+            return
+        for cache in caches:
+            cache.thaw()
+        for parameter, flag in zip(record.parameters, record.flags):
+            parameter.requires_grad_(flag)
+        model.train(record.training)
+
+    def refuse(self, what: str) -> None:
+        """Raise FrozenError if the model is frozen."""
+        if self.frozen:
+            raise FrozenError(f"{what} would change the weights of a frozen model; call model.unfreeze() first")
+
+    def check(self, model: nn.Module) -> None:
+        """Raise FrozenError if the model is frozen and a weight was changed since. Never waits for the device."""
+        if self._record is not None and not traced():  # a traced graph folds what weights it is given
+            self._record.check(model)
+
+    def recording(self) -> contextlib.AbstractContextManager:
+        """Inside, a frozen model records no gradients; one that is not frozen as the caller has it."""
+        return torch.no_grad() if self.frozen else contextlib.nullcontext()
+
+    def move(self, model: nn.Module, caches: Sequence[Cache], move: Callable[[], object], fold: Callable[[], None]) -> None:
+        """Run `move`, which moves or converts the weights of a model, and freeze a frozen one again."""
+        record = self._record
+        if record is None:
+            move()
+            return
+        record.check(model)
+        self.thaw(model, caches)
+        move()
+        self.freeze(model, caches, fold)
+        assert self._record is not None
+        self._record.training, self._record.flags = record.training, record.flags
+
+
+class _Record:
+    """The weights at the time of freezing, and what thawing restores."""
+
+    def __init__(self, model: nn.Module, training: bool, flags: list[bool]) -> None:
+        self.training, self.flags = training, flags
+        self.parameters = list(model.parameters())
+        self.states = [_state(parameter) for parameter in self.parameters]
+
+    def check(self, model: nn.Module) -> None:
+        for index, (name, parameter) in enumerate(model.named_parameters()):
+            same = index < len(self.parameters) and parameter is self.parameters[index]
+            if not same or _state(parameter) != self.states[index]:
+                raise FrozenError(
+                    f"{name} was changed since model.freeze_for_inference(), and what was folded is stale: call "
+                    "model.unfreeze() before weights change, or model.freeze_for_inference() again to take them as they are"
+                )
+
+    def __reduce__(self) -> tuple:
+        return type(None), ()  # a copy has other weights, and is not frozen
+
+
+def _state(parameter: Tensor) -> tuple:
+    return *place(parameter), parameter.requires_grad

@@ -1,0 +1,437 @@
+"""The NCSR model (Kim & Son 2021): a flow on the HR image, conditioned on the LR image and on the added noise."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ncsr_fast import files
+from ncsr_fast.autocast import without_autocast
+from ncsr_fast.checkpoints import models, published
+from ncsr_fast.checkpoints.state_dicts import read_state_dict
+from ncsr_fast.checks import check_temperature
+from ncsr_fast.config import FlowConfig, NCSRConfig
+from ncsr_fast.encoder.rrdb import RRDB
+from ncsr_fast.engine.condition import Condition
+from ncsr_fast.engine.options import EngineOptions
+from ncsr_fast.engine.plain import PlainLevel
+from ncsr_fast.flow.conditioned import Encoded, Levels, with_prior
+from ncsr_fast.flow.inputs import Inputs
+from ncsr_fast.flow.level import FlowLevel
+from ncsr_fast.flow.samples import ConditionedFlow
+from ncsr_fast.freezing import Freezer
+from ncsr_fast.hub import find_model
+from ncsr_fast.invertibility import InvertibilityReport, check_invertibility
+from ncsr_fast.layout import laid_out
+
+__all__ = ["NCSR", "Encoded"]
+
+
+class NCSR(nn.Module):
+    """NCSR or SRFlow super-resolution flow, or another flow of the family.
+
+    `lr` is (B, 3, H, W) and `hr` (B, 3, sH, sW), float RGB in [0, 1], of the model's dtype and device. Both are what the flow
+    sees: the caller adds the noise (`ncsr_fast.data.perturb`). `noise` conditions the flow on what was added: (B, 3, sH, sW)
+    when the configuration's `noise_channels` is 3, (B, 1, 1, 1) when it is 1, and None means zero.
+
+    Any LR size from 1×1 is accepted. Odd sizes are padded (reflection; replication of a single row or column) to even ones,
+    images returned are cropped back, and latents and likelihoods are those of the padded image.
+
+    Everything is differentiable with respect to images and parameters. `model(hr, lr, noise)` is `model.nll(hr, lr, noise)`.
+    Under `torch.autocast` the networks have the precision it asks for, as with `precision`, and the state stays float32.
+
+    Args:
+        config: An architecture of the published models, or a flow of one's own, which needs an encoder.
+        encoder: A module that makes the condition of LR images (`ncsr_fast.engine.condition.Encoder`); None: the RRDB network
+            that an `NCSRConfig` describes.
+        options: Of `EngineOptions`: `engine`, `precision`, `checkpoint` … They may be given to `from_pretrained` too, and
+            changed at any time: `model.precision = "bf16"`, `model.options = replace(model.options, …)`.
+    """
+
+    def __init__(self, config: NCSRConfig | FlowConfig, encoder: nn.Module | None = None, **options: Any) -> None:
+        super().__init__()
+        self.config = config
+        self.flow = config.flow if isinstance(config, NCSRConfig) else config
+        self.options = EngineOptions(**options)
+        self.encoder = _rrdb(config) if encoder is None else encoder
+        flow = self.flow
+        self.levels = nn.ModuleList(
+            FlowLevel(level, channels, flow.hidden_channels, flow.noise_channels, flow.eps)
+            for level, channels in zip(flow.levels, flow.level_channels())
+        )
+        # persistent, so that a reloaded model is not initialised again from whatever batch comes first
+        self.register_buffer("actnorm_initialized", torch.tensor(False))
+        self.unused_published: dict[str, Tensor] = {}  # tensors of a published file that no computation reads
+        self._freezer = Freezer()
+
+    @property
+    def engine(self) -> str:
+        """What evaluates the model: "fused", or "plain", step by step as it is defined."""
+        return self.options.engine
+
+    @engine.setter
+    def engine(self, value: str) -> None:
+        self.options = replace(self.options, engine=value)
+
+    @property
+    def precision(self) -> str:
+        """Of the networks: "fp32", "tf32" or "bf16"."""
+        return self.options.precision
+
+    @precision.setter
+    def precision(self, value: str) -> None:
+        self.options = replace(self.options, precision=value)
+
+    @property
+    def checkpoint(self) -> bool:
+        """Whether the backward pass recomputes the hidden layers of the networks instead of saving them."""
+        return self.options.checkpoint
+
+    @checkpoint.setter
+    def checkpoint(self, value: bool) -> None:
+        self.options = replace(self.options, checkpoint=value)
+
+    @property
+    def served(self) -> EngineOptions:
+        """The options of a call made now: `options`, under `torch.autocast` with the precision it asks for."""
+        return self.options.under_autocast(self.inputs.like)
+
+    @property
+    def inputs(self) -> Inputs:
+        """The checks and the padding of arguments."""
+        return Inputs(self.flow, self.levels[0].actnorm_bias)
+
+    def condition(self, lr: Tensor) -> ConditionedFlow:
+        """The flow conditioned on LR images: the encoder, and all else that they alone decide, is computed once.
+
+        For many images of the same LR image: samples, or the steps of a solver of an inverse problem. What is recorded by
+        autograd when this is called is differentiated by calls of the result: under `torch.no_grad()`, later gradients are those
+        of latents and HR images alone, and cost the flow alone.
+
+        Args:
+            lr: (B, 3, H, W).
+
+        Returns:
+            A `ConditionedFlow`, with `sample`, `encode`, `decode` and `log_prob`; it holds for the weights as they are, and
+            its calls raise RuntimeError after they have changed.
+
+        Raises:
+            ValueError, TypeError: As `encode` does for lr.
+
+        Example:
+            >>> with torch.no_grad():
+            ...     flow = model.condition(lr)
+            >>> latents = [torch.zeros(1, *shape, requires_grad=True) for shape in model.latent_shapes(*lr.shape[2:])]
+            >>> loss = (flow.decode(latents) - target).square().mean()
+        """
+        return self._condition(lr, keeps=True)
+
+    def encode(self, hr: Tensor, lr: Tensor, noise: Tensor | None = None) -> Encoded:
+        """Latents and log-likelihood of `hr` given `lr`.
+
+        Args:
+            hr: (B, 3, sH, sW).
+            lr: (B, 3, H, W).
+            noise: Condition, or None for zero.
+
+        Returns:
+            `.latents`, a tuple: those of the splits in encoding order, then the top one, all standard normal under the model
+            (but for a mean of the top one where the flow has such a prior, `.prior_mean`); `.log_likelihood` (B,) in nats,
+            `log p(hr | lr) = Σ log|det| + Σ log N(latent; 0, 1)`.
+
+        Raises:
+            ValueError, TypeError: Shape, HR/LR sizes that do not fit the scale, dtype, device, and (CPU tensors) NaN or
+                infinite values; the message names the argument.
+        """
+        return self._condition(lr).encode(hr, noise)
+
+    def forward(self, hr: Tensor, lr: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Return `nll(hr, lr, noise)`: what training optimises, and what wrappers of modules, hooks and `torch.compile` see."""
+        return self.nll(hr, lr, noise)
+
+    def nll(self, hr: Tensor, lr: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Negative log-likelihood (B,) in bits per HR pixel *position*, `-log p / (ln 2 · H · W)`.
+
+        As in the published programs it is not divided by the three channels. H and W are the padded size.
+        """
+        return _bits(self.encode(hr, lr, noise), self.inputs.padded_pixels(lr))
+
+    @torch.no_grad()
+    def initialize(self, hr: Tensor, lr: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Set every actnorm from one batch, in encoding order, and return the batch's `nll` (B,).
+
+        Each actnorm, those inside the networks included, makes the data that reaches it zero-mean and unit-variance per
+        channel. Whatever the actnorms were is overwritten.
+        """
+        self._freezer.refuse("initialize()")
+        inputs = self.inputs
+        x, small, noise = inputs.hr(hr, lr), inputs.lr(lr), inputs.noise(noise, lr)
+        with without_autocast(lr.device.type):  # statistics are float32
+            condition, latents, logdets = self.features(small, plain=True), [], []
+            for level, features in zip(self.levels, condition.features):
+                x, latent, logdet = PlainLevel(level, features, self.options).encode(x, noise, initialize=True)
+                logdets.append(logdet)
+                latents += [] if latent is None else [latent]
+            encoded = with_prior((*latents, x), torch.stack(logdets).sum(dim=0), condition.prior_mean)
+        self.actnorm_initialized.fill_(True)
+        return _bits(encoded, inputs.padded_pixels(lr))
+
+    def decode(self, latents: Sequence[Tensor], lr: Tensor, noise: Tensor | None = None) -> Tensor:
+        """The inverse of `encode`: latents → hr (B, 3, sH, sW), not clipped to [0, 1].
+
+        Raises:
+            ValueError: The latents are not those of an image of this size (`latent_shapes`).
+        """
+        return self._condition(lr).decode(latents, noise)
+
+    def sample(
+        self,
+        lr: Tensor,
+        n: int = 10,
+        temperature: float = 0.9,
+        generator: torch.Generator | None = None,
+        *,
+        on_nonfinite: str = "warn",
+    ) -> Tensor:
+        """n super-resolved images (B, n, 3, sH, sW) of each LR image, clipped to [0, 1].
+
+        Latents are drawn from N(0, temperature²) on the model's device: the same seed gives the same images, and the first m
+        samples do not depend on n. The noise condition is zero, as in the published programs. The encoder, and all else that
+        the LR image alone decides, is computed once for all samples.
+
+        The inverse of a flow can explode. A pixel that overflowed is NaN, never silently black or white.
+
+        Call it under `torch.no_grad()` unless gradients are wanted: it is as differentiable as the rest, but then only the
+        images are watched, not the states.
+
+        Args:
+            lr: (B, 3, H, W).
+            n: Samples of each image.
+            temperature: Standard deviation of the latents.
+            generator: Of the model's device; None is torch's default one.
+            on_nonfinite: What to do about a sample whose state, at any step, was not finite or beyond ±10⁴: "warn"; "raise"
+                `NonFiniteSamples`; "ignore"; or "retry": draw it again, up to four times, at 0.8 times the temperature before,
+                and warn of those drawn again. All but "ignore" wait for the device once, after the last level.
+
+        Raises:
+            ValueError: n < 1, a negative temperature or another on_nonfinite; and as `encode` does for lr.
+            TypeError: What is no number.
+        """
+        return self._condition(lr).sample(n, temperature, generator, on_nonfinite=on_nonfinite)
+
+    def check_invertibility(
+        self, lr: Tensor, temperature: float = 0.9, generator: torch.Generator | None = None
+    ) -> InvertibilityReport:
+        """Decode one sample of each LR image step by step, and report what each step divides by and how well it is undone.
+
+        Per step: the smallest scale of its actnorm, injector and couplings, the condition number of its 1×1 convolution,
+        the round-trip error and the largest state; of the images, the error of decoding what was encoded. Scales near zero
+        compound as divisors, which the likelihood does not show. `print(report)` is a table, `report.worst` the step with
+        the smallest scale. Slow: without the engine, and it waits for the device at every step.
+
+        Raises:
+            ValueError, TypeError: As for `sample`.
+        """
+        check_temperature(temperature)
+        return check_invertibility(self, self.padded(lr), temperature, generator)
+
+    def latent_shapes(self, height: int, width: int) -> list[tuple[int, int, int]]:
+        """(C, h, w) of each latent of an LR image of that size, in the order of `encode`."""
+        return self.flow.latent_shapes(height, width)
+
+    def padded(self, lr: Tensor) -> Tensor:
+        """An LR image checked, and padded to sides that the flow takes."""
+        self._freezer.check(self)
+        return self.inputs.lr(lr)
+
+    def features(self, lr: Tensor, plain: bool | None = None) -> Condition:
+        """The encoder's part of the work for LR images of a padded size, without checks.
+
+        Args:
+            lr: (B, 3, H, W), sides even.
+            plain: By the reference, in the model's dtype; None: where the engine is "plain".
+        """
+        if self.engine == "plain" if plain is None else plain:
+            return self.encoder.condition(lr, None)
+        options = self.served
+        lr = laid_out(lr.to(options.network_dtype(lr.dtype)), options.memory_format)
+        with without_autocast(lr.device.type):
+            return self.encoder.condition(lr, options.method)
+
+    def conditioned_levels(self, lr: Tensor, keeps: bool = False) -> Levels:
+        """The levels for LR images of a padded size, without checks; `keeps` their plans for further calls."""
+        return Levels(self.levels, self.flow, self.features(lr), self.served, keeps)
+
+    def _condition(self, lr: Tensor, keeps: bool = False) -> ConditionedFlow:
+        padded = self.padded(lr)
+        with self._freezer.recording():
+            levels = self.conditioned_levels(padded, keeps)
+        return ConditionedFlow(levels, self.inputs, lr, self.parameters, self._freezer.recording, self.advice)
+
+    def advice(self, lr: Tensor) -> str:
+        """The reason why samples of LR images (B, 3, H, W) blew up, as far as weights and pixels tell, and advice."""
+        broken = [name for name, weight in self.named_parameters() if not weight.isfinite().all()]
+        if broken:
+            return (
+                f"{len(broken)} weights of the model are not finite, {broken[0]} first, so no temperature helps: load a "
+                "checkpoint from before they were."
+            )
+        return self.inputs.advice(lr)
+
+    @property
+    def frozen(self) -> bool:
+        """Whether `freeze_for_inference` was called, and `unfreeze` not since."""
+        return self._freezer.frozen
+
+    def freeze_for_inference(self) -> NCSR:
+        """Promise that the weights no longer change; returns the model itself, in evaluation mode and without gradients.
+
+        Actnorms, exp-scales and the inverses of the 1×1 convolutions are folded into constants now, and cached. Without the
+        promise a GPU folds anew in every pass, and a CPU compares a checksum of all weights. `encode`, `nll`, `decode` and
+        `sample` record no gradients, the images' neither. Gradients that parameters hold are dropped, so that an optimizer
+        finds nothing to do. `.to()`, `.cuda()`, `.double()` and the options of the engine work as before, and fold anew
+        where they must.
+
+        Until `unfreeze`, all that would change a weight raises FrozenError: `load_state_dict`, `load_published`,
+        `initialize`, `train()` and `requires_grad_()` before they do anything, and edits in place or a parameter put in
+        another's place at the next pass, whose images would be stale. Two ways past PyTorch's count of changes cannot be
+        seen: edits of a parameter's `.data` in place, and the replay of a CUDA graph of training steps captured before.
+
+        A frozen model is frozen anew by another call. A copy or a pickle of it is not frozen, and has its gradients off.
+
+        Raises:
+            ValueError: A 1×1 convolution has no inverse (of a model on the CPU); or the weights were made under
+                `torch.inference_mode()`, of which PyTorch counts no changes.
+        """
+        self._freezer.freeze(self, self._caches, self._visit)
+        return self
+
+    def unfreeze(self) -> NCSR:
+        """Take the promise back: mode and gradients are what they were. Nothing happens to a model that is not frozen."""
+        self._freezer.thaw(self, self._caches)
+        return self
+
+    @property
+    def folded_constants(self) -> list[dict]:
+        """The constants of every level that were folded when the model was frozen; none for a model that is not."""
+        return [constants for cache in self._caches if (constants := cache.frozen_values) is not None]
+
+    @property
+    def _caches(self) -> list:
+        return [level.cache for level in self.levels]
+
+    def _visit(self) -> None:
+        """Decode and encode an image as small as there is, so that all is folded that passes need."""
+        side = self.flow.lr_multiple
+        lr = self.inputs.like.new_zeros(1, self.flow.channels, side, side)
+        latents = [lr.new_zeros(1, *shape) for shape in self.latent_shapes(side, side)]
+        self.encode(torch.zeros_like(self.decode(latents, lr)), lr)
+
+    def train(self, mode: bool = True) -> NCSR:
+        """Set the mode of training; FrozenError for a frozen model."""
+        if mode:
+            self._freezer.refuse("train()")
+        return super().train(mode)
+
+    def requires_grad_(self, requires_grad: bool = True) -> NCSR:
+        """Set whether gradients of the weights are recorded; FrozenError for a frozen model."""
+        if requires_grad:
+            self._freezer.refuse("requires_grad_()")
+        return super().requires_grad_(requires_grad)
+
+    def load_state_dict(self, *arguments: Any, **options: Any) -> Any:
+        """As `torch.nn.Module` has it; FrozenError for a frozen model."""
+        self._freezer.refuse("load_state_dict()")
+        return super().load_state_dict(*arguments, **options)
+
+    def _apply(self, *arguments: Any, **options: Any) -> NCSR:  # what to(), cuda(), double() … do
+        self._freezer.move(self, self._caches, lambda: super(NCSR, self)._apply(*arguments, **options), self._visit)
+        return self
+
+    def load_published(self, source: Mapping[str, Tensor] | str | os.PathLike) -> None:
+        """Load the state dict of a published NCSR or SRFlow network, or the .pth or .safetensors file that holds one.
+
+        Nothing is changed when it does not fit. Tensors no computation uses are stored for `published_state_dict`. The actnorms
+        count as initialised when any of them is not zero, the published program's own rule.
+
+        Raises:
+            CheckpointError: Tensors are missing, unexpected or of the wrong shape; the message names them.
+        """
+        self._freezer.refuse("load_published()")
+        published.load_network(self, read_state_dict(source))
+
+    def published_state_dict(self) -> dict[str, Tensor]:
+        """The weights under the names and shapes of the published programs, unused tensors included.
+
+        Those are the ones last loaded, or zeros in a model that never loaded any.
+        """
+        return published.network_state_dict(self)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | os.PathLike,
+        config: NCSRConfig | None = None,
+        *,
+        revision: str | None = None,
+        cache_dir: str | os.PathLike | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+        **options: Any,
+    ) -> NCSR:
+        """A model from a directory written by `save_pretrained`, a file, the package, or the Hugging Face Hub.
+
+        Args:
+            path: A directory; a published .pth or .safetensors, or a checkpoint of `ncsr-fast train`; the name of the shipped
+                model, "ncsr-compact-x4"; or a repository "user/name" of the Hub. `ncsr_fast.hub.find_model` has the rules.
+            config: Of a file; None finds the preset whose tensors have the file's names and shapes, or a training run's own.
+            revision: As cache_dir, token and local_files_only for the Hub, see `huggingface_hub.snapshot_download`.
+            options: Of `EngineOptions`.
+
+        Raises:
+            FileNotFoundError: There is no such model.
+            CheckpointError: A file is corrupt or of another model.
+            ImportError: A repository is wanted, without huggingface_hub.
+        """
+        path = find_model(path, revision, cache_dir, token, local_files_only)
+        return models.load_model(lambda found: cls(found, **options), path, config)
+
+    def save_pretrained(self, directory: str | os.PathLike) -> Path:
+        """Write `config.json` and `model.safetensors` to `directory`, each atomically; return it.
+
+        Raises:
+            ValueError: The model has an encoder of one's own, which no config.json describes; save its `state_dict()`.
+        """
+        return files.save_directory(self, "ncsr", self._published_config("save_pretrained()").to_dict(), directory)
+
+    def describe(self) -> str:
+        """The model in a few words, for messages."""
+        if isinstance(self.config, NCSRConfig):
+            return models.describe(self.config)
+        return f"a flow, ×{self.flow.scale}, {len(self.levels)} levels"
+
+    def _published_config(self, what: str) -> NCSRConfig:
+        if not isinstance(self.config, NCSRConfig) or not isinstance(self.encoder, RRDB):
+            raise ValueError(f"{what} is for the architectures of NCSRConfig; of this model save state_dict()")
+        return self.config
+
+
+def _rrdb(config: NCSRConfig | FlowConfig) -> RRDB:
+    if not isinstance(config, NCSRConfig):
+        raise ValueError("a flow of one's own needs an encoder: NCSR(config, encoder)")
+    encoder = RRDB(config.scale, config.channels, config.growth, config.blocks, config.stacked_blocks, long_skip="last_block")
+    for module in encoder.head():  # the flow does not use them, so its loss gives them no gradient
+        module.requires_grad_(False)
+    return encoder
+
+
+def _bits(encoded: Encoded, pixels: int) -> Tensor:
+    """Negative log-likelihood (B,) in bits per position of an image of so many pixels."""
+    return encoded.log_likelihood / (-math.log(2) * pixels)
