@@ -8,9 +8,9 @@ from ncsr_fast.kernels.inverse_logdet import inverse_logdet
 __all__ = [
     "affine_backward",
     "affine_forward",
+    "flow_step_backward",
+    "flow_step_forward",
     "gaussian_split_backward",
     "gaussian_split_forward",
     "inverse_logdet",
-    "flow_step_backward",
-    "flow_step_forward",
 ]

@@ -146,11 +146,9 @@ class FlowConfig:
             raise ValueError("a branch has the noise as condition, and noise_channels is 0")
         if self.levels[-1].split_channels:
             raise ValueError("the last level needs no split: its state is the top latent")
-        if self.scale * self.lr_multiple % math.prod(level.squeeze for level in self.levels):
-            raise ValueError(
-                f"the levels squeeze HR images by {math.prod(level.squeeze for level in self.levels)}, and the sides of one are "
-                f"multiples of scale · lr_multiple = {self.scale * self.lr_multiple}"
-            )
+        squeeze, sides = math.prod(level.squeeze for level in self.levels), self.scale * self.lr_multiple
+        if sides % squeeze:
+            raise ValueError(f"the levels squeeze by {squeeze}, and sides of HR are multiples of scale · lr_multiple = {sides}")
         for index, (level, channels) in enumerate(zip(self.levels, self.level_channels())):
             if level.split_channels >= channels:
                 raise ValueError(f"level {index + 1} has {channels} channels, and its split takes {level.split_channels}")

@@ -111,9 +111,9 @@ class NCSR(nn.Module):
     def condition(self, lr: Tensor) -> ConditionedFlow:
         """The flow conditioned on LR images: the encoder, and all else that they alone decide, is computed once.
 
-        For many images of the same LR image: samples, or the steps of a solver of an inverse problem. What is recorded by
-        autograd when this is called is differentiated by calls of the result: under `torch.no_grad()`, later gradients are those
-        of latents and HR images alone, and cost the flow alone.
+        For many images of the same LR image: samples, or the steps of a solver of an inverse problem. Calls of the result
+        differentiate what autograd records when this is called: under `torch.no_grad()`, later gradients are those of latents
+        and HR images alone, and cost the flow alone.
 
         Args:
             lr: (B, 3, H, W).

@@ -218,7 +218,7 @@ class LevelPlan:
             self._add_branch(known, index, [channel for branch, channel in places if branch == index])
 
     def _add_branch(self, known: PreActivations, index: int, channels: list[int]) -> None:
-        """Add a branch some networks at a time: where it reads the features alone, their outputs in place of pre-activations."""
+        """Add a branch, some networks at a time: their outputs if they read the features alone, else their pre-activations."""
         networks, method, own = self.folded.networks[index].unbind(), self.options.method, self.features.own
         weight, bias = self.folded.weight, self.folded.hoisted["features"].bias
         hidden, changes_all = networks[0].w2.shape[0], self.level.branches[index].changes_all
@@ -274,7 +274,7 @@ class LevelPlan:
 
 
 def split_prior(level: Level, z1: Tensor) -> Tensor:
-    """Mean and log standard deviation, interleaved, of the channels that a split takes out: Glow's zero-initialised convolution."""
+    """Mean and log standard deviation, interleaved, of the channels that a split takes out: a convolution of z1 (Glow)."""
     scale = torch.exp(LOG_SCALE * level.split_logs)
     return convolution(z1, level.split_weight * scale[:, None, None, None], level.split_bias * scale, ConvolutionMethod())
 

@@ -60,7 +60,7 @@ class Inputs:
         return image[..., : lr.shape[2] * self.flow.scale, : lr.shape[3] * self.flow.scale]
 
     def shown(self, image: Tensor, lr: Tensor) -> Tensor:
-        """Decoded images (B, …, channels, h, w) as samples of `lr`: cropped, added to the base, clipped to [0, 1] where finite."""
+        """Decoded images (B, …, channels, h, w) as samples of `lr`: cropped, added to the base, clipped where finite."""
         image = self.cropped(image, lr)
         if self.flow.base is not None:
             base = F.interpolate(lr, scale_factor=self.flow.scale, mode=self.flow.base, align_corners=False)

@@ -1,4 +1,4 @@
-"""One level of the flow: squeeze, transition steps, conditional steps, split (SRFlow, Lugmayr et al. 2020; NCSR, Kim & Son 2021)."""
+"""A level: squeeze, transition steps, conditional steps, split (SRFlow, Lugmayr et al. 2020; NCSR, Kim & Son 2021)."""
 
 from __future__ import annotations
 
@@ -195,7 +195,7 @@ class FlowLevel(nn.Module):
         return steps
 
     def network_input(self, branch: Branch, z: Tensor, u: Tensor, v: Tensor | None) -> Tensor:
-        """What the network of a branch reads: pass-through channels of the state, where it changes the others, and condition."""
+        """The input of a branch's network: pass-through channels, unless it changes all channels, and the condition."""
         condition = {"features": u, "noise": v, None: None}[branch.condition]
         parts = [] if branch.changes_all else [z[:, : self.pass_through]]
         parts += [] if condition is None else [condition]

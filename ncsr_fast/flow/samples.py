@@ -150,7 +150,7 @@ class ConditionedFlow:
         generator: torch.Generator | None,
         message: str,
     ) -> Tensor:
-        """`images` with those of `found` drawn again, cooler each time, until they are sound or four times; warns either way."""
+        """`images` with those of `found` drawn again, cooler each time, until they are sound or four times; with a warning."""
         images, left = images.clone(), list(found)
         for _ in range(RETRIES):
             temperature *= COOLING

@@ -1,4 +1,4 @@
-"""Affine injector and affine coupling: channels shifted and scaled (Real NVP, Dinh et al. 2017; SRFlow, Lugmayr et al. 2020)."""
+"""Affine coupling and injector: channels shifted and scaled (Real NVP, Dinh et al. 2017; SRFlow, Lugmayr et al. 2020)."""
 
 from __future__ import annotations
 

@@ -86,7 +86,7 @@ def _per_sample(x: Tensor, dtype: torch.dtype) -> _Passed:
 
 
 def _parameter(x: Tensor, dims: int) -> _Passed:
-    """One tensor of `dims` ≤ 2 dimensions, or a stack of them, of any strides, in float32 or float64, which the folding reads."""
+    """A tensor of `dims` ≤ 2 dimensions, or a stack of them, of any strides, in float32 or float64, which the folding reads."""
     x = in_memory(x)
     x = x if x.dtype in (torch.float32, torch.float64) else x.float()
     item = x.stride(0) if x.dim() > dims else 0
@@ -178,8 +178,8 @@ def flow_step_forward(
     y, logdet, dtype = empty_like(x), _logdet(x), compute_dtype(x)
     _run(
         native.flow_step_forward, x, lambda: native.flow_step_workspace(x.shape, x.dtype == torch.float64, False),
-        x.shape, eps, inverse, _read(x), _dense(mix, dtype), _dense(offset, dtype), _read(h_before), _read(h_after), _written(y),
-        _dense_written(logdet),
+        x.shape, eps, inverse, _read(x), _dense(mix, dtype), _dense(offset, dtype), _read(h_before), _read(h_after),
+        _written(y), _dense_written(logdet),
     )  # fmt: skip
     return y, logdet
 

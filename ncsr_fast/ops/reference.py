@@ -1,6 +1,6 @@
-"""The kernels in plain PyTorch: specification of what a backend computes, fallback where there is no kernel, and test oracle.
+"""The kernels in plain PyTorch: specification of what a backend computes, fallback without a kernel, and test oracle.
 
-    affine           y = (x + t)·s on the channels from `pass_through` on, or its inverse y = x/s - t; s = sigmoid(raw + 2) + eps
+    affine           y = (x + t)·s on the channels from `pass_through` on, or y = x/s - t; s = sigmoid(raw + 2) + eps
     gaussian_split   eps = (x - mean)·exp(-logs) on the last channels, or its inverse, and the log-density
     flow_step        y = after(mix·before(x) + offset), with two such affines
     inverse_logdet   W⁻¹, log|det W| and the condition number of W

@@ -109,7 +109,7 @@ def network_gradients(
     method: ConvolutionMethod,
     dpre: Tensor,
 ) -> tuple[Tensor | None, StepNetwork | None]:
-    """Gradients of z1, in the dtype of the network, and of the weights with `needs_weights`; that of pre is written to `dpre`."""
+    """Gradients of z1, in the dtype of the network, and with `needs_weights` of the weights; writes that of pre to `dpre`."""
     dh, wanted = dh.to(h2.dtype), (True, needs_weights, needs_weights)
     dh2, dw3, db3 = convolution_backward(dh, h2, network.w3, wanted, method, relu=(h2, 0.0))
     dh1, dw2, db2 = convolution_backward(dh2, h1, network.w2, wanted, method)
