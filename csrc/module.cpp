@@ -8,8 +8,8 @@
 #include <stdexcept>
 #include <string>
 
-#include "cpu.h"
-#include "cuda.h"
+#include "cpu/cpu.h"
+#include "cuda/cuda.h"
 
 namespace py = pybind11;
 using namespace ncsr;

@@ -1,7 +1,7 @@
 // How the CUDA kernels read and write tensors of any strides and dtype, and how they sum without atomics.
 #pragma once
 
-#include "arithmetic.h"
+#include "core/arithmetic.h"
 
 namespace ncsr::cuda {
 

@@ -7,8 +7,8 @@
 
 #include <utility>
 
-#include "inverse_logdet_cpu.h"
-#include "matrix_cpu.h"
+#include "cpu/inverse_logdet.h"
+#include "cpu/matrix.h"
 
 namespace ncsr::NCSR_ISA {
 

@@ -3,7 +3,7 @@
 
 #include <vector>
 
-#include "tensor.h"
+#include "core/tensor.h"
 
 namespace ncsr {
 

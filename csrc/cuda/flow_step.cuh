@@ -7,7 +7,7 @@
 // C is known at compile time for the channels of the published models; 0 reads it from the sizes.
 #pragma once
 
-#include "cuda_memory.cuh"
+#include "cuda/memory.cuh"
 
 namespace ncsr::cuda {
 

@@ -7,7 +7,7 @@
 // are transformed by all threads before, for as many tiles and outputs as stay in the third-level cache.
 #pragma once
 
-#include "winograd_cpu.h"
+#include "cpu/conv3x3.h"
 
 namespace ncsr::NCSR_ISA {
 

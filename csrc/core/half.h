@@ -8,7 +8,7 @@
 #include <cuda_fp16.h>
 #endif
 
-#include "tensor.h"
+#include "core/tensor.h"
 
 namespace ncsr {
 

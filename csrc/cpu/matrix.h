@@ -2,7 +2,7 @@
 // sums stay in registers.
 #pragma once
 
-#include "cpu_tiles.h"
+#include "cpu/tiles.h"
 
 namespace ncsr::NCSR_ISA {
 

@@ -4,7 +4,7 @@
 //   backward  dw = post'(dy; y), dmix = Σ dw ⊗ a, doffset = Σ dw, da = mixᵀ·dw, dx = pre'(da; x), a recomputed
 #pragma once
 
-#include "matrix_cpu.h"
+#include "cpu/matrix.h"
 
 namespace ncsr::NCSR_ISA {
 

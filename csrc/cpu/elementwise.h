@@ -1,7 +1,7 @@
 // affine_injector, affine_coupling and gaussian_split on the CPU: each element of the changed channels for itself.
 #pragma once
 
-#include "cpu_tiles.h"
+#include "cpu/tiles.h"
 
 namespace ncsr::NCSR_ISA {
 

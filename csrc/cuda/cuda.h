@@ -1,7 +1,7 @@
 // The CUDA kernels as module.cpp sees them. The workspace is memory of the device for partial sums.
 #pragma once
 
-#include "tensor.h"
+#include "core/tensor.h"
 
 namespace ncsr::cuda {
 

@@ -9,8 +9,8 @@
 #include <cstdlib>
 #include <vector>
 
-#include "arithmetic.h"
-#include "cpu_memory.h"
+#include "core/arithmetic.h"
+#include "cpu/memory.h"
 
 namespace ncsr::NCSR_ISA {
 

@@ -8,7 +8,7 @@
 // are copies, which need fewer products.
 #pragma once
 
-#include "matrix_cpu.h"
+#include "cpu/matrix.h"
 
 namespace ncsr::NCSR_ISA {
 

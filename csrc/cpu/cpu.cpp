@@ -4,13 +4,13 @@
 #error "compile with -DNCSR_ISA=baseline, avx2 or avx512"
 #endif
 
-#include "cpu.h"
+#include "cpu/cpu.h"
 
-#include "flow_step_cpu.h"
-#include "fold_cpu.h"
-#include "network_cpu.h"
-#include "pointwise_cpu.h"
-#include "winograd_gradient_cpu.h"
+#include "cpu/conv3x3_gradient.h"
+#include "cpu/elementwise.h"
+#include "cpu/flow_step.h"
+#include "cpu/fold.h"
+#include "cpu/step_network.h"
 
 namespace ncsr::NCSR_ISA {
 

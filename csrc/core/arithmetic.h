@@ -6,7 +6,7 @@
 //             inverse  y = mean + exp(logs)·x        log-det -Σ -½(x² + log 2π) - logs
 #pragma once
 
-#include "half.h"
+#include "core/half.h"
 
 namespace ncsr {
 

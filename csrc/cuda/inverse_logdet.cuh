@@ -6,7 +6,7 @@
 // product of the swaps, what remains is (P·W)⁻¹, and W⁻¹ = (P·W)⁻¹·P: its columns are put back at the end.
 #pragma once
 
-#include "cuda_memory.cuh"
+#include "cuda/memory.cuh"
 
 namespace ncsr::cuda {
 

@@ -3,7 +3,7 @@
 // Bandwidth-bound: forward reads x and h and writes y, backward reads dy, x and h and writes dx and dh.
 #pragma once
 
-#include "cuda_memory.cuh"
+#include "cuda/memory.cuh"
 
 namespace ncsr::cuda {
 

@@ -9,7 +9,7 @@
 // whatever the number of threads.
 #pragma once
 
-#include "winograd_transforms_cpu.h"
+#include "cpu/conv3x3_transforms.h"
 
 namespace ncsr::NCSR_ISA {
 

@@ -1,13 +1,13 @@
 // Launches of the CUDA kernels. Never run on a GPU yet: block and tile sizes are chosen by the compiler's report alone.
-#include "cuda.h"
+#include "cuda/cuda.h"
 
 #include <algorithm>
 #include <stdexcept>
 #include <string>
 
-#include "flow_step.cuh"
-#include "inverse_logdet.cuh"
-#include "pointwise.cuh"
+#include "cuda/elementwise.cuh"
+#include "cuda/flow_step.cuh"
+#include "cuda/inverse_logdet.cuh"
 
 // The tests emulate a launch on the CPU and define their own.
 #if !defined(NCSR_LAUNCH)

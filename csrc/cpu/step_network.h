@@ -14,7 +14,7 @@
 // bits whatever their number, although the division depends on it.
 #pragma once
 
-#include "matrix_cpu.h"
+#include "cpu/matrix.h"
 
 namespace ncsr::NCSR_ISA {
 

@@ -9,7 +9,7 @@
 #include <cstring>
 #include <type_traits>
 
-#include "half.h"
+#include "core/half.h"
 
 namespace ncsr::NCSR_ISA {
 

@@ -5,8 +5,8 @@
 #include <utility>
 #include <vector>
 
-#include "cpu.h"
-#include "cpu_tiles.h"
+#include "cpu/cpu.h"
+#include "cpu/tiles.h"
 
 namespace ncsr::NCSR_ISA {
 
