@@ -1,25 +1,25 @@
-// The CUDA kernels as module.cpp sees them. The workspace is memory of the device for partial sums.
+// The CUDA kernels for module.cpp. A workspace is device memory for partial results.
 #pragma once
 
 #include "core/tensor.h"
 
 namespace ncsr::cuda {
 
-int64_t pointwise_workspace(const Pointwise&);                           // bytes, forward
+int64_t elementwise_workspace(const Elementwise&);                          // bytes, forward
 int64_t flow_step_workspace(const FlowStep&, bool float64, bool backward);  // bytes
 int64_t inverse_logdet_workspace(int64_t count, int64_t channels);          // bytes
 
-// Makes the device of this ordinal the calling thread's current one; throws as a launch does.
+// Makes the device of this ordinal the current one of the calling thread; throws as a launch does.
 void use_device(int ordinal);
 
-// Launches on `stream` of the current device; throws std::runtime_error with CUDA's message.
-void pointwise_forward(Pointwise, bool float64, void* workspace, void* stream);
-void pointwise_backward(Pointwise, bool float64, void* stream);
+// Launches on a stream of the current device; a failure throws std::runtime_error with CUDA's message.
+void elementwise_forward(Elementwise, bool float64, void* workspace, void* stream);
+void elementwise_backward(Elementwise, bool float64, void* stream);
 void flow_step_forward(FlowStep, bool float64, void* workspace, void* stream);
 void flow_step_backward(FlowStep, bool float64, void* workspace, void* stream);
 void inverse_logdet(const InverseLogdet&, void* workspace, void* stream);
 
-// Why there is no CUDA device to run on, or nothing. Asks the driver, not a GPU.
+// The reason why there is no CUDA device, or nothing. Asks the driver, not a GPU.
 const char* unavailable();
 
 }  // namespace ncsr::cuda
