@@ -70,7 +70,7 @@ endef
 define lint_with
 	$(1)/ruff check
 	$(1)/ruff format --check
-	$(1)/clang-format --dry-run --Werror csrc/* tests/native/*.cpp
+	$(1)/clang-format --dry-run --Werror csrc/*.cpp csrc/*/* tests/native/*.cpp
 	$(1)/mypy
 endef
 

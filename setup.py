@@ -25,7 +25,7 @@ from setuptools.errors import CompileError, PlatformError
 CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden"]
 CXX_FLAGS += ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-fopenmp-simd"]
 NVCC_FLAGS = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Xcompiler=-fPIC,-fvisibility=hidden"]
-# cpu.cpp is compiled once for each, and module.cpp asks the CPU for the same features at import. Features, not levels
+# cpu/cpu.cpp is compiled once for each, and module.cpp asks the CPU for the same features at import. Features, not levels
 # such as x86-64-v3, which compilers before gcc 11 do not know. Linked in this order: a function that several objects
 # hold, such as one of the standard library, is taken from the first of them, which asks least of the CPU.
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
@@ -36,7 +36,7 @@ SHARED = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin"
 JOBS = os.environ.get("MAX_JOBS") or os.cpu_count() or 1
 NINJA_RULES = """\
 rule compile
-  command = $compiler -MMD -MF $out.d -c $in -o $out
+  command = $compiler -Icsrc -MMD -MF $out.d -c $in -o $out
   depfile = $out.d
   deps = gcc
 rule link
@@ -157,10 +157,10 @@ def plan(module: Path, temp: Path) -> tuple[str, str]:
     isas = X86 if accepts([*compiler, *AVX512, "-c"], "#include <immintrin.h>") else {"baseline": []}
     openmp = accepts([*compiler, *SHARED, "-fopenmp"], "#include <omp.h>\nint threads() { return omp_get_max_threads(); }")
     threads = ["-fopenmp"] if openmp else []
-    objects = {f"cpu_{isa}": ("cpu.cpp", [*compiler, *threads, *X86[isa], f"-DNCSR_ISA={isa}"]) for isa in isas}
+    objects = {f"cpu_{isa}": ("cpu/cpu.cpp", [*compiler, *threads, *X86[isa], f"-DNCSR_ISA={isa}"]) for isa in isas}
     try:
         nvcc, libraries, cuda = find_cuda(host_compiler(compiler, temp))
-        objects["cuda"] = ("cuda.cu", nvcc)
+        objects["cuda"] = ("cuda/cuda.cu", nvcc)
     except Skipped as reason:
         libraries, cuda = [], skipped(reason)
     info = f"C++: {', '.join(isas)}, {'OpenMP' if openmp else 'no OpenMP'}; CUDA: {cuda}"

@@ -17,7 +17,7 @@ from ncsr_fast import _native as native
 from ncsr_fast.layout import empty_like, in_memory
 from ncsr_fast.ops.contract import check_conditions, compute_dtype
 
-_DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}  # csrc/tensor.h
+_DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}  # csrc/core/tensor.h
 
 
 class _Passed(NamedTuple):

@@ -70,6 +70,6 @@ void emulate(dim3 grid, size_t bytes, int block_threads, Launch launch) {
 #define NCSR_DYNAMIC_SHARED(name) double* name = dynamic_shared
 #define NCSR_LAUNCH(kernel, blocks, bytes, stream, ...) emulate(blocks, size_t(bytes), threads, [&] { kernel(__VA_ARGS__); })
 
-#include "cuda.cu"
+#include "cuda/cuda.cu"
 
 extern "C" __attribute__((visibility("default"))) int emulated_device() { return device_of_last_launch; }

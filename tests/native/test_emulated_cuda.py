@@ -46,7 +46,7 @@ def compiled(command: list[str]) -> str:
 
 
 def sources_of_cuda() -> list[Path]:
-    return [*sorted(SOURCES.iterdir()), HERE / "emulated_cuda.cpp"]
+    return [*sorted(path for path in SOURCES.rglob("*") if path.is_file()), HERE / "emulated_cuda.cpp"]
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def emulated(pytestconfig):
     includes = [f"-I{path}" for path in (SOURCES, sysconfig.get_path("include"), Path(pybind11.origin).parent / "include")]
     common = [compiler, "-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-pthread", *includes]
     defines = ["-DNCSR_CUDA", "-DNCSR_ISA=baseline", '-DNCSR_BUILD_INFO="emulated"']
-    files = [SOURCES / "module.cpp", SOURCES / "cpu.cpp", HERE / "emulated_cuda.cpp"]
+    files = [SOURCES / "module.cpp", SOURCES / "cpu" / "cpu.cpp", HERE / "emulated_cuda.cpp"]
     library = f"_native{sysconfig.get_config_var('EXT_SUFFIX')}"
 
     def compile_module(folder: Path) -> None:
@@ -177,10 +177,10 @@ def test_cuda_kernels_do_not_spill(architecture, pytestconfig, compiler_report):
     nvcc = shutil.which("nvcc")
     if nvcc is None:
         pytest.skip("there is no nvcc")
-    flags = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Xptxas=-v", f"-arch=sm_{architecture}"]
+    flags = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Xptxas=-v", f"-arch=sm_{architecture}", f"-I{SOURCES}"]
 
     def compile_kernels(folder: Path) -> None:
-        text = compiled([nvcc, *flags, "-c", str(SOURCES / "cuda.cu"), "-o", str(folder / "cuda.o")])
+        text = compiled([nvcc, *flags, "-c", str(SOURCES / "cuda" / "cuda.cu"), "-o", str(folder / "cuda.o")])
         (folder / "said.txt").write_text(text)
 
     causes = [*sources_of_cuda(), *flags, compiled([nvcc, "--version"])]

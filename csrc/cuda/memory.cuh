@@ -1,13 +1,13 @@
-// How the CUDA kernels read and write tensors of any strides and dtype, and how they sum without atomics.
+// Tensors of any strides and dtype, read and written by the CUDA kernels, and sums without atomics.
 #pragma once
 
-#include "arithmetic.h"
+#include "core/arithmetic.h"
 
 namespace ncsr::cuda {
 
 constexpr int threads = 256;  // of a block
 
-// The shared memory whose size a launch gives; the tests, which emulate a block on the CPU, define their own.
+// Shared memory of a size given at launch; the tests, which emulate a block on the CPU, define another macro.
 #if !defined(NCSR_DYNAMIC_SHARED)
 #define NCSR_DYNAMIC_SHARED(name) extern __shared__ double name[]
 #endif
@@ -32,7 +32,7 @@ __device__ void write(const Tensor& x, int64_t at, T value) {
     }
 }
 
-// A pixel of a sample; `at` is where one of its channels lies.
+// A pixel of a sample; `at` is the index of one of the pixel's channels in a tensor.
 struct Pixel {
     int64_t sample, row, column;
     __device__ Pixel(const Sizes& size, int64_t sample, int64_t pixel)
@@ -42,7 +42,7 @@ struct Pixel {
     }
 };
 
-// The sum over the block's threads, in a fixed order; `shared` holds one number a thread. The first thread gets it.
+// The sum over the threads of a block, in a fixed order, for all of them; `shared` has room for one number a thread.
 __device__ inline double block_sum(double value, double* shared) {
     shared[threadIdx.x] = value;
     for (int half = threads / 2; half > 0; half /= 2) {
@@ -63,10 +63,10 @@ __global__ void sum_logdet_kernel(const double* partial, int64_t parts, double s
     if (threadIdx.x == 0) reinterpret_cast<T*>(logdet)[blockIdx.x] = T(sign * sum);
 }
 
-// The log of what Map::apply collects, where that is a factor.
+// The element's part of the log-det, from the term that the map M returns.
 template <class M, class T>
-__device__ T logdet_of(T value) {
-    return M::logdet_of_product ? log_positive(value) : value;
+__device__ T element_logdet(T term) {
+    return M::logdet_of_product ? log_positive(term) : term;
 }
 
 }  // namespace ncsr::cuda

@@ -1,24 +1,24 @@
-// How the CPU kernels read and write tensors of any strides and dtype: pieces of a tensor in small dense buffers.
+// Tensors of any strides and dtype, read and written by the CPU kernels as pieces in small dense buffers.
 //
 // A piece is `count` channels of a run of `pixels` neighbouring pixels of one image row. In the buffer its order is
 //   Order::planes  [channel][pixel]  for NCHW: the pixels of a channel are adjacent in memory
 //   Order::pixels  [pixel][channel]  for channels-last: the channels of a pixel are
-// so that reading it is a copy of contiguous memory in both layouts. Other strides work too, element by element.
+// so that in both layouts a piece is read by copying contiguous memory. Other strides are read element by element.
 #pragma once
 
 #include <cstring>
 #include <type_traits>
 
-#include "half.h"
+#include "core/half.h"
 
 namespace ncsr::NCSR_ISA {
 
 enum class Order { planes, pixels };
 
-// A tensor of one channel may be read either way.
-inline Order order_of(const Tensor& x) { return channels_adjacent(x) ? Order::pixels : Order::planes; }
+// A tensor of one channel may have either order.
+inline Order memory_order(const Tensor& x) { return channels_adjacent(x) ? Order::pixels : Order::planes; }
 
-// Where a run of pixels starts.
+// The first pixel of a run of neighbouring pixels of a row, and their number.
 struct Run {
     int64_t sample, row, column, pixels;
 };
@@ -39,7 +39,7 @@ S* address(const Tensor& x, const Run& run, int64_t channel) {
     return reinterpret_cast<S*>(x.data) + run.sample * x.batch + run.row * x.row + run.column * x.column + channel * x.channel;
 }
 
-// Two nested counts with the strides of both sides; merged into one when the memory is one contiguous run.
+// A piece in memory as two nested loops, their counts and strides; one loop where the piece is contiguous.
 struct Block {
     int64_t outer, inner, outer_stride, inner_stride;
     Block(const Tensor& x, Order order, int64_t channel_stride, int64_t count, int64_t pixels) {
@@ -55,8 +55,8 @@ struct Block {
     }
 };
 
-// rows × n numbers from one place to another, converted. Rows of the published models' channels and halves of them, and
-// the runs of pixels of a flow step's tile, are moved with their length known.
+// Copies rows × n numbers, converting their dtype. The lengths that rows of the published models have, all or half of their
+// channels or the pixels of a flow step's tile, are known at compile time.
 template <int64_t N, class To, class From>
 void move_dense(To* to, int64_t to_row, const From* from, int64_t from_row, int64_t rows, int64_t n) {
     for (int64_t i = 0; i < rows; ++i)
@@ -83,7 +83,8 @@ void move(To* to, int64_t to_row, int64_t to_step, const From* from, int64_t fro
     }
 }
 
-// `count` channels from `channel` on, dense in `buffer`. Returns where they are: the tensor itself when it lies that way.
+// Reads `count` channels from `channel` on. Returns the address of dense values: in the tensor if they are dense there, else in
+// `buffer`.
 template <class T>
 const T* load(T* buffer, const Tensor& x, const Run& run, Order order, int64_t channel, int64_t count) {
     const Block block(x, order, x.channel, count, run.pixels);
@@ -96,7 +97,7 @@ const T* load(T* buffer, const Tensor& x, const Run& run, Order order, int64_t c
     return buffer;
 }
 
-// The pairs (h[2c], h[2c + 1]) of `count` channels from `channel` on, each dense, in a buffer or where they lie.
+// The pairs (h[2c], h[2c + 1]) of some channels: the first and the second numbers, each dense.
 template <class T>
 struct Pair {
     T *first, *second;
@@ -125,7 +126,7 @@ Pair<const T> load_pairs(Pair<T> buffer, const Tensor& h, const Run& run, Order 
     return {buffer.first, buffer.second};
 }
 
-// Where results of `count` channels may be written: the tensor itself when it lies that way, else the buffer (then `store`).
+// The address for dense results of `count` channels: in the tensor where it is dense, else `buffer`, from which `store` copies.
 template <class T>
 T* place(T* buffer, const Tensor& y, const Run& run, Order order, int64_t channel, int64_t count) {
     const Block block(y, order, y.channel, count, run.pixels);
@@ -133,7 +134,7 @@ T* place(T* buffer, const Tensor& y, const Run& run, Order order, int64_t channe
     return y.dtype == own && block.inner_stride == 1 && block.outer == 1 ? address<T>(y, run, channel) : buffer;
 }
 
-// Writes what `place` did not let be written where it belongs.
+// Copies results from the buffer of `place` to the tensor; does nothing where they are there already.
 template <class T>
 void store(const T* from, const Tensor& y, const Run& run, Order order, int64_t channel, int64_t count) {
     const Block block(y, order, y.channel, count, run.pixels);
@@ -144,7 +145,7 @@ void store(const T* from, const Tensor& y, const Run& run, Order order, int64_t 
     });
 }
 
-// `count` channels from `channel` on as they are; x and y have one dtype.
+// Copies `count` channels from `channel` on; x and y have one dtype.
 inline void copy_channels(const Tensor& x, const Tensor& y, const Run& run, Order order, int64_t channel, int64_t count) {
     const Block from(x, order, x.channel, count, run.pixels), to(y, order, y.channel, count, run.pixels);
     with_type(x.dtype, [&](auto* type) {
@@ -153,7 +154,7 @@ inline void copy_channels(const Tensor& x, const Tensor& y, const Run& run, Orde
         S* target = address<S>(y, run, channel);
         if (from.outer == to.outer) {
             move(target, to.outer_stride, to.inner_stride, source, from.outer_stride, from.inner_stride, to.outer, to.inner);
-        } else {  // one of the two is a single run of memory, which divides like the other
+        } else {  // one of the two is contiguous, and is divided into the rows of the other
             const Block& rows = from.outer > 1 ? from : to;
             const int64_t step = from.outer > 1 ? to.inner_stride : from.inner_stride, row = step * rows.inner;
             if (from.outer > 1)

@@ -2,24 +2,25 @@
 //
 //   Y = Aᵀ [ (G g Gᵀ) ⊙ (Bᵀ d B) ] A        d: the inputs around the tile of outputs, g: the 3×3 weights
 //
-// by n² products, n = m + 2, instead of 9m². A, B and G come from n points, one of them infinity: lines of weights and of
-// outputs are polynomials, their product is known by its values at the points, and Y is the transpose of that. Here are the
-// transforms of a line, Bᵀ d and the like, every number being a vector of channels; and those of images of whose pixels some
-// are copies, which need fewer products.
+// by n² products, n = m + 2, instead of 9m² (Winograd 1980, Lavin & Gray 2016). A, B and G come from n points, one of them
+// infinity: the product of the polynomials whose coefficients are a line of weights and a line of outputs is determined by its
+// values at the points, and Y is the transpose of that map. This file has the transforms of a line, such as Bᵀ d, every number
+// being a vector of channels; and those for upsampled inputs, which need fewer products.
 #pragma once
 
-#include "matrix_cpu.h"
+#include "cpu/matrix.h"
 
 namespace ncsr::NCSR_ISA {
 
-// Tile i of a line has the inputs from input_step·i + first_input on and the outputs from output_step·i + first_output on.
+// Tile i of a line has `taken` inputs, from input_step·i + first_input on, and `given` outputs, from output_step·i +
+// first_output on.
 template <int taken_, int positions_, int given_, int first_output_ = 0, int input_step_ = given_>
 struct Geometry {
     static constexpr int taken = taken_, positions = positions_, given = given_;
     static constexpr int first_input = -1, input_step = input_step_, first_output = first_output_, output_step = given_;
 };
 
-// F(2×2, 3×3) by the points 0, ±1, ∞: 16 products for 36, sums and halves alone.
+// F(2×2, 3×3) with the points 0, ±1, ∞: 16 products for 36; the transforms are sums and halves.
 //
 //   Bᵀ = 1  0 -1  0     G =  1   0   0     Aᵀ = 1  1  1  0
 //        0  1  1  0         1/2 1/2 1/2         0  1 -1 -1
@@ -47,8 +48,8 @@ struct F2x2 : Geometry<4, 4, 2> {
     }
 };
 
-// F(4×4, 3×3) by the points 0, ±a, ±b, ∞ with a = 5/8 and b = 3/2: 36 products for 144. It rounds three to four times as
-// coarsely as F(2×2, 3×3); with the points ±1, ±2, often seen, it would ten times.
+// F(4×4, 3×3) with the points 0, ±a, ±b, ∞, a = 5/8 and b = 3/2: 36 products for 144. The rounding error is three to four times
+// that of F(2×2, 3×3); with the usual points ±1, ±2 it would be ten times.
 //
 //   Bᵀ = a²b²    0   -a²-b²    0     1  0     G = 1/a²b²   0    0      Aᵀ = 1  1  1  1  1  0
 //         0   -ab²    -b²      a     1  0         p  (1   a    a²)          0  a -a  b -b  0
@@ -93,16 +94,16 @@ struct F4x4 : Geometry<6, 6, 4> {
     }
 };
 
-// A convolution of 2×2 copies of every pixel of x: 25 products for 4×4 outputs, where F(4×4, 3×3) has 36 and one 1×1
-// convolution for each of the sums {w0, w0 + w1 + w2, w2}² would have 36 too. With x0, x1, x2 = three pixels of a line and the
-// weights g, the copies of x1 and their neighbours on either side are
+// The convolution of an input upsampled by 2: 25 products for 4×4 outputs, where F(4×4, 3×3) has 36, as has one 1×1 convolution
+// for each of the sums {w0, w0 + w1 + w2, w2}². With three pixels x0, x1, x2 of a line and the weights g, the outputs at the
+// two upsampled pixels of x1 and at their neighbours on either side are
 //
 //   y0, y1, y2, y3 = (g0 + g1) (x0 - x1) + c,   g0 (x0 - x1) + c,   g2 (x2 - x1) + c,   (g1 + g2) (x2 - x1) + c
 //   c = (g0 + g1 + g2) x1
 //
-// and the next tile is two pixels further.
+// and the next tile begins two pixels of x further.
 template <class T>
-struct Copies : Geometry<3, 5, 4, -1, 2> {
+struct Upsample2x : Geometry<3, 5, 4, -1, 2> {
     using V = typename Vector<T>::type;
     NCSR_FUNCTION static void input(const V* d, V* t) { t[0] = t[1] = d[0] - d[1], t[2] = d[1], t[3] = t[4] = d[2] - d[1]; }
     NCSR_FUNCTION static void weight(const V* g, V* t) {
@@ -119,29 +120,29 @@ struct Copies : Geometry<3, 5, 4, -1, 2> {
     }
 };
 
-// The gradient of x of that convolution, a convolution of dy with the weights g turned by half a turn whose outputs of 2×2
-// pixels are summed up: two such sums s of a line, of the pixels d1 to d4 and their neighbours, are
+// The gradient of x of that convolution: dy convolved with the weights g rotated by 180°, then summed over 2×2 pixels. Two such
+// sums s of a line, of the pixels d1 to d4, are
 //
 //   s0 = g0 (d0 - d2) + (g0 + g1) (d1 - d3) + c,   s1 = (g1 + g2) (d4 - d2) + g2 (d5 - d3) + c,   c = (g0 + g1 + g2) (d2 + d3)
 template <class T>
-struct CopiesGradient : Geometry<6, 5, 2, 0, 4> {
+struct Upsample2xGradient : Geometry<6, 5, 2, 0, 4> {
     using V = typename Vector<T>::type;
     NCSR_FUNCTION static void input(const V* d, V* t) {
         t[0] = d[0] - d[2], t[1] = d[1] - d[3], t[2] = d[2] + d[3], t[3] = d[4] - d[2], t[4] = d[5] - d[3];
     }
-    NCSR_FUNCTION static void weight(const V* g, V* t) { Copies<T>::weight(g, t); }
+    NCSR_FUNCTION static void weight(const V* g, V* t) { Upsample2x<T>::weight(g, t); }
     NCSR_FUNCTION static void output(const V* t, V* y) { y[0] = t[0] + t[1] + t[2], y[1] = t[2] + t[3] + t[4]; }
 };
 
-// The tiles of all images, numbered row by row; those at the edges may be partly outside.
+// The tiles of all images, numbered row by row; tiles at the edges may be partly outside.
 template <class Line>
 struct ImageTiles {
     int64_t down, across, count;
-    ImageTiles(const Convolution& p) : down(of(p.rows)), across(of(p.columns)), count(p.batch * down * across) {}
+    ImageTiles(const Conv3x3& p) : down(tiles(p.rows)), across(tiles(p.columns)), count(p.batch * down * across) {}
 
-    static int64_t of(int64_t outputs) { return (outputs - Line::first_output + Line::given - 1) / Line::given; }
+    static int64_t tiles(int64_t outputs) { return (outputs - Line::first_output + Line::given - 1) / Line::given; }
 
-    // Calls use(i, sample, row, column) with `count` tiles from `first` on, rows and columns being counted in tiles.
+    // Calls use(i, sample, row, column) for `count` tiles from `first` on, with rows and columns counted in tiles.
     template <class Use>
     void each(int64_t first, int64_t count, Use use) const {
         int64_t sample = first / (down * across), row = first / across % down, column = first % across;
@@ -155,14 +156,14 @@ struct ImageTiles {
     }
 };
 
-// Where the numbers of a tile and a channel are: vectors of channels at data + position·a + chunk·b + tile·c.
+// Transformed tiles: the vectors of channels are at data + position·i + chunk·j + tile·k.
 template <class T>
 struct Transformed {
     T* data;
     int64_t position, chunk, tile;
 };
 
-// Some channels of a pixel, at most a vector of them, zeros in the other lanes.
+// Channels of a pixel, at most a vector of them, with zeros in the other lanes.
 template <class T>
 NCSR_FUNCTION typename Vector<T>::type load_channels(const T* from, int64_t stride, int64_t channels) {
     using V = typename Vector<T>::type;
@@ -174,8 +175,8 @@ NCSR_FUNCTION typename Vector<T>::type load_channels(const T* from, int64_t stri
 
 // Bᵀ d B of the channels [begin, end) of `count` tiles.
 template <class Line, class T>
-void transform_input(const Convolution& p, const ImageTiles<Line>& tiles, int64_t first, int64_t count, int64_t begin,
-                     int64_t end, const Transformed<T>& to) {
+void transform_input(const Conv3x3& p, const ImageTiles<Line>& tiles, int64_t first, int64_t count, int64_t begin, int64_t end,
+                     const Transformed<T>& to) {
     using V = typename Vector<T>::type;
     constexpr int64_t L = Vector<T>::length;
     constexpr int taken = Line::taken, positions = Line::positions;
@@ -189,12 +190,12 @@ void transform_input(const Convolution& p, const ImageTiles<Line>& tiles, int64_
             V t[positions][taken];
             const bool whole = interior && x.channel == 1 && end - c >= L;
             const auto transform_column = [&](int j, auto load) {
-                V d[taken], of_line[positions];
+                V d[taken], line_out[positions];
 #pragma GCC unroll 6
                 for (int i = 0; i < taken; ++i) d[i] = load(i, j);
-                Line::input(d, of_line);
+                Line::input(d, line_out);
 #pragma GCC unroll 6
-                for (int i = 0; i < positions; ++i) t[i][j] = of_line[i];
+                for (int i = 0; i < positions; ++i) t[i][j] = line_out[i];
             };
             if (whole) {
 #pragma GCC unroll 6
@@ -211,12 +212,12 @@ void transform_input(const Convolution& p, const ImageTiles<Line>& tiles, int64_
             T* out = to.data + (c - begin) / L * to.chunk + tile * to.tile;
 #pragma GCC unroll 6
             for (int i = 0; i < positions; ++i) {
-                V of_line[positions];
-                Line::input(t[i], of_line);
+                V line_out[positions];
+                Line::input(t[i], line_out);
 #pragma GCC unroll 6
                 for (int j = 0; j < positions; ++j, out += to.position) {
-                    *reinterpret_cast<V*>(out) = of_line[j];
-                    __builtin_prefetch(out + 2 * to.tile, 1);  // to write there soon
+                    *reinterpret_cast<V*>(out) = line_out[j];
+                    __builtin_prefetch(out + 2 * to.tile, 1);  // for the next tiles but one
                 }
             }
         }

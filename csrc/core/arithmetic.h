@@ -6,11 +6,11 @@
 //             inverse  y = mean + exp(logs)·x        log-det -Σ -½(x² + log 2π) - logs
 #pragma once
 
-#include "half.h"
+#include "core/half.h"
 
 namespace ncsr {
 
-// Constants of exp and log by type, and the layout of the bits.
+// Constants of exp and log for a floating-point type, and the layout of its bits.
 template <class T>
 struct Format;
 
@@ -56,8 +56,8 @@ struct Format<double> {
     }
 };
 
-// 2ᵗ, the exponent held within ±limit, where sigmoid is 0 or 1 beside any eps: t = n + r, and 2ʳ by a polynomial.
-// NaN stays NaN, and so does infinity become.
+// 2ᵗ with the exponent clamped to ±limit, where a sigmoid is 0 or 1 beside any eps: t = n + r, and 2ʳ by a polynomial.
+// NaN stays NaN, and an infinite t gives NaN.
 template <class T>
 NCSR_FUNCTION T exp2_limited(T t) {
     using F = Format<T>;
@@ -72,13 +72,13 @@ NCSR_FUNCTION T exp2_limited(T t) {
     return series * bits_as<T>((n - F::round_bits + F::bias) << F::mantissa);
 }
 
-// e = exp(-(raw + 2)), of which sigmoid(raw + 2) = 1/(1 + e)
+// e = exp(-(raw + 2)); the gate is sigmoid(raw + 2) = 1/(1 + e).
 template <class T>
-NCSR_FUNCTION T exp_of_gate(T raw) {
+NCSR_FUNCTION T gate_exponential(T raw) {
     return exp2_limited(raw * T(-1.44269504088896340736) + T(-2 * 1.44269504088896340736));
 }
 
-// log(x) for x > 0: x = m·2ⁿ with m in [√½, √2), log m = 2·artanh((m-1)/(m+1)). NaN stays NaN; zero counts as `smallest`.
+// log(x) for x > 0: x = m·2ⁿ with m in [√½, √2), log m = 2·artanh((m-1)/(m+1)). NaN stays NaN; zero is taken for `smallest`.
 template <class T>
 NCSR_FUNCTION T log_positive(T x) {
     using F = Format<T>;
@@ -93,21 +93,21 @@ NCSR_FUNCTION T log_positive(T x) {
     return x == x ? result : x;
 }
 
-// Every map: `apply<inverse>` returns y and what the log-det collects of the element; `backward<inverse>` returns dx and
-// the gradients of the pair. g is dL/dlogdet, the log-det having the sign of its direction.
+// A map of one element, whose two parameters are a pair of h: `apply<inverse>` returns y and the element's term of the
+// log-det; `backward<inverse>` returns dx and the gradients of the pair. g is dL/dlogdet of the direction's own log-det.
 struct Affine {
-    static constexpr bool logdet_of_product = true;  // the log-det collects s, not log s: one log for several elements
+    static constexpr bool logdet_of_product = true;  // the term is s, not log s: one log for several elements
 
     template <bool inverse, class T>
     static NCSR_FUNCTION T apply(T x, T shift, T raw, T eps, T& s) {
-        s = T(1) / (T(1) + exp_of_gate(raw)) + eps;
+        s = T(1) / (T(1) + gate_exponential(raw)) + eps;
         return inverse ? x / s - shift : (x + shift) * s;
     }
 
-    // v is x, or with `from_output` the y that was computed from it, which serves as well: (x + shift) = y/s, x/s = y + shift.
+    // v is the input x, or with `from_output` the output y, which serves as well: x + shift = y/s, and x/s = y + shift.
     template <bool inverse, bool from_output, class T>
     static NCSR_FUNCTION T backward(T dy, T g, T v, T shift, T raw, T eps, T& dshift, T& draw) {
-        const T e = exp_of_gate(raw), q = T(1) / (T(1) + e), s = q + eps;
+        const T e = gate_exponential(raw), q = T(1) / (T(1) + e), s = q + eps;
         const T slope = e * q * q;  // ds/draw = q(1 - q), without the cancellation of 1 - q
         const T per_s = T(1) / s;
         const T sum_or_ratio = inverse == from_output ? v + shift : v * per_s;
@@ -136,7 +136,7 @@ struct Gaussian {
 
     template <bool inverse, bool from_output, class T>
     static NCSR_FUNCTION T backward(T dy, T g, T x, T mean, T logs, T, T& dmean, T& dlogs) {
-        static_assert(!from_output, "the split keeps its input");
+        static_assert(!from_output, "gaussian_split saves its input, not its output");
         if (inverse) {  // y = mean + exp(logs)·x, log-det = Σ ½x² + logs + const
             const T scale = exp_wide(logs);
             dmean = dy;
@@ -144,14 +144,14 @@ struct Gaussian {
             return dy * scale + g * x;
         }
         const T scale = exp_wide(-logs), y = (x - mean) * scale;
-        const T through = dy - g * y;  // dL/dy with the log-density's share
+        const T through = dy - g * y;  // dL/dy, the log-density included
         dmean = -through * scale;
         dlogs = -through * y - g;
         return through * scale;
     }
 
   private:
-    // exp over the whole range of the type, to 0 and infinity, as two halves within the limit
+    // exp over the whole range of the type, 0 and infinity included: the square of exp(x/2), which is within the limit
     template <class T>
     static NCSR_FUNCTION T exp_wide(T x) {
         const T half = exp2_limited(x * T(0.5 * 1.44269504088896340736));

@@ -1,7 +1,8 @@
-// How the CPU kernels divide an image: tiles of neighbouring pixels, tiles into parts, parts among threads.
+// The division of an image by the CPU kernels: into tiles of neighbouring pixels, tiles grouped into parts, parts shared out to
+// threads.
 //
-// The division depends on the shapes alone and every part has a partial sum of its own, so that the same input gives the
-// same bits whatever the number of threads.
+// The division depends on the shapes alone, and every part has its own partial sum: the same input gives the same bits
+// whatever the number of threads.
 #pragma once
 
 #include <algorithm>
@@ -9,19 +10,19 @@
 #include <cstdlib>
 #include <vector>
 
-#include "arithmetic.h"
-#include "cpu_memory.h"
+#include "core/arithmetic.h"
+#include "cpu/memory.h"
 
 namespace ncsr::NCSR_ISA {
 
-constexpr int64_t lanes = 64;  // elements a loop works on at once: several vectors of any instruction set
+constexpr int64_t lanes = 64;  // elements of one turn of a loop: several vectors of any instruction set
 
 struct Tiling {
     Sizes size;
     int64_t pixels, groups, per_row, per_group, per_sample, parts;
 
-    // Tiles of at most `pixels` pixels, each for one of `groups` groups of channels. A part is `elements` or more, as far
-    // as there are several, and there are at most some `most` of them: enough for the threads of a large machine.
+    // Tiles of at most `pixels` pixels, each for one of `groups` groups of channels. A part has at least `elements` elements,
+    // unless it is the only one, and there are about `most` parts at most: enough for the threads of a large machine.
     Tiling(const Sizes& size, int64_t pixels, int64_t groups, int64_t elements, int64_t most)
         : size(size), pixels(pixels), groups(groups) {
         per_row = (size.columns + pixels - 1) / pixels;
@@ -45,17 +46,17 @@ struct Tiling {
     }
 };
 
-// Runs `work` on every item. A thread is worth starting for some 10 µs of work, `cost` being in elements of about a nanosecond.
+// Calls work(item) for every item. `cost` is the time of all items in nanoseconds: a thread is started for each 10 µs.
 template <class Work>
 void parallel(int64_t items, int64_t cost, int threads, Work work) {
     const int team = int(std::min<int64_t>({int64_t(threads), items, 1 + cost / 10000}));
     (void)team;
-// neighbours go to different threads, since the parts of kept channels have less to do
+// neighbours go to different threads, since the parts of pass-through channels have less to do
 #pragma omp parallel for num_threads(team) schedule(static, 1) if (team > 1)
     for (int64_t item = 0; item < items; ++item) work(item);
 }
 
-// Buffers of one thread, kept from call to call; those of another Use are others.
+// Buffers of a thread, which stay allocated from call to call; another `Use` has other buffers.
 template <class T, int Use = 0>
 class Scratch {
   public:
@@ -70,19 +71,19 @@ class Scratch {
         next_ += rounded(elements);
         return taken;
     }
-    // what `take` uses: a multiple of 64 elements, and 64 more that a vector load or store may run over
+    // elements that `take` takes: a multiple of 64, and up to 64 more, which vector loads and stores may run over
     static int64_t rounded(int64_t elements) { return (elements + 127) / 64 * 64; }
 
   private:
     T* next_;
 };
 
-// Collects the log-det of a part in `lanes` partial sums, `factors` values of a product at a time.
+// The log-det of a part in `lanes` partial sums, with one log for a product of `factors_` scales.
 template <class T, class M>
 class LogDet {
   public:
     explicit LogDet(double eps) {
-        // s lies between eps and 1 + eps: as many factors as keep the product a normal number
+        // s lies between eps and 1 + eps: as many factors as leave the product a normal number
         const double widest = std::max(std::abs(std::log10(eps)), std::abs(std::log10(1 + eps)));
         factors_ = std::min<int64_t>(8, std::max<int64_t>(1, int64_t(37.0 / std::max(widest, 1e-3))));
         for (int64_t i = 0; i < lanes; ++i) sum_[i] = T(0), product_[i] = T(1);
@@ -118,7 +119,7 @@ class LogDet {
     int64_t factors_, pending_ = 0;
 };
 
-// y = map(x; first, second) of n elements, which may be done in place; the log-det goes to `logdet` when it is given.
+// y = map(x; first, second) of n elements, of which y may be x; the log-det is added to `logdet`, if there is one.
 template <class M, bool inverse, class T>
 void apply(int64_t n, const T* x, Pair<const T> h, T eps, T* y, LogDet<T, M>* logdet) {
     alignas(64) T values[lanes];
@@ -126,7 +127,7 @@ void apply(int64_t n, const T* x, Pair<const T> h, T eps, T* y, LogDet<T, M>* lo
         const int64_t count = std::min(lanes, n - start);
         const T *px = x + start, *first = h.first + start, *second = h.second + start;
         T* py = y + start;
-        if (count == lanes) {  // the same loop with its length known
+        if (count == lanes) {  // the loop below with a constant length
 #pragma omp simd
             for (int64_t i = 0; i < lanes; ++i) py[i] = M::template apply<inverse>(px[i], first[i], second[i], eps, values[i]);
         } else {
@@ -137,7 +138,7 @@ void apply(int64_t n, const T* x, Pair<const T> h, T eps, T* y, LogDet<T, M>* lo
     }
 }
 
-// dx, dh from dy and g; v is x or, with `from_output`, y. May be done in place of dy.
+// dx and dh of n elements from dy and g, of which dx may be dy; v is x or, with `from_output`, y.
 template <class M, bool inverse, bool from_output, class T>
 void apply_backward(int64_t n, const T* dy, T g, const T* v, Pair<const T> h, T eps, T* dx, Pair<T> dh) {
 #pragma omp simd
@@ -146,7 +147,7 @@ void apply_backward(int64_t n, const T* dy, T g, const T* v, Pair<const T> h, T 
                                                            dh.second[i]);
 }
 
-// Adds the partial sums of every sample in their order.
+// Adds up the partial sums of every sample, in the order of the parts.
 template <class T>
 void write_logdet(const std::vector<double>& partial, const Tiling& tiling, double sign, char* logdet) {
     for (int64_t sample = 0; sample < tiling.size.batch; ++sample) {

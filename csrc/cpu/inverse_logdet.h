@@ -1,17 +1,16 @@
-// Inverse and log|det| of square matrices, in double.
+// Inverse, log|det| and condition number of square matrices in float64.
 #pragma once
 
 #include <cmath>
 #include <utility>
 #include <vector>
 
-#include "cpu.h"
-#include "cpu_tiles.h"
+#include "cpu/tiles.h"
 
 namespace ncsr::NCSR_ISA {
 
-// Gauss-Jordan elimination with partial pivoting (Golub & Van Loan, Matrix Computations, 3.4): `a` becomes its inverse when
-// `inverse`, else garbage. Returns log|det a|: that of a singular matrix is -infinity, and its inverse NaN.
+// Gauss-Jordan elimination with partial pivoting (Golub & Van Loan, Matrix Computations, 3.4). Overwrites `a` with its inverse,
+// or with garbage where `inverse` is false, and returns log|det a|. For a singular matrix: -infinity, and `a` is NaN.
 template <class T>
 double eliminate(T* a, int64_t n, bool inverse) {
     double logdet = 0;
@@ -35,7 +34,7 @@ double eliminate(T* a, int64_t n, bool inverse) {
 #pragma omp simd
             for (int64_t j = 0; j < n; ++j) row[j] *= scale;
         }
-        // the determinant needs the rows below only, the inverse those above as well
+        // the determinant needs the rows below the pivot alone, the inverse those above as well
         for (int64_t i = inverse ? 0 : k + 1; i < n; ++i) {
             if (i == k) continue;
             T* __restrict other = &a[i * n];
@@ -51,7 +50,7 @@ double eliminate(T* a, int64_t n, bool inverse) {
     return logdet;
 }
 
-// Largest sum of magnitudes in a row.
+// The ∞-norm: the largest sum of magnitudes of a row.
 inline double norm(const double* a, int64_t n) {
     double largest = 0;
     for (int64_t i = 0; i < n; ++i) {
@@ -62,7 +61,7 @@ inline double norm(const double* a, int64_t n) {
     return largest;
 }
 
-// A matrix is the work of one thread, so the number of threads changes no bit.
+// One thread computes a matrix, so the number of threads changes no bit.
 inline void inverse_logdet(const InverseLogdet& p, int threads) {
     const int64_t n = p.channels;
     parallel(p.count, p.count * n * n * n, threads, [&](int64_t index) {

@@ -1,8 +1,7 @@
-// Dense products of the sizes a flow step has, on buffers in the first-level cache, with explicit vectors so that the
-// sums stay in registers.
+// Products of small dense matrices in the first-level cache, written with explicit vectors so that the sums stay in registers.
 #pragma once
 
-#include "cpu_tiles.h"
+#include "cpu/tiles.h"
 
 namespace ncsr::NCSR_ISA {
 
@@ -20,15 +19,15 @@ struct Vector {
     typedef T type __attribute__((vector_size(vector_bytes), aligned(sizeof(T)), may_alias));
 };
 
-// Asks for memory that is soon read. The processor's own prefetchers do not suffice where they are held back, as with busy
-// neighbours on the same third-level cache: there, kernels that read much from it ran at a quarter of their speed.
+// Prefetches memory that is read soon. The hardware prefetchers are throttled where other processes are busy on the same
+// third-level cache: without these prefetches, kernels that read much from it ran at a quarter of their speed there.
 NCSR_FUNCTION void prefetch(const void* from, int64_t bytes) {
     for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(from) + i);
 }
 
 enum class Start { zero, row, column, add };
 
-// An operand read one element at a time: element (i, k) is at data[i·row + k·column].
+// An operand that is read element by element: (i, k) is data[i·row + k·column].
 template <class T>
 struct Scalars {
     const T* data;
@@ -69,13 +68,13 @@ struct Sums {
 #pragma GCC unroll 8
             for (int j = 0; j < N; ++j) sum[i][j] += *reinterpret_cast<const V*>(y + i * y_row + j * L);
     }
-    // y = sum, or relu(sum + more), where NaN stays NaN
     NCSR_FUNCTION void store(T* y, int64_t y_row) const {
 #pragma GCC unroll 8
         for (int i = 0; i < M; ++i)
 #pragma GCC unroll 8
             for (int j = 0; j < N; ++j) *reinterpret_cast<V*>(y + i * y_row + j * L) = sum[i][j];
     }
+    // y = relu(sum + more), where NaN stays NaN; `more` may be null
     NCSR_FUNCTION void store_relu(T* y, int64_t y_row, const T* more, int64_t more_row) const {
 #pragma GCC unroll 8
         for (int i = 0; i < M; ++i)
@@ -88,7 +87,7 @@ struct Sums {
     }
 };
 
-// y (M rows of N vectors) = start + a·b. Loads and stores whole vectors, whatever the number of columns that count.
+// y (M rows of N vectors) = start + a·b. Loads and stores whole vectors, the columns beyond the last one included.
 template <int M, int N, class T>
 NCSR_FUNCTION void multiply_block(int64_t inner, Scalars<T> a, const T* b, int64_t b_row, T* y, int64_t y_row, Start start,
                                   const T* values) {
@@ -99,8 +98,8 @@ NCSR_FUNCTION void multiply_block(int64_t inner, Scalars<T> a, const T* b, int64
 }
 
 // y (rows × columns) = start + a (rows × inner) · b (inner × columns). Start::row adds values[i] to row i, Start::column
-// values[j] to column j, Start::add what y holds. b, y and a column's values are read and written up to the next whole
-// vector, so their rows must be that long: `padded(columns)`.
+// values[j] to column j, Start::add the previous y. Rows of b and y, and the values of Start::column, are read and written in
+// whole vectors, so they must have room for padded(columns) elements.
 template <class T>
 void multiply(int64_t rows, int64_t columns, int64_t inner, Scalars<T> a, const T* b, int64_t b_row, T* y, int64_t y_row,
               Start start, const T* values = nullptr) {

@@ -1,17 +1,18 @@
-// The fused flow step on a GPU: a block takes a tile of pixels through pre-affine, C×C matrix and post-affine in shared memory.
+// The fused flow step on a GPU: a block computes an affine map, the C×C matrix and another affine map of a tile of pixels in
+// shared memory.
 //
-//   forward   a = pre(x), w = mix·a + offset, y = post(w)
-//   backward  dw = post'(dy; y), dmix = Σ dw ⊗ a, doffset = Σ dw, da = mixᵀ·dw, dx = pre'(da; x), a recomputed
+//   forward   a = before(x), w = mix·a + offset, y = after(w)
+//   backward  dw = after'(dy; y), dmix = Σ dw ⊗ a, doffset = Σ dw, da = mixᵀ·dw, dx = before'(da; x), a recomputed
 //
-// The tile holds [channel][pixel] with a column to spare, so that neither order of access meets bank conflicts.
-// C is known at compile time for the channels of the published models; 0 reads it from the sizes.
+// A tile is [channel][pixel] with one unused column, so that neither order of access has bank conflicts. C is the number of
+// channels, known at compile time for the published models, or 0 for any other number.
 #pragma once
 
-#include "cuda_memory.cuh"
+#include "cuda/memory.cuh"
 
 namespace ncsr::cuda {
 
-// The pixels of a tile: as many as let two buffers of C channels fit in `shared_bytes`.
+// The pixels of a tile: the largest power of two up to 64 for which two buffers of C channels fit in `shared_bytes`.
 constexpr int64_t shared_bytes = 40 * 1024;
 inline int64_t step_pixels(int64_t channels, int64_t element) {
     int64_t pixels = 64;
@@ -19,12 +20,13 @@ inline int64_t step_pixels(int64_t channels, int64_t element) {
     return pixels;
 }
 
-// A tile: its first pixel, how many there are, and the stride of a channel in shared memory.
+// A tile: its sample, its first pixel, the number of pixels, and the stride of a channel in shared memory.
 struct Tile {
     int64_t sample, first, pixels, row;
 };
 
-// Calls use(c, i, pixel) for every channel and pixel of a tile, neighbouring threads on what is adjacent in `like`.
+// Calls use(channel, index in the tile, pixel) for every element of a tile, such that neighbouring threads have elements that
+// are adjacent in `like`.
 template <int C, class Use>
 __device__ void each(const Tile& tile, const Sizes& size, const Tensor& like, Use use) {
     const int channels = C ? C : int(size.channels), pixels = int(tile.pixels);
@@ -35,7 +37,8 @@ __device__ void each(const Tile& tile, const Sizes& size, const Tensor& like, Us
     }
 }
 
-// to = matrix·from (+ offset) for the pixels of a tile; `transposed` reads matrixᵀ. Four outputs a thread share its reads.
+// to = matrix·from + offset for the pixels of a tile, or with matrixᵀ; offset may be null. A thread computes four outputs from
+// one read of an input.
 template <int C, bool transposed, class T>
 __device__ void mix(T* to, const T* from, const T* matrix, const T* offset, const Tile& tile, int64_t all_channels) {
     const int channels = C ? C : int(all_channels), pixels = int(tile.pixels);
@@ -60,7 +63,7 @@ __device__ T affine_at(T x, const Tensor& h, int64_t pair, const Pixel& pixel, T
     return Affine::apply<inverse>(x, read<T>(h, pixel.at(h, pair)), read<T>(h, pixel.at(h, pair + 1)), eps, s);
 }
 
-// The gradient at one element; writes that of the pair.
+// Returns the gradient of an element, and writes that of its pair.
 template <bool inverse, bool from_output, class T>
 __device__ T affine_backward_at(T dy, T g, const Tensor& v, int64_t c, const Tensor& h, const Tensor& dh, int64_t pair,
                                 const Pixel& pixel, T eps) {
@@ -72,14 +75,14 @@ __device__ T affine_backward_at(T dy, T g, const Tensor& v, int64_t c, const Ten
     return dx;
 }
 
-// What the pre-affine makes of x, into the tile; returns the thread's share of the log-det.
+// Writes a = before(x) to a tile; returns the thread's part of the log-det.
 template <int C, bool inverse, class T>
 __device__ double load_tile(T* a, const Tile& tile, const FlowStep& p) {
     double logdet = 0;
     each<C>(tile, p.size, p.x, [&](int c, int at, const Pixel& pixel) {
         T value = read<T>(p.x, pixel.at(p.x, c)), s;
-        if (p.h_pre.data && c >= p.kept_pre()) {
-            value = affine_at<inverse>(value, p.h_pre, 2 * (c - p.kept_pre()), pixel, T(p.eps), s);
+        if (p.h_before.data && c >= p.pass_before()) {
+            value = affine_at<inverse>(value, p.h_before, 2 * (c - p.pass_before()), pixel, T(p.eps), s);
             logdet += double(log_positive(s));
         }
         a[c * tile.row + at] = value;
@@ -105,8 +108,8 @@ __global__ void flow_step_forward_kernel(FlowStep p, int64_t pixels, double* par
     __syncthreads();
     each<C>(tile, p.size, p.x, [&](int c, int at, const Pixel& pixel) {
         T value = w[c * tile.row + at], s;
-        if (p.h_post.data && c >= p.kept_post()) {
-            value = affine_at<inverse>(value, p.h_post, 2 * (c - p.kept_post()), pixel, T(p.eps), s);
+        if (p.h_after.data && c >= p.pass_after()) {
+            value = affine_at<inverse>(value, p.h_after, 2 * (c - p.pass_after()), pixel, T(p.eps), s);
             logdet += double(log_positive(s));
         }
         write(p.y, pixel.at(p.y, c), value);
@@ -115,7 +118,7 @@ __global__ void flow_step_forward_kernel(FlowStep p, int64_t pixels, double* par
     if (threadIdx.x == 0) partial[int64_t(blockIdx.y) * gridDim.x + blockIdx.x] = logdet;
 }
 
-// A block takes every gridDim.x-th tile of the batch and keeps its own sums: of_part = C·C + C numbers in `partial`.
+// A block computes every gridDim.x-th tile of the batch, and has its own sums: C·C + C numbers in `partial`.
 template <int C, bool inverse, class T>
 __global__ void flow_step_backward_kernel(FlowStep p, int64_t pixels, int64_t tiles_of_sample, T* partial) {
     NCSR_DYNAMIC_SHARED(memory);
@@ -126,13 +129,13 @@ __global__ void flow_step_backward_kernel(FlowStep p, int64_t pixels, int64_t ti
     for (int64_t index = blockIdx.x; index < tiles_of_sample * p.size.batch; index += gridDim.x) {
         const Tile tile = tile_at(index % tiles_of_sample, index / tiles_of_sample, p.size, pixels);
         const T g = per_sample<T>(p.dlogdet, tile.sample);
-        __syncthreads();  // the tile before has been used
+        __syncthreads();  // until all threads are done with the previous tile
         load_tile<C, inverse>(a, tile, p);
         each<C>(tile, p.size, p.x, [&](int c, int at, const Pixel& pixel) {
             T gradient = read<T>(p.dy, pixel.at(p.dy, c));
-            if (p.h_post.data && c >= p.kept_post())
-                gradient = affine_backward_at<inverse, true>(gradient, g, p.y, c, p.h_post, p.dh_post, 2 * (c - p.kept_post()),
-                                                             pixel, T(p.eps));
+            if (p.h_after.data && c >= p.pass_after())
+                gradient = affine_backward_at<inverse, true>(gradient, g, p.y, c, p.h_after, p.dh_after,
+                                                             2 * (c - p.pass_after()), pixel, T(p.eps));
             dw[c * tile.row + at] = gradient;
         });
         __syncthreads();
@@ -148,21 +151,21 @@ __global__ void flow_step_backward_kernel(FlowStep p, int64_t pixels, int64_t ti
         __syncthreads();
         each<C>(tile, p.size, p.x, [&](int c, int at, const Pixel& pixel) {
             T gradient = a[c * tile.row + at];
-            if (p.h_pre.data && c >= p.kept_pre())
-                gradient = affine_backward_at<inverse, false>(gradient, g, p.x, c, p.h_pre, p.dh_pre, 2 * (c - p.kept_pre()),
-                                                              pixel, T(p.eps));
+            if (p.h_before.data && c >= p.pass_before())
+                gradient = affine_backward_at<inverse, false>(gradient, g, p.x, c, p.h_before, p.dh_before,
+                                                              2 * (c - p.pass_before()), pixel, T(p.eps));
             write(p.dx, pixel.at(p.dx, c), gradient);
         });
     }
 }
 
-// dmix and doffset from the sums of the parts, in their order; a thread a number.
+// dmix and doffset as sums over the parts, in their order; a thread sums one number.
 template <class T>
 __global__ void sum_parts_kernel(const T* partial, int64_t parts, int64_t channels, char* dmix, char* doffset) {
-    const int64_t of_part = channels * channels + channels, i = int64_t(blockIdx.x) * threads + threadIdx.x;
-    if (i >= of_part) return;
+    const int64_t part_size = channels * channels + channels, i = int64_t(blockIdx.x) * threads + threadIdx.x;
+    if (i >= part_size) return;
     double sum = 0;
-    for (int64_t part = 0; part < parts; ++part) sum += double(partial[part * of_part + i]);
+    for (int64_t part = 0; part < parts; ++part) sum += double(partial[part * part_size + i]);
     if (i < channels * channels)
         reinterpret_cast<T*>(dmix)[i] = T(sum);
     else

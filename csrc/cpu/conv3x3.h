@@ -1,15 +1,15 @@
-// 3x3 convolution with zero padding by Winograd's minimal filtering, winograd_transforms_cpu.h:
+// The 3×3 convolution with zero padding by Winograd's minimal filtering (cpu/conv3x3_transforms.h):
 //
 //   Y = Aᵀ [ Σ_inputs (G g Gᵀ) ⊙ (Bᵀ d B) ] A
 //
-// The positions are independent products of matrices, (tiles x inputs)·(inputs x outputs), with outputs in the lanes
+// Each position of a transformed tile is a product of matrices, (tiles × inputs)·(inputs × outputs), with outputs in the lanes
 // of vectors and inputs read one number at a time.
 //
-// Every output is summed over the inputs in one order, however the tiles are divided: the same input gives the same bits
-// whatever the number of threads.
+// An output is summed over the inputs in one order, however the tiles are divided: the same input gives the same bits whatever
+// the number of threads.
 #pragma once
 
-#include "winograd_transforms_cpu.h"
+#include "cpu/conv3x3_transforms.h"
 
 namespace ncsr::NCSR_ISA {
 
@@ -17,27 +17,27 @@ template <class Line, class T>
 class WinogradKernel {
     using V = typename Vector<T>::type;
     static constexpr int points = Line::positions * Line::positions;
-    static constexpr int64_t L = Vector<T>::length, width = 2 * L;  // columns of a panel of outputs
-    // Rows of sums in registers, by 2 vectors: 24 of 32 registers or 12 of 16.
+    static constexpr int64_t L = Vector<T>::length, width = 2 * L;  // outputs of a panel
+    // Rows of the sums, of 2 vectors each, in registers: 24 of 32, or 12 of 16.
 #if defined(__AVX512F__)
     static constexpr int high = 12;
 #else
     static constexpr int high = 6;
 #endif
-    static constexpr int64_t unit = 4;  // tiles are computed in multiples of it, whatever is beyond the last unused
-    static constexpr int64_t most_block = 24;  // tiles at a time, whose products with a panel stay in the first caches
-    // Bytes of a thread, 192 KB with AVX2 and 384 KB with AVX-512, three eighths of the second-level cache there is (another
-    // machine's thread may have the rest): of the transformed inputs of a block of tiles where those are used again and again,
-    // or of weights. And of what all threads read from the third-level cache: of weights, or of tiles, some 400 of them at
-    // least, since the weights are transformed once more for every such chunk.
+    static constexpr int64_t unit = 4;  // tiles are multiplied in multiples of `unit`; results beyond the last tile are unused
+    static constexpr int64_t most_block = 24;  // tiles of a block, whose products with a panel fit in the first two caches
+    // Bytes that a thread reads again and again, the transformed inputs of a block of tiles or the weights of some outputs:
+    // 192 KB with AVX2 and 384 KB with AVX-512, three eighths of the usual second-level cache, which two hardware threads may
+    // share. Bytes that all threads read, from the third-level cache: of weights or of tiles. At least some 400 tiles, since
+    // the weights are transformed once more for every chunk of tiles.
     static constexpr int64_t most_own = 6144 * vector_bytes, most_shared = 12582912, least_tiles = 400;
 
-    const Convolution& p_;
+    const Conv3x3& p_;
     ImageTiles<Line> tiles_;
-    int64_t panels_, block_;  // of the outputs; of tiles
+    int64_t panels_, block_;  // panels of the outputs; tiles of a block
 
   public:
-    WinogradKernel(const Convolution& p) : p_(p), tiles_(p) {
+    WinogradKernel(const Conv3x3& p) : p_(p), tiles_(p) {
         panels_ = (p.outputs + width - 1) / width;
         block_ = std::min(most_block, most_own / bytes(inputs(p.inputs, 1)) / unit * unit);
     }
@@ -51,14 +51,16 @@ class WinogradKernel {
   private:
     static int64_t bytes(int64_t elements) { return elements * int64_t(sizeof(T)); }
     int64_t macs() const { return points * tiles_.count * p_.inputs * p_.outputs; }
-    // Elements of a panel's transformed weights and of a block's inputs and products. One vector more for each position, so
-    // that they do not fall on the same lines of a cache.
+    // Elements of a panel's transformed weights, and of a block's inputs and products. One vector more for each position, lest
+    // all positions map to the same lines of a cache.
     static int64_t weights(int64_t inner) { return points * (inner * width + L); }
     static int64_t inputs(int64_t inner, int64_t block) { return points * (padded<T>(inner) * block + L); }
     int64_t products() const { return points * (width * block_ + L); }
-    Transformed<T> of_inputs(T* data, int64_t inner) const { return {data, padded<T>(inner) * block_ + L, block_ * L, L}; }
+    Transformed<T> transformed_inputs(T* data, int64_t inner) const {
+        return {data, padded<T>(inner) * block_ + L, block_ * L, L};
+    }
 
-    // Few weights: all are transformed once, each thread takes some of the tiles, whose inputs stay in its own cache.
+    // Few weights: all are transformed once, and each thread takes some of the tiles, whose inputs stay in the thread's cache.
     void by_tiles(int threads) const {
         using Shared = Scratch<T, 1>;
         const int64_t inner = p_.inputs, size = Shared::rounded(weights(inner)), some = 32, parts = (inner + some - 1) / some;
@@ -71,7 +73,7 @@ class WinogradKernel {
         parallel(ranges, macs() / 20, threads, [&](int64_t range) {
             using Buffer = Scratch<T>;
             Buffer scratch(Buffer::rounded(inputs(inner, block_)) + Buffer::rounded(products()));
-            const Transformed<T> v = of_inputs(scratch.take(inputs(inner, block_)), inner);
+            const Transformed<T> v = transformed_inputs(scratch.take(inputs(inner, block_)), inner);
             T* z = scratch.take(products());
             const int64_t end = std::min(tiles_.count, (range + 1) * units / ranges * unit);
             for (int64_t first = range * units / ranges * unit; first < end; first += block_) {
@@ -85,9 +87,9 @@ class WinogradKernel {
         });
     }
 
-    // Many weights: the inputs are transformed and shared, each thread takes some of the outputs and transforms their weights
-    // when it needs them, of so many inputs as stay in its second-level cache while the inputs come from the third. The
-    // products are summed up over the inputs in memory that is shared too.
+    // Many weights: the transformed inputs are shared, and each thread takes some of the outputs and transforms their weights,
+    // for as many inputs as fit in the second-level cache while the tiles come from the third. The products are added up over
+    // the inputs in shared memory.
     void by_outputs(int threads) const {
         const int64_t most_inner = std::max(L, most_own / bytes(points * width) / L * L);
         const int64_t inner = padded<T>(divided(p_.inputs, divided(p_.inputs, most_inner))), blocks = divided(p_.inputs, inner);
@@ -100,14 +102,14 @@ class WinogradKernel {
         T *v = shared.take(0), *sums = v + chunk * size_v;
         for (int64_t start = 0; start < all; start += chunk) {
             const int64_t here = std::min(chunk, all - start);
-            // of tiles, for more or less two items a thread, unless the outputs divide well: every item transforms its weights
+            // ranges of tiles, for about two items a thread, unless the outputs divide evenly: every item transforms weights
             const bool even = groups >= 4 * threads || groups % threads == 0;
             const int64_t ranges = std::min<int64_t>(here, even ? 1 : (2 * threads + groups - 1) / groups);
             for (int64_t k = 0; k < blocks; ++k) {
                 const int64_t begin = k * inner, end = std::min(p_.inputs, begin + inner), wide = end - begin;
                 parallel(here, points * here * block_ * wide, threads, [&](int64_t item) {
                     const int64_t first = (start + item) * block_, count = std::min(block_, tiles_.count - first);
-                    transform_input(p_, tiles_, first, count, begin, end, of_inputs(v + item * size_v, wide));
+                    transform_input(p_, tiles_, first, count, begin, end, transformed_inputs(v + item * size_v, wide));
                 });
                 parallel(groups * ranges, macs() / 20, threads, [&](int64_t item) {
                     const int64_t panel = item / ranges * group, panels = std::min(group, panels_ - panel);
@@ -121,7 +123,7 @@ class WinogradKernel {
                         const int64_t first = (start + b) * block_, count = std::min(block_, tiles_.count - first);
                         for (int64_t i = 0; i < panels; ++i) {
                             T* z = blocks > 1 ? sums + (b * panels_ + panel + i) * size_z : own;
-                            multiply_tiles(count, wide, of_inputs(v + b * size_v, wide), u + i * size_u, z, k > 0);
+                            multiply_tiles(count, wide, transformed_inputs(v + b * size_v, wide), u + i * size_u, z, k > 0);
                             if (k == blocks - 1) write(panel + i, first, count, z);
                         }
                     }
@@ -130,10 +132,10 @@ class WinogradKernel {
         }
     }
 
-    // a / b, rounded up, and 1 at least.
+    // a / b, rounded up, at least 1.
     static int64_t divided(int64_t a, int64_t b) { return std::max<int64_t>(1, (a + b - 1) / b); }
 
-    // G g Gᵀ of a panel of outputs and the inputs [begin, end), a row of the panel for each input; `inner` rows a position.
+    // G g Gᵀ of a panel of outputs and the inputs [begin, end): a row of the panel for each input, `inner` rows a position.
     void pack(int64_t panel, int64_t begin, int64_t end, T* to, int64_t inner) const {
         constexpr int64_t some = 8;  // inputs, gathered before they are read as vectors
         alignas(64) T taps[some * 9 * L];
@@ -153,21 +155,21 @@ class WinogradKernel {
                     const V* g = reinterpret_cast<const V*>(taps + i * 9 * L);
                     V t[Line::positions][3];
 #pragma GCC unroll 3
-                    for (int s = 0; s < 3; ++s) {  // rotated by half a turn when transposed
+                    for (int s = 0; s < 3; ++s) {  // transposed: rotated by 180°
                         const V line[3] = {g[p_.transposed ? 8 - s : s], g[p_.transposed ? 5 - s : 3 + s],
                                            g[p_.transposed ? 2 - s : 6 + s]};
-                        V of_line[Line::positions];
-                        Line::weight(line, of_line);
+                        V line_out[Line::positions];
+                        Line::weight(line, line_out);
 #pragma GCC unroll 6
-                        for (int r = 0; r < Line::positions; ++r) t[r][s] = of_line[r];
+                        for (int r = 0; r < Line::positions; ++r) t[r][s] = line_out[r];
                     }
                     T* out = to + (k - begin + i) * width + j;
 #pragma GCC unroll 6
                     for (int r = 0; r < Line::positions; ++r) {
-                        V of_line[Line::positions];
-                        Line::weight(t[r], of_line);
+                        V line_out[Line::positions];
+                        Line::weight(t[r], line_out);
 #pragma GCC unroll 6
-                        for (int s = 0; s < Line::positions; ++s, out += position) *reinterpret_cast<V*>(out) = of_line[s];
+                        for (int s = 0; s < Line::positions; ++s, out += position) *reinterpret_cast<V*>(out) = line_out[s];
                     }
                 }
             }
@@ -186,7 +188,7 @@ class WinogradKernel {
         }
     }
 
-    // At one position, of some tiles; those of the next position are asked for.
+    // The products of some tiles at one position; the tiles of the next position are prefetched.
     template <int rows>
     void multiply_rows(int64_t row, int64_t inner, const T* v, const Transformed<T>& all, const T* u, T* z, bool add) const {
         Sums<rows, 2, T> sums;
@@ -198,16 +200,17 @@ class WinogradKernel {
             sums.add(L, {v, L, 1}, u, width);
         }
         if (inner) sums.add(inner, {v, L, 1}, u, width);
-        if (add) sums.add(z, width);  // last: fewer roundings than one sum of all
+        if (add) sums.add(z, width);  // last, which rounds less than a sum that begins with z
         sums.store(z, width);
     }
 
-    // Aᵀ z A, and what follows it, to y.
+    // Writes Aᵀ z A to y, with bias, leaky relu, accumulation and the derivative of a leaky relu.
     void write(int64_t panel, int64_t first, int64_t count, const T* z) const {
         const int64_t position = width * block_ + L;
         const int64_t outputs = std::min(width, p_.outputs - panel * width);
-        const int64_t first_gated = panel * width - (p_.outputs - p_.gated);  // of this panel, in the gate; may be below 0
-        const bool gated = p_.gated && first_gated + outputs > 0;
+        // the panel's first channel among those of relu_output; negative for channels before them
+        const int64_t first_relu = panel * width - (p_.outputs - p_.relu_channels);
+        const bool has_relu = p_.relu_channels && first_relu + outputs > 0;
         alignas(64) T bias[width] = {};
         if (p_.bias) std::copy_n(reinterpret_cast<const T*>(p_.bias) + panel * width, outputs, bias);
         tiles_.each(first, count, [&](int64_t tile, int64_t sample, int64_t tile_row, int64_t tile_column) {
@@ -215,49 +218,49 @@ class WinogradKernel {
             const int64_t column = Line::given * tile_column + Line::first_output;
             const Run corner{sample, row, column, 0};
             T* at = address<T>(p_.y, corner, panel * width);
-            const T* gate_at = gated ? address<const T>(p_.gate, corner, first_gated) : nullptr;
+            const T* relu_at = has_relu ? address<const T>(p_.relu_output, corner, first_relu) : nullptr;
             for (int64_t c = 0; c < outputs; c += L) {
                 const T* from = z + tile * width + c;
                 V t[Line::given][Line::positions];
 #pragma GCC unroll 6
                 for (int j = 0; j < Line::positions; ++j) {
-                    V line[Line::positions], of_line[Line::given];
+                    V line[Line::positions], line_out[Line::given];
 #pragma GCC unroll 6
                     for (int i = 0; i < Line::positions; ++i)
                         line[i] = *reinterpret_cast<const V*>(from + (Line::positions * i + j) * position);
-                    Line::output(line, of_line);
+                    Line::output(line, line_out);
 #pragma GCC unroll 4
-                    for (int i = 0; i < Line::given; ++i) t[i][j] = of_line[i];
+                    for (int i = 0; i < Line::given; ++i) t[i][j] = line_out[i];
                 }
                 const V offset = *reinterpret_cast<const V*>(bias + c);
 #pragma GCC unroll 4
                 for (int i = 0; i < Line::given; ++i) {
                     if (row + i < 0 || row + i >= p_.rows) continue;
-                    V of_line[Line::given];
-                    Line::output(t[i], of_line);
+                    V line_out[Line::given];
+                    Line::output(t[i], line_out);
                     T* to = at + i * p_.y.row + c * p_.y.channel;
-                    const T* gate = gated ? gate_at + i * p_.gate.row + c * p_.gate.channel : nullptr;
+                    const T* relu = has_relu ? relu_at + i * p_.relu_output.row + c * p_.relu_output.channel : nullptr;
 #pragma GCC unroll 4
                     for (int j = 0; j < Line::given; ++j) {
                         if (column + j < 0 || column + j >= p_.columns) continue;
-                        store_output(of_line[j] + offset, to + j * p_.y.column, gated ? gate + j * p_.gate.column : nullptr,
-                                     -first_gated - c, outputs - c);
+                        store_output(line_out[j] + offset, to + j * p_.y.column,
+                                     has_relu ? relu + j * p_.relu_output.column : nullptr, -first_relu - c, outputs - c);
                     }
                 }
             }
         });
     }
 
-    // The gate, if there is one, holds from lane `open` on.
-    NCSR_FUNCTION void store_output(V value, T* to, const T* gate, int64_t open, int64_t channels) const {
+    // `relu`, if not null, is the address of relu_output for lane 0; relu_output has the lanes from `first` on.
+    NCSR_FUNCTION void store_output(V value, T* to, const T* relu, int64_t first, int64_t channels) const {
         const T slope = T(p_.slope);
-        if (slope != T(1) && !p_.gated) value = value < V{} ? slope * value : value;
+        if (slope != T(1) && !p_.relu_channels) value = value < V{} ? slope * value : value;
         if (p_.accumulate) value += load_channels(to, p_.y.channel, channels);
-        if (gate && open <= 0) {
-            value = load_channels(gate, p_.gate.channel, channels) > V{} ? value : slope * value;
-        } else if (gate) {
-            for (int64_t i = open; i < std::min(channels, L); ++i)
-                if (!(gate[i * p_.gate.channel] > T(0))) value[i] *= slope;
+        if (relu && first <= 0) {
+            value = load_channels(relu, p_.relu_output.channel, channels) > V{} ? value : slope * value;
+        } else if (relu) {
+            for (int64_t i = first; i < std::min(channels, L); ++i)
+                if (!(relu[i * p_.relu_output.channel] > T(0))) value[i] *= slope;
         }
         if (p_.y.channel == 1 && channels >= L) {
             *reinterpret_cast<V*>(to) = value;
@@ -267,19 +270,20 @@ class WinogradKernel {
     }
 };
 
-// Whether F(4×4, 3×3) has fewer products than F(2×2, 3×3): unless most of its tiles are outside of a small image.
+// True where F(4×4, 3×3) has fewer products than F(2×2, 3×3): unless the large tiles reach far beyond a small image.
 template <class T>
-bool by_large_tiles(const Convolution& p) {
+bool has_large_tiles(const Conv3x3& p) {
     return 36 * ImageTiles<F4x4<T>>(p).count <= 16 * ImageTiles<F2x2<T>>(p).count;
 }
 
 template <class T>
-void convolution_forward(const Convolution& p, int threads) {
+void conv3x3_forward(const Conv3x3& p, int threads) {
     if (p.batch == 0 || p.rows == 0 || p.columns == 0 || p.outputs == 0) return;
-    if (p.copies)
-        p.transposed ? WinogradKernel<CopiesGradient<T>, T>(p).run(threads) : WinogradKernel<Copies<T>, T>(p).run(threads);
+    if (p.upsample2x)
+        p.transposed ? WinogradKernel<Upsample2xGradient<T>, T>(p).run(threads)
+                     : WinogradKernel<Upsample2x<T>, T>(p).run(threads);
     else
-        by_large_tiles<T>(p) ? WinogradKernel<F4x4<T>, T>(p).run(threads) : WinogradKernel<F2x2<T>, T>(p).run(threads);
+        has_large_tiles<T>(p) ? WinogradKernel<F4x4<T>, T>(p).run(threads) : WinogradKernel<F2x2<T>, T>(p).run(threads);
 }
 
 }  // namespace ncsr::NCSR_ISA

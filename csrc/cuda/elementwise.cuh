@@ -1,32 +1,32 @@
-// affine_injector, affine_coupling and gaussian_split on a GPU: a thread an element, all channels, the kept ones copied.
+// affine_injector, affine_coupling and gaussian_split on a GPU: a thread maps elements, or copies pass-through ones.
 //
-// Bandwidth-bound: forward reads x and h and writes y, backward reads dy, x and h and writes dx and dh.
+// Bound by memory: forward reads x and h and writes y, backward reads dy, x and h and writes dx and dh.
 #pragma once
 
-#include "cuda_memory.cuh"
+#include "cuda/memory.cuh"
 
 namespace ncsr::cuda {
 
-constexpr int pointwise_items = 4;  // elements a thread, a block's stride apart
+constexpr int elementwise_items = 4;  // elements of a thread, a block's number of threads apart
 
 // Block (part, sample). Index is 32 bits wide where a sample has fewer than 2³¹ elements: its divisions are far cheaper.
 template <class M, bool inverse, class T, class Index>
-__global__ void pointwise_forward_kernel(Pointwise p, double* partial) {
+__global__ void elementwise_forward_kernel(Elementwise p, double* partial) {
     __shared__ double shared[threads];
     const Index channels = Index(p.size.channels), pixels = Index(p.size.rows * p.size.columns), n = channels * pixels;
     const bool by_channel = channels_adjacent(p.x);
     double logdet = 0;
-    for (int item = 0; item < pointwise_items; ++item) {
-        const Index i = (Index(blockIdx.x) * pointwise_items + item) * threads + threadIdx.x;
+    for (int item = 0; item < elementwise_items; ++item) {
+        const Index i = (Index(blockIdx.x) * elementwise_items + item) * threads + threadIdx.x;
         if (i >= n) break;
         const Index c = by_channel ? i % channels : i / pixels;
         const Pixel pixel(p.size, blockIdx.y, by_channel ? i / channels : i % pixels);
-        const int64_t pair = 2 * (int64_t(c) - p.kept);
-        T y = read<T>(p.x, pixel.at(p.x, c)), value;
+        const int64_t pair = 2 * (int64_t(c) - p.pass_through);
+        T y = read<T>(p.x, pixel.at(p.x, c)), term;
         if (pair >= 0) {
             const T first = read<T>(p.h, pixel.at(p.h, pair)), second = read<T>(p.h, pixel.at(p.h, pair + 1));
-            y = M::template apply<inverse>(y, first, second, T(p.eps), value);
-            logdet += double(logdet_of<M>(value));
+            y = M::template apply<inverse>(y, first, second, T(p.eps), term);
+            logdet += double(element_logdet<M>(term));
         }
         write(p.y, pixel.at(p.y, c), y);
     }
@@ -35,16 +35,16 @@ __global__ void pointwise_forward_kernel(Pointwise p, double* partial) {
 }
 
 template <class M, bool inverse, class T, class Index>
-__global__ void pointwise_backward_kernel(Pointwise p) {
+__global__ void elementwise_backward_kernel(Elementwise p) {
     const Index channels = Index(p.size.channels), pixels = Index(p.size.rows * p.size.columns), n = channels * pixels;
     const bool by_channel = channels_adjacent(p.x);
     const T g = per_sample<T>(p.dlogdet, blockIdx.y);
-    for (int item = 0; item < pointwise_items; ++item) {
-        const Index i = (Index(blockIdx.x) * pointwise_items + item) * threads + threadIdx.x;
+    for (int item = 0; item < elementwise_items; ++item) {
+        const Index i = (Index(blockIdx.x) * elementwise_items + item) * threads + threadIdx.x;
         if (i >= n) break;
         const Index c = by_channel ? i % channels : i / pixels;
         const Pixel pixel(p.size, blockIdx.y, by_channel ? i / channels : i % pixels);
-        const int64_t pair = 2 * (int64_t(c) - p.kept);
+        const int64_t pair = 2 * (int64_t(c) - p.pass_through);
         T dx = read<T>(p.dy, pixel.at(p.dy, c));
         if (pair >= 0) {
             T dfirst, dsecond;

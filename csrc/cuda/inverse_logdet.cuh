@@ -1,16 +1,16 @@
-// Inverse and log|det| of square matrices on a GPU: one block a matrix, Gauss-Jordan elimination with partial pivoting in
-// double.
+// Inverse, log|det| and condition number of square matrices on a GPU: one block a matrix, Gauss-Jordan elimination with partial
+// pivoting in float64.
 //
-// A step of the elimination reads one buffer of the block and writes the other, so that one barrier a step is enough. The two
-// swapped rows are read where they lie: row k of the result comes from the pivot's row, and the pivot's from row k. With P the
-// product of the swaps, what remains is (P·W)⁻¹, and W⁻¹ = (P·W)⁻¹·P: its columns are put back at the end.
+// A step of the elimination reads one buffer of the block and writes the other, so that one barrier a step is enough. Rows are
+// swapped by reading: row k of the result comes from the pivot's row, and the pivot's row from row k. With P the product of the
+// swaps, the result is (P·W)⁻¹, and W⁻¹ = (P·W)⁻¹·P: the columns are permuted at the end.
 #pragma once
 
-#include "cuda_memory.cuh"
+#include "cuda/memory.cuh"
 
 namespace ncsr::cuda {
 
-// The index of the largest of `magnitude` over the threads, the first of several; both arrays hold one entry a thread.
+// The index of the largest `magnitude` of all threads, the smallest of several; both arrays have one entry a thread.
 __device__ inline int block_argmax(double magnitude, int index, double* magnitudes, int* indices) {
     magnitudes[threadIdx.x] = magnitude;
     indices[threadIdx.x] = index;
@@ -18,19 +18,19 @@ __device__ inline int block_argmax(double magnitude, int index, double* magnitud
         __syncthreads();
         if (int(threadIdx.x) >= half) continue;
         const double other = magnitudes[threadIdx.x + half];
-        const int its = indices[threadIdx.x + half];
-        if (other > magnitudes[threadIdx.x] || (other == magnitudes[threadIdx.x] && its < indices[threadIdx.x])) {
+        const int other_index = indices[threadIdx.x + half];
+        if (other > magnitudes[threadIdx.x] || (other == magnitudes[threadIdx.x] && other_index < indices[threadIdx.x])) {
             magnitudes[threadIdx.x] = other;
-            indices[threadIdx.x] = its;
+            indices[threadIdx.x] = other_index;
         }
     }
     __syncthreads();
     const int found = indices[0];
-    __syncthreads();  // the arrays can be used again
+    __syncthreads();  // before the arrays are used again
     return found;
 }
 
-// The row from `from` on with the largest magnitude in column `from`, which a NaN never is.
+// The row from `from` on with the largest magnitude in column `from`; a NaN is never the largest.
 __device__ inline int pivot_row(const double* a, int n, int from, double* magnitudes, int* indices) {
     double largest = -1;
     int row = from;
@@ -41,7 +41,7 @@ __device__ inline int pivot_row(const double* a, int n, int from, double* magnit
     return block_argmax(largest, row, magnitudes, indices);
 }
 
-// The largest sum of magnitudes in a row, NaN where there is one.
+// The ∞-norm: the largest sum of magnitudes of a row, NaN if any sum is.
 __device__ inline double block_norm(const double* a, int n, double* shared) {
     double largest = 0;
     for (int i = threadIdx.x; i < n; i += threads) {
@@ -67,13 +67,13 @@ __global__ void inverse_logdet_kernel(InverseLogdet p, double* workspace) {
     double logdet = 0;
     for (int i = threadIdx.x; i < elements; i += threads) source[i] = weight[i];
     const double norm = block_norm(weight, n, magnitudes);
-    // the first row of `inverse` holds, until the end, which of its columns each column of the result is
+    // until the end, the first row of `inverse` has the column of the inverse that each column of the result is
     for (int i = threadIdx.x; i < n; i += threads) inverse[i] = i;
     __syncthreads();
     for (int k = 0; k < n; ++k) {
         const int pivot = pivot_row(source, n, k, magnitudes, indices);
         const double scale = 1 / source[pivot * n + k];
-        if (logdet != -INFINITY) logdet += log(fabs(source[pivot * n + k]));  // singular: after it all is NaN
+        if (logdet != -INFINITY) logdet += log(fabs(source[pivot * n + k]));  // singular: the terms after -infinity are NaN
         for (int i = threadIdx.x; i < elements; i += threads) {
             const int row = i / n, column = i % n;
             const double scaled = (column == k ? 1 : source[pivot * n + column]) * scale;

@@ -1,24 +1,24 @@
-// A small convolutional network of the flow in one pass, each piece of an image while it is in the cache.
+// The network of an injector or a coupling in one pass, each piece of an image while the piece is in the cache.
 //
-//   h1 = relu(pre + conv3x3(x, w1))       pre holds the bias and what other inputs contribute; x may be absent
-//   h2 = relu(conv1x1(h1, w2) + b2)
-//   y  = conv3x3(h2, w3) + b3             both 3x3 with zeros around x and h2
+//   h1 = relu(w1 ∗ z1 + pre)      pre: pre-activations of the condition, the bias included; z1 may be absent
+//   h2 = relu(w2 · h1 + b2)
+//   y  = w3 ∗ h2 + b3             w1 and w3 are 3×3, with zero padding
 //
-// All three are products of matrices whose rows are pixels and whose columns are channels, side by side in the lanes of
-// vectors. The first reads three runs of 3·kept neighbouring numbers for every pixel. The last is turned round: the products
-// of a pixel of h2 with all nine taps, which are one row of 9·outputs numbers, are added to the pixels of y around it. So h2
-// needs no border and its pieces no overlap, 12 outputs leave 4 lanes of 112 unused instead of 4 of 16, and what is read of
-// the weights over and over is 16 KB, for the first-level cache. The additions cost some 5%.
+// All three are products of matrices whose rows are pixels and whose columns are channels, adjacent in the lanes of vectors.
+// The first reads three runs of 3·pass_through adjacent numbers for every pixel. The last is a scatter: the products of a pixel
+// of h2 with all nine taps, one row of 9·outputs numbers, are added to the nine pixels of y around the pixel. So h2 needs no
+// border and the pieces of h2 no overlap, 12 outputs leave 4 lanes of 112 unused instead of 4 of 16, and the part of the
+// weights that is read for every tile of pixels has 16 KB, for the first-level cache. The additions cost some 5%.
 //
-// The numbers of a pixel are summed in one order, however an image is divided among threads: the same input gives the same
-// bits whatever their number, although the division depends on it.
+// The terms of an output are summed in one order, however an image is divided among threads: the same input gives the same
+// bits whatever the number of threads, although the division depends on that number.
 #pragma once
 
-#include "matrix_cpu.h"
+#include "cpu/matrix.h"
 
 namespace ncsr::NCSR_ISA {
 
-// Rows and vectors of sums kept in registers: 24 of 32, or 12 and 8 of 16.
+// Rows and vectors of the sums, which are in registers: 24 of 32, or 12 and 8 of 16.
 #if defined(__AVX512F__)
 constexpr int tile_rows = 6, tile_vectors = 4;
 #elif defined(__AVX2__)
@@ -27,8 +27,8 @@ constexpr int tile_rows = 6, tile_vectors = 2;
 constexpr int tile_rows = 4, tile_vectors = 2;
 #endif
 
-// A matrix (inner × columns) as panels of tile_vectors vectors of columns, the last one narrower; a panel's rows follow each
-// other, so that they are read as one run of memory. What lies beyond the columns, up to a whole vector, is never used.
+// A matrix (inner × columns) as panels of tile_vectors vectors of columns, the last panel narrower. The rows of a panel are
+// adjacent in memory. Products with the padding behind the last column are never used.
 template <class T>
 struct Panels {
     static constexpr int64_t width = tile_vectors * Vector<T>::length, together = 8;
@@ -36,18 +36,18 @@ struct Panels {
     T* data;
 
     int64_t count() const { return (columns + width - 1) / width; }
-    int64_t width_of(int64_t panel) const { return std::min(width, padded<T>(columns) - panel * width); }
+    int64_t panel_width(int64_t panel) const { return std::min(width, padded<T>(columns) - panel * width); }
     T* at(int64_t panel) const { return data + panel * width * inner; }
     int64_t elements() const { return inner * padded<T>(columns); }
 
-    // Fills `rows` rows from `row` on of `count` columns from `column` on, fastest of `together` columns.
+    // Fills `rows` rows from `row` on of `count` columns from `column` on; `together` columns at a time are the fastest.
     void fill(int64_t row, int64_t rows, int64_t column, int64_t count, const T* from, int64_t row_stride,
               int64_t column_stride) const {
         for (int64_t some; count > 0; column += some, count -= some, from += some * column_stride) {
-            const int64_t panel = column / width, n = width_of(panel);
+            const int64_t panel = column / width, n = panel_width(panel);
             some = std::min(count, (panel + 1) * width - column);
             T* to = at(panel) + row * n + column % width;
-            for (int64_t r = 0; r < rows && some == together; ++r)  // the same loop with its length known
+            for (int64_t r = 0; r < rows && some == together; ++r)  // the loop below with a constant length
                 for (int64_t c = 0; c < together; ++c) to[r * n + c] = from[r * row_stride + c * column_stride];
             for (int64_t r = 0; r < rows && some != together; ++r)
                 for (int64_t c = 0; c < some; ++c) to[r * n + c] = from[r * row_stride + c * column_stride];
@@ -55,7 +55,7 @@ struct Panels {
     }
 };
 
-// y = values + a·b, or relu(values + a·b + more). A row of a is `runs` runs of numbers, `step` apart.
+// y = values + a·b, or relu(values + a·b + more). A row of a is `runs` runs of adjacent numbers at a stride of `step`.
 template <class T>
 struct Product {
     Scalars<T> a;
@@ -63,12 +63,12 @@ struct Product {
     T* y;
     int64_t y_row;
     const T* values = nullptr;  // one for each column of the panels, or null
-    const T* more = nullptr;    // rows of whole vectors, for relu only, or null; added last, when memory has delivered them
+    const T* more = nullptr;  // rows of whole vectors, for relu only, or null; added last, when memory has delivered them
     int64_t more_row = 0;
     int64_t runs = 1, step = 0;
     bool relu = false;
 
-    // All columns of `rows` rows, or the panels that hold the columns [begin, end).
+    // `rows` rows of y: all columns, or those of the panels that contain the columns [begin, end).
     void run(int64_t rows) const { run(rows, 0, b.columns); }
     void run(int64_t rows, int64_t begin, int64_t end) const {
         const int64_t width = Panels<T>::width;
@@ -78,12 +78,12 @@ struct Product {
   private:
     template <int N>
     void tiles(int64_t rows, int64_t panel) const {
-        if (b.width_of(panel) != N * Vector<T>::length) {
+        if (b.panel_width(panel) != N * Vector<T>::length) {
             if constexpr (N > 1) tiles<N - 1>(rows, panel);
             return;
         }
         const int64_t count = (rows + tile_rows - 1) / tile_rows;
-        for (int64_t i = 0; i < count; ++i) {  // of equal heights, or nearly
+        for (int64_t i = 0; i < count; ++i) {  // of nearly equal heights
             const int64_t first = i * rows / count;
             tile<tile_rows, N>((i + 1) * rows / count - first, first, panel);
         }
@@ -109,7 +109,7 @@ struct Product {
     }
 };
 
-// `pixels` pixels of a row, all channels, at `to`, `to_row` apart.
+// Reads all channels of a run of pixels into rows at a stride of `to_row`.
 template <class T>
 void load_pixels(T* to, int64_t to_row, const Tensor& x, const Run& run, int64_t channels) {
     const T* from = address<const T>(x, run, 0);
@@ -120,19 +120,19 @@ void load_pixels(T* to, int64_t to_row, const Tensor& x, const Run& run, int64_t
 }
 
 template <class T>
-class NetworkKernel {
-    // What is computed at a time: many pixels, since the weights are read once for each piece, but no more products with
-    // the taps than stay in the second-level cache beside the weights.
+class StepNetworkKernel {
+    // The size of a piece: many pixels, since the weights are read once for each piece, but no more products with the taps
+    // than fit in the second-level cache beside the weights.
     static constexpr int64_t most_pixels = 96, most_bytes = 196608;
-    const Network& p_;
+    const StepNetwork& p_;
     int64_t hidden_row_, product_row_, output_row_;  // lengths of the buffers' rows
-    int64_t tall_, wide_;                            // of a piece: rows of the image, or a part of one row
-    int64_t bands_;                                  // of rows in a sample
+    int64_t tall_, wide_;  // rows and columns of a piece: whole rows of the image, or a part of one
+    int64_t bands_;  // parts of the rows of a sample
     Panels<T> w1_, w2_, w3_;
     T *b2_, *b3_;
 
   public:
-    NetworkKernel(const Network& p, int threads) : p_(p) {
+    StepNetworkKernel(const StepNetwork& p, int threads) : p_(p) {
         hidden_row_ = padded<T>(p.hidden), product_row_ = padded<T>(9 * p.outputs), output_row_ = padded<T>(p.outputs);
         const int64_t bytes = product_row_ * int64_t(sizeof(T));
         const int64_t pixels = std::min(most_pixels, std::max<int64_t>(2 * tile_rows, most_bytes / bytes));
@@ -140,7 +140,8 @@ class NetworkKernel {
         wide_ = (p.columns + pieces - 1) / pieces;
         tall_ = std::max<int64_t>(1, pixels / wide_);
         divide(threads);
-        w1_ = {9 * p.kept, p.hidden, nullptr}, w2_ = {p.hidden, p.hidden, nullptr}, w3_ = {p.hidden, 9 * p.outputs, nullptr};
+        w1_ = {9 * p.pass_through, p.hidden, nullptr}, w2_ = {p.hidden, p.hidden, nullptr},
+        w3_ = {p.hidden, 9 * p.outputs, nullptr};
     }
 
     void run(int threads) {
@@ -151,7 +152,7 @@ class NetworkKernel {
         w3_.data = scratch.take(w3_.elements());
         b2_ = scratch.take(hidden_row_), b3_ = scratch.take(output_row_);
         pack(threads);
-        const int64_t macs = 9 * p_.kept * p_.hidden + p_.hidden * p_.hidden + 9 * p_.hidden * p_.outputs;
+        const int64_t macs = 9 * p_.pass_through * p_.hidden + p_.hidden * p_.hidden + 9 * p_.hidden * p_.outputs;
         parallel(p_.batch * bands_, p_.batch * p_.rows * p_.columns * macs / 20, threads, [&](int64_t item) {
             const int64_t band = item % bands_;
             this->band(item / bands_, band * p_.rows / bands_, (band + 1) * p_.rows / bands_);
@@ -159,7 +160,7 @@ class NetworkKernel {
     }
 
   private:
-    // As many bands as leave the busiest thread least to do: a band computes h2 of two rows beside its own.
+    // Chooses the number of bands that leaves the busiest thread least to do: a band needs h2 of two rows beyond its own.
     void divide(int threads) {
         bands_ = 1;
         int64_t least = -1;
@@ -173,14 +174,14 @@ class NetworkKernel {
     void pack(int threads) {
         const T *w1 = reinterpret_cast<const T*>(p_.w1), *w2 = reinterpret_cast<const T*>(p_.w2);
         const T* w3 = reinterpret_cast<const T*>(p_.w3);
-        const int64_t kept = p_.kept, hidden = p_.hidden, outputs = p_.outputs;
-        constexpr int64_t some = Panels<T>::together;  // channels of an item, whose w3 fits into the first-level cache
+        const int64_t pass_through = p_.pass_through, hidden = p_.hidden, outputs = p_.outputs;
+        constexpr int64_t some = Panels<T>::together;  // channels of an item, whose w3 fits in the first-level cache
         const int64_t hidden_items = (hidden + some - 1) / some, items = hidden_items + (outputs + some - 1) / some;
         parallel(items, w1_.elements() + w2_.elements() + w3_.elements(), threads, [&](int64_t item) {
             if (item < hidden_items) {
                 const int64_t c = item * some, count = std::min(some, hidden - c);
-                for (int64_t tap = 0; tap < 9 && kept; ++tap)
-                    w1_.fill(tap * kept, kept, c, count, w1 + c * kept * 9 + tap, 9, kept * 9);
+                for (int64_t tap = 0; tap < 9 && pass_through; ++tap)
+                    w1_.fill(tap * pass_through, pass_through, c, count, w1 + c * pass_through * 9 + tap, 9, pass_through * 9);
                 w2_.fill(0, hidden, c, count, w2 + c * hidden, 1, hidden);
             } else {
                 const int64_t c = (item - hidden_items) * some, count = std::min(some, outputs - c);
@@ -194,28 +195,28 @@ class NetworkKernel {
 
     // Buffers of a thread.
     struct Buffers {
-        T *x, *h1, *h2, *products, *sums;
+        T *z1, *h1, *h2, *products, *sums;
     };
 
     // Rows [begin, end) of y.
     void band(int64_t sample, int64_t begin, int64_t end) const {
-        const int64_t of_x = (tall_ + 2) * (wide_ + 2) * p_.kept, of_h = tall_ * wide_ * hidden_row_;
-        const int64_t of_products = tall_ * wide_ * product_row_, of_sums = 3 * p_.columns * output_row_;
+        const int64_t z1_size = (tall_ + 2) * (wide_ + 2) * p_.pass_through, h_size = tall_ * wide_ * hidden_row_;
+        const int64_t products_size = tall_ * wide_ * product_row_, sums_size = 3 * p_.columns * output_row_;
         using Buffer = Scratch<T>;
-        Buffer scratch(Buffer::rounded(of_x) + 2 * Buffer::rounded(of_h) + Buffer::rounded(of_products) +
-                       Buffer::rounded(of_sums));
-        const Buffers buffers{scratch.take(of_x), scratch.take(of_h), scratch.take(of_h), scratch.take(of_products),
-                              scratch.take(of_sums)};
+        Buffer scratch(Buffer::rounded(z1_size) + 2 * Buffer::rounded(h_size) + Buffer::rounded(products_size) +
+                       Buffer::rounded(sums_size));
+        const Buffers buffers{scratch.take(z1_size), scratch.take(h_size), scratch.take(h_size), scratch.take(products_size),
+                              scratch.take(sums_size)};
         const int64_t last = std::min(end + 1, p_.rows);
-        int64_t above = 0;  // rows of a piece directly above
+        int64_t above = 0;  // rows of the piece above, if its pixels are those above this piece
         for (int64_t row = std::max<int64_t>(begin - 1, 0), rows; row < last; row += rows) {
             rows = row < begin || row >= end ? 1 : std::min(tall_, end - row);
-            // the row above a band is needed for the taps of the row below it only, and the other way round
+            // the row above a band adds to the band with its lower taps alone, the row below with its upper ones
             const int64_t from = row < end ? 0 : 6 * p_.outputs, to = (row < begin ? 3 : 9) * p_.outputs;
             for (int64_t column = 0; column < p_.columns; column += wide_) {
                 const Run run{sample, row, column, std::min(wide_, p_.columns - column)};
                 hidden(run, rows, above, buffers);
-                if (row >= begin && row < end) {  // those of the rows around a band are another band's to write
+                if (row >= begin && row < end) {  // rows beyond the band are written by another band
                     write_hidden(run, rows, buffers.h1, p_.h1);
                     write_hidden(run, rows, buffers.h2, p_.h2);
                 }
@@ -236,16 +237,16 @@ class NetworkKernel {
         }
     }
 
-    // h2 of a piece of `rows` rows. pre is read where it lies, if it lies in whole vectors.
+    // h1 and h2 of a piece of `rows` rows. pre is read in place if its channels are whole vectors.
     void hidden(const Run& run, int64_t rows, int64_t above, const Buffers& buffers) const {
-        const int64_t across = (run.pixels + 2) * p_.kept, pixels = rows * run.pixels;
+        const int64_t across = (run.pixels + 2) * p_.pass_through, pixels = rows * run.pixels;
         const bool in_place = p_.pre.channel == 1 && hidden_row_ == p_.hidden;
-        if (p_.kept) load_x(run, rows, above, buffers.x);
+        if (p_.pass_through) load_z1(run, rows, above, buffers.z1);
         for (int64_t r = 0; r < rows; ++r) {
             T* h1 = buffers.h1 + r * run.pixels * hidden_row_;
             const Run at{run.sample, run.row + r, run.column, run.pixels};
             if (!in_place) load_pixels(h1, hidden_row_, p_.pre, at, p_.hidden);
-            Product<T> product{{buffers.x + r * across, p_.kept, 1}, w1_, h1, hidden_row_};
+            Product<T> product{{buffers.z1 + r * across, p_.pass_through, 1}, w1_, h1, hidden_row_};
             product.more = in_place ? address<const T>(p_.pre, at, 0) : h1;
             product.more_row = in_place ? p_.pre.column : hidden_row_;
             product.runs = 3, product.step = across, product.relu = true;
@@ -263,38 +264,40 @@ class NetworkKernel {
         }
     }
 
-    // x of a piece with a pixel around it, zeros outside the image. The last two rows of the piece above are its first.
-    void load_x(const Run& run, int64_t rows, int64_t above, T* to) const {
-        const int64_t across = (run.pixels + 2) * p_.kept;
+    // z1 of a piece and of one pixel around the piece, zeros outside the image. The first two rows are the last two of the
+    // piece above, if that is in the buffer.
+    void load_z1(const Run& run, int64_t rows, int64_t above, T* to) const {
+        const int64_t across = (run.pixels + 2) * p_.pass_through;
         const int64_t first = std::max<int64_t>(run.column - 1, 0), last = std::min(run.column + run.pixels + 1, p_.columns);
         if (above) std::copy_n(to + above * across, 2 * across, to);
         for (int64_t i = above ? 2 : 0; i < rows + 2; ++i) {
             const int64_t row = run.row + i - 1;
             T *line = to + i * across, *line_end = line + across;
-            T *begin = line + (first - run.column + 1) * p_.kept, *end = begin + (last - first) * p_.kept;
+            T *begin = line + (first - run.column + 1) * p_.pass_through, *end = begin + (last - first) * p_.pass_through;
             if (row < 0 || row >= p_.rows) begin = end = line_end;
             std::fill(line, begin, T(0));
-            if (begin < end) load_pixels(begin, p_.kept, p_.x, Run{run.sample, row, first, last - first}, p_.kept);
+            if (begin < end)
+                load_pixels(begin, p_.pass_through, p_.z1, Run{run.sample, row, first, last - first}, p_.pass_through);
             std::fill(end, line_end, T(0));
         }
     }
 
-    T* sums_of(int64_t row, T* sums) const { return sums + row % 3 * p_.columns * output_row_; }
+    T* row_sums(int64_t row, T* sums) const { return sums + row % 3 * p_.columns * output_row_; }
 
-    // b3 in the sums of the rows of y that a row of h2 is the first to add to.
+    // Sets the sums of those rows of y to b3 to which this row of h2 is the first to be added.
     void start_sums(int64_t row, T* sums) const {
         for (int64_t r = row ? row + 1 : 0; r <= row + 1; ++r)
-            for (int64_t i = 0; i < p_.columns; ++i) std::copy_n(b3_, output_row_, sums_of(r, sums) + i * output_row_);
+            for (int64_t i = 0; i < p_.columns; ++i) std::copy_n(b3_, output_row_, row_sums(r, sums) + i * output_row_);
     }
 
-    // Adds what `pixels` pixels of h2 from `column` on contribute to a row of y, whole vectors at a time: what a vector holds
-    // beyond the outputs is read, garbage, and not used.
+    // Adds the products of `pixels` pixels of h2 from `column` on to the sums of a row of y, in whole vectors: the lanes beyond
+    // the outputs are garbage, which is not used.
     void add_products(int64_t row, int64_t column, int64_t pixels, const T* products, T* sums) const {
         using V = typename Vector<T>::type;
         constexpr int64_t L = Vector<T>::length;
-        T* to = sums_of(row, sums);
+        T* to = row_sums(row, sums);
         const auto add = [&](int64_t c, int64_t begin, int64_t end) {
-            const T* from = products + (c - 1 - column) * product_row_;  // of tap dx: `dx` pixels on
+            const T* from = products + (c - 1 - column) * product_row_;  // tap dx: `dx` pixels further
             for (int64_t o = 0; o < p_.outputs; o += L) {
                 V* sum = reinterpret_cast<V*>(to + c * output_row_ + o);
                 V total = *sum;
@@ -313,13 +316,13 @@ class NetworkKernel {
 
     void write(int64_t sample, int64_t row, T* sums) const {
         T* to = address<T>(p_.y, Run{sample, row, 0, 0}, 0);
-        move(to, p_.y.column, p_.y.channel, sums_of(row, sums), output_row_, 1, p_.columns, p_.outputs);
+        move(to, p_.y.column, p_.y.channel, row_sums(row, sums), output_row_, 1, p_.columns, p_.outputs);
     }
 };
 
 template <class T>
-void network_forward(const Network& p, int threads) {
-    if (p.batch > 0 && p.rows > 0 && p.columns > 0 && p.outputs > 0) NetworkKernel<T>(p, threads).run(threads);
+void step_network_forward(const StepNetwork& p, int threads) {
+    if (p.batch > 0 && p.rows > 0 && p.columns > 0 && p.outputs > 0) StepNetworkKernel<T>(p, threads).run(threads);
 }
 
 }  // namespace ncsr::NCSR_ISA
