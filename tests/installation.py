@@ -71,9 +71,9 @@ def _check_compiled(package: Path) -> None:
     """A compiled module from before a change in csrc/ fails in obscure ways, or passes tests of the code it replaced."""
     for module in package.glob("_native.*.so"):
         sources = [path for path in (CHECKOUT / "csrc").rglob("*") if path.is_file()]
-        newer = [path for path in sources if path.stat().st_mtime > module.stat().st_mtime]
+        newer = [path.relative_to(CHECKOUT) for path in sources if path.stat().st_mtime > module.stat().st_mtime]
         if newer:
-            raise Incomplete(f"{min(newer).relative_to(CHECKOUT)} has changed since {module.name} was compiled: run `make dev` again")
+            raise Incomplete(f"{min(newer)} has changed since {module.name} was compiled: run `make dev` again")
 
 
 def _editable_checkout() -> Path | None:

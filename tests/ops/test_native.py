@@ -11,14 +11,14 @@ import pytest
 import torch
 from operator_cases import ROUNDING, arguments, assert_close, differentiable, directions, formula, operators, run
 from support import fresh_process
-
-from ncsr_fast.ops import _fold
+from torch import Tensor
 
 if not installation.expects("native"):
     pytest.skip("the native backend is not among the cells", allow_module_level=True)
 
 from ncsr_fast import _native
-from ncsr_fast.ops import _native as calls
+from ncsr_fast.ops import native as calls
+from ncsr_fast.ops import reference
 
 
 @pytest.mark.slow
@@ -45,8 +45,8 @@ def test_every_instruction_set(instruction_set, name, inverse, dtype, way):
         assert_close(y, expected, ROUNDING[dtype], "y")
         grads = torch.autograd.grad(y.sum() + logdet.sum(), tensors)
         references = torch.autograd.grad(expected.sum() + expected_logdet.sum(), doubles)
-        for grad, reference in zip(grads, references):
-            assert_close(grad, reference, 20 * ROUNDING[dtype], "gradient")
+        for grad, right in zip(grads, references):
+            assert_close(grad, right, 20 * ROUNDING[dtype], "gradient")
 
 
 def test_half_precision_is_rounded_to_nearest_even(instruction_set):
@@ -54,11 +54,11 @@ def test_half_precision_is_rounded_to_nearest_even(instruction_set):
     for dtype in (torch.float16, torch.bfloat16):
         every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
         x = every.view(1, 1, 256, 256)
-        y, _ = calls.step_fwd(x, torch.ones(1, 1), torch.zeros(1), None, None, 1.0, False)
+        y, _ = calls.flow_step_forward(x, torch.ones(1, 1), torch.zeros(1), None, None, 1.0, False)
         assert torch.equal(y.isnan(), x.isnan())
         assert torch.equal(y.nan_to_num(), (x.float() + 0.0).to(dtype).nan_to_num())
         for factor in (1 / 3, 1.5):  # the latter makes a tie of every odd mantissa
-            scaled = calls.step_fwd(x, torch.full((1, 1), factor), torch.zeros(1), None, None, 1.0, False)[0]
+            scaled = calls.flow_step_forward(x, torch.full((1, 1), factor), torch.zeros(1), None, None, 1.0, False)[0]
             assert torch.equal(scaled.nan_to_num(), (x.float() * torch.tensor(factor)).to(dtype).nan_to_num())
 
 
@@ -126,19 +126,62 @@ def test_another_gpu_than_the_current_one(name):
     assert_close(logdet, expected_logdet, 20 * ROUNDING[torch.float32], "logdet")
 
 
+def stack_of_maps(count: int, channels: int, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
+    """bias, logs and weight, and gradients of mix, offset and log-det: invertible, and of strides that are not dense."""
+    generator = torch.Generator().manual_seed(channels)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    weight = torch.linalg.qr(normal(count, channels, channels))[0] + 0.1 / channels * normal(count, channels, channels)
+    bias, logs = normal(2, channels, count).permute(0, 2, 1)
+    maps = [bias, 0.3 * logs, weight.mT]
+    grads = [normal(channels, count, channels).transpose(0, 1), normal(count, channels), normal(count, 2)[:, 0]]
+    return [tensor.to(dtype) for tensor in maps], [tensor.to(dtype) for tensor in grads]
+
+
 @directions
 @pytest.mark.parametrize("channels", [1, 7, 12, 96])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_folding_is_that_of_torch(inverse, channels, dtype):
-    _, bias, logs, weight = arguments("actnorm_invconv", channels, dtype=dtype)
-    weight = weight.T.contiguous().T  # read as it lies
-    generator = torch.Generator().manual_seed(0)
-    dmix, doffset = torch.randn(channels, channels, generator=generator), torch.randn(channels, generator=generator)
-    dlogdet = torch.tensor(3.0, dtype=torch.float64)
-    for function, arguments_of in (
-        ("fold", ("test", bias, logs, weight, inverse, dtype)),
-        ("fold_backward", (bias, logs, weight, inverse, dmix.to(dtype), doffset.to(dtype), dlogdet)),
+def test_a_stack_of_maps_folds_as_each_map_alone(instruction_set, threads, inverse, channels, dtype):
+    """To the same bits at any number of threads, and to rounding as PyTorch in float64."""
+    count = 18
+    maps, grads = stack_of_maps(count, channels, dtype)
+    doubles, double_grads = [x.double() for x in maps], [x.double() for x in grads]
+    tolerance = 1e-6 if dtype == torch.float32 else 1e-12  # of the dtype: results are rounded to it
+    for function, tensors, expected in (
+        (
+            lambda *x: calls.fold_forward("weight {}", *x, inverse, dtype),
+            maps,
+            reference.fold_forward("weight {}", *doubles, inverse, torch.float64),
+        ),
+        (
+            lambda *x: calls.fold_backward(*x[:3], inverse, *x[3:]),
+            [*maps, *grads],
+            reference.fold_backward(*doubles, inverse, *double_grads),
+        ),
     ):
-        for value, expected in zip(getattr(calls, function)(*arguments_of), getattr(_fold, function)(*arguments_of)):
-            tolerance = 1e-6 if dtype == torch.float32 else 1e-12
-            assert_close(torch.as_tensor(value, dtype=torch.float64), torch.as_tensor(expected), tolerance, function)
+        threads(1)
+        alone = [function(*each) for each in zip(*tensors)]
+        for number in (1, 2):
+            threads(number)
+            stacked = function(*tensors)
+            for index, result in enumerate(alone):
+                assert all(map(torch.equal, (x[index] for x in stacked), result)), (number, index)
+        for value, right in zip(stacked, expected):
+            assert_close(value, right, tolerance, "fold")
+
+
+def test_folding_without_log_determinants():
+    """The log-det is that of the actnorms alone then, and a singular weight is no mistake unless its inverse is needed."""
+    (bias, logs, weight), _ = stack_of_maps(3, 5, torch.float64)
+    weight[1] = 0
+    mix, offset, logdet = calls.fold_forward("weight {}", bias, logs, weight, False, torch.float64, needs_logdet=False)
+    assert_close(mix, weight * torch.exp(logs)[:, None], 1e-15, "mix")
+    assert_close(offset, torch.einsum("nij,nj->ni", mix, bias), 1e-14, "offset")
+    assert_close(logdet, logs.sum(dim=1), 1e-15, "logdet")
+    assert calls.fold_forward("weight {}", bias, logs, weight, False, torch.float64)[2][1] == -torch.inf
+    with pytest.raises(ValueError, match="weight 1: weight is singular"):
+        calls.fold_forward("weight {}", bias, logs, weight, True, torch.float64)
+    empty = calls.fold_forward("weight {}", bias[:0], logs[:0], weight[:0], True, torch.float64)
+    assert [tuple(x.shape) for x in empty] == [(0, 5, 5), (0, 5), (0,)]

@@ -1,4 +1,4 @@
-"""3x3 convolutions by Winograd's algorithm and their gradients: against torch's convolutions in float64."""
+"""conv3x3 by Winograd's algorithm and its gradients: against PyTorch's convolutions in float64."""
 
 from __future__ import annotations
 
@@ -17,7 +17,11 @@ from torch import Tensor
 if not installation.expects("native"):
     pytest.skip("the native backend is not among the cells", allow_module_level=True)
 
+<<<<<<< HEAD:tests/native/test_winograd.py
 from ncsr_fast.ops.native import conv3x3_bwd_input, conv3x3_bwd_weight, conv3x3_fwd
+=======
+from ncsr_fast.ops.native import conv3x3_backward, conv3x3_forward
+>>>>>>> csrc:tests/native/test_conv3x3.py
 
 LAST = torch.channels_last
 DTYPES, EITHER = [torch.float32, torch.float64], [False, True]
@@ -33,6 +37,18 @@ def case(inputs: int, outputs: int, size=(5, 7), batch: int = 2, dtype=torch.flo
 
     weight = normal(outputs, inputs, 3, 3) / (9 * inputs) ** 0.5
     return [normal(batch, inputs, *size), weight, normal(outputs), normal(batch, outputs, *size)]
+
+
+def input_gradient(dy: Tensor, x: Tensor, weight: Tensor, **options) -> Tensor:
+    dx, *others = conv3x3_backward(dy, x, weight, (True, False, False), **options)
+    assert others == [None, None]
+    return dx
+
+
+def weight_gradients(dy: Tensor, x: Tensor, weight: Tensor, **options) -> tuple[Tensor, Tensor]:
+    dx, dweight, dbias = conv3x3_backward(dy, x, weight, (False, True, True), **options)
+    assert dx is None
+    return dweight, dbias
 
 
 def large_tiles(rows: int, columns: int) -> bool:
@@ -68,31 +84,31 @@ def gradients(dy: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Te
 
 
 @functools.lru_cache(maxsize=1)
-def case_by_torch(inputs: int, outputs: int, size, batch: int, dtype: torch.dtype, copies: bool = False) -> list[Tensor]:
+def case_by_torch(inputs: int, outputs: int, size, batch: int, dtype: torch.dtype, upsample2x: bool = False) -> list[Tensor]:
     """Those of `case`; y, dx, dw and db in float64, made once for all instruction sets.
 
-    With copies y is the convolution of the enlarged x, dy of its size, and dx the gradient of x itself.
+    With upsample2x, y is the convolution of the upsampled x, dy has the size of y, and dx is the gradient of x itself.
     """
     x, weight, bias, dy = case(inputs, outputs, size, batch, dtype)
-    if not copies:
+    if not upsample2x:
         y = F.conv2d(x.double(), weight.double(), bias.double(), padding=1)
         return [x, weight, bias, dy, y, *gradients(dy, x, weight)]
     dy = case(outputs, 1, (2 * size[0], 2 * size[1]), batch, dtype)[0]
-    y = F.conv2d(enlarged(x), weight.double(), bias.double(), padding=1)
-    dx, dw, db = gradients(dy, enlarged(x), weight)
+    y = F.conv2d(upsampled(x), weight.double(), bias.double(), padding=1)
+    dx, dw, db = gradients(dy, upsampled(x), weight)
     return [x, weight, bias, dy, y, 4 * F.avg_pool2d(dx, 2), dw, db]
 
 
 def assert_like_torch(inputs: int, outputs: int, size, batch: int = 2, *, dtype: torch.dtype) -> None:
     x, weight, bias, dy, y, dx, dw, db = case_by_torch(inputs, outputs, size, batch, dtype)
-    value = conv3x3_fwd(x, weight, bias)
+    value = conv3x3_forward(x, weight, bias)
     assert value.dtype == x.dtype
     assert value.is_contiguous(memory_format=LAST)
     assert_close(value, y, forward_tolerance(x.dtype, inputs, dy), "y")
-    value = conv3x3_bwd_input(dy, weight)
+    value = input_gradient(dy, x, weight)
     assert value.is_contiguous(memory_format=LAST)
     assert_close(value, dx, forward_tolerance(x.dtype, outputs, dy), "dx")
-    dweight, dbias = conv3x3_bwd_weight(dy, x)
+    dweight, dbias = weight_gradients(dy, x, weight)
     tolerance = weight_tolerance(x.dtype, dy)
     assert dweight.is_contiguous()
     assert_close(dweight, dw, tolerance, "dweight")
@@ -131,25 +147,25 @@ def memory(x: Tensor) -> Tensor:
     return torch.as_strided(x, (x.untyped_storage().nbytes() // x.element_size(),), (1,), 0)
 
 
-@pairwise_but_on_the_widest(of_x=IMAGES, of_out=IMAGES, dtype=DTYPES, accumulate=EITHER)
+@pairwise_but_on_the_widest(x_layout=IMAGES, out_layout=IMAGES, dtype=DTYPES, accumulate=EITHER)
 @dtypes
 @pytest.mark.parametrize("accumulate", EITHER)
-@pytest.mark.parametrize("of_out", IMAGES)
-@pytest.mark.parametrize("of_x", IMAGES)
-def test_layouts(instruction_set, dtype, of_x, of_out, accumulate):
-    """x is read and out written as they lie, each in its own way, and nothing beside them."""
+@pytest.mark.parametrize("out_layout", IMAGES)
+@pytest.mark.parametrize("x_layout", IMAGES)
+def test_layouts(instruction_set, dtype, x_layout, out_layout, accumulate):
+    """x is read and out written at their strides, each in a layout of its own, and no memory around them is."""
     x, weight, bias, before = case(33, 35, (5, 6), dtype=dtype)
-    x, out = LAYOUTS[of_x](x), LAYOUTS[of_out](before.clone())
+    x, out = LAYOUTS[x_layout](x), LAYOUTS[out_layout](before.clone())
     beside = torch.full_like(memory(out), 1, dtype=torch.bool)
     torch.as_strided(beside, out.shape, out.stride(), out.storage_offset()).fill_(False)
     around = memory(out)[beside].clone()
-    assert conv3x3_fwd(x, weight, bias, out=out, accumulate=accumulate) is out
+    assert conv3x3_forward(x, weight, bias, out=out, accumulate=accumulate) is out
     expected = F.conv2d(x.double().contiguous(), weight.double(), bias.double(), padding=1) + before.double() * accumulate
     assert_close(out, expected, forward_tolerance(dtype, 33, out), "y")
     assert torch.equal(memory(out)[beside].nan_to_num(7.5), around.nan_to_num(7.5))
-    dy = LAYOUTS[of_out](before)
+    dy = LAYOUTS[out_layout](before)
     _, dw, db = gradients(dy, x, weight)
-    for value, expected in zip(conv3x3_bwd_weight(dy, x), (dw, db)):
+    for value, expected in zip(weight_gradients(dy, x, weight), (dw, db)):
         assert_close(value, expected, weight_tolerance(dtype, dy), "weight gradient")
 
 
@@ -161,13 +177,13 @@ def test_out_beside_x(instruction_set, dtype, inputs, outputs, channels):
     before = case(channels, 1, (7, 8), dtype=dtype)[0].to(memory_format=LAST)
     together = before.clone()
     x, out = together[:, :inputs], together[:, inputs : inputs + outputs]
-    conv3x3_fwd(x, weight, bias, slope=0.2, out=out)
+    conv3x3_forward(x, weight, bias, slope=0.2, out=out)
     expected = F.leaky_relu(F.conv2d(x.double(), weight.double(), bias.double(), padding=1), 0.2)
     assert_close(out, expected, forward_tolerance(dtype, inputs, out), "y")
     assert torch.equal(x, before[:, :inputs])
     assert torch.equal(together[:, inputs + outputs :], before[:, inputs + outputs :])
     together.copy_(before)
-    conv3x3_bwd_input(out, weight, out=x, accumulate=True)
+    assert input_gradient(out, x, weight, dx=x) is x
     expected = before[:, :inputs].double() + F.conv_transpose2d(out.double(), weight.double(), padding=1)
     assert_close(x, expected, forward_tolerance(dtype, outputs, out), "dx")
     assert torch.equal(together[:, inputs:], before[:, inputs:])
@@ -182,30 +198,31 @@ def test_out_beside_x(instruction_set, dtype, inputs, outputs, channels):
 def test_what_follows_the_sums(instruction_set, dtype, inputs, outputs, slope, with_bias, accumulate):
     x, weight, bias, before = case(inputs, outputs, dtype=dtype)
     out = before.contiguous(memory_format=LAST)
-    conv3x3_fwd(x, weight, bias if with_bias else None, slope=slope, out=out, accumulate=accumulate)
+    conv3x3_forward(x, weight, bias if with_bias else None, slope=slope, out=out, accumulate=accumulate)
     sums = F.conv2d(x.double(), weight.double(), bias.double() * with_bias, padding=1)
     assert_close(out, F.leaky_relu(sums, slope) + before.double() * accumulate, forward_tolerance(dtype, inputs, out), "y")
 
 
-@pairwise_but_on_the_widest(gated=[32, 64, 2, 53, 17], of_gate=IMAGES, accumulate=EITHER, dtype=DTYPES)
+@pairwise_but_on_the_widest(relu_channels=[32, 64, 2, 53, 17], relu_layout=IMAGES, accumulate=EITHER, dtype=DTYPES)
 @dtypes
 @pytest.mark.parametrize(
-    "inputs, outputs, gated", [(96, 32, 32), (64, 32, 64), (5, 7, 2), (33, 40, 32), (70, 40, 53), (40, 700, 17)]
+    "inputs, outputs, relu_channels", [(96, 32, 32), (64, 32, 64), (5, 7, 2), (33, 40, 32), (70, 40, 53), (40, 700, 17)]
 )
-@pytest.mark.parametrize("of_gate", IMAGES)
+@pytest.mark.parametrize("relu_layout", IMAGES)
 @pytest.mark.parametrize("accumulate", EITHER)
-def test_a_gradient_through_a_gate(instruction_set, dtype, inputs, outputs, gated, of_gate, accumulate):
-    """Of the last channels of x, a leaky relu's: whole vectors of them, and some that begin within one."""
+def test_a_gradient_through_a_leaky_relu(instruction_set, dtype, inputs, outputs, relu_channels, relu_layout, accumulate):
+    """The output of a leaky ReLU as the last channels of x: whole vectors of channels, and some that begin within one."""
     _, weight, _, dy = case(inputs, outputs, dtype=dtype)
-    before, gate = case(inputs, 1, dtype=dtype)[0], LAYOUTS[of_gate](case(gated, 1, dtype=dtype)[0])
-    out = before.contiguous(memory_format=LAST)
-    conv3x3_bwd_input(dy, weight, gate=gate, slope=0.2, out=out, accumulate=accumulate)
+    before, relu_output = case(inputs, 1, dtype=dtype)[0], LAYOUTS[relu_layout](case(relu_channels, 1, dtype=dtype)[0])
+    dx = before.contiguous(memory_format=LAST) if accumulate else None
+    dx = input_gradient(dy, before, weight, relu=(relu_output, 0.2), dx=dx)
     expected = F.conv_transpose2d(dy.double(), weight.double(), padding=1) + before.double() * accumulate
-    expected[:, -gated:] = torch.where(gate > 0, expected[:, -gated:], 0.2 * expected[:, -gated:])
-    assert_close(out, expected, forward_tolerance(dtype, outputs, out), "dx")
+    last = expected[:, -relu_channels:]
+    last.copy_(torch.where(relu_output > 0, last, 0.2 * last))
+    assert_close(dx, expected, forward_tolerance(dtype, outputs, dx), "dx")
 
 
-def enlarged(x: Tensor) -> Tensor:
+def upsampled(x: Tensor) -> Tensor:
     return F.interpolate(x.double().contiguous(), scale_factor=2, mode="nearest")
 
 
@@ -219,61 +236,60 @@ def enlarged(x: Tensor) -> Tensor:
         inputs > 100 and size == (31, 30) and (instruction_set != WIDEST or dtype == torch.float64)
     ),
 )
-def test_copies(instruction_set, dtype, size, inputs, outputs):
-    """The convolution of 2x2 copies of every pixel and its gradients, as those of the enlarged image."""
-    x, weight, bias, dy, y, dx, dw, db = case_by_torch(inputs, outputs, size, 2, dtype, copies=True)
-    assert_close(conv3x3_fwd(x, weight, bias, copies=True), y, forward_tolerance(dtype, inputs, dy), "y")
-    value = conv3x3_bwd_input(dy, weight, copies=True)
+def test_upsample2x(instruction_set, dtype, size, inputs, outputs):
+    """The convolution of an input read upsampled and its gradients, as those of the upsampled image."""
+    x, weight, bias, dy, y, dx, dw, db = case_by_torch(inputs, outputs, size, 2, dtype, upsample2x=True)
+    assert_close(conv3x3_forward(x, weight, bias, upsample2x=True), y, forward_tolerance(dtype, inputs, dy), "y")
+    value = input_gradient(dy, x, weight, upsample2x=True)
     assert_close(value, dx, forward_tolerance(dtype, outputs, dy), "dx")
-    dweight, dbias = conv3x3_bwd_weight(dy, x, copies=True)
+    dweight, dbias = weight_gradients(dy, x, weight, upsample2x=True)
     assert_close(dweight, dw, weight_tolerance(dtype, dy), "dweight")
     assert_close(dbias, db, weight_tolerance(dtype, dy), "dbias")
 
 
-@pairwise_but_on_the_widest(of_x=IMAGES, of_out=IMAGES, dtype=DTYPES, accumulate=EITHER)
+@pairwise_but_on_the_widest(x_layout=IMAGES, out_layout=IMAGES, dtype=DTYPES, accumulate=EITHER)
 @dtypes
 @pytest.mark.parametrize("accumulate", EITHER)
-@pytest.mark.parametrize("of_x", IMAGES)
-@pytest.mark.parametrize("of_out", IMAGES)
-def test_layouts_of_copies(instruction_set, dtype, of_x, of_out, accumulate):
+@pytest.mark.parametrize("x_layout", IMAGES)
+@pytest.mark.parametrize("out_layout", IMAGES)
+def test_layouts_with_upsample2x(instruction_set, dtype, x_layout, out_layout, accumulate):
     x, weight, _, _ = case(33, 35, (5, 6), dtype=dtype)
-    x, before = LAYOUTS[of_x](x), case(35, 1, (10, 12), dtype=dtype)[0]
-    out = LAYOUTS[of_out](before.clone())
-    conv3x3_fwd(x, weight, None, copies=True, out=out, accumulate=accumulate)
-    expected = F.conv2d(enlarged(x), weight.double(), padding=1) + before.double() * accumulate
+    x, before = LAYOUTS[x_layout](x), case(35, 1, (10, 12), dtype=dtype)[0]
+    out = LAYOUTS[out_layout](before.clone())
+    conv3x3_forward(x, weight, None, upsample2x=True, out=out, accumulate=accumulate)
+    expected = F.conv2d(upsampled(x), weight.double(), padding=1) + before.double() * accumulate
     assert_close(out, expected, forward_tolerance(dtype, 33, out), "y")
-    dx, dw, _ = gradients(before, enlarged(x), weight)
-    dy, start = LAYOUTS[of_out](before), x.double().clone()
-    assert_close(conv3x3_bwd_weight(dy, x, copies=True)[0], dw, weight_tolerance(dtype, dy), "dweight")
-    conv3x3_bwd_input(dy, weight, copies=True, out=x, accumulate=accumulate)
+    dx, dw, _ = gradients(before, upsampled(x), weight)
+    dy, start = LAYOUTS[out_layout](before), x.double().clone()
+    assert_close(weight_gradients(dy, x, weight, upsample2x=True)[0], dw, weight_tolerance(dtype, dy), "dweight")
+    value = input_gradient(dy, x, weight, upsample2x=True, dx=x if accumulate else None)
     expected = 4 * F.avg_pool2d(dx, 2) + start * accumulate
-    assert_close(x, expected, forward_tolerance(dtype, 35, dy), "dx")
+    assert_close(value, expected, forward_tolerance(dtype, 35, dy), "dx")
 
 
 @dtypes
-@pytest.mark.parametrize("copies", [False, True])
-def test_some_inputs_of_a_weight(instruction_set, dtype, copies):
-    """Read and written where they lie, and nothing beside them."""
+@pytest.mark.parametrize("upsample2x", EITHER)
+def test_some_inputs_of_a_weight(instruction_set, dtype, upsample2x):
+    """They are read and written in place, and the inputs beside them are not written."""
     x, _, bias, dy = case(21, 19, (6, 8), dtype=dtype)
-    dy = case(19, 1, (12, 16), dtype=dtype)[0] if copies else dy
+    dy = case(19, 1, (12, 16), dtype=dtype)[0] if upsample2x else dy
     weight = case(50, 19, dtype=dtype)[1]
     some, alone = weight[:, 17:38], weight[:, 17:38].contiguous()
-    for call in (conv3x3_fwd, conv3x3_bwd_input):
-        arguments = (x, bias) if call is conv3x3_fwd else (dy,)
-        found, expected = (call(arguments[0], w, *arguments[1:], copies=copies) for w in (some, alone))
-        assert torch.equal(found, expected)
+    found, expected = (conv3x3_forward(x, w, bias, upsample2x=upsample2x) for w in (some, alone))
+    assert torch.equal(found, expected)
+    found, expected = (input_gradient(dy, x, w, upsample2x=upsample2x) for w in (some, alone))
+    assert torch.equal(found, expected)
     dweight = weight.clone()
-    conv3x3_bwd_weight(dy, x, copies=copies, out=dweight[:, 17:38])
-    assert torch.equal(dweight[:, 17:38], conv3x3_bwd_weight(dy, x, copies=copies)[0])
+    weight_gradients(dy, x, some, upsample2x=upsample2x, dweight=dweight[:, 17:38])
+    assert torch.equal(dweight[:, 17:38], weight_gradients(dy, x, some, upsample2x=upsample2x)[0])
     assert torch.equal(dweight[:, :17], weight[:, :17])
     assert torch.equal(dweight[:, 38:], weight[:, 38:])
 
 
 @dtypes
 def test_accumulation_without_out_starts_at_zero(dtype):
-    x, weight, bias, dy = case(5, 7, dtype=dtype)
-    assert torch.equal(conv3x3_fwd(x, weight, bias, accumulate=True), conv3x3_fwd(x, weight, bias))
-    assert torch.equal(conv3x3_bwd_input(dy, weight, accumulate=True), conv3x3_bwd_input(dy, weight))
+    x, weight, bias, _ = case(5, 7, dtype=dtype)
+    assert torch.equal(conv3x3_forward(x, weight, bias, accumulate=True), conv3x3_forward(x, weight, bias))
 
 
 @dtypes
@@ -281,10 +297,11 @@ def test_accumulation_without_out_starts_at_zero(dtype):
 def test_empty(instruction_set, dtype, shape):
     batch, *size = shape
     x, weight, bias, dy = case(5, 7, size, batch, dtype)
-    assert conv3x3_fwd(x, weight, bias).shape == (batch, 7, *size)
-    assert conv3x3_bwd_input(dy, weight).shape == (batch, 5, *size)
-    conv3x3_bwd_weight(*reversed(case(5, 7, dtype=dtype)[::3]))  # leaves sums behind
-    dweight, dbias = conv3x3_bwd_weight(dy, x)
+    assert conv3x3_forward(x, weight, bias).shape == (batch, 7, *size)
+    assert input_gradient(dy, x, weight).shape == (batch, 5, *size)
+    before = case(5, 7, dtype=dtype)
+    weight_gradients(before[3], before[0], weight)  # leaves sums behind
+    dweight, dbias = weight_gradients(dy, x, weight)
     assert torch.equal(dweight, torch.zeros_like(weight))
     assert torch.equal(dbias, torch.zeros_like(bias))
 
@@ -304,9 +321,9 @@ def test_the_same_bits_whatever_the_number_of_threads(instruction_set, threads, 
     twice = torch.cat([torch.cat([dy, dy], dim=2)] * 2, dim=3).to(memory_format=LAST)
 
     def results() -> list[Tensor]:
-        found = [conv3x3_fwd(x, weight, bias, slope=0.2), conv3x3_bwd_input(dy, weight), *conv3x3_bwd_weight(dy, x)]
-        found += [conv3x3_fwd(x, weight, bias, copies=True), conv3x3_bwd_input(twice, weight, copies=True)]
-        return found + list(conv3x3_bwd_weight(twice, x, copies=True))
+        found = [conv3x3_forward(x, weight, bias, slope=0.2), *conv3x3_backward(dy, x, weight, (True, True, True))]
+        found += [conv3x3_forward(x, weight, bias, upsample2x=True)]
+        return [*found, *conv3x3_backward(twice, x, weight, (True, True, True), upsample2x=True)]
 
     threads(1)
     alone = results()
@@ -321,17 +338,17 @@ def test_the_same_bits_whatever_the_number_of_threads(instruction_set, threads, 
 def test_nan_stays_in_its_tiles(instruction_set, dtype, inputs, outputs):
     """Those of 4x4 outputs whose 6x6 inputs hold it; none is left behind in a buffer for the next call."""
     x, weight, bias, dy = case(inputs, outputs, (11, 12), dtype=dtype)
-    expected, gradient = conv3x3_fwd(x, weight, bias), conv3x3_bwd_weight(dy, x)
+    expected, gradient = conv3x3_forward(x, weight, bias), weight_gradients(dy, x, weight)
     broken = x.clone()
     broken[0, 2, 4, 5] = float("nan")
     reached = torch.zeros(2, outputs, 11, 12, dtype=torch.bool)
     reached[0, :, :8, 4:8] = True
-    value = conv3x3_fwd(broken, weight, bias)
+    value = conv3x3_forward(broken, weight, bias)
     assert value[0, :, 3:6, 4:7].isnan().all()
     assert torch.equal(value[~reached], expected[~reached])
-    assert conv3x3_bwd_weight(dy, broken)[0].isnan().any()
-    assert torch.equal(conv3x3_fwd(x, weight, bias), expected)
-    assert all(map(torch.equal, conv3x3_bwd_weight(dy, x), gradient))
+    assert weight_gradients(dy, broken, weight)[0].isnan().any()
+    assert torch.equal(conv3x3_forward(x, weight, bias), expected)
+    assert all(map(torch.equal, weight_gradients(dy, x, weight), gradient))
 
 
 @pytest.mark.slow
@@ -340,13 +357,18 @@ def test_nothing_is_read_or_written_beyond_a_tensor(tmp_path):
     code = """
 import ctypes, math, mmap, torch
 from ncsr_fast import _native
+<<<<<<< HEAD:tests/native/test_winograd.py
 from ncsr_fast.ops.native import conv3x3_bwd_input, conv3x3_bwd_weight, conv3x3_fwd
 libc, kept_alive, page = ctypes.CDLL(None, use_errno=True), [], mmap.PAGESIZE
+=======
+from ncsr_fast.ops.native import conv3x3_backward, conv3x3_forward
+libc, memories, page = ctypes.CDLL(None, use_errno=True), [], mmap.PAGESIZE
+>>>>>>> csrc:tests/native/test_conv3x3.py
 def at_the_edge(end, *shape, last=False):
     size = 4 * math.prod(shape)
     pages = -(-size // page) * page
     memory = mmap.mmap(-1, pages + 2 * page)
-    kept_alive.append(memory)
+    memories.append(memory)
     start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
     offset = page + pages - size if end else page
     flat = torch.frombuffer(memory, dtype=torch.float32, count=size // 4, offset=offset).normal_()
@@ -361,13 +383,11 @@ for instruction_set in _native.instruction_sets():
             weight, bias = at_the_edge(end, outputs, inputs, 3, 3), at_the_edge(end, outputs)
             for last in (False, True):
                 x, y, dx = (at_the_edge(end, 2, n, 5, 7, last=last) for n in (inputs, outputs, inputs))
-                assert conv3x3_fwd(x, weight, bias, out=y).isfinite().all()
-                assert conv3x3_bwd_input(y, weight, out=dx, accumulate=True).isfinite().all()
-                assert all(value.isfinite().all() for value in conv3x3_bwd_weight(y, x))
-                y = at_the_edge(end, 2, outputs, 10, 14, last=last)
-                assert conv3x3_fwd(x, weight, bias, copies=True, out=y).isfinite().all()
-                assert conv3x3_bwd_input(y, weight, copies=True, out=dx, accumulate=True).isfinite().all()
-                assert all(value.isfinite().all() for value in conv3x3_bwd_weight(y, x, copies=True))
+                for upsample2x in (False, True):
+                    y = at_the_edge(end, 2, outputs, 10, 14, last=last) if upsample2x else y
+                    assert conv3x3_forward(x, weight, bias, upsample2x=upsample2x, out=y).isfinite().all()
+                    gradients = conv3x3_backward(y, x, weight, (True, True, True), upsample2x=upsample2x, dx=dx)
+                    assert all(value.isfinite().all() for value in gradients)
 print("survived")
 """
     if not sys.platform.startswith("linux"):
