@@ -172,7 +172,8 @@ class NCSR(nn.Module):
         """
         self._freezer.refuse("initialize()")
         inputs = self.inputs
-        x, small, noise = inputs.hr(hr, lr), inputs.lr(lr), inputs.noise(noise, lr)
+        small = inputs.lr(lr)
+        x, noise = inputs.hr(hr, lr), inputs.noise(noise, lr)
         with without_autocast(lr.device.type):  # statistics are float32
             condition, latents, logdets = self.features(small, plain=True), [], []
             for level, features in zip(self.levels, condition.features):

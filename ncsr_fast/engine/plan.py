@@ -261,7 +261,7 @@ class LevelPlan:
                 places = [Place(noise[index], channel) for number, channel in self._places("noise") if number == index]
             count, hidden = len(networks.w2), networks.w2.shape[1]
             branches.append(BranchProgram(count, branch.changes_all, hidden, tuple(places)))
-        backend = ops.resolve_backend("engine", self.options.backend, level.actnorm_bias, kernel="flow_step")
+        backend = ops.resolve_backend("flow_step", self.options.backend, level.actnorm_bias)
         return Program(
             stages(branches, level.steps, self.inverse),
             tuple(branches),

@@ -34,6 +34,6 @@ def actnorm_invconv(
     """
     _, channels, _, _ = check_state("actnorm_invconv", "x", x)
     check_tensors("actnorm_invconv", x, *parameters(channels, bias, logs, weight))
-    backend = resolve_backend("actnorm_invconv", backend, x, kernel="flow_step")
+    backend = resolve_backend("actnorm_invconv", backend, x)
     # the flow step without its affines, where eps has no meaning
     return step("actnorm_invconv", x, None, bias, logs, weight, None, 1.0, inverse, backend)

@@ -36,7 +36,7 @@ def affine_injector(
     batch, channels, height, width = check_state("affine_injector", "z", z)
     check_tensors("affine_injector", z, ("h", h, (batch, 2 * channels, height, width)))
     check_eps("affine_injector", eps)
-    return affine(z, h, 0, eps, inverse, resolve_backend("affine_injector", backend, z, kernel="affine"))
+    return affine(z, h, 0, eps, inverse, resolve_backend("affine_injector", backend, z))
 
 
 def affine_coupling(
@@ -65,7 +65,7 @@ def affine_coupling(
     pass_through = pass_through_channels(channels)
     check_tensors("affine_coupling", z, ("h", h, (batch, 2 * (channels - pass_through), height, width)))
     check_eps("affine_coupling", eps)
-    return affine(z, h, pass_through, eps, inverse, resolve_backend("affine_coupling", backend, z, kernel="affine"))
+    return affine(z, h, pass_through, eps, inverse, resolve_backend("affine_coupling", backend, z))
 
 
 def affine(z: Tensor, h: Tensor, pass_through: int, eps: float, inverse: bool, backend: str) -> tuple[Tensor, Tensor]:

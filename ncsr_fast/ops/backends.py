@@ -164,6 +164,10 @@ COVERAGE: dict[str, dict[str, Coverage]] = {
 }
 
 
+# of operators that share a kernel; all others have one of their name
+_KERNELS = {"affine_injector": "affine", "affine_coupling": "affine", "actnorm_invconv": "flow_step"}
+
+
 class BackendUnavailable(RuntimeError):
     """The backend asked for by name cannot run here; the message says what is missing."""
 
@@ -192,21 +196,20 @@ def backends(device: str | torch.device | None = None, dtype: torch.dtype = torc
     return {name: Backend(name, not why, why or _description(name, kind)) for name, why in missing.items()}
 
 
-def resolve_backend(op: str, backend: str = "auto", like: Tensor | None = None, *, kernel: str = "") -> str:
+def resolve_backend(op: str, backend: str = "auto", like: Tensor | None = None) -> str:
     """The name of the backend that runs an operator for tensors like `like`.
 
     Args:
         op: The operator, as messages name it.
         backend: "auto" chooses the fastest that can run; a backend by name is returned or refused.
         like: A tensor of the device and dtype in question; None is float32 on the GPU where there is one, else on the CPU.
-        kernel: The name in `COVERAGE` where it is not `op`.
 
     Raises:
         BackendUnavailable: The backend named cannot run; the message says what is missing.
         ValueError: There is no backend of that name.
     """
     kind, dtype = _kind_of(like)
-    kernel = kernel or op
+    kernel = _KERNELS.get(op, op)
     if backend == "auto":
         return _best(kernel, kind, dtype)
     if backend not in BACKENDS:

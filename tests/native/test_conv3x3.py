@@ -17,11 +17,7 @@ from torch import Tensor
 if not installation.expects("native"):
     pytest.skip("the native backend is not among the cells", allow_module_level=True)
 
-<<<<<<< HEAD:tests/native/test_winograd.py
-from ncsr_fast.ops.native import conv3x3_bwd_input, conv3x3_bwd_weight, conv3x3_fwd
-=======
 from ncsr_fast.ops.native import conv3x3_backward, conv3x3_forward
->>>>>>> csrc:tests/native/test_conv3x3.py
 
 LAST = torch.channels_last
 DTYPES, EITHER = [torch.float32, torch.float64], [False, True]
@@ -357,13 +353,8 @@ def test_nothing_is_read_or_written_beyond_a_tensor(tmp_path):
     code = """
 import ctypes, math, mmap, torch
 from ncsr_fast import _native
-<<<<<<< HEAD:tests/native/test_winograd.py
-from ncsr_fast.ops.native import conv3x3_bwd_input, conv3x3_bwd_weight, conv3x3_fwd
-libc, kept_alive, page = ctypes.CDLL(None, use_errno=True), [], mmap.PAGESIZE
-=======
 from ncsr_fast.ops.native import conv3x3_backward, conv3x3_forward
 libc, memories, page = ctypes.CDLL(None, use_errno=True), [], mmap.PAGESIZE
->>>>>>> csrc:tests/native/test_conv3x3.py
 def at_the_edge(end, *shape, last=False):
     size = 4 * math.prod(shape)
     pages = -(-size // page) * page
