@@ -224,14 +224,12 @@ class _Level(nn.Module):
         # the part of all networks' first layers that sees u: one convolution
         self.hoisted = _Convolution(torch.cat([h.weight for h in hoisted]), torch.cat([h.bias for h in hoisted]))
         self.hoists = [branch.condition == "features" for branch in level.branches]
-        self.networks = nn.ModuleList(
-            nn.ModuleList(
-                # of zero noise, or of no condition, only the bias of the first layer is left
-                _Network(networks, index, None if hoists else bias)
-                for index, bias in enumerate(hoisted.bias.chunk(len(networks.w2)))
-            )
-            for (networks, hoisted), hoists in zip(pairs, self.hoists)
-        )
+        self.branches = [branch.name for branch in level.branches]
+        for name, (networks, hoisted), hoists in zip(self.branches, pairs, self.hoists):
+            biases = hoisted.bias.chunk(len(networks.w2))
+            # of zero noise, or of no condition, only the bias of the first layer is left
+            parts = (_Network(networks, index, None if hoists else bias) for index, bias in enumerate(biases))
+            setattr(self, name, nn.ModuleList(parts))
         self.mixes = nn.ModuleList(
             _Convolution(mix[:, :, None, None], offset) for mix, offset in zip(mixing.mix, mixing.offset)
         )
@@ -240,11 +238,12 @@ class _Level(nn.Module):
         if self.split is not None:
             mean, logs = self.split(z).chunk(2, dim=1)
             z = torch.cat([z, mean + torch.exp(logs) * latent], dim=1)
-        counts = [len(networks) for networks, hoists in zip(self.networks, self.hoists) if hoists]
-        hoisted = iter(self.hoisted(u).chunk(sum(counts), dim=1))
-        pres = [[next(hoisted) if hoists else None for _ in networks] for networks, hoists in zip(self.networks, self.hoists)]
+        branches = [getattr(self, name) for name in self.branches]
+        count = sum(len(networks) for networks, hoists in zip(branches, self.hoists) if hoists)
+        hoisted = iter(self.hoisted(u).chunk(count, dim=1))
+        pres = [[next(hoisted) if hoists else None for _ in networks] for networks, hoists in zip(branches, self.hoists)]
         for left in range(1, len(self.mixes) + 1):
-            for networks, own in reversed(list(zip(self.networks, pres))):
+            for networks, own in reversed(list(zip(branches, pres))):
                 if left <= len(networks):
                     z = self._undo(networks[len(networks) - left], z, own[len(networks) - left])
             z = self.mixes[len(self.mixes) - left](z)

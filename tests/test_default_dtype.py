@@ -48,7 +48,7 @@ def test_a_flow(model, dtype):
     nll.sum().backward()
     assert nll.dtype == dtype and all(p.grad.dtype == dtype for p in model.parameters() if p.grad is not None)
     with torch.no_grad():
-        latents, likelihood = model.encode(hr, lr)
+        latents, likelihood, _ = model.encode(hr, lr)
         assert {latent.dtype for latent in latents} == {likelihood.dtype} == {dtype}
         decoded = model.decode(latents, lr)
         assert decoded.dtype == dtype and relative_error(decoded, hr) < 1e-4

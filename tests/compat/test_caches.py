@@ -188,7 +188,7 @@ def test_too_large_an_image_keeps_its_features_alone(pair, monkeypatch):
     lr = SMALL.images()["lr"]
     assert relative_error(decode(net, in_place(lr)), decode(untouched, lr)) <= 1e-6
     assert encodings(net, lr) == 0
-    assert net.__dict__["forward"].__self__._engines[True]._kept[1]._image.kept is None
+    assert not net.__dict__["forward"].__self__._engines[True]._kept[1]._image.levels._plans
 
 
 def test_images_with_nan_are_computed_anew(pair):

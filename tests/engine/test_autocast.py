@@ -12,9 +12,9 @@ from support import image, relative_error, tiny_model
 
 import ncsr_fast
 from ncsr_fast import NCSR
+from ncsr_fast.encoder.rrdb import RRDB
 from ncsr_fast.graphs import Sampler, TrainingStep
 from ncsr_fast.metrics.imresize import imresize
-from ncsr_fast.encoder.rrdb import RRDB
 
 F32 = torch.float32
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -42,12 +42,12 @@ def step(model: NCSR, forward: contextlib.AbstractContextManager, backward: cont
     """The loss, and the gradients over `scale`."""
     model.zero_grad()
     with forward:
-        loss = model.nll(*images(model._like.dtype)).mean()
-    assert loss.dtype == model._like.dtype
+        loss = model.nll(*images(model.levels[0].actnorm_bias.dtype)).mean()
+    assert loss.dtype == model.levels[0].actnorm_bias.dtype
     with backward:
         (loss * scale).backward()
     gradients = {name: parameter.grad / scale for name, parameter in model.named_parameters() if parameter.grad is not None}
-    assert all(gradient.dtype == model._like.dtype for gradient in gradients.values())
+    assert all(gradient.dtype == model.levels[0].actnorm_bias.dtype for gradient in gradients.values())
     return {"loss": loss.detach()} | gradients
 
 

@@ -13,8 +13,9 @@ from operator_cases import marked
 from support import image, tiny_model
 
 from ncsr_fast import NCSR
-from ncsr_fast.engine import conditioning, fused_level
 from ncsr_fast.engine.cache import Cache, fingerprint
+from ncsr_fast.engine.folding import fold_mixing
+from ncsr_fast.engine.plan import LevelPlan
 
 
 def optimizer_step(model: NCSR) -> NCSR:
@@ -111,8 +112,8 @@ def test_computed_once():
     """One folding and one inversion a level however often it is sampled; none in the next call."""
     model = tiny_model()
     lr = image(1, 3, 4, 4)
-    fold = mock.patch.object(fused_level, "fold_level", side_effect=conditioning.fold_level)
-    invert = mock.patch.object(fused_level, "mix_level", side_effect=conditioning.mix_level)
+    fold = mock.patch.object(LevelPlan, "_fold", autospec=True, side_effect=LevelPlan._fold)
+    invert = mock.patch("ncsr_fast.engine.plan.fold_mixing", side_effect=fold_mixing)
     with torch.no_grad(), fold as folded, invert as inverted:
         model.sample(lr, n=3)
         assert (folded.call_count, inverted.call_count) == (3, 3)
@@ -127,7 +128,7 @@ def test_kept_during_a_pass_alone_where_values_are_not_read(monkeypatch):
     """On a GPU a fused optimizer or the replay of a graph changes weights that PyTorch does not count as changed."""
     monkeypatch.setattr("ncsr_fast.engine.cache.reading_is_free", lambda tensor: False)
     model = tiny_model()
-    invert = mock.patch.object(fused_level, "mix_level", side_effect=conditioning.mix_level)
+    invert = mock.patch("ncsr_fast.engine.plan.fold_mixing", side_effect=fold_mixing)
     with torch.no_grad(), invert as inverted:
         for passes in (1, 2):
             model.sample(image(2, 3, 4, 4), n=3)  # two images, a level decoded for one after the other

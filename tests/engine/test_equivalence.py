@@ -8,6 +8,7 @@ from operator_cases import marked
 from support import image, tiny_model
 
 from ncsr_fast import NCSR
+from ncsr_fast.engine.ablation import ablated
 
 VARIANTS = {
     "noise": {"steps": 3, "noise_steps": (0, 2, 3), "transition_steps": 2},
@@ -23,9 +24,8 @@ OPTIONS = {
     "stored-activations": {"checkpoint": False},
     "reference-operators": {"backend": "reference"},
     "native-operators": {"backend": "native"},
-    "enlarged-features": {"subpixel": False},
-    "nchw": {"channels_last": False},
 }
+ABLATIONS = {"joined-features": {"subpixel": False}, "nchw": {"channels_last": False}, "direct": {"winograd": False}}
 EXACT = 1e-11  # of the largest element: float64 through some dozens of maps and convolutions
 
 
@@ -83,6 +83,16 @@ def test_variants(variant, inverse):
 def test_options(options, inverse):
     model = tiny_model(**VARIANTS["noise"])
     assert_same(outcome(model, OPTIONS[options], inverse), outcome(model, {"engine": "plain"}, inverse))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("inverse", [False, True], ids=["nll", "decode"])
+@pytest.mark.parametrize("switches", ABLATIONS)
+def test_ablations(switches, inverse):
+    model = tiny_model(**VARIANTS["noise"])
+    with ablated(**ABLATIONS[switches]):
+        found = outcome(model, {}, inverse)
+    assert_same(found, outcome(model, {"engine": "plain"}, inverse))
 
 
 def test_frozen_parts_get_no_gradient():

@@ -34,9 +34,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ncsr_fast import RRDB, accelerate
 from ncsr_fast.engine import convolution
-from ncsr_fast.ops.conv3x3 import convolution_of_cudnn
 from ncsr_fast.export import Decoder
 from ncsr_fast.metrics import imresize, lpips
+from ncsr_fast.ops.conv3x3 import convolution_of_cudnn
 from ncsr_fast.precision import convolutions_are_rounded, products_are_rounded, true_float32
 
 default_flags = pytest.fixture(put_back, autouse=True)

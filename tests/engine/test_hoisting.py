@@ -7,8 +7,18 @@ import torch
 import torch.nn.functional as F
 from support import image
 
+from ncsr_fast.engine.ablation import ablated
+from ncsr_fast.engine.condition import Features
+from ncsr_fast.engine.hoisting import algorithm, hoisted_convolution, prepared
 from ncsr_fast.ops.conv3x3 import ConvolutionMethod
-from ncsr_fast.engine.hoisting import hoisted_convolution
+
+METHOD = ConvolutionMethod()
+
+
+def hoisted(own, stacked, weight, bias, method=METHOD, with_products=False):
+    features = Features(own, stacked)
+    chosen = algorithm(features, len(weight), weight.dtype, method)
+    return hoisted_convolution(features, prepared(weight, own.shape[1], chosen, with_products), bias, method)
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "channels-last"])
@@ -23,9 +33,11 @@ def test_enlarged_features(factor, size, layout):
     expected = F.conv2d(joined, weight, bias, padding=1)
     cotangent = image(*expected.shape, seed=4)
     gradients = torch.autograd.grad(expected, leaves, cotangent)
-    y = hoisted_convolution(own, stacked, weight, bias, ConvolutionMethod())
+    y = hoisted(own, stacked, weight, bias)
     assert y.is_contiguous(memory_format=layout)
     assert torch.allclose(y, expected, rtol=0, atol=1e-12)
+    with torch.no_grad():
+        assert torch.allclose(hoisted(own, stacked, weight, bias, with_products=True), y, rtol=0, atol=1e-14)
     for found, value in zip(torch.autograd.grad(y, leaves, cotangent), gradients):
         assert torch.allclose(found, value, rtol=0, atol=1e-11)
 
@@ -38,8 +50,9 @@ def test_wide_enough_for_winograd(factor):
     weight, bias = (image(*shape, seed=3).sub(0.5) for shape in ((40, 45, 3, 3), (40,)))
     leaves = [tensor.requires_grad_() for tensor in (own, stacked, weight, bias)]
     results = []
-    for method, subpixel in ((ConvolutionMethod(), True), (ConvolutionMethod(winograd=False), False)):
-        y = hoisted_convolution(*leaves, method, subpixel)
+    for method, subpixel in ((METHOD, True), (ConvolutionMethod(backend="reference"), False)):
+        with ablated(subpixel=subpixel):
+            y = hoisted(*leaves, method)
         results.append([y.detach(), *torch.autograd.grad(y.sin().sum(), leaves)])
     for found, expected in zip(*results):
         assert torch.allclose(found, expected, rtol=0, atol=1e-11 * float(expected.abs().max()))
@@ -52,5 +65,5 @@ def test_float32_is_as_exact_as_the_convolution_it_replaces():
     joined = torch.cat([own, F.interpolate(stacked, scale_factor=2, mode="nearest")], dim=1)
     exact = F.conv2d(joined, weight, bias, padding=1)
     direct = F.conv2d(joined.float(), weight.float(), bias.float(), padding=1)
-    found = hoisted_convolution(own.float(), stacked.float(), weight.float(), bias.float(), ConvolutionMethod())
+    found = hoisted(own.float(), stacked.float(), weight.float(), bias.float())
     assert (found - exact).abs().max() < 4 * (direct - exact).abs().max()

@@ -64,7 +64,7 @@ def explosive(level: int = 1, step: int = 1) -> NCSR:
     with torch.no_grad():
         couplings = model.levels[level].couplings
         couplings.conv1[step].zero_()
-        couplings.conv1[step, :, : model.levels[level].kept, 1, 1] = 1.0
+        couplings.conv1[step, :, : model.levels[level].pass_through, 1, 1] = 1.0
         couplings.norm1_bias[step] = -150.0  # relu: nothing happens until the channels of z1 sum to 150
         couplings.conv2[step] = torch.eye(4)[:, :, None, None]
         couplings.norm2_bias[step] = 0.0
@@ -74,7 +74,7 @@ def explosive(level: int = 1, step: int = 1) -> NCSR:
 
 def failing_latents(model: NCSR, bad: tuple[int, ...]):
     """Latents of which those of the samples `bad` are thirty times too large, and further draws are not."""
-    from ncsr_fast.nn import sampling
+    from ncsr_fast.flow import samples
 
     first = True
 
@@ -86,8 +86,8 @@ def failing_latents(model: NCSR, bad: tuple[int, ...]):
         first = False
         return latents
 
-    sampling_draw = sampling.draw_latents
-    return mock.patch.object(sampling, "draw_latents", side_effect=draw_latents)
+    sampling_draw = samples.draw_latents
+    return mock.patch.object(samples, "draw_latents", side_effect=draw_latents)
 
 
 def test_a_sample_that_blows_up_is_named():
@@ -125,16 +125,16 @@ def test_raise_ignore_and_retry():
 
 def test_one_broken_number_flags_its_sample_alone():
     model, lr = tiny_model(), image(2, 3, 4, 4)
-    from ncsr_fast.nn import sampling
+    from ncsr_fast.flow import samples
 
-    original = sampling.draw_latents
+    original = samples.draw_latents
 
     def with_a_nan(*arguments):
         latents = original(*arguments)
         latents[-1][1, 2, 0, 0, 0] = torch.nan
         return latents
 
-    patch = mock.patch.object(sampling, "draw_latents", side_effect=with_a_nan)
+    patch = mock.patch.object(samples, "draw_latents", side_effect=with_a_nan)
     with patch, pytest.warns(RuntimeWarning, match=r"1 of 6 samples.*level 3, step 0 \(image 1, sample 2\)"):
         sr = draw(model, lr, 3)
     assert sr[0].isfinite().all() and sr[1, :2].isfinite().all()

@@ -7,10 +7,10 @@ import torch
 from support import image, tiny_model
 
 from ncsr_fast import NCSR
-from ncsr_fast.ops.conv3x3 import ConvolutionMethod
-from ncsr_fast.engine.folding import fold_mixing
 from ncsr_fast.encoder.rrdb import DenseBlock
-from ncsr_fast.ops.inverse_logdet import invert
+from ncsr_fast.engine.folding import fold_mixing
+from ncsr_fast.ops.conv3x3 import ConvolutionMethod
+from ncsr_fast.ops.fold import folded
 
 
 def kept_for_backward(function) -> dict[int, int]:
@@ -78,11 +78,11 @@ def test_one_elimination_a_level(monkeypatch):
     """A level's determinants and inverses are found together: once a training step, and once for all samples."""
     calls = []
 
-    def counted(weight: torch.Tensor, *rest: object, **options: object):
-        calls.append(weight.shape[0])
-        return invert(weight, *rest, **options)
+    def counted(bias: torch.Tensor, *rest: object):
+        calls.append(bias.shape[0])
+        return folded(bias, *rest)
 
-    monkeypatch.setattr("ncsr_fast.engine.folding.invert", counted)
+    monkeypatch.setattr("ncsr_fast.engine.folding.folded", counted)
     model = tiny_model(steps=3, noise_steps=(0, 2, 3), transition_steps=2)
     lr, hr = image(1, 3, 4, 4), image(1, 3, 16, 16)
     model.nll(hr, lr).sum().backward()

@@ -157,7 +157,7 @@ def test_decoding(name, dtype):
     latents = vectors.latents("sample_latent", dtype)
     with torch.no_grad():
         assert relative_error(model.decode(latents, lr), vectors.tensor("sample")) < VALUE[dtype]
-        _, logdet = model.decode_features(latents, model.features(lr), None)
+        _, logdet = model.conditioned_levels(lr).decode(latents, None)
     assert relative_error(logdet, vectors.tensor("sample_logdet")) < VALUE[dtype]
 
 

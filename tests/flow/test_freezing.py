@@ -15,7 +15,8 @@ from operator_cases import marked
 from support import assert_same_weights, image, tiny_model
 
 from ncsr_fast import NCSR, graphs
-from ncsr_fast.engine import conditioning, fused_level
+from ncsr_fast.engine.folding import fold_mixing
+from ncsr_fast.engine.plan import LevelPlan
 from ncsr_fast.freezing import FrozenError
 
 
@@ -29,8 +30,8 @@ def device(request, monkeypatch):
 @contextmanager
 def counted():
     """The calls of what folds and inverts, and of what sums up the bits of a weight."""
-    fold = mock.patch.object(fused_level, "fold_level", side_effect=conditioning.fold_level)
-    invert = mock.patch.object(fused_level, "mix_level", side_effect=conditioning.mix_level)
+    fold = mock.patch.object(LevelPlan, "_fold", autospec=True, side_effect=LevelPlan._fold)
+    invert = mock.patch("ncsr_fast.engine.plan.fold_mixing", side_effect=fold_mixing)
     compare = mock.patch("ncsr_fast.engine.cache.fingerprint", side_effect=AssertionError("weights were read"))
     with fold as folded, invert as inverted, compare:
         yield lambda: (folded.call_count, inverted.call_count)
@@ -68,7 +69,7 @@ def test_folded_at_once_and_never_again(device):
         results(model)
         graphs.Sampler(model, n=2, graph=False)(image(2, 3, 4, 4))
         assert count() == (3, 6)
-        model.options = type(model.options)(channels_last=False)
+        model.options = type(model.options)(backend="reference")
         results(model)
         assert count() == (3, 6)
         model.float()

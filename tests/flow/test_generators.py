@@ -16,8 +16,9 @@ from support import image, randomize, relative_error, tiny_model, vector_file, w
 from torch import Tensor
 
 from ncsr_fast import RRDB, CheckpointError
-from ncsr_fast.encoder.rrdb import ResidualNoise
+from ncsr_fast.encoder.checkpoints import from_state
 from ncsr_fast.encoder.names import encoder_layout, read_generator
+from ncsr_fast.encoder.rrdb import ResidualNoise
 
 NOISY = ["esrganplus_x4_small", "esrganplus_x4_block_noise_small"]
 SMALL = ["esrgan_x4_small", "basicsr_x4_small", "basicsr_x2_small", "basicsr_x1_small", *NOISY]
@@ -48,12 +49,12 @@ class GeneratorCase:
 
     def generator(self, dtype: torch.dtype = torch.float64, **asked) -> RRDB:
         """The generator in evaluation mode, from the state dict as its file holds it."""
-        network = RRDB.from_state_dict(read_generator(self.state), **asked) if asked else copy.deepcopy(self._network)
+        network = from_state(RRDB, read_generator(self.state), **asked) if asked else copy.deepcopy(self._network)
         return network.to(dtype).eval()
 
     @functools.cached_property
     def _network(self) -> RRDB:
-        return RRDB.from_state_dict(read_generator(self.state))
+        return from_state(RRDB, read_generator(self.state))
 
     def noisy_generator(self) -> RRDB:
         """The same in training mode, with the noise of the vectors."""

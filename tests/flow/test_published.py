@@ -11,9 +11,10 @@ from safetensors.torch import save_file
 from support import assert_same_weights, image, tiny_config, tiny_model
 
 from ncsr_fast import NCSR, RRDB, CheckpointError, NCSRConfig
-from ncsr_fast.nn import published
-from ncsr_fast.encoder.names import read_generator
 from ncsr_fast.checkpoints.state_dicts import read_state_dict
+from ncsr_fast.encoder.checkpoints import from_state
+from ncsr_fast.encoder.names import read_generator
+from ncsr_fast.nn import published
 
 
 def test_round_trip_keeps_the_function_and_the_unused_tensors():
@@ -194,7 +195,7 @@ def test_old_esrgan_of_any_scale(doublings):
     assert old_esrgan("HRconv.bias") == "model.8.bias" and old_esrgan("conv_last.bias") == "model.10.bias"  # ESRGAN ×4 itself
     source = RRDB(2**doublings, channels=4, growth=2, blocks=2)
     state = {old_esrgan(name, doublings): tensor for name, tensor in source.published_state_dict().items()}
-    again = RRDB.from_state_dict(read_generator(state))
+    again = from_state(RRDB, read_generator(state))
     assert again.configuration() == source.configuration()
     assert all(torch.equal(a, b) for a, b in zip(source.parameters(), again.parameters()))
 
