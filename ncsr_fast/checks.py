@@ -23,7 +23,7 @@ def check_image(name: str, image: Tensor, like: Tensor, channels: int = 3) -> No
         raise ValueError(f"{name} must have shape (B, {channels}, H, W), not {tuple(image.shape)}")
     if 0 in image.shape:
         raise ValueError(
-            f"{name} must have shape (B, {channels}, H, W), of one image and pixel or more, not {tuple(image.shape)}"
+            f"{name} must have shape (B, {channels}, H, W), of one image and one pixel or more, not {tuple(image.shape)}"
         )
     check_like(name, image, like)
     check_finite(name, image)

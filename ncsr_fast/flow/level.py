@@ -76,6 +76,7 @@ class FlowLevel(nn.Module):
         self.steps, self.transition_steps, self.squeeze = config.steps, config.transition_steps, config.squeeze
         self.branches, self.split_channels = config.branches, config.split_channels
         self.pass_through = pass_through_channels(channels)
+        self.cache = Cache()  # of what the engine makes of the parameters
         count = self.transition_steps + self.steps
         self.actnorm_bias = nn.Parameter(torch.zeros(count, channels))
         self.actnorm_logs = nn.Parameter(torch.zeros(count, channels))
@@ -92,10 +93,9 @@ class FlowLevel(nn.Module):
             self.split_weight = nn.Parameter(torch.zeros(2 * self.split_channels, left, 3, 3))
             self.split_bias = nn.Parameter(torch.zeros(2 * self.split_channels))
             self.split_logs = nn.Parameter(torch.zeros(2 * self.split_channels))
-        self.cache = Cache()  # of what the engine makes of the parameters
 
     def _check_name(self, branch: Branch) -> None:
-        if hasattr(self, branch.name):
+        if hasattr(self, branch.name) or branch.name in ("split_weight", "split_bias", "split_logs"):
             raise ValueError(f"a branch cannot be called {branch.name!r}: a level has an attribute of that name")
         if branch.network not in NETWORKS:
             raise ValueError(f"branch {branch.name}: no networks of kind {branch.network!r}; there are {', '.join(NETWORKS)}")

@@ -33,10 +33,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ncsr_fast import RRDB, accelerate
-from ncsr_fast.engine import convolution
 from ncsr_fast.export import Decoder
 from ncsr_fast.metrics import imresize, lpips
-from ncsr_fast.ops.conv3x3 import convolution_of_cudnn
+from ncsr_fast.ops import plain_convolution
+from ncsr_fast.ops.conv3x3 import ConvolutionMethod, convolution_backward, convolution_forward
 from ncsr_fast.precision import convolutions_are_rounded, products_are_rounded, true_float32
 
 default_flags = pytest.fixture(put_back, autouse=True)
@@ -246,14 +246,14 @@ def test_the_convolution_whose_flag_is_an_argument():
     x, weight, bias = image(2, 6, 5, 7, dtype=torch.float32), image(4, 6, 3, 3, seed=1).float(), image(4, seed=2).float()
     expected = torch.nn.functional.conv2d(x, weight, bias, padding=1)
     for allowed in (False, True):
-        assert torch.equal(convolution_of_cudnn(x, weight, bias, allowed), expected)
+        assert torch.equal(plain_convolution.convolve_by_cudnn(x, weight, bias, allowed), expected)
 
 
 @needs_per_operator
 @pytest.mark.parametrize("precision, backward", [("fp32", "ieee"), ("tf32", "tf32")])
 def test_what_a_gpu_is_asked_for(precision, backward, monkeypatch):
     """Forward, the argument says it and no flag is changed; backward, the flag is. Tensors without memory will do."""
-    monkeypatch.setattr(convolution, "has_cudnn", lambda: True)
+    monkeypatch.setattr(plain_convolution, "has_cudnn", lambda: True)
     seen = []
 
     class Calls(TorchDispatchMode):
@@ -261,12 +261,12 @@ def test_what_a_gpu_is_asked_for(precision, backward, monkeypatch):
             seen.append((function, args[-1], torch.backends.cudnn.conv.fp32_precision))
             return function(*args, **(kwargs or {}))
 
-    method = convolution.ConvolutionMethod(precision)
+    method = ConvolutionMethod(precision == "tf32")
     with FakeTensorMode():
         x, weight = torch.empty(1, 3, 8, 8, device="cuda"), torch.empty(4, 3, 3, 3, device="cuda")
         with Calls():
-            y = convolution.convolve(x, weight, None, method)
-            convolution.convolution_backward(y, x, weight, (True, True, False), method)
+            y = convolution_forward(x, weight, None, method)
+            convolution_backward(y, x, weight, (True, True, False), method)
     aten, default = torch.ops.aten, torch.backends.cudnn.conv.fp32_precision
     assert (aten._convolution.default, precision == "tf32", default) in seen
     assert (aten.convolution_backward.default, [True, True, False], backward) in seen

@@ -11,10 +11,10 @@ from safetensors.torch import save_file
 from support import assert_same_weights, image, tiny_config, tiny_model
 
 from ncsr_fast import NCSR, RRDB, CheckpointError, NCSRConfig
+from ncsr_fast.checkpoints import published
 from ncsr_fast.checkpoints.state_dicts import read_state_dict
 from ncsr_fast.encoder.checkpoints import from_state
 from ncsr_fast.encoder.names import read_generator
-from ncsr_fast.nn import published
 
 
 def test_round_trip_keeps_the_function_and_the_unused_tensors():
