@@ -150,7 +150,7 @@ void inverse_logdet(int64_t count, int64_t channels, int64_t weight, int64_t inv
     cpu->inverse_logdet(p, w.threads);
 }
 
-// Stacks of maps of any strides in float32 or float64: address, dtype, stride of a map, 0, row stride, column stride.
+// Stacks of maps of any strides: address, dtype, stride of a map, 0, row stride, column stride.
 Fold fold(int64_t count, int64_t channels, bool inverse, TensorTuple bias, TensorTuple logs, TensorTuple weight) {
     Fold p{count, channels, inverse};
     p.bias = tensor(bias), p.logs = tensor(logs), p.weight = tensor(weight);

@@ -82,8 +82,8 @@ struct InverseLogdet {
     double *inverse, *logdet, *condition;  // (N, C, C), (N,) and (N,), written
 };
 
-// Actnorms and 1×1 convolutions as affine maps of a pixel, y = mix·x + offset: cpu/fold.h. Stacks of N maps in float32 or
-// float64: `batch` is the stride of a map, `row` and `column` are those of a matrix, and a vector is a row.
+// Actnorms and 1×1 convolutions as affine maps of a pixel, y = mix·x + offset: cpu/fold.h. Of a stack of N maps `batch` is the
+// stride of a map, `row` and `column` are those of a matrix, and a vector is a row.
 struct Fold {
     int64_t count, channels;
     bool inverse, needs_logdet;

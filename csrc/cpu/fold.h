@@ -96,15 +96,15 @@ inline void fold_map_forward(const Fold& p, int64_t map) {
     write({condition}, p.condition, map, 1, 1);
 }
 
-// Gradients of bias, logs and weight. Of a float32 weight, weight⁻ᵀ as the gradient of log|det weight| is computed in float32,
-// in which it is stored; the one in the gradient of the inverse map is always float64.
+// Gradients of bias, logs and weight. weight⁻ᵀ, as the gradient of log|det weight|, is computed in float32 unless the weight is
+// float64, since it is stored in no wider dtype; in the gradient of the inverse map it is always float64.
 inline void fold_map_backward(const Fold& p, int64_t map) {
     const int64_t n = p.channels;
     const Values bias = read(p.bias, map, 1, n), logs = read(p.logs, map, 1, n), weight = read(p.weight, map, n, n);
     const Values doffset = read(p.doffset, map, 1, n);
     Values dmix = read(p.dmix, map, n, n);
     const double g = read(p.dlogdet, map, 1, 1)[0];
-    const bool single = p.weight.dtype == Dtype::float32 && !p.inverse;
+    const bool single = p.weight.dtype != Dtype::float64 && !p.inverse;
     const Values inverse = single ? inverted<float>(weight, n) : inverted<double>(weight, n);
     const Values inverse_transposed = transposed(inverse, n), scale = exponentials(logs, p.inverse ? -1 : 1);
     Values dbias(bias.size()), dlogs(bias.size()), dweight(dmix.size());

@@ -86,9 +86,8 @@ def _per_sample(x: Tensor, dtype: torch.dtype) -> _Passed:
 
 
 def _parameter(x: Tensor, dims: int) -> _Passed:
-    """A tensor of `dims` ≤ 2 dimensions, or a stack of them, of any strides, in float32 or float64, which the folding reads."""
+    """A tensor of `dims` ≤ 2 dimensions, or a stack of them, of any strides and dtype, which the folding reads."""
     x = in_memory(x)
-    x = x if x.dtype in (torch.float32, torch.float64) else x.float()
     item = x.stride(0) if x.dim() > dims else 0
     row, column = (0, 0, *x.stride()[x.dim() - dims :])[-2:]
     return _Passed((_address(x), _DTYPES[x.dtype], item, 0, row, column), x)

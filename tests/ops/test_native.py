@@ -142,13 +142,12 @@ def stack_of_maps(count: int, channels: int, dtype: torch.dtype) -> tuple[list[T
 
 @directions
 @pytest.mark.parametrize("channels", [1, 7, 12, 96])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", ROUNDING, ids=str)
 def test_a_stack_of_maps_folds_as_each_map_alone(instruction_set, threads, inverse, channels, dtype):
     """To the same bits at any number of threads, and to rounding as PyTorch in float64."""
     count = 18
     maps, grads = stack_of_maps(count, channels, dtype)
     doubles, double_grads = [x.double() for x in maps], [x.double() for x in grads]
-    tolerance = 1e-6 if dtype == torch.float32 else 1e-12  # of the dtype: results are rounded to it
     for function, tensors, expected in (
         (
             lambda *x: calls.fold_forward("weight {}", *x, inverse, dtype),
@@ -169,7 +168,7 @@ def test_a_stack_of_maps_folds_as_each_map_alone(instruction_set, threads, inver
             for index, result in enumerate(alone):
                 assert all(map(torch.equal, (x[index] for x in stacked), result)), (number, index)
         for value, right in zip(stacked, expected):
-            assert_close(value, right, tolerance, "fold")
+            assert_close(value, right, ROUNDING[dtype], "fold")
 
 
 def test_folding_without_log_determinants():
@@ -177,9 +176,9 @@ def test_folding_without_log_determinants():
     (bias, logs, weight), _ = stack_of_maps(3, 5, torch.float64)
     weight[1] = 0
     mix, offset, logdet = calls.fold_forward("weight {}", bias, logs, weight, False, torch.float64, needs_logdet=False)
-    assert_close(mix, weight * torch.exp(logs)[:, None], 1e-15, "mix")
-    assert_close(offset, torch.einsum("nij,nj->ni", mix, bias), 1e-14, "offset")
-    assert_close(logdet, logs.sum(dim=1), 1e-15, "logdet")
+    assert_close(mix, weight * torch.exp(logs)[:, None], ROUNDING[torch.float64], "mix")
+    assert_close(offset, torch.einsum("nij,nj->ni", mix, bias), ROUNDING[torch.float64], "offset")
+    assert_close(logdet, logs.sum(dim=1), ROUNDING[torch.float64], "logdet")
     assert calls.fold_forward("weight {}", bias, logs, weight, False, torch.float64)[2][1] == -torch.inf
     with pytest.raises(ValueError, match="weight 1: weight is singular"):
         calls.fold_forward("weight {}", bias, logs, weight, True, torch.float64)
