@@ -29,16 +29,20 @@ PARTS: dict[str, dict[str, str]] = {
     "ncsr_fast.encoder.rrdb": {"*": "encoder"},
     "ncsr_fast.engine.dense_block": {"*": "encoder"},
     "ncsr_fast.engine.folding": {"*": "fold"},
-    "ncsr_fast.engine.hoisting": {"*": "hoist"},
-    "ncsr_fast.engine.conditioning": {
-        "fold_level": "fold", "mix_level": "fold", "prepare": "fold", "hoist": "hoist", "hoist_noise": "hoist",
-        "conditions": "hoist",
+    "ncsr_fast.engine.hoisting": {"prepared": "fold", "*": "hoist"},
+    "ncsr_fast.engine.plan": {
+        "_folded_mixing": "fold", "_fold": "fold", "_stacked": "fold", "_pre_activations": "hoist", "_add_features": "hoist",
+        "_add_branch": "hoist", "_noise_source": "hoist", "folded_split": "split", "split_prior": "split",
     },
-    "ncsr_fast.engine.level": {"inject": "injectors", "_record": "watch", "steps": "steps"},
-    "ncsr_fast.engine.level_gradient": {"_injector_backward": "injectors", "_forward": "steps", "_backward": "steps"},
-    "ncsr_fast.engine.fused_level": {"_prior": "split"},
+    # what `_heads` does itself is to look for the largest magnitudes; its networks and maps are other functions
+    "ncsr_fast.engine.walk": {
+        "run": "steps", "mix": "steps", "output": "steps", "apply": "steps", "free_output": "injectors", "_heads": "watch",
+    },
+    "ncsr_fast.engine.gradient": {
+        "with_outputs": "injectors", "_free_backward": "injectors", "_forward": "steps", "_backward": "steps",
+    },
     "ncsr_fast.ops.gaussian_split": {"*": "split"},
-    "ncsr_fast.flow.samples": {"draw_latents": "draws", "_first_bad": "watch"},
+    "ncsr_fast.flow.samples": {"draw": "draws", "draw_latents": "draws", "_first_bad": "watch"},
     "ncsr_fast.training.batch": {"*": "data"},
     "ncsr_fast.graphs": {"_count": "clipping"},
     "torch.nn.utils.clip_grad": {"*": "clipping"},
@@ -47,7 +51,12 @@ PARTS: dict[str, dict[str, str]] = {
     # the backward passes of single convolutions, and of what is plain PyTorch, the fold foremost
     "ncsr_fast.benchmarks.fake_cuda": {"_backward": "autograd"},
 }  # fmt: skip
-_CONVOLUTION, _OTHER_CONVOLUTIONS = "ncsr_fast.ops.conv3x3", "other convolutions"
+# What a part is called where an operator's own module is further in: a network evaluated while hoisting reads no state.
+INSIDE = {
+    (REST, "ncsr_fast.ops.conv3x3"): "other convolutions",
+    ("autograd", "ncsr_fast.ops.conv3x3"): "other convolutions",
+    ("hoist", "ncsr_fast.ops.step_network"): "injectors",
+}
 
 # Launches of operators that are more than one: those with a filled result, and estimates for batched linear algebra.
 _SEVERAL = {
@@ -130,18 +139,15 @@ class LaunchCounter(TorchDispatchMode):
 
 def _part(frame: FrameType | None) -> str:
     """The part of a pass in which a frame of the stack is."""
-    fallback = REST
-    while frame is not None:
-        module, function = frame.f_globals.get("__name__", ""), frame.f_code.co_name
-        functions = PARTS.get(module)
-        if functions is not None:
-            part = functions.get(function) or functions.get("*")
-            if part is not None:
-                return _OTHER_CONVOLUTIONS if part == "autograd" and fallback == _OTHER_CONVOLUTIONS else part
-        if module == _CONVOLUTION:
-            fallback = _OTHER_CONVOLUTIONS
+    part, inside = None, set()
+    while frame is not None and part is None:
+        module = frame.f_globals.get("__name__", "")
+        functions = PARTS.get(module, {})
+        part = functions.get(frame.f_code.co_name) or functions.get("*")
+        inside.add(module)
         frame = frame.f_back
-    return fallback
+    part = part or REST
+    return next((INSIDE[part, module] for module in inside if (part, module) in INSIDE), part)
 
 
 def _launches_nothing(operator: Any, args: tuple, kwargs: dict, result: Any) -> bool:

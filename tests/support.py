@@ -69,7 +69,7 @@ def relative_error(value: Tensor, expected: Tensor) -> float:
 def no_reading() -> Iterator[None]:
     """Inside, the package reads no values that may be read on a CPU alone: as on a GPU."""
     with contextlib.ExitStack() as stack:
-        for module in ("nn.checks", "ops.inverse_logdet", "engine.cache"):
+        for module in ("checks", "ops.inverse_logdet", "engine.cache"):
             stack.enter_context(mock.patch.object(sys.modules[f"ncsr_fast.{module}"], "reading_is_free", return_value=False))
         yield
 

@@ -20,6 +20,7 @@ from ncsr_fast.engine.folding import Networks
 from ncsr_fast.engine.program import Head, Program, Stage
 from ncsr_fast.engine.walk import LevelTensors, Record, Walk
 from ncsr_fast.ops.backends import kernels
+from ncsr_fast.ops.conv3x3 import convolution_forward
 from ncsr_fast.ops.operator import Operator, Pair, Tensors
 from ncsr_fast.ops.step_network import Layers, StepNetwork, network_gradients
 
@@ -154,8 +155,9 @@ class _Backward:
         return dy if stages[0].mix is None else self._mix_backward(stages[0], dy, dlogdet, x, 0, None)[0]
 
     def _recomputed(self, index: int) -> tuple[list[Tensor], dict[Head, Layers]]:
-        """The states before each head of a stage and after the last one it applies, and the layers of their networks."""
+        """The states before each head of a stage and before the next stage's mix, and the layers of the heads' networks."""
         stage, states = self.program.stages[index], [self.saved.states[index]]
+        last = index + 1 == len(self.program.stages)  # no mix reads the state behind its last head
         saved = iter(self.saved.layers[index] if self.saved.layers else ())
         layers: dict[Head, Layers] = {}
         for position, head in enumerate(stage.heads):
@@ -164,7 +166,7 @@ class _Backward:
                 h = layers[head][2]
             else:
                 h = self.walk.output(head, states[-1])
-            if position < len(stage.applied):
+            if position < len(stage.applied) - last:
                 states.append(self._applied(head, states[-1], h))
         return states, layers
 
@@ -220,10 +222,12 @@ class _Backward:
         """Gradients of a network that reads the condition alone, unless its outputs were given."""
         if head.branch not in self.free:
             return
+        h1 = F.relu(self.walk.pre(head))
         if self.saved.free_h2:
-            h1, h2 = F.relu(self.walk.pre(head)), self.saved.free_h2[self.free.index(head.branch)][head.network]
-        else:
-            h1, h2, _ = self.walk.layers(head, None)
+            h2 = self.saved.free_h2[self.free.index(head.branch)][head.network]
+        else:  # without the output, which is saved
+            network = self.walk.network(head)
+            h2 = F.relu(convolution_forward(h1, network.w2, network.b2, self.program.method))
         self._network_backward(head, None, h1, h2, dh)
 
     def _network_backward(self, head: Head, z1: Tensor | None, h1: Tensor, h2: Tensor, dh: Tensor) -> Tensor | None:

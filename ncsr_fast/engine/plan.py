@@ -102,6 +102,7 @@ class LevelPlan:
         self._group = {condition: self._branches_of(condition) for condition in ("features", "noise", None)}
         with without_autocast(features.own.device.type):
             self.mixing, self.folded = self._folded_mixing(), self._folded_networks()
+            self._split = folded_split(level) if level.split_channels else None
             self._known = self._pre_activations()
             self.program = self._make_program()
 
@@ -116,9 +117,10 @@ class LevelPlan:
         with without_autocast(z.device.type):
             x = F.pixel_unshuffle(z, level.squeeze) if level.squeeze > 1 else z
             z, logdet = self._steps(laid_out(x, options.memory_format), noise, None)
-            if not level.split_channels:
+            if self._split is None:
                 return z, None, logdet
-            z, density = ops.gaussian_split(z, split_prior(level, z[:, : -level.split_channels]), backend=options.backend)
+            h = split_prior(self._split, z[:, : -level.split_channels])
+            z, density = ops.gaussian_split(z, h, backend=options.backend)
             return z[:, : -level.split_channels], z[:, -level.split_channels :], logdet + density
 
     def decode(
@@ -135,8 +137,8 @@ class LevelPlan:
         """
         logdets, options = [], self.options
         with without_autocast(z.device.type):
-            if latent is not None:
-                joined, h = torch.cat([z, latent], dim=1), split_prior(self.level, z)
+            if self._split is not None and latent is not None:
+                joined, h = torch.cat([z, latent], dim=1), split_prior(self._split, z)
                 z, density = ops.gaussian_split(joined, h, inverse=True, backend=options.backend)
                 logdets.append(density)
             z, logdet = self._steps(laid_out(z, options.memory_format), noise, peaks)
@@ -273,10 +275,15 @@ class LevelPlan:
         )
 
 
-def split_prior(level: Level, z1: Tensor) -> Tensor:
-    """Mean and log standard deviation, interleaved, of the channels that a split takes out: a convolution of z1 (Glow)."""
+def folded_split(level: Level) -> tuple[Tensor, Tensor]:
+    """Weight and bias of a split's convolution, the scale folded in."""
     scale = torch.exp(LOG_SCALE * level.split_logs)
-    return convolution(z1, level.split_weight * scale[:, None, None, None], level.split_bias * scale, ConvolutionMethod())
+    return level.split_weight * scale[:, None, None, None], level.split_bias * scale
+
+
+def split_prior(split: tuple[Tensor, Tensor], z1: Tensor) -> Tensor:
+    """Mean and log standard deviation, interleaved, of the channels that a split takes out: a convolution of z1 (Glow)."""
+    return convolution(z1, *split, ConvolutionMethod())
 
 
 def _recorded(level: Level, features: Features) -> bool:

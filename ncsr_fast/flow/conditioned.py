@@ -52,7 +52,8 @@ class Levels:
     ) -> None:
         self.levels, self.config, self.condition, self.options = levels, config, condition, options
         self.keeps = keeps and self._fit()
-        self._plans: dict[tuple[int, bool], Plan] = {}
+        self.recorded = torch.is_grad_enabled()  # gradients of what the condition was made of, and of the weights
+        self._plans: dict[tuple[int, bool, bool], Plan] = {}
         self._images: list[Levels] | None = None
 
     @property
@@ -65,17 +66,20 @@ class Levels:
         if self.batch == 1:
             return self
         if self._images is None:
-            parts = (self.condition.sample(number) for number in range(self.batch))
-            self._images = [Levels(self.levels, self.config, part, self.options, self.keeps) for part in parts]
+            with torch.set_grad_enabled(self.recorded):
+                parts = (self.condition.sample(number) for number in range(self.batch))
+                self._images = [Levels(self.levels, self.config, part, self.options, self.keeps) for part in parts]
         return self._images[index]
 
     def plan(self, index: int, inverse: bool) -> Plan:
-        """The plan of a level in one direction."""
-        if (index, inverse) in self._plans:
-            return self._plans[index, inverse]
-        made = plan(self.levels[index], self.condition.features[index], self.options, inverse)
+        """The plan of a level in one direction, with gradients of the weights where they are recorded now and were before."""
+        recorded = self.recorded and torch.is_grad_enabled()
+        if (index, inverse, recorded) in self._plans:
+            return self._plans[index, inverse, recorded]
+        with torch.set_grad_enabled(recorded):
+            made = plan(self.levels[index], self.condition.features[index], self.options, inverse)
         if self.keeps:
-            self._plans[index, inverse] = made
+            self._plans[index, inverse, recorded] = made
         return made
 
     def encode(self, x: Tensor, noise: Tensor | None) -> tuple[tuple[Tensor, ...], Tensor]:
