@@ -157,16 +157,18 @@ Fold fold(int64_t count, int64_t channels, bool inverse, TensorTuple bias, Tenso
     return p;
 }
 
-// On the CPU only. Writes mix, offset, the log-det of a pixel, which lacks log|det weight| unless it is needed, and the
-// condition number of the weight in the ∞-norm, 0 where no inverse is needed.
-void fold_forward(int64_t count, int64_t channels, bool inverse, bool needs_logdet, TensorTuple bias, TensorTuple logs,
-                  TensorTuple weight, TensorTuple mix, TensorTuple offset, TensorTuple logdet, TensorTuple condition, bool,
-                  WhereTuple where) {
+// On the CPU only. Writes mix, offset and the log-det of a pixel, which lacks log|det weight| unless it is needed; returns the
+// condition numbers of the weights in the ∞-norm, 0 where no inverse is needed.
+std::vector<double> fold_forward(int64_t count, int64_t channels, bool inverse, bool needs_logdet, TensorTuple bias,
+                                 TensorTuple logs, TensorTuple weight, TensorTuple mix, TensorTuple offset, TensorTuple logdet,
+                                 bool, WhereTuple where) {
     Fold p = fold(count, channels, inverse, bias, logs, weight);
-    p.needs_logdet = needs_logdet;
-    p.mix = tensor(mix), p.offset = tensor(offset), p.logdet = tensor(logdet), p.condition = tensor(condition);
+    std::vector<double> condition(static_cast<size_t>(count));
+    p.needs_logdet = needs_logdet, p.condition = condition.data();
+    p.mix = tensor(mix), p.offset = tensor(offset), p.logdet = tensor(logdet);
     py::gil_scoped_release release;
     cpu->fold_forward(p, Where(where).threads);
+    return condition;
 }
 
 // On the CPU only. Writes dbias, dlogs and dweight.

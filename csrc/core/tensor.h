@@ -87,10 +87,11 @@ struct InverseLogdet {
 struct Fold {
     int64_t count, channels;
     bool inverse, needs_logdet;
-    Tensor bias, logs, weight;              // (N, C), (N, C) and (N, C, C)
-    Tensor mix, offset, logdet, condition;  // forward: (N, C, C), (N, C), (N,) and (N,), written
-    Tensor dmix, doffset, dlogdet;          // backward: read
-    Tensor dbias, dlogs, dweight;           // backward: written
+    Tensor bias, logs, weight;      // (N, C), (N, C) and (N, C, C)
+    Tensor mix, offset, logdet;     // forward: (N, C, C), (N, C) and (N,), written
+    double* condition;              // forward: (N,), dense, written
+    Tensor dmix, doffset, dlogdet;  // backward: read
+    Tensor dbias, dlogs, dweight;   // backward: written
 };
 
 // The network of an injector or a coupling, three convolutions with relu after the first two: cpu/step_network.h.

@@ -93,7 +93,7 @@ inline void fold_map_forward(const Fold& p, int64_t map) {
     write(mix, p.mix, map, n, n);
     write(offset, p.offset, map, 1, n);
     write({p.inverse ? -logdet : logdet}, p.logdet, map, 1, 1);
-    write({condition}, p.condition, map, 1, 1);
+    p.condition[map] = condition;
 }
 
 // Gradients of bias, logs and weight. weight⁻ᵀ, as the gradient of log|det weight|, is computed in float32 unless the weight is

@@ -53,7 +53,7 @@ def with_outputs(program: Program, tensors: LevelTensors, layers: list[list[Laye
     """
     walk, outputs = Walk(program, tensors), list(tensors.outputs)
     for index in free_branches(program, tensors):
-        heads = [Head(index, network) for network in range(program.branches[index].count)]
+        heads = [Head(index, network) for network in range(program.branches[index].steps)]
         if layers is None:
             outputs[index] = tuple(walk.free_output(head) for head in heads)
         else:
@@ -103,7 +103,7 @@ def _forward(flat: Tensors, spec: Any, program: Program, checkpoint: bool) -> tu
 def _read_saved(flat: Tensors, program: Program, free: list[int], checkpoint: bool) -> Saved:
     """The inverse of flattening `Saved`."""
     left = iter(flat)
-    counts = [program.branches[index].count for index in free]
+    counts = [program.branches[index].steps for index in free]
     states = [next(left) for _ in program.stages]
     outputs = [tuple(next(left) for _ in range(count)) for count in counts]
     if checkpoint:

@@ -27,17 +27,17 @@ class Place(NamedTuple):
 
 
 class BranchProgram(NamedTuple):
-    """A branch of the last `count` steps.
+    """A branch of the last steps of a level.
 
     Args:
-        count: The number of its networks.
+        steps: How many of the last steps have it, which is the number of its networks.
         changes_all: True: it changes all channels, and its networks read the condition alone (injector). False: it changes
             the second half of the channels, and its networks read the first half too (coupling).
         hidden: Channels of a pre-activation.
         places: Where the pre-activation of each network is.
     """
 
-    count: int
+    steps: int
     changes_all: bool
     hidden: int
     places: tuple[Place, ...]
@@ -106,7 +106,7 @@ class Program(NamedTuple):
 def stages(branches: Sequence[BranchProgram], steps: int, inverse: bool) -> tuple[Stage, ...]:
     """The stages of a level of so many conditional steps, whose branches are given in encoding order."""
     heads = [
-        [Head(b, k - steps + branch.count) for b, branch in enumerate(branches) if k >= steps - branch.count]
+        [Head(b, k - steps + branch.steps) for b, branch in enumerate(branches) if k >= steps - branch.steps]
         for k in range(steps)
     ]
     return _decoding(branches, heads) if inverse else _encoding(branches, heads)

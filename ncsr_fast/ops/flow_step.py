@@ -120,7 +120,7 @@ def _forward(tensors: StepTensors, eps: float, inverse: bool, op: str, backend: 
     mix, offset, logdet_of_pixel = _folding(backend, z).fold_forward(op, bias, logs, weight, inverse, compute_dtype(z))
     before, after = (h_injector, h_coupling) if inverse else (h_coupling, h_injector)
     y, logdet = kernels(backend).flow_step_forward(z, mix, offset, before, after, eps, inverse)
-    return (y, logdet.add_(logdet_of_pixel * (z.shape[2] * z.shape[3]))), (y,)
+    return (y, logdet.add_(logdet_of_pixel, alpha=z.shape[2] * z.shape[3])), (y,)
 
 
 def _backward(

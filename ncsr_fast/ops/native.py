@@ -88,19 +88,24 @@ def _per_sample(x: Tensor, dtype: torch.dtype) -> _Passed:
 def _parameter(x: Tensor, dims: int) -> _Passed:
     """A tensor of `dims` ≤ 2 dimensions, or a stack of them, of any strides and dtype, which the folding reads."""
     x = in_memory(x)
-    item = x.stride(0) if x.dim() > dims else 0
-    row, column = (0, 0, *x.stride()[x.dim() - dims :])[-2:]
-    return _Passed((_address(x), _DTYPES[x.dtype], item, 0, row, column), x)
+    return _map(x, dims)
 
 
 def _parameter_written(x: Tensor, dims: int) -> _Passed:
     _check_writable(x)
-    return _parameter(x, dims)
+    return _map(x, dims)
+
+
+def _map(x: Tensor, dims: int) -> _Passed:
+    strides = x.stride()
+    item = strides[0] if len(strides) > dims else 0
+    row, column = (0, 0, *strides)[-2:] if dims == 2 else (0, strides[-1] if dims else 0)
+    return _Passed((_address(x), _DTYPES[x.dtype], item, 0, row, column), x)
 
 
 def _address(x: Tensor) -> int:
     """Where the values of a tensor that `in_memory` returned begin."""
-    if x.device.type not in ("cpu", "cuda"):
+    if not (x.is_cpu or x.is_cuda):
         raise TypeError(f"a kernel reads memory of the CPU or of a GPU, and this tensor is on {x.device}")
     return x.data_ptr()
 
@@ -110,23 +115,25 @@ def _check_writable(y: Tensor) -> None:
         raise TypeError("a kernel cannot write to a tensor with a negative bit, or to one that is known to be zero")
 
 
-def _run(call: Callable[..., Any], x: Tensor, workspace: Callable[[], int], *arguments: object) -> None:
-    """Calls a compiled function where x is; every tensor among the arguments is a `_Passed`."""
+def _run(call: Callable[..., Any], x: Tensor, workspace: Callable[[], int], *arguments: object) -> Any:
+    """Call a compiled function where x is, and return its result; every tensor among the arguments is a `_Passed`.
+
+    On the CPU it runs with torch's number of threads; on a GPU, of the ordinal of x, with torch's current stream there.
+    """
+    device, float64, values = x.device, x.dtype == torch.float64, []
     for argument in arguments:
-        if type(argument) is _Passed and argument.tensor is not None and argument.tensor.device != x.device:
-            raise ValueError(f"a tensor is on {argument.tensor.device}, but the state is on {x.device}")
-    _launch(call, x, workspace, *(argument.value if type(argument) is _Passed else argument for argument in arguments))
-
-
-def _launch(call: Callable[..., Any], x: Tensor, workspace: Callable[[], int], *values: object) -> None:
-    """Run on the CPU with torch's number of threads, or on a GPU, of this ordinal, with torch's current stream there."""
-    float64 = x.dtype == torch.float64
-    if x.device.type == "cpu":
-        call(*values, float64, (0, torch.get_num_threads(), 0, 0))
-        return
-    memory = torch.empty(workspace(), dtype=torch.uint8, device=x.device)  # of torch's allocator, which minds the stream
-    with torch.cuda.device(x.device):
-        call(*values, float64, (1, x.device.index, torch.cuda.current_stream(x.device).cuda_stream, _address(memory)))
+        if type(argument) is _Passed:
+            value, tensor = argument
+            if tensor is not None and tensor.device != device:
+                raise ValueError(f"a tensor is on {tensor.device}, but the state is on {device}")
+            values.append(value)
+        else:
+            values.append(argument)
+    if x.is_cpu:
+        return call(*values, float64, (0, torch.get_num_threads(), 0, 0))
+    memory = torch.empty(workspace(), dtype=torch.uint8, device=device)  # of torch's allocator, which minds the stream
+    with torch.cuda.device(device):
+        return call(*values, float64, (1, device.index, torch.cuda.current_stream(device).cuda_stream, _address(memory)))
 
 
 def _logdet(x: Tensor) -> Tensor:
@@ -354,14 +361,14 @@ def fold_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     channels, count = weight.shape[-1], weight.shape[0] if weight.dim() == 3 else 1
     mix, offset = weight.new_empty(weight.shape, dtype=dtype), weight.new_empty(bias.shape, dtype=dtype)
-    logdet, condition = (weight.new_empty(bias.shape[:-1], dtype=torch.float64) for _ in range(2))
-    _run(
+    logdet = weight.new_empty(bias.shape[:-1], dtype=torch.float64)
+    conditions = _run(
         native.fold_forward, weight, lambda: 0, count, channels, inverse, needs_logdet, _parameter(bias, 1),
         _parameter(logs, 1), _parameter(weight, 2), _parameter_written(mix, 2), _parameter_written(offset, 1),
-        _parameter_written(logdet, 0), _parameter_written(condition, 0),
+        _parameter_written(logdet, 0),
     )  # fmt: skip
     if inverse:
-        check_conditions(name, condition.flatten().tolist(), channels)
+        check_conditions(name, conditions, channels)
     return mix, offset, logdet
 
 
