@@ -8,7 +8,7 @@ import itertools
 import random
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -33,15 +33,16 @@ class Cache:
     """
 
     def __init__(self) -> None:
-        self._entries: dict[object, tuple[tuple, object]] = {}
+        self._entries: dict[object, tuple[object, Any]] = {}
         self._thread = threading.local()  # its `held`, in a thread that holds: the values that were made or compared since
-        self._frozen: dict[object, object] | None = None  # while frozen: what was made since
+        self._frozen: dict[object, Any] | None = None  # while frozen: what was made since
 
     def get(self, name: object, weights: Iterable[Tensor], build: Callable[[], Built]) -> Built:
         """The value called `name`, built when there is none or a weight changed since. Never recorded by autograd."""
         if traced():
             return build()
-        frozen, held = self._frozen, getattr(self._thread, "held", None)
+        frozen: dict[object, Built] | None = self._frozen
+        held: dict[object, Built] | None = getattr(self._thread, "held", None)
         if frozen is not None:
             if name not in frozen:
                 frozen[name] = build()
@@ -61,7 +62,8 @@ class Cache:
         state, entry = fingerprint(weights), self._entries.get(name)
         if entry is None or entry[0] != state:
             self._entries[name] = entry = state, build()
-        return entry[1]
+        value: Built = entry[1]
+        return value
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
@@ -81,14 +83,14 @@ class Cache:
         self._frozen = None
 
     @property
-    def frozen_values(self) -> dict[object, object] | None:
+    def frozen_values(self) -> dict[object, Any] | None:
         """The values made since `freeze`, by name; None while weights are compared."""
         return self._frozen
 
-    def __deepcopy__(self, memo: dict) -> Cache:
+    def __deepcopy__(self, memo: dict[int, Any]) -> Cache:
         return Cache()
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[Any, ...]:
         return Cache, ()
 
 
@@ -97,13 +99,13 @@ def _is_tracked(weight: Tensor) -> bool:
     return has_memory(weight) and not weight.is_inference()
 
 
-def place(weight: Tensor) -> tuple:
+def place(weight: Tensor) -> tuple[Any, ...]:
     """Where and how a weight lies in memory, and the count of operations on it."""
     signs = weight.is_neg()
     return weight.data_ptr(), weight._version, weight.dtype, weight.device, tuple(weight.shape), weight.stride(), signs
 
 
-def fingerprint(weights: Iterable[Tensor]) -> tuple[list[tuple], int]:
+def fingerprint(weights: Iterable[Tensor]) -> tuple[list[tuple[Any, ...]], int]:
     """What equals that of another time only when none of the weights, all on one device, changed between, by whatever way.
 
     Besides `place`, it is a hash of their bits: exact integers, the same whatever the order of summation. A change, be it a
@@ -138,7 +140,8 @@ def _hash(words: list[Tensor]) -> int:
 
 def _blocks(words: list[Tensor], size: int) -> Iterator[Tensor]:
     """All words, one after the other, in vectors of up to `size`."""
-    block, room = [], size
+    block: list[Tensor] = []
+    room = size
     for part in itertools.chain.from_iterable(vector.split(size) for vector in words):
         if len(part) > room:
             yield _joined(block)

@@ -37,7 +37,8 @@ class Features(NamedTuple):
 
     def sample(self, index: int) -> Features:
         """The features of one image of the batch, which keeps its dimension."""
-        return Features(*(None if tensor is None else tensor[index : index + 1] for tensor in self))
+        image = slice(index, index + 1)
+        return Features(self.own[image], None if self.stacked is None else self.stacked[image])
 
 
 class Condition(NamedTuple):

@@ -49,7 +49,7 @@ class Networks(NamedTuple):
 class Hoisted(NamedTuple):
     """The rest of the first layers of K networks: pre = weight ∗ condition + bias."""
 
-    weight: Tensor | None  # (K·hidden, condition, 3, 3); None without a condition
+    weight: Tensor  # (K·hidden, condition, 3, 3)
     bias: Tensor  # (K·hidden,)
 
 
@@ -78,7 +78,7 @@ def fold_networks(parameters: NetworkParameters, state_channels: int, dtype: tor
         (parameters.bias3 * scale3).to(dtype),
     )
     bias = (parameters.norm1_bias * scale1).to(dtype).flatten()
-    return networks, Hoisted(weight.flatten(0, 1) if weight.shape[2] else None, bias)
+    return networks, Hoisted(weight.flatten(0, 1), bias)
 
 
 def _filters(scale: Tensor) -> Tensor:

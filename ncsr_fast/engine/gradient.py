@@ -21,7 +21,7 @@ from ncsr_fast.engine.program import Head, Program, Stage
 from ncsr_fast.engine.walk import LevelTensors, Record, Walk
 from ncsr_fast.ops.backends import kernels
 from ncsr_fast.ops.conv3x3 import convolution_forward
-from ncsr_fast.ops.operator import Operator, Pair, Tensors
+from ncsr_fast.ops.operator import Operator, Outputs, Pair, Tensors
 from ncsr_fast.ops.step_network import Layers, StepNetwork, network_gradients
 
 
@@ -95,12 +95,12 @@ def _forward(flat: Tensors, spec: Any, program: Program, checkpoint: bool) -> tu
     complete = with_outputs(program, tensors, free)
     record = Record([], layers=None if checkpoint else [])
     output = Walk(program, complete).run(x, record)
-    outputs = [complete.outputs[index] for index in free_branches(program, tensors)]
+    outputs = [complete.outputs[index] or () for index in free_branches(program, tensors)]
     free_h2 = [[h2 for _, h2, _ in found] for found in free or []]
     return output, tuple(pytree.tree_leaves(Saved(record.states, outputs, free_h2, record.layers or [])))
 
 
-def _read_saved(flat: Tensors, program: Program, free: list[int], checkpoint: bool) -> Saved:
+def _read_saved(flat: Outputs, program: Program, free: list[int], checkpoint: bool) -> Saved:
     """The inverse of flattening `Saved`."""
     left = iter(flat)
     counts = [program.branches[index].steps for index in free]
@@ -114,7 +114,7 @@ def _read_saved(flat: Tensors, program: Program, free: list[int], checkpoint: bo
 
 
 def _backward(
-    grads: Pair, flat: Tensors, saved: Tensors, needed: tuple[bool, ...], spec: Any, program: Program, checkpoint: bool
+    grads: Pair, flat: Tensors, saved: Outputs, needed: tuple[bool, ...], spec: Any, program: Program, checkpoint: bool
 ) -> Tensors:
     x, tensors = pytree.tree_unflatten(list(flat), spec)
     _, wanted = pytree.tree_unflatten(list(needed), spec)
@@ -122,6 +122,16 @@ def _backward(
     backward = _Backward(program, tensors, _read_saved(saved, program, free, checkpoint), free, wanted)
     dx = backward.run(x, *grads)
     return tuple(pytree.tree_leaves((dx, backward.gradients)))
+
+
+class LevelGradients(NamedTuple):
+    """Gradients of `LevelTensors`, None where they are not wanted."""
+
+    mix: Tensor
+    offset: Tensor
+    networks: tuple[tuple[Tensor | None, ...], ...]
+    sources: tuple[Tensor | None, ...]
+    outputs: tuple[tuple[None, ...] | None, ...]
 
 
 class _Backward:
@@ -134,7 +144,7 @@ class _Backward:
         self.program, self.saved, self.free, self.wanted = program, saved, free, wanted
         self.walk = Walk(program, tensors._replace(outputs=tuple(outputs)))
         self.kernels = kernels(program.backend)
-        self.gradients = LevelTensors(
+        self.gradients = LevelGradients(
             torch.empty_like(tensors.mix),
             torch.empty_like(tensors.offset),
             tuple(_empty(networks, flags) for networks, flags in zip(tensors.networks, wanted.networks)),
@@ -185,9 +195,9 @@ class _Backward:
             dy, dlogdet, x, y, tensors.mix[stage.mix], before, after, program.eps, program.inverse
         )
         self.gradients.mix[stage.mix], self.gradients.offset[stage.mix] = dmix, doffset
-        if stage.after is not None:
+        if stage.after is not None and dafter is not None:
             self._free_backward(stage.after, dafter)
-        if stage.before is not None and deferred is None:
+        if stage.before is not None and dbefore is not None and deferred is None:
             self._free_backward(stage.before, dbefore)
         return dx, dbefore
 
@@ -204,7 +214,7 @@ class _Backward:
         program = self.program
         for position in reversed(range(len(stage.heads))):
             head, x = stage.heads[position], states[position]
-            if position == len(stage.applied):
+            if position == len(stage.applied) and ddeferred is not None:
                 dh = ddeferred
             else:
                 h = layers[head][2] if head in layers else self.walk.output(head, x)
@@ -213,7 +223,8 @@ class _Backward:
             if head in layers:
                 h1, h2, _ = layers[head]
                 dz1 = self._network_backward(head, self.walk.read(head, x), h1, h2, dh)
-                dy[:, : dz1.shape[1]].add_(dz1)
+                if dz1 is not None:
+                    dy[:, : dz1.shape[1]].add_(dz1)
             else:
                 self._free_backward(head, dh)
         return dy
@@ -234,10 +245,8 @@ class _Backward:
         """The gradient of z1; those of the pre-activation and of the weights are stored."""
         program, (branch, number) = self.program, head
         source = program.branches[branch].places[number].source
-        if self.wanted.sources[source]:
-            dpre = self.walk.pre_activation(self.gradients.sources, head)
-        else:
-            dpre = torch.empty_like(h1)
+        dsource = self.gradients.sources[source]
+        dpre = torch.empty_like(h1) if dsource is None else self.walk.pre_activation(dsource, head)
         needs_weights = any(flag for flag in self.wanted.networks[branch] if flag is not None)
         network = self.walk.network(head)
         dz1, dnetwork = network_gradients(network, z1, h1, h2, dh, needs_weights, program.method, dpre)
@@ -245,17 +254,17 @@ class _Backward:
         return dz1
 
 
-def _empty(networks: Networks, wanted: Networks) -> Networks:
+def _empty(networks: Networks, wanted: Networks) -> tuple[Tensor | None, ...]:
     """Room for the gradients of stacked networks."""
     any_wanted = any(flag for flag in wanted if flag is not None)
-    return Networks(*(torch.empty_like(t) if any_wanted and t is not None else None for t in networks))
+    return tuple(torch.empty_like(t) if any_wanted and t is not None else None for t in networks)
 
 
-def _store(stacked: Networks, gradients: StepNetwork | None, index: int) -> None:
+def _store(stacked: tuple[Tensor | None, ...], gradients: StepNetwork | None, index: int) -> None:
     if gradients is None:
         return
     for stack, gradient in zip(stacked, gradients):
-        if stack is not None:
+        if stack is not None and gradient is not None:
             stack[index] = gradient
 
 

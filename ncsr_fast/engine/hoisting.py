@@ -9,8 +9,8 @@ w0, w1, w2, the outputs of the cell are
 
 and along both axes a cell needs the nine products {S, A, C} × {S, A, C}: nine 1×1 convolutions at LR resolution in place
 of 9 f² multiplications an input and output channel (f = 2: a quarter, f = 4: a sixteenth). Beyond the border a and c are 0,
-the zero padding of the enlarged image. For f = 2 on a CPU there is a kernel that takes 25 products for four cells, not 36
-(csrc/winograd_transforms_cpu.h).
+the zero padding of the upsampled image. For f = 2 on a CPU there is a kernel that takes 25 products for four cells, not 36
+(csrc/cpu/conv3x3_transforms.h).
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from ncsr_fast.ops.conv3x3 import (
     convolution_forward,
 )
 from ncsr_fast.ops.operator import Operator, Tensors
+from ncsr_fast.ops.plain_convolution import Needed
 
 Products = list[list[Tensor]]  # 1×1 weights (N, s, 1, 1) of {S, A, C} × {S, A, C}
 
@@ -137,7 +138,7 @@ def _upsampled_forward(
 def _backward(
     grads: tuple[Tensor],
     tensors: tuple[Tensor, Tensor, Tensor, Tensor],
-    _: Tensors,
+    __: Tensors,
     needed: tuple[bool, ...],
     algorithm: str,
     method: ConvolutionMethod,
@@ -147,34 +148,34 @@ def _backward(
     stacked_weight = weight[:, split:]
     dweight = torch.empty_like(weight, memory_format=torch.contiguous_format) if needed[2] else None
     dfirst, dlast = (None, None) if dweight is None else (dweight[:, :split], dweight[:, split:])
-    wanted = needed[0], needed[2], needed[3]
-    down, _, dbias = convolution_backward(dy, own, weight[:, :split], wanted, method, dweight=dfirst)
+    first_needed = needed[0], needed[2], needed[3]
+    down, _, dbias = convolution_backward(dy, own, weight[:, :split], first_needed, method, dweight=dfirst)
+    last_needed = needed[1], needed[2], False
     if algorithm == "kernel":
         backward = kernels(convolution_backend(stacked, stacked_weight, method)).conv3x3_backward
-        wanted = needed[1], needed[2], False
-        dstacked = backward(dy, stacked, stacked_weight, wanted, upsample2x=True, dweight=dlast)[0]
+        dstacked, _, _ = backward(dy, stacked, stacked_weight, last_needed, upsample2x=True, dweight=dlast)
     else:
-        dstacked, dproducts = _products_backward(dy, own, stacked, products_of(stacked_weight), needed[1:3], method)
+        dstacked, dproducts = _products_backward(dy, own, stacked, products_of(stacked_weight), last_needed, method)
         if dlast is not None:
             dlast.copy_(_products_of_backward(dproducts))
     return down, dstacked, dweight, None if dbias is None else dbias.to(bias.dtype)
 
 
 def _products_backward(
-    dy: Tensor, own: Tensor, stacked: Tensor, rows: Products, needed: tuple[bool, ...], method: ConvolutionMethod
-) -> tuple[Tensor | None, list[list[Tensor | None]]]:
+    dy: Tensor, own: Tensor, stacked: Tensor, rows: Products, needed: Needed, method: ConvolutionMethod
+) -> tuple[Tensor | None, Products]:
     """Gradients of the stacked features and of the products' weights."""
     dstacked = torch.zeros_like(stacked) if needed[0] else None
-    dproducts: list[list[Tensor | None]] = [[None] * 3 for _ in range(3)]
+    dproducts: Products = [[] for _ in range(3)]
     cells = _Cells(own, stacked)
     for i in range(3):
         lines = [_sum([cells.pixels(dy, p, q) for p in cells.rows(i)]) for q in range(cells.factor)]
         for j in range(3):
             dproduct = lines[0] if j == 1 else lines[-1] if j == 2 else _sum(lines)
-            dx, dproducts[i][j], _ = convolution_backward(
-                dproduct, cells.difference(i, j), rows[i][j], (*needed, False), method
-            )
-            if dx is not None:
+            dx, dweight, _ = convolution_backward(dproduct, cells.difference(i, j), rows[i][j], needed, method)
+            if dweight is not None:
+                dproducts[i].append(dweight)
+            if dx is not None and dstacked is not None:
                 dstacked += _difference_backward(_difference_backward(dx, j, 3), i, 2)
     return dstacked, dproducts
 
@@ -239,7 +240,7 @@ def _sum_and_ends(weight: Tensor) -> list[Tensor]:
     return [first + middle + last, first, last]
 
 
-def _products_of_backward(grads: list[list[Tensor]]) -> Tensor:
+def _products_of_backward(grads: Products) -> Tensor:
     """Gradient (N, s, 3, 3) of the weight: each of its elements is in the sums, and the outer ones in a product more."""
     rows = [_spread([part[:, :, 0, 0] for part in row]) for row in grads]
     return _spread(rows)

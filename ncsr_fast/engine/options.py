@@ -15,7 +15,7 @@ from ncsr_fast.ops.conv3x3 import ConvolutionMethod
 ENGINES = ("fused", "plain")
 PRECISIONS = ("fp32", "tf32", "bf16")  # for training too; EngineOptions says what "fp16" is for
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}  # of the networks of a float32 model
-_AUTOCAST = {dtype: precision for precision, dtype in _DTYPES.items()}
+_AUTOCAST: dict[torch.dtype | None, str] = {dtype: precision for precision, dtype in _DTYPES.items()}
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,10 @@ from ncsr_fast.engine.plan import Level, LevelPlan
 class DefinedLevel(Level, Protocol):
     """A level with its definition, as `ncsr_fast.flow.level.FlowLevel` has it."""
 
-    has_kernels: bool
     noise_channels: int
+
+    @property
+    def has_kernels(self) -> bool: ...
 
     def encode(
         self, z: Tensor, u: Tensor, v: Tensor | None, initialize: bool, backend: str

@@ -37,24 +37,36 @@ _AT_ONCE = 256 * 2**20
 class Level(Protocol):
     """What the engine reads of `ncsr_fast.flow.level.FlowLevel`."""
 
-    actnorm_bias: Tensor
-    actnorm_logs: Tensor
-    invconv: Tensor
     transition_steps: int
     steps: int
     squeeze: int
     pass_through: int
     branches: tuple[Branch, ...]
     split_channels: int
-    split_weight: Tensor
-    split_bias: Tensor
-    split_logs: Tensor
     eps: float
     cache: Cache
 
+    @property
+    def actnorm_bias(self) -> Tensor: ...
+
+    @property
+    def actnorm_logs(self) -> Tensor: ...
+
+    @property
+    def invconv(self) -> Tensor: ...
+
+    @property
+    def split_weight(self) -> Tensor: ...
+
+    @property
+    def split_bias(self) -> Tensor: ...
+
+    @property
+    def split_logs(self) -> Tensor: ...
+
     def networks(self, branch: Branch) -> NetworkParameters: ...
 
-    def parameters(self) -> Iterator[Tensor]: ...
+    def parameters(self, recurse: bool = True) -> Iterator[Tensor]: ...
 
 
 class FoldedLevel(NamedTuple):
@@ -214,7 +226,7 @@ class LevelPlan:
     def _add_features(self, known: PreActivations) -> None:
         places, bias = self._places("features"), self.folded.hoisted["features"].bias
         if self.recorded:
-            known.add(hoisted_convolution(self.features, self.folded.weight, bias, self.options.method), places)
+            known.add(hoisted_convolution(self.features, self._weight, bias, self.options.method), places)
             return
         for index in self._group["features"]:
             self._add_branch(known, index, [channel for branch, channel in places if branch == index])
@@ -222,7 +234,7 @@ class LevelPlan:
     def _add_branch(self, known: PreActivations, index: int, channels: list[int]) -> None:
         """Add a branch, some networks at a time: their outputs if they read the features alone, else their pre-activations."""
         networks, method, own = self.folded.networks[index].unbind(), self.options.method, self.features.own
-        weight, bias = self.folded.weight, self.folded.hoisted["features"].bias
+        weight, bias = self._weight, self.folded.hoisted["features"].bias
         hidden, changes_all = networks[0].w2.shape[0], self.level.branches[index].changes_all
         size = own[:, :1].numel() * hidden * own.element_size()
         # torch.export knows no sizes
@@ -239,6 +251,11 @@ class LevelPlan:
                     known.add(laid_out(own_pre, self.options.memory_format), [(index, 0)])
         if changes_all:
             known.outputs[index] = outputs
+
+    @property
+    def _weight(self) -> HoistedWeight:
+        assert self.folded.weight is not None, "no branch reads the features"
+        return self.folded.weight
 
     def _noise_source(self, noise: Tensor | None) -> list[Tensor]:
         """The pre-activations of the branches whose condition is the noise, if there are any."""
@@ -296,5 +313,4 @@ def _stacked(parts: list[Hoisted]) -> Hoisted:
     """The hoisted layers of several branches with one condition as one."""
     if len(parts) == 1:
         return parts[0]
-    weights = [part.weight for part in parts if part.weight is not None]
-    return Hoisted(torch.cat(weights) if weights else None, torch.cat([part.bias for part in parts]))
+    return Hoisted(torch.cat([part.weight for part in parts]), torch.cat([part.bias for part in parts]))

@@ -125,13 +125,13 @@ class Walk:
 
     def pre(self, head: Head) -> Tensor:
         """The pre-activation of a head's network."""
-        return self.pre_activation(self.tensors.sources, head)
+        place = self.program.branches[head.branch].places[head.network]
+        return self.pre_activation(self.tensors.sources[place.source], head)
 
-    def pre_activation(self, sources: tuple[Tensor, ...], head: Head) -> Tensor:
-        """That part of the sources, or of their gradients, which is the pre-activation of a head's network: a view."""
+    def pre_activation(self, source: Tensor, head: Head) -> Tensor:
+        """That part of its source, or of the gradient, which is the pre-activation of a head's network: a view."""
         branch = self.program.branches[head.branch]
         place = branch.places[head.network]
-        source = sources[place.source]
         return source if source.shape[1] == branch.hidden else source[:, place.channel : place.channel + branch.hidden]
 
     def read(self, head: Head, x: Tensor) -> Tensor | None:

@@ -122,7 +122,8 @@ class Levels:
         together = self._samples_at_once(index) if shared else len(z)
         if len(z) <= together:
             return planned.decode(z, latent, noise, peaks)
-        parts, logdets, found = [], [], []
+        parts, logdets = [], []
+        found: list[list[Tensor]] = []
         for first in range(0, len(z), together):
             chunk = slice(first, first + together)
             found.append([])

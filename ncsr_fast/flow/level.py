@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -100,8 +100,8 @@ class FlowLevel(nn.Module):
         if branch.network not in NETWORKS:
             raise ValueError(f"branch {branch.name}: no networks of kind {branch.network!r}; there are {', '.join(NETWORKS)}")
 
-    def networks(self, branch: Branch) -> nn.Module:
-        """The networks of a branch."""
+    def networks(self, branch: Branch) -> Any:
+        """The networks of a branch: `StackedNetworks`, or a module of another kind."""
         return getattr(self, branch.name)
 
     @property
@@ -133,7 +133,7 @@ class FlowLevel(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """The inverse of `encode`: state of the next level and the split's latent → z and logdet (B,)."""
         logdets = []
-        if self.split_channels:
+        if latent is not None:
             z, logdet = self.undo_split(z, latent, backend)
             logdets.append(logdet)
         for step in reversed(self.unbind()):
@@ -212,4 +212,5 @@ class FlowLevel(nn.Module):
 def _random_rotation(channels: int) -> Tensor:
     """A rotation in the default dtype, which may be one that PyTorch decomposes no matrices of."""
     normal = torch.randn(channels, channels)
-    return torch.linalg.qr(normal.double())[0].to(normal.dtype)
+    rotation: Tensor = torch.linalg.qr(normal.double())[0]
+    return rotation.to(normal.dtype)

@@ -61,7 +61,7 @@ class StackedNetworks(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Apply `to()`, `half()`, `share_memory()` … to stacked weights as to the 4-D weights of single networks, which can
         have the memory format `torch.channels_last`."""
-        return super()._apply(lambda tensor: _apply_single(fn, tensor), recurse)
+        return super()._apply(lambda tensor: _apply_single(fn, tensor), recurse)  # type: ignore[no-untyped-call]
 
     def unbind(self) -> list[Network]:
         """The networks one by one. Once a pass: under autograd, indexing would fill a stack of zeros per step."""
@@ -71,7 +71,8 @@ class StackedNetworks(nn.Module):
 def _apply_single(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
     if tensor.dim() != 5:
         return fn(tensor)
-    return fn(tensor.flatten(0, 1)).unflatten(0, tensor.shape[:2])
+    applied: Tensor = fn(tensor.flatten(0, 1)).unflatten(0, tensor.shape[:2])  # type: ignore[no-untyped-call]
+    return applied
 
 
 def zeros_conv(x: Tensor, weight: Tensor, bias: Tensor, logs: Tensor) -> Tensor:

@@ -59,7 +59,7 @@ class ConditionedFlow:
         inputs: Inputs,
         lr: Tensor,
         parameters: Callable[[], Iterator[Tensor]],
-        recording: Callable[[], contextlib.AbstractContextManager],
+        recording: Callable[[], contextlib.AbstractContextManager[None]],
         advice: Callable[[Tensor], str],
     ) -> None:
         self._levels, self._inputs, self.lr = levels, inputs, lr
@@ -127,7 +127,7 @@ class ConditionedFlow:
         """Images (B, n, …) of the padded size, not clipped, and what is to be done about those that blew up."""
         watch = on_nonfinite != "ignore"
         images, first_bad = decode_samples(self._levels, latents, watch)
-        if not watch:
+        if first_bad is None:
             return images
         if not has_memory(first_bad):
             raise ValueError(f"on_nonfinite={on_nonfinite!r} reads values, and there are none here: use on_nonfinite='ignore'")
@@ -159,7 +159,7 @@ class ConditionedFlow:
                 levels, lr = self._levels.image(image), self.lr[image : image + 1]
                 drawn, first_bad = decode_samples(levels, draw(levels, lr, len(samples), temperature, generator), True)
                 images[image, samples] = drawn[0]
-                still = _origins(levels, first_bad)
+                still = {} if first_bad is None else _origins(levels, first_bad)
                 left = [pair for pair in left if pair[0] != image or (0, samples.index(pair[1])) in still]
             if not left:
                 break
@@ -198,8 +198,11 @@ def draw_latents(
     generator: torch.Generator | None,
 ) -> list[Tensor]:
     """Latents (batch, n, *shape) ~ N(0, temperature²), drawn sample by sample: the first m do not depend on n."""
-    options = {"generator": generator, "dtype": like.dtype, "device": like.device}
-    draws = [[torch.randn((batch, *shape), **options) for shape in shapes] for _ in range(n)]
+
+    def normal(shape: tuple[int, int, int]) -> Tensor:
+        return torch.randn((batch, *shape), generator=generator, dtype=like.dtype, device=like.device)
+
+    draws = [[normal(shape) for shape in shapes] for _ in range(n)]
     return [temperature * torch.stack(latents, dim=1) for latents in zip(*draws)]
 
 
