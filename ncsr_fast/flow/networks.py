@@ -71,7 +71,7 @@ class StackedNetworks(nn.Module):
 def _apply_single(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
     if tensor.dim() != 5:
         return fn(tensor)
-    applied: Tensor = fn(tensor.flatten(0, 1)).unflatten(0, tensor.shape[:2])  # type: ignore[no-untyped-call]
+    applied: Tensor = fn(tensor.flatten(0, 1)).unflatten(0, tensor.shape[:2])
     return applied
 
 
