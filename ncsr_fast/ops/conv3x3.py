@@ -13,7 +13,7 @@ from ncsr_fast.layout import is_channels_last
 from ncsr_fast.ops.backends import covering_backend, kernels, resolve_backend
 from ncsr_fast.ops.contract import check_state, check_tensors
 from ncsr_fast.ops.operator import Operator, Outputs, Tensors
-from ncsr_fast.ops.plain_convolution import Needed, convolve, convolve_as_recorded, convolve_backward
+from ncsr_fast.ops.plain_convolution import Gradients, Needed, convolve, convolve_as_recorded, convolve_backward
 from ncsr_fast.ops.registration import Signature
 
 # Channels in and out from which Winograd's transforms cost less than they save: of 64 and 12 at 80×80 pixels, the gradients
@@ -118,11 +118,10 @@ def convolution_backward(
     dx: Tensor | None = None,
     relu: tuple[Tensor, float] | None = None,
     dweight: Tensor | None = None,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+) -> Gradients:
     """Gradients of x, weight and bias of `convolution`; `ops.reference.conv3x3_backward` has the arguments."""
     if weight.shape[-1] != 3:
-        found, dfound, dbias = convolve_backward(dy, x, weight, needed, method.tf32)
-        return found, dfound, dbias
+        return convolve_backward(dy, x, weight, needed, method.tf32)
     backend = convolution_backend(x, weight, method)
     return kernels(backend).conv3x3_backward(dy, x, weight, needed, relu=relu, tf32=method.tf32, dx=dx, dweight=dweight)
 

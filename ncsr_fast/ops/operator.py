@@ -121,6 +121,6 @@ class Operator:
             pairs = zip(self.reference(*views, *settings), grads)
             recorded = [(output, grad) for output, grad in pairs if output is not None and output.requires_grad]
         outputs, weights = zip(*recorded)
-        wanted = [view for view, need in zip(views, needed) if need]
+        wanted = [view for view, need in zip(views, needed) if need and view is not None]
         found = iter(torch.autograd.grad(outputs, wanted, weights, create_graph=create_graph, allow_unused=True))
         return tuple(next(found) if need else None for need in needed)

@@ -11,6 +11,7 @@ from torch import Tensor
 from ncsr_fast.precision import convolutions_are_rounded, has_cudnn, true_float32
 
 Needed = tuple[bool, bool, bool]
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, tf32: bool) -> Tensor:
@@ -37,15 +38,18 @@ def convolve_by_cudnn(x: Tensor, weight: Tensor, bias: Tensor | None, allow_tf32
     cudnn = torch.backends.cudnn
     deterministic = cudnn.deterministic or torch.are_deterministic_algorithms_enabled()
     flags = cudnn.benchmark, deterministic, cudnn.enabled, allow_tf32
-    return torch.ops.aten._convolution.default(x, weight, bias, [1, 1], _padding(weight), [1, 1], False, [0, 0], 1, *flags)
+    options = [1, 1], _padding(weight), [1, 1], False, [0, 0], 1
+    y: Tensor = torch.ops.aten._convolution.default(x, weight, bias, *options, *flags)
+    return y
 
 
-def convolve_backward(dy: Tensor, x: Tensor, weight: Tensor, needed: Needed, tf32: bool) -> tuple[Tensor | None, ...]:
+def convolve_backward(dy: Tensor, x: Tensor, weight: Tensor, needed: Needed, tf32: bool) -> Gradients:
     """Gradients of x, weight and bias of `convolve` in the dtype of x, those that are `needed`."""
     with contextlib.nullcontext() if tf32 and x.device.type == "cuda" else true_float32(x):
-        return torch.ops.aten.convolution_backward(
+        found: Gradients = torch.ops.aten.convolution_backward(
             dy, x, weight.to(x.dtype), [weight.shape[0]], [1, 1], _padding(weight), [1, 1], False, [0, 0], 1, needed
         )
+    return found
 
 
 def convolve_as_recorded(x: Tensor, weight: Tensor, bias: Tensor | None, tf32: bool) -> Tensor:

@@ -255,7 +255,8 @@ def conv3x3_forward(
     """
     y = convolve(_upsampled(x) if upsample2x else x, weight, bias, tf32)
     if slope != 1 and out is not None and not accumulate:
-        return torch.ops.aten.leaky_relu.out(y, slope, out=out)
+        torch.ops.aten.leaky_relu.out(y, slope, out=out)
+        return out
     y = y if slope == 1 else F.leaky_relu(y, slope)
     if out is None:
         return y

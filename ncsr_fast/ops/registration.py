@@ -40,7 +40,7 @@ class Signature(NamedTuple):
     saved: tuple[int, ...] = ()
 
     @property
-    def count(self) -> int:
+    def tensor_count(self) -> int:
         """The number of tensors."""
         return self.tensors.count(",") + 1
 
@@ -72,7 +72,7 @@ class Registered:
         return (output,) if self._signature.outputs == 1 else tuple(output)
 
     def _forward(self, *arguments: Any) -> Any:
-        count = self._signature.count
+        count = self._signature.tensor_count
         outputs, _ = self._operator.forward(arguments[:count], *arguments[count:])
         return outputs[0] if len(outputs) == 1 else outputs
 
@@ -81,12 +81,12 @@ class Registered:
         return outputs[0] if len(outputs) == 1 else outputs
 
     def _setup(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        count, outputs = self._signature.count, self._outputs(output)
+        count, outputs = self._signature.tensor_count, self._outputs(output)
         ctx.save_for_backward(*inputs[:count], *(outputs[index] for index in self._signature.saved))
         ctx.settings = inputs[count:]
 
     def _gradient(self, ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        count = self._signature.count
+        count = self._signature.tensor_count
         inputs, saved = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
         needed = tuple(ctx.needs_input_grad[:count])
         found = self._operator.gradients(grads, inputs, saved, needed, ctx.settings, self._through_library)
@@ -100,7 +100,7 @@ class Registered:
         """Gradients, saved outputs, inputs, needed and settings of a call of the backward operator."""
         first = self._signature.outputs
         second = first + len(self._signature.saved)
-        third = second + self._signature.count
+        third = second + self._signature.tensor_count
         return arguments[:first], arguments[first:second], arguments[second:third], arguments[third], arguments[third + 1 :]
 
     def _backward(self, *arguments: Any) -> list[Tensor]:

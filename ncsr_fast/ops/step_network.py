@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,7 @@ from ncsr_fast.ops.operator import Operator, Tensors
 from ncsr_fast.ops.registration import Signature
 
 Layers = tuple[Tensor, Tensor, Tensor]  # h1, h2 and h
+NetworkTensors = tuple[Tensor | None, Tensor, Tensor | None, Tensor, Tensor, Tensor, Tensor]  # z1, pre and the weights
 
 
 class StepNetwork(NamedTuple):
@@ -81,8 +82,9 @@ def step_network(
         ("w3", w3, (outputs, hidden, 3, 3)),
         ("b3", b3, (outputs,)),
     )
-    weights = (None if weight is None else weight.to(pre.dtype) for weight in (w1, w2, b2, w3, b3))
-    return evaluate_network(StepNetwork(*weights), z1, pre, tf32, resolve_backend("step_network", backend, pre))
+    w2, b2, w3, b3 = (weight.to(pre.dtype) for weight in (w2, b2, w3, b3))
+    network = StepNetwork(None if w1 is None else w1.to(pre.dtype), w2, b2, w3, b3)
+    return evaluate_network(network, z1, pre, tf32, resolve_backend("step_network", backend, pre))
 
 
 def evaluate_network(network: StepNetwork, z1: Tensor | None, pre: Tensor, tf32: bool, backend: str) -> Tensor:
@@ -112,12 +114,13 @@ def network_gradients(
     """Gradients of z1, in the dtype of the network, and with `needs_weights` of the weights; writes that of pre to `dpre`."""
     dh, wanted = dh.to(h2.dtype), (True, needs_weights, needs_weights)
     dh2, dw3, db3 = convolution_backward(dh, h2, network.w3, wanted, method, relu=(h2, 0.0))
-    dh1, dw2, db2 = convolution_backward(dh2, h1, network.w2, wanted, method)
+    dh1, dw2, db2 = convolution_backward(cast(Tensor, dh2), h1, network.w2, wanted, method)
     torch.ops.aten.threshold_backward.grad_input(dh1, h1, 0, grad_input=dpre)
     dz1, dw1 = None, None
-    if z1 is not None:
+    if z1 is not None and network.w1 is not None:
         dz1, dw1, _ = convolution_backward(dpre, z1.to(h1.dtype), network.w1, (True, needs_weights, False), method)
-    return dz1, StepNetwork(dw1, dw2, db2, dw3, db3) if needs_weights else None
+    others = cast(tuple[Tensor, Tensor, Tensor, Tensor], (dw2, db2, dw3, db3))
+    return dz1, StepNetwork(dw1, *others) if needs_weights else None
 
 
 def _method(tf32: bool, backend: str) -> ConvolutionMethod:
@@ -125,20 +128,18 @@ def _method(tf32: bool, backend: str) -> ConvolutionMethod:
     return ConvolutionMethod(tf32, "reference" if backend == "reference" else "auto")
 
 
-def _forward(tensors: Tensors, tf32: bool, backend: str) -> tuple[tuple[Tensor], Tensors]:
+def _forward(tensors: NetworkTensors, tf32: bool, backend: str) -> tuple[tuple[Tensor], Tensors]:
     return (kernels(backend).step_network_forward(*tensors, tf32=tf32),), ()
 
 
 def _backward(
-    grads: tuple[Tensor], tensors: Tensors, _: Tensors, needed: tuple[bool, ...], tf32: bool, backend: str
+    grads: tuple[Tensor], tensors: NetworkTensors, _: Tensors, needed: tuple[bool, ...], tf32: bool, backend: str
 ) -> Tensors:
-    z1, pre, network = tensors[0], tensors[1], StepNetwork(*tensors[2:])
-    h1, h2, _ = kernels(backend).step_network_layers(z1, pre, *network, tf32=tf32)
+    z1, network = tensors[0], StepNetwork(*tensors[2:])
+    h1, h2 = kernels(backend).step_network_layers(*tensors, tf32=tf32)[:2]
     dpre = torch.empty_like(h1)
     dz1, dnetwork = network_gradients(network, z1, h1, h2, grads[0], any(needed[2:]), _method(tf32, backend), dpre)
-    if dz1 is not None and z1 is not None:
-        dz1 = dz1.to(z1.dtype)
-    return dz1, dpre, *(dnetwork or [None] * 5)
+    return None if z1 is None or dz1 is None else dz1.to(z1.dtype), dpre, *(dnetwork or (None,) * 5)
 
 
 def _reference(
