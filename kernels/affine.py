@@ -6,11 +6,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ncsr_fast.kernels._pair_map import pair_map_bwd, pair_map_fwd
+from ncsr_fast.kernels._elementwise import elementwise_backward, elementwise_forward
 
 
 @triton.jit
-def gate(raw, eps):
+def sigmoid_scale(raw, eps):
     """s = q + eps and q(1 - q) for q = sigmoid(raw + 2); exp(-|raw + 2|) cannot overflow, nor 1 - q lose its digits."""
     t = raw + 2.0
     b_e = tl.exp(-tl.abs(t))
@@ -21,7 +21,7 @@ def gate(raw, eps):
 @triton.jit
 def affine_map(x, shift, raw, eps, INVERSE: tl.constexpr):
     """y = (x + shift)·s with log-det term log s; inverse y = x/s - shift with -log s."""
-    s, _ = gate(raw, eps)
+    s, _ = sigmoid_scale(raw, eps)
     if INVERSE:
         return x / s - shift, -tl.log(s)
     else:
@@ -34,7 +34,7 @@ def affine_map_gradients(dy, g, v, raw, eps, INVERSE: tl.constexpr):
 
     dx = dshift = dy·s, draw = (dy·v + g)/s·q(1-q); inverse dx = dy/s, dshift = -dy, draw = -(dy·v + g)/s·q(1-q).
     """
-    s, slope = gate(raw, eps)
+    s, slope = sigmoid_scale(raw, eps)
     draw = (dy * v + g) / s * slope
     if INVERSE:
         return dy / s, -dy, -draw
@@ -43,20 +43,20 @@ def affine_map_gradients(dy, g, v, raw, eps, INVERSE: tl.constexpr):
 
 
 @triton.jit
-def affine_map_bwd(dy, g, x, shift, raw, eps, INVERSE: tl.constexpr):
+def affine_map_backward(dy, g, x, shift, raw, eps, INVERSE: tl.constexpr):
     """The gradients from the input: v = (x + shift)·s, or x/s for the inverse."""
-    s, _ = gate(raw, eps)
+    s, _ = sigmoid_scale(raw, eps)
     v = x / s if INVERSE else (x + shift) * s
     return affine_map_gradients(dy, g, v, raw, eps, INVERSE)
 
 
-def affine_forward(x: Tensor, h: Tensor, kept: int, eps: float, inverse: bool) -> tuple[Tensor, Tensor]:
-    """(y, logdet); the first `kept` channels are copied, h (B, 2(C - kept), H, W) holds shift and raw interleaved."""
-    return pair_map_fwd(x, h, kept, eps, affine_map, inverse)
+def affine_forward(x: Tensor, h: Tensor, pass_through: int, eps: float, inverse: bool) -> tuple[Tensor, Tensor]:
+    """(y, logdet); the first `pass_through` channels are copied, h (B, 2(C - pass_through), H, W) holds shift and raw interleaved."""
+    return elementwise_forward(x, h, pass_through, eps, affine_map, inverse)
 
 
 def affine_backward(
-    dy: Tensor, dlogdet: Tensor, x: Tensor, h: Tensor, kept: int, eps: float, inverse: bool
+    dy: Tensor, dlogdet: Tensor, x: Tensor, h: Tensor, pass_through: int, eps: float, inverse: bool
 ) -> tuple[Tensor, Tensor]:
     """(dx, dh) from the inputs of `affine_forward`."""
-    return pair_map_bwd(dy, dlogdet, x, h, kept, eps, affine_map_bwd, inverse)
+    return elementwise_backward(dy, dlogdet, x, h, pass_through, eps, affine_map_backward, inverse)

@@ -42,7 +42,7 @@ _ACCESS = re.compile(r"(LDG|STG|LDGSTS)\.")  # to global memory
 class Row:
     """A kernel of a call, compiled for a target: registers of a thread, bytes of shared memory of a program, and more.
 
-    spills: bytes of a thread's stack, where what does not fit in registers is kept
+    spills: bytes of a thread's stack, where what does not fit in registers is pass_through
     instructions: of the binary, each counted once
     wide: share of the bytes of its instructions to global memory that are in those of 16 bytes, the most of sm_80 and sm_90
     middling: the same of 8 bytes or more

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ncsr_fast.kernels._pair_map import pair_map_bwd, pair_map_fwd
+from ncsr_fast.kernels._elementwise import elementwise_backward, elementwise_forward
 
 LOG_2PI = math.log(2 * math.pi)
 
@@ -24,7 +24,7 @@ def gaussian_map(x, mean, logs, log_2pi, INVERSE: tl.constexpr):
 
 
 @triton.jit
-def gaussian_map_bwd(dy, g, x, mean, logs, log_2pi, INVERSE: tl.constexpr):
+def gaussian_map_backward(dy, g, x, mean, logs, log_2pi, INVERSE: tl.constexpr):
     """dx, dmean and dlogs.
 
     With e = dy - g·eps: dx = e·exp(-logs), dmean = -dx, dlogs = -e·eps - g.
@@ -42,9 +42,9 @@ def gaussian_map_bwd(dy, g, x, mean, logs, log_2pi, INVERSE: tl.constexpr):
 
 def gaussian_split_forward(x: Tensor, h: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
     """(y, logdet); h (B, 2m, H, W) holds mean and log standard deviation of the last m channels, interleaved."""
-    return pair_map_fwd(x, h, x.shape[1] - h.shape[1] // 2, LOG_2PI, gaussian_map, inverse)
+    return elementwise_forward(x, h, x.shape[1] - h.shape[1] // 2, LOG_2PI, gaussian_map, inverse)
 
 
 def gaussian_split_backward(dy: Tensor, dlogdet: Tensor, x: Tensor, h: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
     """(dx, dh) from the inputs of `gaussian_split_forward`."""
-    return pair_map_bwd(dy, dlogdet, x, h, x.shape[1] - h.shape[1] // 2, LOG_2PI, gaussian_map_bwd, inverse)
+    return elementwise_backward(dy, dlogdet, x, h, x.shape[1] - h.shape[1] // 2, LOG_2PI, gaussian_map_backward, inverse)

@@ -103,7 +103,7 @@ def decoding(model: NCSR) -> None:
 def test_presets_pass_without_waiting(gpu, preset, run):
     model = trace.fake_model(NCSRConfig.preset(preset))
     names = counted(lambda: run(model)).launches
-    assert "step_fwd_kernel" in names and "inverse_logdet_kernel" in names
+    assert "flow_step_forward_kernel" in names and "inverse_logdet_kernel" in names
 
 
 def test_the_drop_in_trains_without_waiting():
@@ -122,7 +122,7 @@ def test_the_drop_in_trains_without_waiting():
         net.to("cuda").train()
         gt, lr, std = random(18, 3, 160, 160), random(18, 3, 40, 40), random(18, 3, 160, 160)
         names = counted(lambda: net(gt=gt, lr=lr, reverse=False, std=std, add_gt_noise=False)[1].mean().backward()).launches
-    assert not handed_over and "step_bwd_kernel" in names
+    assert not handed_over and "flow_step_backward_kernel" in names
 
 
 @pytest.mark.parametrize("inverse", [False, True])
@@ -329,7 +329,7 @@ def test_kernels_are_counted(gpu):
     x, h = random(2, 12, 8, 8), random(2, 12, 8, 8)
     with LaunchCounter() as counter:
         ops.affine_coupling(x, h)
-    assert counter.launches["pair_map_fwd_kernel"] == 1
+    assert counter.launches["elementwise_forward_kernel"] == 1
     assert counter.total.kernels == sum(counter.launches[name] for name in counter.launches if name.endswith("_kernel"))
 
 

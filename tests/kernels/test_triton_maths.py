@@ -17,7 +17,7 @@ if not installation.expects("triton"):
     pytest.skip("the Triton backend is not among the cells", allow_module_level=True)
 
 from ncsr_fast import kernels  # noqa: E402
-from ncsr_fast.kernels import _common, _pair_map, flow_step  # noqa: E402
+from ncsr_fast.kernels import _common, _elementwise, flow_step  # noqa: E402
 
 EPS = 1e-4
 SIZE = (2, 7, 5)  # batch, height, width: 35 pixels are no multiple of any tile
@@ -260,7 +260,7 @@ def test_second_stage_of_a_reduction(dim, shape):
 def test_launches(normal, monkeypatch):
     """Nothing but these kernels: one for the values, and one for each reduction, of dmix and doffset together."""
     launched, computed = [], []
-    for module in (_common, _pair_map, flow_step):
+    for module in (_common, _elementwise, flow_step):
         monkeypatch.setattr(module, "launch", lambda kernel, *_, **__: launched.append(kernel.__name__))
     (x, mix, offset, h_pre, h_post), both = step_inputs(normal, 4, False).values(), normal(8)
     with Watch(lambda name, _: computed.append(name)):
@@ -269,8 +269,14 @@ def test_launches(normal, monkeypatch):
         kernels.step_fwd(x, mix, offset, h_pre, h_post, EPS, False)
         kernels.step_bwd(x, DLOGDET, x, x, mix, h_pre, h_post, EPS, False)
     assert launched == [
-        *("pair_map_fwd_kernel", "sum_partials_kernel", "pair_map_bwd_kernel", "step_fwd_kernel", "sum_partials_kernel"),
-        *("step_bwd_kernel", "step_weight_bwd_kernel", "sum_partials_kernel"),
+        *(
+            "elementwise_forward_kernel",
+            "sum_partials_kernel",
+            "elementwise_backward_kernel",
+            "flow_step_forward_kernel",
+            "sum_partials_kernel",
+        ),
+        *("flow_step_backward_kernel", "flow_step_backward_weight_kernel", "sum_partials_kernel"),
     ]
     assert set(computed) <= {"aten::empty", "aten::empty_like", "aten::fill_"}  # the last poisons
 
