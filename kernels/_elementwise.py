@@ -39,7 +39,7 @@ CHANNELS_OF_A_ROW = 4  # and in another tile, which then has rows of 128 pixels
 def load_pair(
     h, pixel, i_c, pass_through: tl.constexpr, channels: tl.constexpr, BLOCK_C: tl.constexpr, CHANNELS_LAST: tl.constexpr
 ):
-    """The pairs of tile i_c of the channels of x, which are in channels 2(c - pass_through) and 2(c - pass_through) + 1 of h."""
+    """The pairs of tile i_c of the channels of x; those of channel c are channels 2(c - pass_through) and the next one of h."""
     if CHANNELS_LAST:  # both at once: lanes read adjacent numbers
         o = channel_tile(i_c, 2 * BLOCK_C) - 2 * pass_through
         b = load(h, pixel, o, (o >= 0) & (o < 2 * (channels - pass_through)))

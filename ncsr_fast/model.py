@@ -232,13 +232,10 @@ class NCSR(nn.Module):
     ) -> InvertibilityReport:
         """Decode one sample of each LR image step by step, and report what each step divides by and how well it is undone.
 
-        Per step: the smallest scale of its actnorm, injector and couplings, the condition number of its 1×1 convolution,
-        the round-trip error and the largest state; of the images, the error of decoding what was encoded. Scales near zero
-        compound as divisors, which the likelihood does not show. `print(report)` is a table, `report.worst` the step with
-        the smallest scale. Slow: without the engine, and it waits for the device at every step.
-
-        Raises:
-            ValueError, TypeError: As for `sample`.
+        Per step: the smallest scale, the condition number of the 1×1 convolution, the round-trip error and the largest state;
+        of the images, the round-trip error. Scales near zero compound as divisors, which the likelihood does not show.
+        `print(report)` is a table, `report.worst` the step with the smallest scale. Slow: without the engine, and it waits
+        for the device at every step. Raises what `sample` does.
         """
         check_temperature(temperature)
         return check_invertibility(self, self.padded(lr), temperature, generator)
@@ -295,17 +292,14 @@ class NCSR(nn.Module):
         """Promise that the weights no longer change; returns the model itself, in evaluation mode and without gradients.
 
         Actnorms, exp-scales and the inverses of the 1×1 convolutions are folded into constants now, and cached. Without the
-        promise a GPU folds anew in every pass, and a CPU compares a checksum of all weights. `encode`, `nll`, `decode` and
-        `sample` record no gradients, the images' neither. Gradients that parameters hold are dropped, so that an optimizer
-        finds nothing to do. `.to()`, `.cuda()`, `.double()` and the options of the engine work as before, and fold anew
-        where they must.
+        promise a GPU folds in every pass, and a CPU compares a checksum of all weights. `encode`, `nll`, `decode` and `sample`
+        record no gradients, the images' neither, and gradients that parameters hold are dropped. `.to()`, `.double()` and the
+        options of the engine work as before, and fold again where they must.
 
         Until `unfreeze`, all that would change a weight raises FrozenError: `load_state_dict`, `load_published`,
-        `initialize`, `train()` and `requires_grad_()` before they do anything, and edits in place or a parameter put in
-        another's place at the next pass, whose images would be stale. Two ways past PyTorch's count of changes cannot be
-        seen: edits of a parameter's `.data` in place, and the replay of a CUDA graph of training steps captured before.
-
-        A frozen model is frozen anew by another call. A copy or a pickle of it is not frozen, and has its gradients off.
+        `initialize`, `train()` and `requires_grad_()` before they do anything; edits in place, or another parameter, at the
+        next pass. Two ways past PyTorch's count of changes cannot be seen: edits of a parameter's `.data` in place, and the
+        replay of a CUDA graph of training steps captured before. A copy or a pickle is not frozen, and has its gradients off.
 
         Raises:
             ValueError: A 1×1 convolution has no inverse (of a model on the CPU); or the weights were made under
