@@ -1,4 +1,4 @@
-"""Whole models: sampling and training steps, ours beside the plain path, torch.compile of it and the published program.
+"""Whole models: samples, training steps and gradients of decoding, ours beside the plain path, torch.compile and the published.
 
     python -m ncsr_fast.benchmarks.end_to_end --published PATH_TO_A_CHECKOUT_OF_NCSR
 
@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,56 +21,37 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from ncsr_fast import NCSR, NCSRConfig, graphs
+from ncsr_fast import NCSR
 from ncsr_fast.cli._common import Gathered, thread_count
-from ncsr_fast.engine import EngineOptions
 from ncsr_fast.files import atomic_write
 
-from .harness import brief, peak_bytes, quantiles, rounded, side_by_side
+from .arms import (
+    ACCELERATED,
+    CAPTURED,
+    COMPILED,
+    CONDITIONED,
+    LADDER,
+    OURS,
+    PUBLISHED,
+    Arm,
+    Captured,
+    Conditioned,
+    Ours,
+    Task,
+    draw_latents,
+    random_model,
+)
+from .harness import brief, quantiles, rounded, side_by_side
 from .provenance import provenance, recorded_command
-from .published import OPTIONS, PublishedNCSR
+from .published import PublishedNCSR
 from .report import end_to_end_table, to_json
 
-SCALE = OPTIONS["scale"]
-PUBLISHED, ACCELERATED = "published", "published, accelerated"
-COMPILED, OURS = "plain, torch.compile", "ncsr_fast"
-_PLAIN = EngineOptions(engine="plain", backend="reference")
-_BARE = EngineOptions(backend="reference", checkpoint=False, subpixel=False, channels_last=False, winograd=False)
-_FUSED = replace(_BARE, subpixel=True, channels_last=True, backend="auto")
-LADDER = {
-    "plain": _PLAIN,
-    "+ hoisting": _BARE,
-    "+ sub-pixel": replace(_BARE, subpixel=True),
-    "+ channels-last": replace(_BARE, subpixel=True, channels_last=True),
-    "+ fused operators": _FUSED,
-    "+ winograd": replace(_FUSED, winograd=True),
-    OURS: EngineOptions(),  # + checkpointing
-    "ncsr_fast, tf32": EngineOptions(precision="tf32"),
-    "ncsr_fast, bf16": EngineOptions(precision="bf16"),
-}
-CAPTURED = {f"captured, {precision}": EngineOptions(precision=precision) for precision in ("fp32", "tf32", "bf16")}
+_NAMES = [PUBLISHED, ACCELERATED, *LADDER, CONDITIONED, *CAPTURED]
 # largest error of a result, relative to the largest element: float32 rounding through 54 steps; what TF32 and bf16 operands
 # are measured to do is in the rows
 ALLOWED = {"fp32": 2e-5, "tf32": 1e-2, "bf16": 5e-2}
 # float32 gradients, in the norm of all of them together: a ReLU next to zero falls on either side
 ALLOWED_GRADIENT = {"fp32": 1e-2, "tf32": 5e-2, "bf16": 0.2}
-
-
-@dataclass(frozen=True)
-class Task:
-    """`n` samples of LR images, or (n = 0) forward and backward of the training loss, of `batch` images of side `lr_size`."""
-
-    name: str
-    batch: int
-    lr_size: int
-    n: int = 0
-    frozen_encoder: bool = False
-
-    def describe(self) -> str:
-        if self.n:
-            return f"{self.n} samples, LR {self.lr_size}×{self.lr_size}"
-        side = self.lr_size * SCALE
-        return f"training step, batch {self.batch} of {side}×{side}" + (", encoder frozen" if self.frozen_encoder else "")
 
 
 TASKS = [
@@ -81,151 +62,33 @@ TASKS = [
     Task("train-batch-2", 2, 40),
     Task("train-batch-18", 18, 40),
     Task("sample-div2k", 1, 340, n=10),
+    Task("decode-gradient", 1, 40, decode=True),
 ]
-ON_CPU = ("sample", "sample-one", "train", "train-frozen", "train-batch-2")
-ON_GPU = ("sample", "train", "train-batch-18", "sample-div2k")
-
-
-def random_model(device: str, config: NCSRConfig | None = None) -> NCSR:
-    """A model, the ×4 one by default, with parameters moved gently off their initial values and actnorms initialised."""
-    torch.manual_seed(0)
-    model = NCSR(config or NCSRConfig.from_published(OPTIONS)).eval()
-    with torch.no_grad():
-        for level in model.levels:
-            for parameter in level.parameters():
-                parameter += 3e-3 * torch.randn_like(parameter)
-    model.initialize(torch.rand(2, 3, 64, 64), torch.rand(2, 3, 16, 16))
-    return model.to(device)
-
-
-def backward(nll: Tensor, parameters: list[Tensor]) -> Tensor:
-    """Gradients of the mean, in place of those there were; the mean."""
-    for parameter in parameters:
-        parameter.grad = None
-    loss = nll.mean()
-    loss.backward()
-    return loss.detach()
-
-
-class Arm:
-    """One implementation doing one task."""
-
-    def __init__(self, model: Any, task: Task, device: str) -> None:
-        self.model, self.task = model, task
-        generator = torch.Generator().manual_seed(1)
-        side = task.lr_size * SCALE
-        self.lr = torch.rand(task.batch, 3, task.lr_size, task.lr_size, generator=generator).to(device)
-        self.hr = torch.rand(task.batch, 3, side, side, generator=generator).to(device)
-        self.noise = 0.03 * torch.randn(task.batch, 3, side, side, generator=generator).to(device)
-
-    def run(self) -> None:
-        """Make the pass that is timed."""
-        if not self.task.n:
-            self.model.loss_and_gradients(self.hr, self.lr, self.noise)
-            return
-        with torch.no_grad():
-            self.model.sample(self.lr, n=self.task.n, temperature=0.9)
-
-    def peak_bytes(self, device: str) -> int:
-        """Most memory beyond the weights and their gradients, which are there before."""
-        if self.task.n:
-            return peak_bytes(self.run, device)
-        for parameter in self.model.parameters():
-            parameter.grad = None
-        peak = peak_bytes(self.run, device)
-        return peak - sum(p.grad.nbytes for p in self.model.parameters() if p.grad is not None)
-
-    def results(self, latents: list[Tensor]) -> dict[str, Tensor]:
-        """Results in which arms must agree: decoded images; or the loss, and the gradients of all parameters as one vector."""
-        if self.task.n:
-            with torch.no_grad():
-                return {"images": self.model.decode(latents, self.lr)}
-        loss = self.model.loss_and_gradients(self.hr, self.lr, self.noise)
-        return {"loss": loss, "gradient": self.model.gradient()}
-
-
-class Ours:
-    """NCSR with the options of an arm; arms share the weights."""
-
-    def __init__(self, model: NCSR, options: EngineOptions, compiled: bool = False) -> None:
-        self.network, self.options = model, options
-        self._nll = torch.compile(model.nll, dynamic=False) if compiled else model.nll
-        self._decode = torch.compile(model.decode, dynamic=False) if compiled else None
-
-    def parameters(self) -> list[Tensor]:
-        return list(self.network.parameters())
-
-    def train_encoder(self, wanted: bool) -> None:
-        head = {id(parameter) for module in self.network.encoder.head() for parameter in module.parameters()}
-        for parameter in self.network.encoder.parameters():
-            parameter.requires_grad_(wanted and id(parameter) not in head)
-
-    def gradient(self) -> Tensor:
-        """As one vector."""
-        return torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in self.parameters()])
-
-    @torch.no_grad()
-    def round_trip(self, arm: Arm) -> float:
-        """Largest error of decoding what was encoded, in units of the image's range."""
-        self.network.options = self.options
-        latents = self.network.encode(arm.hr, arm.lr, arm.noise).latents
-        return float((self.network.decode(latents, arm.lr, arm.noise) - arm.hr).abs().max())
-
-    def loss_and_gradients(self, hr: Tensor, lr: Tensor, noise: Tensor) -> Tensor:
-        self.network.options = self.options
-        return backward(self._nll(hr, lr, noise), self.parameters())
-
-    def decode(self, latents: list[Tensor], lr: Tensor) -> Tensor:
-        self.network.options = self.options
-        return self._decode(latents, lr) if self._decode else self.network.decode(latents, lr)
-
-    def sample(self, lr: Tensor, n: int, temperature: float) -> Tensor:
-        self.network.options = self.options
-        if self._decode is None:
-            return self.network.sample(lr, n=n, temperature=temperature)
-        shapes = self.network.latent_shapes(*lr.shape[2:])  # what compiles is the decoding, encoder included
-        return torch.stack(
-            [self._decode([temperature * torch.randn(1, *shape, device=lr.device) for shape in shapes], lr) for _ in range(n)]
-        )
-
-
-class Captured(Ours):
-    """NCSR whose training steps and samples are replays of CUDA graphs."""
-
-    def sample(self, lr: Tensor, n: int, temperature: float) -> Tensor:
-        self.network.options = self.options
-        if not hasattr(self, "_sampler"):
-            self._sampler = graphs.Sampler(self.network, n)
-        return self._sampler(lr, temperature)[0]
-
-    def loss_and_gradients(self, hr: Tensor, lr: Tensor, noise: Tensor) -> Tensor:
-        self.network.options = self.options
-        if not hasattr(self, "_step"):
-            self._step = graphs.TrainingStep(self.network, None)
-        return self._step(hr, lr, noise)[0]
+ON_CPU = ("sample", "sample-one", "train", "train-frozen", "train-batch-2", "decode-gradient")
+ON_GPU = ("sample", "train", "train-batch-18", "sample-div2k", "decode-gradient")
 
 
 def measure(
     task: Task, model: NCSR, arms: dict[str, Any], device: str, rounds: int, with_memory: bool, tf32: bool
 ) -> list[dict[str, Any]]:
     """Rows of a task. An arm that raises, or whose results differ from the reference's, has its `error` and no figures."""
-    runners = {name: Arm(arm, task, device) for name, arm in arms.items()}
-    for arm in arms.values():
-        arm.train_encoder(not task.frozen_encoder)
-    reference = next((name for name in ("plain", OURS) if name in arms), next(iter(arms)))
     latents = draw_latents(task, model, device)
+    runners = {name: Arm(arm, task, device, latents) for name, arm in arms.items()}
+    for runner in runners.values():
+        runner.prepare()
+    reference = next((name for name in ("plain", OURS) if name in arms), next(iter(arms)))
     errors: dict[str, dict[str, float]] = {}
     failed: dict[str, str] = {}
     expected: dict[str, Tensor] | None = None
     for name in sorted(runners, key=lambda name: name != reference):  # the reference first
         try:
-            found = runners[name].results(latents)
+            found = runners[name].results()
             expected = found if name == reference else expected
             errors[name] = differences(found, expected) if expected is not None else {}
             if texts := disagreements(name, errors[name], tf32):
                 failed[name] = "; ".join(texts)
             elif task.n:
-                runners[name].run()  # so that it is warm, as a training step is by its results
+                runners[name].run()  # so that it is warm, as the others are by their results
         except Exception as error:
             failed[name] = brief(error)
     if expected is None:
@@ -238,12 +101,6 @@ def measure(
             found["errors"] = {what: rounded(error) for what, error in errors[name].items()}
         rows.append({"task": task.name, "what": task.describe(), "arm": name} | found)
     return rows
-
-
-def draw_latents(task: Task, model: NCSR, device: str) -> list[Tensor]:
-    """Latents of temperature 0.9, the same every time."""
-    shapes, generator = model.latent_shapes(task.lr_size, task.lr_size), torch.Generator().manual_seed(2)
-    return [(0.9 * torch.randn(task.batch, *shape, generator=generator)).to(device) for shape in shapes]
 
 
 def disagreements(name: str, errors: dict[str, float], tf32: bool) -> list[str]:
@@ -299,6 +156,8 @@ def _flops(name: str, runner: Arm) -> int | None:
     try:
         if options is not None:
             runner.model.options = replace(options, backend="reference")
+        if isinstance(runner.model, Conditioned):
+            runner.run()  # conditioned once more, for these options
         with FlopCounterMode(display=False) as counter:
             runner.run()
     finally:
@@ -337,7 +196,7 @@ def main() -> None:
         "--arms",
         nargs="+",
         action=Gathered,
-        help=f"of {'; '.join([PUBLISHED, ACCELERATED, *LADDER, *CAPTURED])} (captured ones need a GPU; default: all of them)",
+        help=f"of {'; '.join(_NAMES)} (captured ones need a GPU; default: all of them)",
     )
     parser.add_argument("--compile", action="store_true", help="torch.compile of the plain path too: minutes a task")
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds (default: %(default)s)")
@@ -357,33 +216,35 @@ def main() -> None:
 
     where = provenance(args.device)
     model = random_model(args.device)
-    names = [PUBLISHED, ACCELERATED, *LADDER, *CAPTURED]
-    wanted = args.arms or names
-    if unknown := [name for name in wanted if name not in names]:
-        parser.error(f"no arm {', '.join(map(repr, unknown))}; there are {', '.join(map(repr, names))}")
+    wanted = args.arms or _NAMES
+    if unknown := [name for name in wanted if name not in _NAMES]:
+        parser.error(f"no arm {', '.join(map(repr, unknown))}; there are {', '.join(map(repr, _NAMES))}")
     arms: dict[str, Any] = {}
     if args.published:
         for name in (PUBLISHED, ACCELERATED):
             accelerated = name == ACCELERATED
             arms[name] = PublishedNCSR(args.published, model.published_state_dict(), args.device, accelerated)
-    arms |= {name: Ours(model, options) for name, options in LADDER.items() if cuda or not name.endswith("tf32")}
+    arms |= {name: Ours(model, *variant) for name, variant in LADDER.items() if cuda or not name.endswith("tf32")}
+    arms[CONDITIONED] = Conditioned(model, LADDER[OURS].options)
     if args.compile:
-        arms[COMPILED] = Ours(model, _PLAIN, compiled=True)
+        arms[COMPILED] = Ours(model, *LADDER["plain"], compiled=True)
     if cuda:
         arms |= {name: Captured(model, options) for name, options in CAPTURED.items()}
     arms = {name: arm for name, arm in arms.items() if name in wanted or name == COMPILED}
-    if not arms:
+    tasks = [task for task in TASKS if task.name in (args.tasks or (ON_GPU if cuda else ON_CPU))]
+    tasks = [task for task in tasks if any(map(task.can_be_done_by, arms))]
+    if not tasks:
         parser.error(f"none of the arms {', '.join(map(repr, wanted))} can be measured on {args.device} with what was given")
 
     where["conv_flops_per_s"] = convolution_rate(args.device)
     where["command"] = recorded_command("ncsr_fast.benchmarks.end_to_end", sys.argv[1:], {args.published: "PATH"})
-    tasks = [task for task in TASKS if task.name in (args.tasks or (ON_GPU if cuda else ON_CPU))]
     stored = args.out / f"end_to_end-{args.device}.json"
     others = json.loads(stored.read_text(encoding="utf-8")) if stored.exists() else []
     others = [row for row in others if row["task"] not in {task.name for task in tasks}]  # what is not measured now is kept
     rows: list[dict[str, Any]] = []
     for task in tasks:
-        rows += [row | where for row in measure(task, model, arms, args.device, args.rounds, not args.no_memory, args.tf32)]
+        own = {name: arm for name, arm in arms.items() if task.can_be_done_by(name)}
+        rows += [row | where for row in measure(task, model, own, args.device, args.rounds, not args.no_memory, args.tf32)]
         with atomic_write(stored) as path:  # after every task: a stopped run keeps it
             path.write_text(to_json(others + rows), encoding="utf-8")
     print(end_to_end_table(rows))

@@ -279,6 +279,14 @@ def side_by_side(
     return times
 
 
+def differentiated(function: Callable[[list[Tensor]], Tensor], tensors: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """A function of tensors, and the gradient of its mean square with respect to them, as one vector."""
+    leaves = [tensor.detach().requires_grad_() for tensor in tensors]
+    value = function(leaves)
+    value.square().mean().backward()  # which FLOPs can be counted of, unlike torch.autograd.grad's
+    return value.detach(), torch.cat([leaf.grad.flatten() for leaf in leaves])
+
+
 def quantiles(times: list[float]) -> tuple[float, float, float]:
     """The 20 % quantile, the median and the 80 % quantile."""
     low, high = (sorted(times)[round(share * (len(times) - 1))] for share in (0.2, 0.8))

@@ -14,6 +14,8 @@ from torch.utils.data import DataLoader
 
 from ncsr_fast import NCSR, NCSRConfig, accelerate
 
+from .harness import differentiated
+
 OPTIONS = {  # the part of the published 4X.yml that decides the architecture
     "scale": 4,
     "mode": "softflow",
@@ -106,6 +108,11 @@ class PublishedNCSR:
     def train_encoder(self, wanted: bool) -> None:
         self.network.RRDB.requires_grad_(wanted)
 
+    def train_flow(self, wanted: bool) -> None:
+        for name, parameter in self.network.named_parameters():
+            if not name.startswith("RRDB."):
+                parameter.requires_grad_(wanted)
+
     def gradient(self) -> Tensor:
         """As one vector, in the order of our parameters: taken for the weights of a model of ours."""
         gradients = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in self.network.named_parameters()}
@@ -123,7 +130,11 @@ class PublishedNCSR:
 
     def decode(self, latents: list[Tensor], lr: Tensor) -> Tensor:
         std = torch.zeros(1, 1, 1, 1, device=lr.device)
-        return self.network(lr=lr, z=None, epses=list(latents), reverse=True, std=std)[0]
+        recorded = torch.is_grad_enabled()
+        return self.network(lr=lr, z=None, epses=list(latents), reverse=True, reverse_with_grad=recorded, std=std)[0]
+
+    def decode_and_differentiate(self, latents: list[Tensor], lr: Tensor) -> tuple[Tensor, Tensor]:
+        return differentiated(lambda leaves: self.decode(leaves, lr), latents)
 
     def sample(self, lr: Tensor, n: int, temperature: float) -> None:
         """As its test program does: the encoder anew for every sample, split latents drawn inside. Of another image every

@@ -6,6 +6,7 @@ Kernels that are not PyTorch's operators are not recorded, so models run on the 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -65,6 +66,6 @@ def emulated_graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     captures.clear()
     monkeypatch.setattr(graphs, "capture", capture)
     monkeypatch.setattr(graphs, "_check_on_gpu", lambda model: None)
-    monkeypatch.setattr("ncsr_fast.ops.backends._best", lambda kind, float64: "reference")
+    monkeypatch.setattr(sys.modules["ncsr_fast.ops.backends"], "_best", lambda kernel, kind, dtype: "reference")
     with no_reading():
         yield captures

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("emulated_graphs")
 def model() -> NCSR:
     """A model of which every operator is PyTorch's."""
     made = tiny_model(dtype=torch.float32, steps=1, noise_steps=(0, 1, 1), transition_steps=1)
-    made.winograd, made.backend = False, "reference"
+    made.options = replace(made.options, backend="reference")
     return made
 
 

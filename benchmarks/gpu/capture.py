@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from ncsr_fast import NCSR, graphs
-from ncsr_fast.benchmarks.end_to_end import ALLOWED, ALLOWED_GRADIENT, Ours
+from ncsr_fast.benchmarks.arms import Ours
+from ncsr_fast.benchmarks.end_to_end import ALLOWED, ALLOWED_GRADIENT
 from ncsr_fast.benchmarks.harness import rounded
 
 from .session import Session

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ncsr_fast import ops
-from ncsr_fast.benchmarks.end_to_end import LADDER, Arm, Ours, Task, differences, disagreements, draw_latents
+from ncsr_fast.benchmarks.arms import LADDER, Arm, Ours, Task, draw_latents
+from ncsr_fast.benchmarks.end_to_end import differences, disagreements
 from ncsr_fast.benchmarks.harness import REFERENCE, Case, fault, rounded
 from ncsr_fast.benchmarks.registry import LAYOUTS, OPERATORS, Draw, Shape
 from ncsr_fast.engine import EngineOptions
@@ -97,11 +98,11 @@ def engine(session: Session) -> None:
     model = session.model()
     train, decode = Task("train", 2, session.sizes.check_lr), Task("decode", 2, session.sizes.check_lr, n=1)
     latents = draw_latents(decode, model, session.device)
-    plain = Ours(model, LADDER["plain"])
+    plain = Ours(model, *LADDER["plain"])
     plain.train_encoder(True)
     expected: dict[str, Tensor] = {}
     for task in (train, decode):
-        expected |= Arm(plain, task, session.device).results(latents)
+        expected |= Arm(plain, task, session.device, latents).results()
     for precision in ("fp32", "tf32", "bf16"):
         for checkpoint in (True, False):
             ours = Ours(model, EngineOptions(precision=precision, checkpoint=checkpoint))
@@ -115,9 +116,9 @@ def _agrees(
 ) -> dict[str, Any]:
     found: dict[str, Tensor] = {}
     for task in (train, decode):
-        found |= Arm(ours, task, session.device).results(latents)
+        found |= Arm(ours, task, session.device, latents).results()
     errors = differences(found, expected)
     if texts := disagreements(name, errors, tf32=False):
         raise ValueError("; ".join(texts))
-    errors["round_trip"] = ours.round_trip(Arm(ours, train, session.device))
+    errors["round_trip"] = ours.round_trip(Arm(ours, train, session.device, latents))
     return {what: rounded(error) for what, error in errors.items()}

@@ -11,6 +11,7 @@ from torch import Tensor
 from ncsr_fast import NCSR, graphs
 from ncsr_fast.benchmarks.harness import rounded
 from ncsr_fast.engine import EngineOptions
+from ncsr_fast.engine.ablation import ablated
 
 from .capture import train_encoder
 from .session import Session
@@ -33,8 +34,9 @@ def training_variants(session: Session) -> None:
     """The step in bf16 with one thing changed."""
     model = session.model()
     train_encoder(model, True)
-    for option in ("checkpoint", "subpixel", "channels_last"):
-        session.part(f"{option}=False", _timed_step, session, model, True, precision="bf16", **{option: False})
+    session.part("checkpoint=False", _timed_step, session, model, True, precision="bf16", checkpoint=False)
+    for switch in ("subpixel", "channels_last"):
+        session.part(f"{switch}=False", _without, switch, _timed_step, session, model, True, precision="bf16")
     train_encoder(model, False)
     session.part("encoder frozen", _timed_step, session, model, True, precision="bf16")
 
@@ -97,6 +99,12 @@ def _timed_step(session: Session, model: NCSR, graph: bool, **options: Any) -> d
     return {**figures, "images_per_s": rounded(session.sizes.batch / figures["median_s"]), "loss": float(call())}
 
 
+def _without(switch: str, function: Callable[..., dict[str, Any]], *arguments: Any, **options: Any) -> dict[str, Any]:
+    """What a function measures with a part of the engine switched off."""
+    with ablated(**{switch: False}):
+        return function(*arguments, **options)
+
+
 def _all_samplings(session: Session, size: tuple[int, int]) -> None:
     model = session.model().freeze_for_inference()
     session.part("bf16, eager", _timed_samples, session, model, size, False, precision="bf16")
@@ -104,7 +112,7 @@ def _all_samplings(session: Session, size: tuple[int, int]) -> None:
         session.part(f"{precision}, graph", _timed_samples, session, model, size, True, precision=precision)
     for precision in ("bf16", "tf32"):
         name = f"{precision}, graph, subpixel=False"
-        session.part(name, _timed_samples, session, model, size, True, precision=precision, subpixel=False)
+        session.part(name, _without, "subpixel", _timed_samples, session, model, size, True, precision=precision)
 
 
 def _timed_samples(session: Session, model: NCSR, size: tuple[int, int], graph: bool, **options: Any) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from ncsr_fast import NCSR, NCSRConfig, graphs, ops
-from ncsr_fast.benchmarks.end_to_end import random_model
+from ncsr_fast.benchmarks.arms import random_model
 from ncsr_fast.benchmarks.harness import CALLS_IN_A_GRAPH, graph_of, quantiles, rounded, side_by_side
 from ncsr_fast.benchmarks.published import OPTIONS
 from ncsr_fast.engine import EngineOptions
