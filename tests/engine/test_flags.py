@@ -44,7 +44,7 @@ default_flags = pytest.fixture(put_back, autouse=True)
 
 def images(model) -> list[torch.Tensor]:
     with torch.no_grad():
-        latents, likelihood = model.encode(HR, LR)
+        latents, likelihood, _ = model.encode(HR, LR)
         sampled = model.sample(LR, n=2, temperature=0.5, generator=torch.Generator().manual_seed(0))
         return [*latents, likelihood, model.decode(latents, LR), sampled]
 
