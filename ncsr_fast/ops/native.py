@@ -117,11 +117,8 @@ def _check_writable(y: Tensor) -> None:
 
 
 def _run(call: Callable[..., Any], x: Tensor, workspace: Callable[[], int], *arguments: object) -> Any:
-    """Call a compiled function where x is, and return its result; every tensor among the arguments is a `_Passed`.
-
-    On the CPU it runs with torch's number of threads; on a GPU, of the ordinal of x, with torch's current stream there.
-    """
-    device, float64, values = x.device, x.dtype == torch.float64, []
+    """Call a compiled function where x is; every tensor among the arguments is a `_Passed`."""
+    device, values = x.device, []
     for argument in arguments:
         if type(argument) is _Passed:
             value, tensor = argument
@@ -130,7 +127,13 @@ def _run(call: Callable[..., Any], x: Tensor, workspace: Callable[[], int], *arg
             values.append(value)
         else:
             values.append(argument)
-    if x.is_cpu:
+    return _launch(call, x, workspace, *values)
+
+
+def _launch(call: Callable[..., Any], x: Tensor, workspace: Callable[[], int], *values: object) -> Any:
+    """Run on the CPU with torch's number of threads, or on a GPU, of this ordinal, with torch's current stream there."""
+    float64, device = x.dtype == torch.float64, x.device
+    if device.type == "cpu":
         return call(*values, float64, (0, torch.get_num_threads(), 0, 0))
     memory = torch.empty(workspace(), dtype=torch.uint8, device=device)  # of torch's allocator, which minds the stream
     with torch.cuda.device(device):
