@@ -72,5 +72,9 @@ def empty_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     Every output of a kernel is allocated here, and by the fake of its operator too, so that the strides agree.
     `torch.empty_like` would copy the strides of a permuted or sliced x instead.
     """
-    layout = torch.channels_last if is_channels_last(x) else torch.contiguous_format
-    return torch.empty_like(x, dtype=dtype, memory_format=layout)
+    return torch.empty_like(x, dtype=dtype, memory_format=dense_format(x))
+
+
+def dense_format(x: Tensor) -> torch.memory_format:
+    """The memory format of what lies as x does, and is dense."""
+    return torch.channels_last if is_channels_last(x) else torch.contiguous_format

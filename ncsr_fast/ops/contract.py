@@ -35,6 +35,14 @@ def check_state(op: str, name: str, state: Tensor) -> tuple[int, int, int, int]:
     return batch, channels, height, width
 
 
+def check_image(op: str, name: str, image: Tensor) -> tuple[int, int, int, int]:
+    """The four sizes of an image tensor (B, C, H, W) to convolve, which has pixels; raise when it is not one."""
+    sizes = check_state(op, name, image)
+    if sizes[2] < 1 or sizes[3] < 1:
+        raise ValueError(f"{op}: {name} must have H ≥ 1 and W ≥ 1, not shape {tuple(image.shape)}")
+    return sizes
+
+
 def check_eps(op: str, eps: float) -> None:
     """`eps` bounds the scale from below, so zero would admit a map without an inverse."""
     if not 0 < eps < float("inf"):

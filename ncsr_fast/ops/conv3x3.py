@@ -11,7 +11,7 @@ from torch import Tensor
 from ncsr_fast.autocast import autocast
 from ncsr_fast.layout import is_channels_last
 from ncsr_fast.ops.backends import covering_backend, kernels, resolve_backend
-from ncsr_fast.ops.contract import check_state, check_tensors
+from ncsr_fast.ops.contract import check_image, check_tensors
 from ncsr_fast.ops.operator import Operator, Outputs, Tensors
 from ncsr_fast.ops.plain_convolution import Gradients, Needed, convolve, convolve_as_recorded, convolve_backward
 from ncsr_fast.ops.registration import Signature
@@ -60,7 +60,7 @@ def conv3x3(
     Example:
         >>> y = ops.conv3x3(torch.rand(1, 64, 40, 40), torch.rand(32, 64, 3, 3), upsample2x=True)
     """
-    _, channels, _, _ = check_state("conv3x3", "x", x)
+    _, channels, _, _ = check_image("conv3x3", "x", x)
     outputs = weight.shape[0] if isinstance(weight, Tensor) and weight.dim() else 0
     check_tensors("conv3x3", x, ("weight", weight, (outputs, channels, 3, 3)))
     if bias is not None:

@@ -39,11 +39,11 @@ def _read(x: Tensor | None, dtype: torch.dtype | None = None) -> _Passed:
     return _Passed((_address(x), _DTYPES[x.dtype], *x.stride()), x)
 
 
-def _written(y: Tensor | None) -> _Passed:
-    """A tensor (B, C, H, W), written as it lies."""
+def _written(y: Tensor | None, dtype: torch.dtype | None = None) -> _Passed:
+    """A tensor (B, C, H, W), written as it lies, in `dtype` where the kernel writes no other."""
     if y is None:
         return _NO_IMAGE
-    _check_writable(y)
+    _check_writable(y, dtype)
     return _Passed((_address(y), _DTYPES[y.dtype], *y.stride()), y)
 
 
@@ -71,8 +71,8 @@ def _weight(weight: Tensor, dtype: torch.dtype, transposed: bool = False) -> tup
     return _Passed(_address(weight), weight), (by_input, by_output) if transposed else (by_output, by_input)
 
 
-def _weight_written(weight: Tensor) -> tuple[_Passed, tuple[int, int]]:
-    _check_writable(weight)
+def _weight_written(weight: Tensor, dtype: torch.dtype) -> tuple[_Passed, tuple[int, int]]:
+    _check_writable(weight, dtype)
     if weight.stride()[2:] != (3, 1):
         raise ValueError(f"the gradient of a weight must have dense 3×3, not strides {weight.stride()}")
     by_output, by_input = weight.stride()[:2]
@@ -110,17 +110,16 @@ def _address(x: Tensor) -> int:
     return x.data_ptr()
 
 
-def _check_writable(y: Tensor) -> None:
+def _check_writable(y: Tensor, dtype: torch.dtype | None = None) -> None:
     if in_memory(y) is not y:
         raise TypeError("a kernel cannot write to a tensor with a negative bit, or to one that is known to be zero")
+    if dtype is not None and y.dtype != dtype:
+        raise TypeError(f"a kernel writes {dtype} here, and this tensor is {y.dtype}")
 
 
 def _run(call: Callable[..., Any], x: Tensor, workspace: Callable[[], int], *arguments: object) -> Any:
-    """Call a compiled function where x is, and return its result; every tensor among the arguments is a `_Passed`.
-
-    On the CPU it runs with torch's number of threads; on a GPU, of the ordinal of x, with torch's current stream there.
-    """
-    device, float64, values = x.device, x.dtype == torch.float64, []
+    """Call a compiled function where x is; every tensor among the arguments is a `_Passed`."""
+    device, values = x.device, []
     for argument in arguments:
         if type(argument) is _Passed:
             value, tensor = argument
@@ -129,7 +128,13 @@ def _run(call: Callable[..., Any], x: Tensor, workspace: Callable[[], int], *arg
             values.append(value)
         else:
             values.append(argument)
-    if x.is_cpu:
+    return _launch(call, x, workspace, *values)
+
+
+def _launch(call: Callable[..., Any], x: Tensor, workspace: Callable[[], int], *values: object) -> Any:
+    """Run on the CPU with torch's number of threads, or on a GPU, of this ordinal, with torch's current stream there."""
+    float64, device = x.dtype == torch.float64, x.device
+    if device.type == "cpu":
         return call(*values, float64, (0, torch.get_num_threads(), 0, 0))
     memory = torch.empty(workspace(), dtype=torch.uint8, device=device)  # of torch's allocator, which minds the stream
     with torch.cuda.device(device):
@@ -297,7 +302,7 @@ def _conv3x3_backward_weight(dy: Tensor, x: Tensor, upsample2x: bool, out: Tenso
     dweight, dbias = dy.new_empty((outputs, inputs, 3, 3)) if out is None else out, dy.new_empty(outputs)
     _run(
         native.conv3x3_gradient, dy, lambda: 0, (*_sizes(x, dy), inputs, outputs), upsample2x, _read(x, dy.dtype), _read(dy),
-        *_weight_written(dweight), _dense_written(dbias),
+        *_weight_written(dweight, dy.dtype), _dense_written(dbias),
     )  # fmt: skip
     return dweight, dbias
 
@@ -325,7 +330,7 @@ def _conv3x3(
     _run(
         native.conv3x3_forward, x, lambda: 0, (*_sizes(x, out), inputs, outputs), upsample2x, _read(x),
         *_weight(weight, x.dtype, transposed), _dense(bias, x.dtype), slope, _read(relu_output, x.dtype),
-        0 if relu_output is None else relu_output.shape[1], transposed, accumulate, _written(out),
+        0 if relu_output is None else relu_output.shape[1], transposed, accumulate, _written(out, x.dtype),
     )  # fmt: skip
     return out
 
@@ -342,7 +347,8 @@ def _sizes(x: Tensor, y: Tensor) -> tuple[int, int, int, int, int]:
 def inverse_logdet(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """W⁻¹ (N, C, C), log|det W| (N,) and the condition number ‖W‖·‖W⁻¹‖ (N,) in the ∞-norm of float64 W (N, C, C)."""
     count, channels, _ = weight.shape
-    inverse, (logdet, condition) = weight.new_empty(weight.shape), weight.new_empty(2, count).unbind()
+    inverse = weight.new_empty(weight.shape, dtype=torch.float64)
+    logdet, condition = weight.new_empty((2, count), dtype=torch.float64).unbind()
     _run(
         native.inverse_logdet, weight, lambda: native.inverse_logdet_workspace(count, channels), count, channels,
         _dense(weight, torch.float64), _dense_written(inverse), _dense_written(logdet), _dense_written(condition),

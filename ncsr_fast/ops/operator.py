@@ -86,7 +86,8 @@ class Operator:
         def gradient(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
             saved = ctx.saved_tensors  # once: torch.utils.checkpoint recomputes them for it
             needed = ctx.needs_input_grad[1 : ctx.count + 1]
-            found = self.gradients(grads, saved[: ctx.count], saved[ctx.count :], needed, ctx.settings, self.backward)
+            readable = is_eager if self._by_pytorch(ctx.settings) else has_memory
+            found = self.gradients(grads, saved[: ctx.count], saved[ctx.count :], needed, ctx.settings, self.backward, readable)
             return None, *found, *([None] * len(ctx.settings))
 
         methods: dict[str, Callable[..., Any]] = {"forward": forward, "backward": gradient}
@@ -100,13 +101,13 @@ class Operator:
         needed: tuple[bool, ...],
         settings: tuple[Any, ...],
         backward: Callable[..., Tensors],
+        readable: Callable[[Tensor], bool],
     ) -> Tensors:
         """The gradient of every input, None where it is not needed: by `backward`, or by autograd on the reference where a
-        gradient of it is wanted (create_graph=True) or `grads` have no memory that a kernel could read."""
+        gradient of it is wanted (create_graph=True) or `backward` cannot read one of `grads`."""
         given = [grad for grad in grads if grad is not None]
         with without_autocast(given[0].device.type):
-            eager = is_eager if self._by_pytorch(settings) else has_memory
-            if torch.is_grad_enabled() or not all(map(eager, given)):
+            if torch.is_grad_enabled() or not all(map(readable, given)):
                 return self._gradients_of_reference(grads, inputs, needed, settings)
             found = backward(grads, inputs, saved, needed, *settings)
         return tuple(gradient if wanted else None for gradient, wanted in zip(found, needed))

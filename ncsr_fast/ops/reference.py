@@ -23,6 +23,7 @@ from ncsr_fast.layout import is_channels_last
 from ncsr_fast.ops.contract import compute_dtype, pass_through_channels
 from ncsr_fast.ops.inverse_logdet import invert
 from ncsr_fast.ops.plain_convolution import Needed, convolve, convolve_backward
+from ncsr_fast.ops.plain_inverse import inverse_logdet as inverse_logdet
 from ncsr_fast.precision import product
 
 
@@ -155,14 +156,6 @@ def _pass_through(x: Tensor, inverse: bool) -> tuple[int, int]:
     """Pass-through channels of the affine before the matrix and of the one after it."""
     half = pass_through_channels(x.shape[1])
     return (0, half) if inverse else (half, 0)
-
-
-def inverse_logdet(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """W⁻¹ (N, C, C), log|det W| (N,) and the condition number ‖W‖·‖W⁻¹‖ (N,) in the ∞-norm, by PyTorch's LU."""
-    inverse, info = torch.linalg.inv_ex(weight)
-    condition = torch.linalg.matrix_norm(weight, torch.inf) * torch.linalg.matrix_norm(inverse, torch.inf)
-    condition = torch.where(info == 0, condition, torch.inf)  # the inverse of a singular matrix may be anything
-    return inverse.contiguous(), torch.linalg.slogdet(weight)[1], condition.detach()  # LAPACK's inverse is column-major
 
 
 def fold_forward(

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from ncsr_fast.layout import empty_like
+from ncsr_fast.layout import dense_format, empty_like, is_wrapped
 from ncsr_fast.ops.contract import compute_dtype
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ class Registered:
         count = self._signature.tensor_count
         inputs, saved = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
         needed = tuple(ctx.needs_input_grad[:count])
-        found = self._operator.gradients(grads, inputs, saved, needed, ctx.settings, self._through_library)
+        found = self._operator.gradients(grads, inputs, saved, needed, ctx.settings, self._through_library, _is_dispatched)
         return *found, *([None] * len(ctx.settings))
 
     def _through_library(self, grads: Tensors, inputs: Tensors, saved: Tensors, needed: Any, *settings: Any) -> Tensors:
@@ -104,14 +104,26 @@ class Registered:
         return arguments[:first], arguments[first:second], arguments[second:third], arguments[third], arguments[third + 1 :]
 
     def _backward(self, *arguments: Any) -> list[Tensor]:
-        """The gradients that are needed."""
+        """The gradients that are needed, with the strides of `_fake_backward`, on which compiled code relies."""
         grads, saved, inputs, needed, settings = self._split(arguments)
         found = self._operator.backward(grads, inputs, saved, tuple(needed), *settings)
-        return [gradient for gradient, wanted in zip(found, needed) if wanted and gradient is not None]
+        return [
+            _lying_like(cast(Tensor, gradient), tensor) for gradient, tensor, wanted in zip(found, inputs, needed) if wanted
+        ]
 
     def _fake_backward(self, *arguments: Any) -> list[Tensor]:
         _, _, inputs, needed, _ = self._split(arguments)
         return [_empty_gradient(tensor) for tensor, wanted in zip(inputs, needed) if wanted]
+
+
+def _is_dispatched(gradient: Tensor) -> bool:
+    """True where the dispatcher takes a gradient to a registered operator, without memory too: in a graph that is traced."""
+    return not is_wrapped(gradient)
+
+
+def _lying_like(gradient: Tensor, tensor: Tensor) -> Tensor:
+    """A gradient in the layout that `_empty_gradient` gives it; where a kernel wrote another one, a copy."""
+    return gradient.contiguous(memory_format=dense_format(tensor))
 
 
 def _empty_gradient(tensor: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ncsr_fast.ops.backends import kernels, resolve_backend
-from ncsr_fast.ops.contract import check_state, check_tensors
+from ncsr_fast.ops.contract import check_image, check_tensors
 from ncsr_fast.ops.conv3x3 import ConvolutionMethod, convolution, convolution_backward
 from ncsr_fast.ops.operator import Operator, Tensors
 from ncsr_fast.ops.registration import Signature
@@ -67,11 +67,11 @@ def step_network(
     Raises:
         ValueError, TypeError: A wrong shape, dtype or device; the message names the argument.
     """
-    batch, hidden, height, width = check_state("step_network", "pre", pre)
+    batch, hidden, height, width = check_image("step_network", "pre", pre)
     if (z1 is None) != (w1 is None):
         raise ValueError("step_network: z1 and w1 must both be given, or both be None")
     if z1 is not None and w1 is not None:
-        channels = check_state("step_network", "z1", z1)[1]
+        channels = check_image("step_network", "z1", z1)[1]
         check_tensors("step_network", pre, ("z1", z1, (batch, channels, height, width)), ("w1", w1, (hidden, channels, 3, 3)))
     outputs = w3.shape[0] if isinstance(w3, Tensor) and w3.dim() else 0
     check_tensors(

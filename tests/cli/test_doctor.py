@@ -11,7 +11,7 @@ import torch
 
 from ncsr_fast.cli import doctor
 from ncsr_fast.cli.main import main
-from ncsr_fast.ops import _backends
+from ncsr_fast.ops.backends import _native_mend, _triton_missing
 
 
 def test_doctor(capsys):
@@ -62,7 +62,7 @@ TREE = "this is a source tree that was not installed; in it: pip install -e ."
 def test_advice_on_the_compiled_module(tmp_path, files, advice):
     for name, text in files.items():
         (tmp_path / name).write_text(text)
-    assert _backends._native_mend(tmp_path).startswith(advice)
+    assert _native_mend(tmp_path).startswith(advice)
 
 
 @pytest.mark.parametrize(
@@ -78,11 +78,11 @@ def test_advice_on_triton(error, advice, monkeypatch):
     def fail(backend):
         raise error
 
-    monkeypatch.setattr(_backends, "implementation", fail)
+    monkeypatch.setattr(sys.modules[_triton_missing.__module__], "kernels", fail)
     monkeypatch.setattr(sys, "platform", "linux")
-    assert f"cannot be imported ({error}): {advice}" in _backends._triton_missing("cuda", False)
+    assert f"cannot be imported ({error}): {advice}" in _triton_missing("cuda")
     monkeypatch.setattr(sys, "platform", "darwin")
-    assert ("there is no Triton for this system" in _backends._triton_missing("cuda", False)) == (advice.startswith("pip"))
+    assert ("there is no Triton for this system" in _triton_missing("cuda")) == (advice.startswith("pip"))
 
 
 def test_doctor_says_how_the_package_is_installed(monkeypatch):

@@ -103,8 +103,8 @@ def check(oracle, forward, backward, inputs: dict[str, Tensor | None], dy: Tenso
 def check_affine(x: Tensor, h: Tensor, kept: int, inverse: bool, dy: Tensor, dlogdet: Tensor) -> None:
     check(
         lambda x, h: affine(x, h, kept, inverse),
-        lambda x, h: kernels.affine_fwd(x, h, kept, EPS, inverse),
-        lambda dy, g, y, x, h: kernels.affine_bwd(dy, g, x, h, kept, EPS, inverse),
+        lambda x, h: kernels.affine_forward(x, h, kept, EPS, inverse),
+        lambda dy, g, y, x, h: kernels.affine_backward(dy, g, x, h, kept, EPS, inverse),
         {"x": x, "h": h},
         dy,
         dlogdet,
@@ -114,8 +114,8 @@ def check_affine(x: Tensor, h: Tensor, kept: int, inverse: bool, dy: Tensor, dlo
 def check_step(inputs: dict[str, Tensor | None], inverse: bool, dy: Tensor, dlogdet: Tensor) -> None:
     check(
         lambda *t: step(*t, inverse),
-        lambda *t: kernels.step_fwd(*t, EPS, inverse),
-        lambda dy, g, y, x, mix, _, *h: kernels.step_bwd(dy, g, x, y, mix, *h, EPS, inverse),
+        lambda *t: kernels.flow_step_forward(*t, EPS, inverse),
+        lambda dy, g, y, x, mix, _, *h: kernels.flow_step_backward(dy, g, x, y, mix, *h, EPS, inverse),
         inputs,
         dy,
         dlogdet,
@@ -149,8 +149,8 @@ def test_affine(normal, layout, kept, inverse):
 def test_gaussian_split(normal, layout, inverse):
     check(
         lambda x, h: gaussian(x, h, inverse),
-        lambda x, h: kernels.gaussian_fwd(x, h, inverse),
-        lambda dy, g, y, x, h: kernels.gaussian_bwd(dy, g, x, h, inverse),
+        lambda x, h: kernels.gaussian_split_forward(x, h, inverse),
+        lambda dy, g, y, x, h: kernels.gaussian_split_backward(dy, g, x, h, inverse),
         {"x": normal(5, layout), "h": normal(6, layout)},
         normal(5, layout),
         DLOGDET,
@@ -220,8 +220,8 @@ def test_saturated_scales(inverse):
     raw = torch.tensor([-1e4, -100.0, -30.0, 30.0, 100.0, 1e4], device=DEVICE).view(1, 6, 1, 1)
     h = torch.stack([torch.zeros_like(raw), raw], dim=2).flatten(1, 2)
     x = torch.full_like(raw, 1e6)
-    y, logdet = kernels.affine_fwd(x, h, 0, EPS, inverse)
-    dx, dh = kernels.affine_bwd(x, DLOGDET[:1], x, h, 0, EPS, inverse)
+    y, logdet = kernels.affine_forward(x, h, 0, EPS, inverse)
+    dx, dh = kernels.affine_backward(x, DLOGDET[:1], x, h, 0, EPS, inverse)
     assert all(t.isfinite().all() for t in (y, logdet, dx, dh))
     assert logdet.item() == pytest.approx((-1 if inverse else 1) * 3 * (math.log(EPS) + math.log1p(EPS)), rel=1e-6)
 
@@ -229,16 +229,16 @@ def test_saturated_scales(inverse):
 def test_nan_stays_in_its_sample(normal):
     inputs = step_inputs(normal, 5, False)
     inputs["x"][1, 2, 3, 4] = float("nan")
-    y, logdet = kernels.step_fwd(*inputs.values(), EPS, False)
+    y, logdet = kernels.flow_step_forward(*inputs.values(), EPS, False)
     assert y[0].isfinite().all() and logdet[0].isfinite() and logdet[1].isfinite()
     assert y[1].isnan().sum() == 5 and y[1, :, 3, 4].isnan().all()
 
 
 def test_repeats_are_equal_to_the_bit(normal):
     inputs = step_inputs(normal, 12, False)
-    calls = [kernels.step_fwd(*inputs.values(), EPS, False) for _ in range(2)]
+    calls = [kernels.flow_step_forward(*inputs.values(), EPS, False) for _ in range(2)]
     y, (x, mix, _, *h) = calls[0][0], inputs.values()
-    calls = [(*call, *kernels.step_bwd(y, DLOGDET, x, y, mix, *h, EPS, False)) for call in calls]
+    calls = [(*call, *kernels.flow_step_backward(y, DLOGDET, x, y, mix, *h, EPS, False)) for call in calls]
     assert all(torch.equal(first, second) for first, second in zip(*calls, strict=True))
 
 
@@ -264,10 +264,10 @@ def test_launches(normal, monkeypatch):
         monkeypatch.setattr(module, "launch", lambda kernel, *_, **__: launched.append(kernel.__name__))
     (x, mix, offset, h_pre, h_post), both = step_inputs(normal, 4, False).values(), normal(8)
     with Watch(lambda name, _: computed.append(name)):
-        kernels.affine_fwd(x, both, 0, EPS, False)
-        kernels.gaussian_bwd(x, DLOGDET, x, h_pre, False)
-        kernels.step_fwd(x, mix, offset, h_pre, h_post, EPS, False)
-        kernels.step_bwd(x, DLOGDET, x, x, mix, h_pre, h_post, EPS, False)
+        kernels.affine_forward(x, both, 0, EPS, False)
+        kernels.gaussian_split_backward(x, DLOGDET, x, h_pre, False)
+        kernels.flow_step_forward(x, mix, offset, h_pre, h_post, EPS, False)
+        kernels.flow_step_backward(x, DLOGDET, x, x, mix, h_pre, h_post, EPS, False)
     assert launched == [
         *(
             "elementwise_forward_kernel",
@@ -285,13 +285,13 @@ def test_launches(normal, monkeypatch):
 def test_empty(normal, size):
     x, h, g, mix = normal(4, size=size), normal(8, size=size), DLOGDET[: size[0]], torch.eye(4, device=DEVICE)
     for y, logdet in (
-        kernels.affine_fwd(x, h, 0, EPS, False),
-        kernels.gaussian_fwd(x, h[:, :4], False),
-        kernels.step_fwd(x, mix, mix[0], None, h, EPS, False),
+        kernels.affine_forward(x, h, 0, EPS, False),
+        kernels.gaussian_split_forward(x, h[:, :4], False),
+        kernels.flow_step_forward(x, mix, mix[0], None, h, EPS, False),
     ):
         assert y.shape == x.shape and torch.equal(logdet, torch.zeros(size[0], device=DEVICE))
-    assert [t.shape for t in kernels.affine_bwd(x, g, x, h, 0, EPS, False)] == [x.shape, h.shape]
-    dx, dmix, doffset, dh_pre, dh_post = kernels.step_bwd(x, g, x, x, mix, None, h, EPS, False)
+    assert [t.shape for t in kernels.affine_backward(x, g, x, h, 0, EPS, False)] == [x.shape, h.shape]
+    dx, dmix, doffset, dh_pre, dh_post = kernels.flow_step_backward(x, g, x, x, mix, None, h, EPS, False)
     assert dx.shape == x.shape and dh_pre is None and dh_post.shape == h.shape
     assert torch.equal(dmix, torch.zeros_like(mix)) and torch.equal(doffset, torch.zeros_like(mix[0]))
 
@@ -303,21 +303,21 @@ def test_offsets_beyond_32_bits():
     x = torch.tensor([], dtype=torch.bfloat16, device=DEVICE).set_(storage, 0, (1, 3, 1, 1), (stride, stride, 1, 1))
     x.copy_(torch.tensor([1.0, 2.0, 3.0]).view(1, 3, 1, 1))
     turn = torch.tensor([[0.0, 0.0, 1.0], [1.0, 0.0, 0.0], [0.0, 1.0, 0.0]], device=DEVICE)
-    y, _ = kernels.step_fwd(x, turn, torch.zeros(3, device=DEVICE), None, None, EPS, False)
+    y, _ = kernels.flow_step_forward(x, turn, torch.zeros(3, device=DEVICE), None, None, EPS, False)
     assert y.flatten().tolist() == [3.0, 1.0, 2.0]
     h = torch.zeros(1, 6, 1, 1, device=DEVICE)
-    assert torch.equal(kernels.affine_fwd(x, h, 0, EPS, False)[0], kernels.affine_fwd(x.clone(), h, 0, EPS, False)[0])
+    assert torch.equal(kernels.affine_forward(x, h, 0, EPS, False)[0], kernels.affine_forward(x.clone(), h, 0, EPS, False)[0])
 
 
 def test_float64_is_refused(normal):
     x, h, mix = normal(4).double(), normal(8), torch.eye(4, device=DEVICE)
     for call in (
-        lambda: kernels.affine_fwd(x, h, 0, EPS, False),
-        lambda: kernels.affine_bwd(x, DLOGDET, x, h, 0, EPS, False),
-        lambda: kernels.gaussian_fwd(x, h[:, :4], False),
-        lambda: kernels.gaussian_bwd(x, DLOGDET, x, h[:, :4], False),
-        lambda: kernels.step_fwd(x, mix, mix[0], None, h, EPS, False),
-        lambda: kernels.step_bwd(x, DLOGDET, x, x, mix, None, h, EPS, False),
+        lambda: kernels.affine_forward(x, h, 0, EPS, False),
+        lambda: kernels.affine_backward(x, DLOGDET, x, h, 0, EPS, False),
+        lambda: kernels.gaussian_split_forward(x, h[:, :4], False),
+        lambda: kernels.gaussian_split_backward(x, DLOGDET, x, h[:, :4], False),
+        lambda: kernels.flow_step_forward(x, mix, mix[0], None, h, EPS, False),
+        lambda: kernels.flow_step_backward(x, DLOGDET, x, x, mix, None, h, EPS, False),
     ):
         with pytest.raises(TypeError, match="x must be float32, float16 or bfloat16"):
             call()

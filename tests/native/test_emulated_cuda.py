@@ -82,7 +82,7 @@ def on_the_emulation(emulated, monkeypatch):
 
     def run_emulated(call, x, workspace, *rest):
         memory = torch.full((workspace(),), 255, dtype=torch.uint8)  # NaN, as garbage of a GPU may be
-        call(*rest, x.dtype == torch.float64, (1, 0, 0, memory.data_ptr()))
+        return call(*rest, x.dtype == torch.float64, (1, 0, 0, memory.data_ptr()))
 
     monkeypatch.setattr(calls, "native", emulated)
     monkeypatch.setattr(calls, "_launch", run_emulated)

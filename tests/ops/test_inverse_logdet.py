@@ -194,7 +194,7 @@ def test_opcheck(device, backend, transposed):
     torch.library.opcheck(torch.ops.ncsr_fast.inverse_logdet.default, (weight, NAME, True, backend), test_utils=tests)
     given = torch.ones(3, 5, 5, device=device).double(), torch.ones(3, device=device).double(), weight.detach(), weight.detach()
     backward = torch.ops.ncsr_fast.inverse_logdet_backward.default
-    torch.library.opcheck(backward, (*given, NAME, True, backend), test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(backward, (*given, [True], NAME, True, backend), test_utils=("test_schema", "test_faketensor"))
 
 
 @cells

@@ -26,6 +26,7 @@ from torch import Tensor
 
 import ncsr_fast
 from ncsr_fast import ops
+from ncsr_fast.ops.backends import Kernels
 
 native = pytest.mark.skipif(not ops.backends("cpu")["native"].available, reason="the compiled module is not there")
 layouts = pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout != "contiguous"])
@@ -103,41 +104,54 @@ def fold_arguments() -> list[Tensor]:
     return [normal(6), 0.1 * normal(6), normal(6, 6)]
 
 
-def of(call, *constants):
-    return lambda *tensors: call(*tensors, *constants)
+def stacked(tensors: list[Tensor]) -> list[Tensor]:
+    return [torch.stack([tensor, 2 * tensor, -tensor]) for tensor in tensors]
+
+
+def of(call, *constants, **named):
+    return lambda *tensors: call(*tensors, *constants, **named)
 
 
 def calls() -> dict:
-    """Every function of `ops._native`, as one of tensors, and tensors for it."""
-    from ncsr_fast.ops import _native as c
+    """Every function of `ops.native`, as one of tensors, and tensors for it."""
+    from ncsr_fast.ops import native as c
 
     x, h = normal(2, 6, 3, 5), normal(2, 6, 3, 5)
     image, weight, bias = normal(2, 7, 4, 6), normal(9, 7, 3, 3), normal(9)
     dy, small = normal(2, 9, 4, 6), normal(2, 7, 2, 3)
     step_gradient = [normal(2, 6, 3, 5), normal(2), *step_arguments()[:1], normal(2, 6, 3, 5), *step_arguments()[1:2]]
-    hidden = lambda like: tuple(torch.empty_like(like, memory_format=torch.contiguous_format) for _ in range(2))  # noqa: E731
+    fold_gradients, all_three = [normal(6, 6), normal(6), normal(1)[0]], (True, True, True)
     return {
-        "affine_fwd": (of(c.affine_fwd, 3, 1e-4, False), [x, h]),
-        "affine_bwd": (of(c.affine_bwd, 3, 1e-4, False), [normal(2, 6, 3, 5), normal(2), x, h]),
-        "gaussian_fwd": (of(c.gaussian_fwd, False), [x, h]),
-        "gaussian_bwd": (of(c.gaussian_bwd, False), [normal(2, 6, 3, 5), normal(2), x, h]),
-        "step_fwd": (of(c.step_fwd, 1e-4, False), step_arguments()),
-        "step_bwd": (of(c.step_bwd, 1e-4, False), [*step_gradient, *step_arguments()[3:]]),
-        "network_fwd": (c.network_fwd, network_arguments()),
-        "network_fwd, hidden": (lambda *t: (h := hidden(t[1]), c.network_fwd(*t, hidden=h))[::-1], network_arguments()),
-        "conv3x3_fwd": (lambda *t: c.conv3x3_fwd(*t, slope=0.2), [image, weight, bias]),
-        "conv3x3_fwd, copies": (lambda *t: c.conv3x3_fwd(*t, None, copies=True), [image, weight]),
-        "conv3x3_bwd_input": (
-            lambda dy, weight, gate: c.conv3x3_bwd_input(dy, weight, gate=gate, slope=0.2),
-            [dy, weight, normal(2, 3, 4, 6)],
+        "affine_forward": (of(c.affine_forward, 3, 1e-4, False), [x, h]),
+        "affine_backward": (of(c.affine_backward, 3, 1e-4, False), [normal(2, 6, 3, 5), normal(2), x, h]),
+        "gaussian_split_forward": (of(c.gaussian_split_forward, False), [x, h]),
+        "gaussian_split_backward": (of(c.gaussian_split_backward, False), [normal(2, 6, 3, 5), normal(2), x, h]),
+        "flow_step_forward": (of(c.flow_step_forward, 1e-4, False), step_arguments()),
+        "flow_step_backward": (of(c.flow_step_backward, 1e-4, False), [*step_gradient, *step_arguments()[3:]]),
+        "step_network_forward": (c.step_network_forward, network_arguments()),
+        "step_network_layers": (c.step_network_layers, network_arguments()),
+        "conv3x3_forward": (of(c.conv3x3_forward, slope=0.2), [image, weight, bias]),
+        "conv3x3_forward, upsample2x": (lambda *t: c.conv3x3_forward(*t, None, upsample2x=True), [image, weight]),
+        "conv3x3_backward": (
+            lambda dy, x, weight, relu: c.conv3x3_backward(dy, x, weight, all_three, relu=(relu, 0.2)),
+            [dy, image, weight, normal(2, 3, 4, 6)],
         ),
-        "conv3x3_bwd_weight": (c.conv3x3_bwd_weight, [dy, image]),
-        "conv3x3_bwd_weight, copies": (lambda *t: c.conv3x3_bwd_weight(*t, copies=True), [dy, small]),
-        "fold": (lambda *t: c.fold("fold", *t, False, torch.float64), fold_arguments()),
-        "fold_backward": (
-            lambda *t: c.fold_backward(*t[:3], False, *t[3:]), [*fold_arguments(), normal(6, 6), normal(6), normal(1)],
+        "conv3x3_backward, upsample2x": (of(c.conv3x3_backward, all_three, upsample2x=True), [dy, small, weight]),
+        "inverse_logdet": (c.inverse_logdet, stacked([normal(6, 6)])),
+        "fold_forward": (lambda *t: c.fold_forward("fold", *t, False, torch.float64), fold_arguments()),
+        "fold_forward, stacked": (lambda *t: c.fold_forward("fold", *t, True, torch.float64), stacked(fold_arguments())),
+        "fold_backward": (lambda *t: c.fold_backward(*t[:3], False, *t[3:]), [*fold_arguments(), *fold_gradients]),
+        "fold_backward, stacked": (
+            lambda *t: c.fold_backward(*t[:3], True, *t[3:]), stacked([*fold_arguments(), *fold_gradients]),
         ),
     }  # fmt: skip
+
+
+@native
+def test_every_function_of_the_compiled_module_is_called():
+    """The cases above are those of the contract."""
+    functions = {name for name in vars(Kernels) if not name.startswith("_")}
+    assert {name.partition(",")[0] for name in calls()} == functions
 
 
 def flat(results) -> list[Tensor]:
@@ -161,9 +175,20 @@ def test_calls(layout):
 @native
 def test_calls_convert_other_dtypes():
     """Of those arguments that a kernel reads in one dtype alone."""
-    single = {"step_fwd": [1, 2], "step_bwd": [1, 4], "network_fwd": [0, 2, 3, 4, 5, 6], "conv3x3_fwd": [1, 2],
-              "conv3x3_bwd_input": [1, 2], "conv3x3_bwd_weight": [1], "affine_bwd": [1], "fold": [0, 1, 2],
-              "fold_backward": [0, 1, 2, 3, 4]}  # fmt: skip
+    single = {
+        "flow_step_forward": [1, 2],
+        "flow_step_backward": [1, 4],
+        "step_network_forward": [0, 2, 3, 4, 5, 6],
+        "step_network_layers": [0, 2, 3, 4, 5, 6],
+        "conv3x3_forward": [1, 2],
+        "conv3x3_backward": [1, 2, 3],
+        "affine_backward": [1],
+        "inverse_logdet": [0],
+        "fold_forward": [0, 1, 2],
+        "fold_forward, stacked": [0, 1, 2],
+        "fold_backward": [0, 1, 2, 3, 4],
+        "fold_backward, stacked": [0, 1, 2, 3, 4],
+    }
     for name, positions in single.items():
         call, tensors = calls()[name]
         for dtype in (torch.float32, torch.bfloat16):
@@ -171,22 +196,22 @@ def test_calls_convert_other_dtypes():
             expected = flat(call(*(tensor.double() for tensor in others)))
             for value, right in zip(flat(call(*others)), expected, strict=True):
                 # the gradient of a parameter comes in its dtype; of parameters in bfloat16, the folding keeps float32
-                coarse = torch.float32 if name == "fold_backward" and value.dtype == torch.float64 else value.dtype
+                coarse = torch.float32 if "fold_backward" in name and value.dtype == torch.float64 else value.dtype
                 assert_close(value, right, ROUNDING[coarse], name)
 
 
 @native
 def test_outputs_are_written_where_they_lie():
     """`out` of a convolution among NaN, which stay."""
-    from ncsr_fast.ops import _native as c
+    from ncsr_fast.ops import native as c
 
     image, weight = normal(2, 7, 4, 6), normal(9, 7, 3, 3)
-    expected = c.conv3x3_fwd(image, weight, None)
+    expected = c.conv3x3_forward(image, weight, None)
     for layout in ("contiguous", "channels_last", "offset", "reversed", "sliced", "channels of channels_last"):
         out = laid_out(torch.zeros_like(expected), layout)
         around = torch.as_strided(out, (out.untyped_storage().nbytes() // 8,), (1,), 0)
         nans = int(around.isnan().sum())
-        assert c.conv3x3_fwd(image, weight, None, out=out) is out
+        assert c.conv3x3_forward(image, weight, None, out=out) is out
         assert torch.equal(out, expected), layout
         assert int(around.isnan().sum()) == nans
 
@@ -196,21 +221,25 @@ def test_what_has_no_memory_is_refused():
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.testing._internal.two_tensor import TwoTensor
 
-    from ncsr_fast.ops import _native as c
+    from ncsr_fast.ops import native as c
 
     x, mix, offset = normal(2, 6, 3, 5), normal(6, 6), normal(6)
     with FakeTensorMode() as mode:
         fake = mode.from_tensor(mix)
     for bad in (fake, TwoTensor(mix, mix)):
         with pytest.raises(TypeError, match="may have none: use backend='reference'"):
-            c.step_fwd(x, bad, offset, None, None, 1e-4, False)
+            c.flow_step_forward(x, bad, offset, None, None, 1e-4, False)
     with pytest.raises(TypeError, match="this tensor is on meta"):
-        c.step_fwd(x, mix.to("meta"), offset, None, None, 1e-4, False)
-    dy, image = normal(2, 9, 4, 6), normal(2, 7, 4, 6)
+        c.flow_step_forward(x, mix.to("meta"), offset, None, None, 1e-4, False)
+    dy, image, weight = normal(2, 9, 4, 6), normal(2, 7, 4, 6), normal(9, 7, 3, 3)
     with pytest.raises(ValueError, match="must have dense 3×3"):
-        c.conv3x3_bwd_weight(dy, image, out=normal(9, 7, 3, 3).to(memory_format=torch.channels_last))
+        c.conv3x3_backward(dy, image, weight, (False, True, False), dweight=weight.to(memory_format=torch.channels_last))
     with pytest.raises(TypeError, match="negative bit"):
-        c.conv3x3_fwd(image, normal(9, 7, 3, 3), None, out=torch._neg_view(normal(2, 9, 4, 6)))
+        c.conv3x3_forward(image, weight, None, out=torch._neg_view(normal(2, 9, 4, 6)))
+    with pytest.raises(TypeError, match="a kernel writes torch.float64 here, and this tensor is torch.float32"):
+        c.conv3x3_forward(image, weight, None, out=normal(2, 9, 4, 6, dtype=torch.float32))
+    with pytest.raises(TypeError, match="a kernel writes torch.float64 here, and this tensor is torch.float32"):
+        c.conv3x3_backward(dy, image, weight, (False, True, False), dweight=weight.float())
 
 
 def test_known_zeros_are_read_as_zeros():
@@ -227,5 +256,5 @@ def test_addresses_are_taken_in_one_place():
     for folder in map(Path, ncsr_fast.__path__):
         for path in folder.rglob("*.py"):
             found |= {(path.name, line.strip()) for line in path.read_text().splitlines() if re.search(r"data_ptr\(", line)}
-    assert {name for name, _ in found} <= {"_native.py", "cache.py", "graphs.py", "published.py", "ahead_of_time.py"}
-    assert [line for name, line in found if name == "_native.py"] == ["return x.data_ptr()"]
+    assert {name for name, _ in found} <= {"native.py", "cache.py", "graphs.py", "published.py", "ahead_of_time.py"}
+    assert [line for name, line in found if name == "native.py"] == ["return x.data_ptr()"]

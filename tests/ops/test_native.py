@@ -104,12 +104,12 @@ print(len(asked), ops.backends("cuda")["native"].reason, len(asked))
 
 def test_a_launch_names_device_and_stream(monkeypatch):
     """A GPU's ordinal and torch's current stream there, which is all that the compiled module knows of torch's GPUs."""
-    x, empty = SimpleNamespace(device=torch.device("cuda", 3), dtype=torch.float32, is_cpu=False), torch.empty
+    x, empty = SimpleNamespace(device=torch.device("cuda", 3), dtype=torch.float32), torch.empty
     monkeypatch.setattr(torch, "empty", lambda size, dtype, device: empty(size, dtype=dtype))
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=40 + device.index))
     passed = []
-    calls._run(lambda *values: passed.extend(values), x, lambda: 16, "sizes")
+    calls._launch(lambda *values: passed.extend(values), x, lambda: 16, "sizes")
     sizes, float64, (cuda, ordinal, stream, memory) = passed
     assert (sizes, float64, cuda, ordinal, stream) == ("sizes", False, 1, 3, 43) and memory
 

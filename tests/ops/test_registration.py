@@ -26,7 +26,7 @@ from torch import Tensor
 from ncsr_fast import ops
 
 layouts = pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
-REGISTERED = {"affine_injector": "affine", "affine_coupling": "affine", "gaussian_split": "gaussian"}
+REGISTERED = {"affine_injector": "affine", "affine_coupling": "affine", "gaussian_split": "gaussian_split"}
 
 
 def registered_call(name: str, inverse: bool, backend: str, tensors: list) -> tuple:
@@ -93,9 +93,12 @@ def test_opcheck_of_the_backward(name, device, backend, layout):
     op, call = registered_call(name, False, backend, tensors)
     y, logdet = op(*call)
     backward = getattr(torch.ops.ncsr_fast, f"{op.__name__}_backward").default
-    kept = y if op is torch.ops.ncsr_fast.flow_step else None
+    saved = [y] if op is torch.ops.ncsr_fast.flow_step else []
+    count = op.default._schema.arguments.index(next(x for x in op.default._schema.arguments if "Tensor" not in str(x.type)))
+    given, settings = call[:count], call[count:]
     utilities = ("test_schema", "test_faketensor")  # it has no autograd formula, and the gradient of a gradient none of it
-    torch.library.opcheck(backward, (torch.ones_like(y), logdet, kept, *call), test_utils=utilities)
+    for needed in ([tensor is not None for tensor in given], [True] + [False] * (count - 1)):
+        torch.library.opcheck(backward, (torch.ones_like(y), logdet, *saved, *given, needed, *settings), test_utils=utilities)
 
 
 @operators
