@@ -11,7 +11,8 @@ from forks import Fork
 from installation import CHECKOUT
 
 from ncsr_fast import graphs, ops
-from ncsr_fast.benchmarks.gpu import capture, checks, driver, linear_algebra, session, summary
+from ncsr_fast.benchmarks.gpu import capture, checks, driver, linear_algebra, models, session, summary
+from ncsr_fast.engine.ablation import Ablation, ablation
 
 _PROGRAM = "import runpy; runpy.run_module('ncsr_fast.benchmarks.gpu', run_name='__main__', alter_sys=True)"
 # items that pass, fail in a part, raise, end their process, hang, and hang where no signal but SIGKILL is heard
@@ -286,6 +287,18 @@ def test_an_engine_that_is_off_fails(at_work, monkeypatch):
     monkeypatch.setattr(checks, "differences", lambda *tensors: usual(*tensors) | {"images": 1e-3})
     checks.engine(at_work)
     assert failures(at_work) == {"fp32", "fp32, checkpoint=False"}, "less precise ones are allowed as much"
+
+
+def test_variants_of_a_step_are_measured_without_a_part_of_the_engine(at_work, monkeypatch):
+    seen = []
+    monkeypatch.setattr(models, "_timed_step", lambda *arguments, **options: seen.append((ablation(), options)) or {})
+    models.training_variants(at_work)
+    assert seen == [
+        (Ablation(), {"precision": "bf16", "checkpoint": False}),
+        (Ablation(subpixel=False), {"precision": "bf16"}),
+        (Ablation(channels_last=False), {"precision": "bf16"}),
+        (Ablation(), {"precision": "bf16"}),
+    ]
 
 
 def test_a_replay_that_is_off_fails(at_work, monkeypatch):
