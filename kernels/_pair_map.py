@@ -1,4 +1,4 @@
-"""The elementwise maps y2 = map(x2; h): the last channels changed by a pair of numbers each, the first ones kept.
+"""The elementwise maps y2 = map(x2; h): the last channels changed by a pair of numbers each, the first ones unchanged.
 
 One pair of kernels for every such map. The map itself, on blocks of float32, is a constexpr argument:
 `MAP(x, first, second, constant, INVERSE) -> (y, logdet term)` and
@@ -36,15 +36,17 @@ CHANNELS_OF_A_ROW = 4  # and in another tile, which then has rows of 128 pixels
 
 
 @triton.jit
-def load_pair(h, pixel, i_c, kept: tl.constexpr, channels: tl.constexpr, BLOCK_C: tl.constexpr, CHANNELS_LAST: tl.constexpr):
-    """The pairs of tile i_c of the channels of x, which are in channels 2(c - kept) and 2(c - kept) + 1 of h."""
+def load_pair(
+    h, pixel, i_c, pass_through: tl.constexpr, channels: tl.constexpr, BLOCK_C: tl.constexpr, CHANNELS_LAST: tl.constexpr
+):
+    """The pairs of tile i_c of the channels of x, channels i = 2(c - pass_through) and i + 1 of h."""
     if CHANNELS_LAST:  # both at once: lanes read adjacent numbers
-        o = channel_tile(i_c, 2 * BLOCK_C) - 2 * kept
-        b = load(h, pixel, o, (o >= 0) & (o < 2 * (channels - kept)))
+        o = channel_tile(i_c, 2 * BLOCK_C) - 2 * pass_through
+        b = load(h, pixel, o, (o >= 0) & (o < 2 * (channels - pass_through)))
         return tl.split(tl.reshape(b, [b.shape[0], BLOCK_C, 2]))
     else:
-        o = channel_tile(i_c, BLOCK_C) - kept
-        m = (o >= 0) & (o < channels - kept)
+        o = channel_tile(i_c, BLOCK_C) - pass_through
+        m = (o >= 0) & (o < channels - pass_through)
         return load(h, pixel, 2 * o, m), load(h, pixel, 2 * o + 1, m)
 
 
@@ -53,7 +55,7 @@ def store_pair(
     h,
     pixel,
     i_c,
-    kept: tl.constexpr,
+    pass_through: tl.constexpr,
     channels: tl.constexpr,
     b_first,
     b_second,
@@ -62,11 +64,11 @@ def store_pair(
 ):
     """The inverse of `load_pair`."""
     if CHANNELS_LAST:
-        o = channel_tile(i_c, 2 * BLOCK_C) - 2 * kept
-        store(h, pixel, o, tl.interleave(b_first, b_second), (o >= 0) & (o < 2 * (channels - kept)))
+        o = channel_tile(i_c, 2 * BLOCK_C) - 2 * pass_through
+        store(h, pixel, o, tl.interleave(b_first, b_second), (o >= 0) & (o < 2 * (channels - pass_through)))
     else:
-        o = channel_tile(i_c, BLOCK_C) - kept
-        m = (o >= 0) & (o < channels - kept)
+        o = channel_tile(i_c, BLOCK_C) - pass_through
+        m = (o >= 0) & (o < channels - pass_through)
         store(h, pixel, 2 * o, b_first, m)
         store(h, pixel, 2 * o + 1, b_second, m)
 
@@ -77,7 +79,7 @@ def map_changed(
     h,
     pixel,
     i_c,
-    kept: tl.constexpr,
+    pass_through: tl.constexpr,
     channels: tl.constexpr,
     constant,
     MAP: tl.constexpr,
@@ -85,10 +87,10 @@ def map_changed(
     BLOCK_C: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
 ):
-    """Tile i_c of the channels of x after the map, and the log-det terms: x itself and zeros if kept."""
+    """Tile i_c of the channels of x after the map, and the log-det terms: x itself and zeros in pass-through channels."""
     o_c = channel_tile(i_c, BLOCK_C)
-    m_changed = (o_c >= kept) & (o_c < channels)
-    b_first, b_second = load_pair(h, pixel, i_c, kept, channels, BLOCK_C, CHANNELS_LAST)
+    m_changed = (o_c >= pass_through) & (o_c < channels)
+    b_first, b_second = load_pair(h, pixel, i_c, pass_through, channels, BLOCK_C, CHANNELS_LAST)
     b_y, b_logdet = MAP(b_x, b_first, b_second, constant, INVERSE)
     return tl.where(m_changed, b_y, b_x), tl.where(pixel[3] & m_changed, b_logdet, 0.0)
 
@@ -102,7 +104,7 @@ def map_changed_bwd(
     dh,
     pixel,
     i_c,
-    kept: tl.constexpr,
+    pass_through: tl.constexpr,
     channels: tl.constexpr,
     constant,
     MAP: tl.constexpr,
@@ -110,20 +112,20 @@ def map_changed_bwd(
     BLOCK_C: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
 ):
-    """Tile i_c of the channels of dx, dy itself if kept; stores dh."""
-    b_first, b_second = load_pair(h, pixel, i_c, kept, channels, BLOCK_C, CHANNELS_LAST)
+    """Tile i_c of the channels of dx, dy itself in pass-through channels; stores dh."""
+    b_first, b_second = load_pair(h, pixel, i_c, pass_through, channels, BLOCK_C, CHANNELS_LAST)
     b_dx, b_dfirst, b_dsecond = MAP(b_dy, b_g, b_x, b_first, b_second, constant, INVERSE)
-    store_pair(dh, pixel, i_c, kept, channels, b_dfirst, b_dsecond, BLOCK_C, CHANNELS_LAST)
-    return tl.where(channel_tile(i_c, BLOCK_C) >= kept, b_dx, b_dy)
+    store_pair(dh, pixel, i_c, pass_through, channels, b_dfirst, b_dsecond, BLOCK_C, CHANNELS_LAST)
+    return tl.where(channel_tile(i_c, BLOCK_C) >= pass_through, b_dx, b_dy)
 
 
 @triton.jit(do_not_specialize=["pixels", "width"])
 def pair_map_fwd_kernel(
     x,  # (B, C, H, W)
-    h,  # (B, 2(C - kept), H, W)
+    h,  # (B, 2(C - pass_through), H, W)
     y,  # (B, C, H, W)
     p_partial,  # (programs,), B times the tiles of a sample
-    kept: tl.constexpr,
+    pass_through: tl.constexpr,
     constant,
     channels: tl.constexpr,
     pixels,
@@ -140,7 +142,7 @@ def pair_map_fwd_kernel(
     pixel = pixel_tile(i_b, i_p, pixels, width, UNIT, BLOCK_P)
     o_c = channel_tile(i_c, BLOCK_C)
     b_x = load(x, pixel, o_c, o_c < channels)
-    b_y, b_logdet = map_changed(b_x, h, pixel, i_c, kept, channels, constant, MAP, INVERSE, BLOCK_C, CHANNELS_LAST)
+    b_y, b_logdet = map_changed(b_x, h, pixel, i_c, pass_through, channels, constant, MAP, INVERSE, BLOCK_C, CHANNELS_LAST)
     store(y, pixel, o_c, b_y, o_c < channels)
     tl.store(p_partial + tl.program_id(0), tl.sum(b_logdet))
 
@@ -150,10 +152,10 @@ def pair_map_bwd_kernel(
     dy,  # (B, C, H, W)
     dlogdet,  # (B,)
     x,  # (B, C, H, W)
-    h,  # (B, 2(C - kept), H, W)
+    h,  # (B, 2(C - pass_through), H, W)
     dx,  # (B, C, H, W)
-    dh,  # (B, 2(C - kept), H, W)
-    kept: tl.constexpr,
+    dh,  # (B, 2(C - pass_through), H, W)
+    pass_through: tl.constexpr,
     constant,
     channels: tl.constexpr,
     pixels,
@@ -172,7 +174,9 @@ def pair_map_bwd_kernel(
     b_dy = load(dy, pixel, o_c, o_c < channels)
     b_x = load(x, pixel, o_c, o_c < channels)
     b_g = tl.load(dlogdet[0] + i_b * dlogdet[1]).to(tl.float32)
-    b_dx = map_changed_bwd(b_dy, b_g, b_x, h, dh, pixel, i_c, kept, channels, constant, MAP, INVERSE, BLOCK_C, CHANNELS_LAST)
+    b_dx = map_changed_bwd(
+        b_dy, b_g, b_x, h, dh, pixel, i_c, pass_through, channels, constant, MAP, INVERSE, BLOCK_C, CHANNELS_LAST
+    )
     store(dx, pixel, o_c, b_dx, o_c < channels)
 
 
@@ -184,7 +188,7 @@ def _tiles(channels: int, pixels: int, CHANNELS_LAST: bool, **_) -> tuple[int, d
     return count, {"BLOCK_P": block_p, "BLOCK_C": block_c, "num_warps": NUM_WARPS}
 
 
-def pair_map_fwd(x: Tensor, h: Tensor, kept: int, constant: float, map_fwd, inverse: bool) -> tuple[Tensor, Tensor]:
+def pair_map_fwd(x: Tensor, h: Tensor, pass_through: int, constant: float, map_fwd, inverse: bool) -> tuple[Tensor, Tensor]:
     """Launch the forward kernel: (y, logdet)."""
     check_dtype(x)
     y, logdet = empty_like(x), torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
@@ -201,7 +205,7 @@ def pair_map_fwd(x: Tensor, h: Tensor, kept: int, constant: float, map_fwd, inve
         h=image(h),
         y=image(y),
         p_partial=partial,
-        kept=kept,
+        pass_through=pass_through,
         constant=constant,
         MAP=map_fwd,
         INVERSE=inverse,
@@ -213,7 +217,7 @@ def pair_map_fwd(x: Tensor, h: Tensor, kept: int, constant: float, map_fwd, inve
 
 
 def pair_map_bwd(
-    dy: Tensor, dlogdet: Tensor, x: Tensor, h: Tensor, kept: int, constant: float, map_bwd, inverse: bool
+    dy: Tensor, dlogdet: Tensor, x: Tensor, h: Tensor, pass_through: int, constant: float, map_bwd, inverse: bool
 ) -> tuple[Tensor, Tensor]:
     """Launch the backward kernel: (dx, dh)."""
     check_dtype(x)
@@ -232,7 +236,7 @@ def pair_map_bwd(
         h=image(h),
         dx=image(dx),
         dh=image(dh),
-        kept=kept,
+        pass_through=pass_through,
         constant=constant,
         MAP=map_bwd,
         INVERSE=inverse,

@@ -50,13 +50,13 @@ def affine_map_bwd(dy, g, x, shift, raw, eps, INVERSE: tl.constexpr):
     return affine_map_gradients(dy, g, v, raw, eps, INVERSE)
 
 
-def affine_forward(x: Tensor, h: Tensor, kept: int, eps: float, inverse: bool) -> tuple[Tensor, Tensor]:
-    """(y, logdet); the first `kept` channels are copied, h (B, 2(C - kept), H, W) holds shift and raw interleaved."""
-    return pair_map_fwd(x, h, kept, eps, affine_map, inverse)
+def affine_forward(x: Tensor, h: Tensor, pass_through: int, eps: float, inverse: bool) -> tuple[Tensor, Tensor]:
+    """(y, logdet); the first channels are copied, h (B, 2(C - pass_through), H, W) holds shift and raw interleaved."""
+    return pair_map_fwd(x, h, pass_through, eps, affine_map, inverse)
 
 
 def affine_backward(
-    dy: Tensor, dlogdet: Tensor, x: Tensor, h: Tensor, kept: int, eps: float, inverse: bool
+    dy: Tensor, dlogdet: Tensor, x: Tensor, h: Tensor, pass_through: int, eps: float, inverse: bool
 ) -> tuple[Tensor, Tensor]:
     """(dx, dh) from the inputs of `affine_forward`."""
-    return pair_map_bwd(dy, dlogdet, x, h, kept, eps, affine_map_bwd, inverse)
+    return pair_map_bwd(dy, dlogdet, x, h, pass_through, eps, affine_map_bwd, inverse)

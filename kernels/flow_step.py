@@ -61,7 +61,7 @@ def affine_if_any(
     h,
     pixel,
     i_c,
-    kept: tl.constexpr,
+    pass_through: tl.constexpr,
     channels: tl.constexpr,
     eps,
     INVERSE: tl.constexpr,
@@ -72,7 +72,7 @@ def affine_if_any(
     if h is None:
         return b_x, tl.zeros_like(b_x)
     else:
-        return map_changed(b_x, h, pixel, i_c, kept, channels, eps, affine_map, INVERSE, BLOCK_C, CHANNELS_LAST)
+        return map_changed(b_x, h, pixel, i_c, pass_through, channels, eps, affine_map, INVERSE, BLOCK_C, CHANNELS_LAST)
 
 
 @triton.jit
@@ -81,7 +81,7 @@ def post_dx(
     h,
     pixel,
     i_c,
-    kept: tl.constexpr,
+    pass_through: tl.constexpr,
     channels: tl.constexpr,
     eps,
     INVERSE: tl.constexpr,
@@ -92,9 +92,9 @@ def post_dx(
     if h is None:
         return b_dy
     else:
-        _, b_raw = load_pair(h, pixel, i_c, kept, channels, BLOCK_C, CHANNELS_LAST)
+        _, b_raw = load_pair(h, pixel, i_c, pass_through, channels, BLOCK_C, CHANNELS_LAST)
         b_s, _ = gate(b_raw, eps)
-        return tl.where(channel_tile(i_c, BLOCK_C) >= kept, b_dy / b_s if INVERSE else b_dy * b_s, b_dy)
+        return tl.where(channel_tile(i_c, BLOCK_C) >= pass_through, b_dy / b_s if INVERSE else b_dy * b_s, b_dy)
 
 
 @triton.jit
@@ -106,7 +106,7 @@ def post_dh(
     dh,
     pixel,
     i_c,
-    kept: tl.constexpr,
+    pass_through: tl.constexpr,
     channels: tl.constexpr,
     eps,
     INVERSE: tl.constexpr,
@@ -118,10 +118,10 @@ def post_dh(
         o_c = channel_tile(i_c, BLOCK_C)
         b_dy = load(dy, pixel, o_c, o_c < channels)
         b_y = load(y, pixel, o_c, o_c < channels)
-        b_shift, b_raw = load_pair(h, pixel, i_c, kept, channels, BLOCK_C, CHANNELS_LAST)
+        b_shift, b_raw = load_pair(h, pixel, i_c, pass_through, channels, BLOCK_C, CHANNELS_LAST)
         b_v = b_y + b_shift if INVERSE else b_y
         _, b_dshift, b_draw = affine_map_gradients(b_dy, b_g, b_v, b_raw, eps, INVERSE)
-        store_pair(dh, pixel, i_c, kept, channels, b_dshift, b_draw, BLOCK_C, CHANNELS_LAST)
+        store_pair(dh, pixel, i_c, pass_through, channels, b_dshift, b_draw, BLOCK_C, CHANNELS_LAST)
 
 
 @triton.jit(do_not_specialize=["pixels", "width"])
@@ -129,12 +129,12 @@ def step_fwd_kernel(
     x,  # (B, C, H, W)
     mix,  # (C, C)
     p_offset,  # (C,), contiguous
-    h_pre,  # (B, 2(C - kept_pre), H, W) or None
-    h_post,  # (B, 2(C - kept_post), H, W) or None
+    h_before,  # (B, 2(C - pass_before), H, W) or None
+    h_after,  # (B, 2(C - pass_after), H, W) or None
     y,  # (B, C, H, W)
     p_partial,  # (programs,), B times the tiles of a sample
-    kept_pre: tl.constexpr,
-    kept_post: tl.constexpr,
+    pass_before: tl.constexpr,
+    pass_after: tl.constexpr,
     eps,
     channels: tl.constexpr,
     pixels,
@@ -155,17 +155,17 @@ def step_fwd_kernel(
     pixel = pixel_tile(i_b, i_p, pixels, width, UNIT, BLOCK_P)
     o_c = channel_tile(i_c, BLOCK_C)
     acc = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
-    b_logdet_pre = tl.zeros([BLOCK_P, BLOCK_K], tl.float32)
+    b_logdet_before = tl.zeros([BLOCK_P, BLOCK_K], tl.float32)
     for i_k in range(BLOCKS_K):
         o_k = channel_tile(i_k, BLOCK_K)
         b_x = load(x, pixel, o_k, o_k < channels)
-        b_a, b_logdet = affine_if_any(b_x, h_pre, pixel, i_k, kept_pre, channels, eps, INVERSE, BLOCK_K, CHANNELS_LAST)
-        b_logdet_pre += b_logdet
+        b_a, b_logdet = affine_if_any(b_x, h_before, pixel, i_k, pass_before, channels, eps, INVERSE, BLOCK_K, CHANNELS_LAST)
+        b_logdet_before += b_logdet
         acc = tl.dot(b_a, load_matrix(mix, o_c, tl.trans(o_k), channels), acc, input_precision="ieee")
     b_w = acc + tl.load(p_offset + o_c, mask=o_c < channels, other=0.0).to(tl.float32)
-    b_y, b_logdet = affine_if_any(b_w, h_post, pixel, i_c, kept_post, channels, eps, INVERSE, BLOCK_C, CHANNELS_LAST)
+    b_y, b_logdet = affine_if_any(b_w, h_after, pixel, i_c, pass_after, channels, eps, INVERSE, BLOCK_C, CHANNELS_LAST)
     store(y, pixel, o_c, b_y, o_c < channels)
-    logdet = tl.sum(b_logdet) + tl.where(i_c == 0, tl.sum(b_logdet_pre), 0.0)
+    logdet = tl.sum(b_logdet) + tl.where(i_c == 0, tl.sum(b_logdet_before), 0.0)
     tl.store(p_partial + tl.program_id(0), logdet)
 
 
@@ -176,13 +176,13 @@ def step_bwd_kernel(
     x,  # (B, C, H, W)
     y,  # (B, C, H, W)
     mix,  # (C, C)
-    h_pre,  # (B, 2(C - kept_pre), H, W) or None
-    h_post,  # (B, 2(C - kept_post), H, W) or None
+    h_before,  # (B, 2(C - pass_before), H, W) or None
+    h_after,  # (B, 2(C - pass_after), H, W) or None
     dx,  # (B, C, H, W)
-    dh_pre,  # as h_pre
-    dh_post,  # as h_post
-    kept_pre: tl.constexpr,
-    kept_post: tl.constexpr,
+    dh_before,  # as h_before
+    dh_after,  # as h_after
+    pass_before: tl.constexpr,
+    pass_after: tl.constexpr,
     eps,
     channels: tl.constexpr,
     pixels,
@@ -197,31 +197,31 @@ def step_bwd_kernel(
 ):
     """dw = dy·∂post/∂w, da = mixᵀ·dw, dx = da·∂pre/∂x, and dh of both affines; g = dlogdet enters dh alone.
 
-    Every program of a pixel tile computes all of dw for its own channels of da; it stores dh_post of those channels.
+    Every program of a pixel tile computes all of dw for its own channels of da; it stores dh_after of those channels.
     """
     i_b, i_p, i_c = program(tl.cdiv(pixels, BLOCK_P), tl.cdiv(channels, BLOCK_C))
     pixel = pixel_tile(i_b, i_p, pixels, width, UNIT, BLOCK_P)
     o_c = channel_tile(i_c, BLOCK_C)
     b_g = tl.load(dlogdet[0] + i_b * dlogdet[1]).to(tl.float32)
-    post_dh(dy, b_g, y, h_post, dh_post, pixel, i_c, kept_post, channels, eps, INVERSE, BLOCK_C, CHANNELS_LAST)
+    post_dh(dy, b_g, y, h_after, dh_after, pixel, i_c, pass_after, channels, eps, INVERSE, BLOCK_C, CHANNELS_LAST)
     b_da = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     for i_k in range(BLOCKS_K):
         o_k = channel_tile(i_k, BLOCK_K)
         b_dy = load(dy, pixel, o_k, o_k < channels)
-        b_dw = post_dx(b_dy, h_post, pixel, i_k, kept_post, channels, eps, INVERSE, BLOCK_K, CHANNELS_LAST)
+        b_dw = post_dx(b_dy, h_after, pixel, i_k, pass_after, channels, eps, INVERSE, BLOCK_K, CHANNELS_LAST)
         b_da = tl.dot(b_dw, load_matrix(mix, tl.trans(o_k), o_c, channels), b_da, input_precision="ieee")
     b_dx = b_da
-    if h_pre is not None:
+    if h_before is not None:
         b_x = load(x, pixel, o_c, o_c < channels)
         b_dx = map_changed_bwd(
             b_da,
             b_g,
             b_x,
-            h_pre,
-            dh_pre,
+            h_before,
+            dh_before,
             pixel,
             i_c,
-            kept_pre,
+            pass_before,
             channels,
             eps,
             affine_map_bwd,
@@ -236,11 +236,11 @@ def step_bwd_kernel(
 def step_weight_bwd_kernel(
     dy,  # (B, C, H, W)
     x,  # (B, C, H, W)
-    h_pre,  # (B, 2(C - kept_pre), H, W) or None
-    h_post,  # (B, 2(C - kept_post), H, W) or None
+    h_before,  # (B, 2(C - pass_before), H, W) or None
+    h_after,  # (B, 2(C - pass_after), H, W) or None
     p_partial,  # (B times the parts of a sample, C·C + C): of dmix, and of doffset
-    kept_pre: tl.constexpr,
-    kept_post: tl.constexpr,
+    pass_before: tl.constexpr,
+    pass_after: tl.constexpr,
     eps,
     channels: tl.constexpr,
     pixels,
@@ -262,9 +262,9 @@ def step_weight_bwd_kernel(
     for i_t in range(tiles):
         pixel = pixel_tile(i_b, i_part * tiles + i_t, pixels, width, UNIT, BLOCK_P)
         b_dy = load(dy, pixel, o_out, o_out < channels)
-        b_dw = post_dx(b_dy, h_post, pixel, i_out, kept_post, channels, eps, INVERSE, BLOCK_C, CHANNELS_LAST)
+        b_dw = post_dx(b_dy, h_after, pixel, i_out, pass_after, channels, eps, INVERSE, BLOCK_C, CHANNELS_LAST)
         b_x = load(x, pixel, o_in, o_in < channels)
-        b_a, _ = affine_if_any(b_x, h_pre, pixel, i_in, kept_pre, channels, eps, INVERSE, BLOCK_C, CHANNELS_LAST)
+        b_a, _ = affine_if_any(b_x, h_before, pixel, i_in, pass_before, channels, eps, INVERSE, BLOCK_C, CHANNELS_LAST)
         b_dw_sum += b_dw
         b_dmix = tl.dot(tl.trans(b_dw), b_a, b_dmix, input_precision="ieee")
     o_row = tl.trans(o_out)
@@ -300,21 +300,21 @@ def _weight_tiles(batch: int, channels: int, pixels: int) -> tuple[int, int, dic
     return triton.cdiv(tiles, tiles_of_part), blocks, {**sizes, **WEIGHT_OPTIONS}
 
 
-def _kept(channels: int, inverse: bool) -> dict[str, int]:
-    """The coupling keeps the first half, the injector nothing; forward the coupling is first, inverse it is last."""
+def _pass_through(channels: int, inverse: bool) -> dict[str, int]:
+    """Pass-through channels: of the coupling the first half, of the injector none; the inverse has the coupling last."""
     half = channels // 2
-    return {"kept_pre": 0 if inverse else half, "kept_post": half if inverse else 0}
+    return {"pass_before": 0 if inverse else half, "pass_after": half if inverse else 0}
 
 
 def flow_step_forward(
-    x: Tensor, mix: Tensor, offset: Tensor, h_pre: Tensor | None, h_post: Tensor | None, eps: float, inverse: bool
+    x: Tensor, mix: Tensor, offset: Tensor, h_before: Tensor | None, h_after: Tensor | None, eps: float, inverse: bool
 ) -> tuple[Tensor, Tensor]:
-    """(y, logdet); mix (C, C), offset (C,) float32, h_pre and h_post shift and raw interleaved, or None."""
+    """(y, logdet); mix (C, C), offset (C,) float32, h_before and h_after shift and raw interleaved, or None."""
     check_dtype(x)
     y, logdet = empty_like(x), torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
     if x.numel() == 0:
         return y, logdet.zero_()
-    sizes = extent(x, h_pre, h_post, y)
+    sizes = extent(x, h_before, h_after, y)
     count, blocks = _tiles(**sizes)
     partial = torch.empty(x.shape[0], count, dtype=torch.float32, device=x.device)
     launch(
@@ -324,13 +324,13 @@ def flow_step_forward(
         x=image(x),
         mix=matrix(mix),
         p_offset=dense(offset),
-        h_pre=image(h_pre),
-        h_post=image(h_post),
+        h_before=image(h_before),
+        h_after=image(h_after),
         y=image(y),
         p_partial=partial,
         eps=eps,
         INVERSE=inverse,
-        **_kept(x.shape[1], inverse),
+        **_pass_through(x.shape[1], inverse),
         **sizes,
         **blocks,
     )
@@ -344,23 +344,23 @@ def flow_step_backward(
     x: Tensor,
     y: Tensor,
     mix: Tensor,
-    h_pre: Tensor | None,
-    h_post: Tensor | None,
+    h_before: Tensor | None,
+    h_after: Tensor | None,
     eps: float,
     inverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """(dx, dmix, doffset, dh_pre, dh_post) from the inputs of `flow_step_forward` and its y; None where h is."""
+    """(dx, dmix, doffset, dh_before, dh_after) from the inputs of `flow_step_forward` and its y; None where h is."""
     check_dtype(x)
     dx = empty_like(x)
-    dh_pre = None if h_pre is None else empty_like(h_pre)
-    dh_post = None if h_post is None else empty_like(h_post)
+    dh_before = None if h_before is None else empty_like(h_before)
+    dh_after = None if h_after is None else empty_like(h_after)
     if x.numel() == 0:
-        return dx, torch.zeros_like(mix), mix.new_zeros(mix.shape[0]), dh_pre, dh_post
-    sizes = extent(x, dy, y, h_pre, h_post, dx, dh_pre, dh_post)
-    inputs = {"dy": image(dy), "x": image(x), "h_pre": image(h_pre), "h_post": image(h_post)}
-    constants = {"eps": eps, "INVERSE": inverse, **_kept(x.shape[1], inverse), **sizes}
+        return dx, torch.zeros_like(mix), mix.new_zeros(mix.shape[0]), dh_before, dh_after
+    sizes = extent(x, dy, y, h_before, h_after, dx, dh_before, dh_after)
+    inputs = {"dy": image(dy), "x": image(x), "h_before": image(h_before), "h_after": image(h_after)}
+    constants = {"eps": eps, "INVERSE": inverse, **_pass_through(x.shape[1], inverse), **sizes}
     options = INVERSE_BACKWARD_OPTIONS if inverse else BACKWARD_OPTIONS
-    count, blocks = _tiles(**sizes, options=OPTIONS if h_pre is None and h_post is None else options)
+    count, blocks = _tiles(**sizes, options=OPTIONS if h_before is None and h_after is None else options)
     launch(
         step_bwd_kernel,
         x.shape[0] * count,
@@ -369,14 +369,14 @@ def flow_step_backward(
         y=image(y),
         mix=matrix(mix),
         dx=image(dx),
-        dh_pre=image(dh_pre),
-        dh_post=image(dh_post),
+        dh_before=image(dh_before),
+        dh_after=image(dh_after),
         **inputs,
         **constants,
         **blocks,
     )
     dmix, doffset = _step_weight_bwd(x, inputs, constants)
-    return dx, dmix.to(mix.dtype), doffset.to(mix.dtype), dh_pre, dh_post
+    return dx, dmix.to(mix.dtype), doffset.to(mix.dtype), dh_before, dh_after
 
 
 def _step_weight_bwd(x: Tensor, inputs: dict, constants: dict) -> tuple[Tensor, Tensor]:
