@@ -1,4 +1,4 @@
-"""The elementwise maps y2 = map(x2; h): the last channels changed by a pair of numbers each, the first ones pass_through.
+"""The elementwise maps y2 = map(x2; h): the last channels changed by a pair of numbers each, the first ones unchanged.
 
 One pair of kernels for every such map. The map itself, on blocks of float32, is a constexpr argument:
 `MAP(x, first, second, constant, INVERSE) -> (y, logdet term)` and
@@ -39,7 +39,7 @@ CHANNELS_OF_A_ROW = 4  # and in another tile, which then has rows of 128 pixels
 def load_pair(
     h, pixel, i_c, pass_through: tl.constexpr, channels: tl.constexpr, BLOCK_C: tl.constexpr, CHANNELS_LAST: tl.constexpr
 ):
-    """The pairs of tile i_c of the channels of x; those of channel c are channels 2(c - pass_through) and the next one of h."""
+    """The pairs of tile i_c of the channels of x, channels i = 2(c - pass_through) and i + 1 of h."""
     if CHANNELS_LAST:  # both at once: lanes read adjacent numbers
         o = channel_tile(i_c, 2 * BLOCK_C) - 2 * pass_through
         b = load(h, pixel, o, (o >= 0) & (o < 2 * (channels - pass_through)))
@@ -87,7 +87,7 @@ def mapped(
     BLOCK_C: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
 ):
-    """Tile i_c of the channels of x after the map, and the log-det terms: x itself and zeros if pass_through."""
+    """Tile i_c of the channels of x after the map, and the log-det terms: x itself and zeros in pass-through channels."""
     o_c = channel_tile(i_c, BLOCK_C)
     m_changed = (o_c >= pass_through) & (o_c < channels)
     b_first, b_second = load_pair(h, pixel, i_c, pass_through, channels, BLOCK_C, CHANNELS_LAST)
@@ -112,7 +112,7 @@ def mapped_backward(
     BLOCK_C: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
 ):
-    """Tile i_c of the channels of dx, dy itself if pass_through; stores dh."""
+    """Tile i_c of the channels of dx, dy itself in pass-through channels; stores dh."""
     b_first, b_second = load_pair(h, pixel, i_c, pass_through, channels, BLOCK_C, CHANNELS_LAST)
     b_dx, b_dfirst, b_dsecond = MAP(b_dy, b_g, b_x, b_first, b_second, constant, INVERSE)
     store_pair(dh, pixel, i_c, pass_through, channels, b_dfirst, b_dsecond, BLOCK_C, CHANNELS_LAST)

@@ -51,7 +51,7 @@ def affine_map_backward(dy, g, x, shift, raw, eps, INVERSE: tl.constexpr):
 
 
 def affine_forward(x: Tensor, h: Tensor, pass_through: int, eps: float, inverse: bool) -> tuple[Tensor, Tensor]:
-    """(y, logdet); the first `pass_through` channels are copied, h (B, 2(C - pass_through), H, W) is shift, raw in turn."""
+    """(y, logdet); the first channels are copied, h (B, 2(C - pass_through), H, W) holds shift and raw interleaved."""
     return elementwise_forward(x, h, pass_through, eps, affine_map, inverse)
 
 

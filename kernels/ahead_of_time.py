@@ -42,7 +42,7 @@ _ACCESS = re.compile(r"(LDG|STG|LDGSTS)\.")  # to global memory
 class Row:
     """A kernel of a call, compiled for a target: registers of a thread, bytes of shared memory of a program, and more.
 
-    spills: bytes of a thread's stack, where what does not fit in registers is pass_through
+    spills: bytes of a thread's stack, where what does not fit in registers is kept
     instructions: of the binary, each counted once
     wide: share of the bytes of its instructions to global memory that are in those of 16 bytes, the most of sm_80 and sm_90
     middling: the same of 8 bytes or more
@@ -149,16 +149,16 @@ def calls(channels: int, size: tuple[int, int, int] = SIZE) -> Iterator[tuple[st
             ),
         )
         yield (
-            "gaussian",
+            "gaussian_split",
             name,
             lambda: (
                 kernels.gaussian_split_forward(x, changed, inverse),
                 kernels.gaussian_split_backward(x, dlogdet, x, changed, inverse),
             ),
         )
-        steps = {"step": (whole, changed) if inverse else (changed, whole)}
+        steps = {"flow_step": (whole, changed) if inverse else (changed, whole)}
         if dtype == "float32":  # there is no h in it
-            steps["step without h"] = (None, None)
+            steps["flow_step without h"] = (None, None)
         for operator, h in steps.items():
             yield (
                 operator,
@@ -234,10 +234,10 @@ def worst(rows: Sequence[Row]) -> list[Row]:
 
 def table(rows: Sequence[Row]) -> str:
     needs = f"{'registers':>10}{'shared B':>10}{'spilled B':>10}{'16-byte':>9}{'MMA':>5}"
-    lines = [f"{'target':7}{'C':>4}  {'operator':15}{'kernel':24}{needs}"]
+    lines = [f"{'target':7}{'C':>4}  {'operator':20}{'kernel':24}{needs}"]
     for r in rows:
         sizes = f"{r.registers:10}{r.shared:10}{r.spills:10}{r.wide:9.0%}{r.tensor_cores:5}"
-        lines.append(f"sm_{r.target:<4}{r.channels:4}  {r.operator:15}{r.kernel:24}{sizes}")
+        lines.append(f"sm_{r.target:<4}{r.channels:4}  {r.operator:20}{r.kernel:24}{sizes}")
     return "\n".join(lines)
 
 

@@ -155,17 +155,17 @@ def flow_step_forward_kernel(
     pixel = pixel_tile(i_b, i_p, pixels, width, UNIT, BLOCK_P)
     o_c = channel_tile(i_c, BLOCK_C)
     acc = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
-    b_logdet_pre = tl.zeros([BLOCK_P, BLOCK_K], tl.float32)
+    b_logdet_before = tl.zeros([BLOCK_P, BLOCK_K], tl.float32)
     for i_k in range(BLOCKS_K):
         o_k = channel_tile(i_k, BLOCK_K)
         b_x = load(x, pixel, o_k, o_k < channels)
         b_a, b_logdet = affine_if_any(b_x, h_before, pixel, i_k, pass_before, channels, eps, INVERSE, BLOCK_K, CHANNELS_LAST)
-        b_logdet_pre += b_logdet
+        b_logdet_before += b_logdet
         acc = tl.dot(b_a, load_matrix(mix, o_c, tl.trans(o_k), channels), acc, input_precision="ieee")
     b_w = acc + tl.load(p_offset + o_c, mask=o_c < channels, other=0.0).to(tl.float32)
     b_y, b_logdet = affine_if_any(b_w, h_after, pixel, i_c, pass_after, channels, eps, INVERSE, BLOCK_C, CHANNELS_LAST)
     store(y, pixel, o_c, b_y, o_c < channels)
-    logdet = tl.sum(b_logdet) + tl.where(i_c == 0, tl.sum(b_logdet_pre), 0.0)
+    logdet = tl.sum(b_logdet) + tl.where(i_c == 0, tl.sum(b_logdet_before), 0.0)
     tl.store(p_partial + tl.program_id(0), logdet)
 
 
@@ -301,7 +301,7 @@ def _weight_tiles(batch: int, channels: int, pixels: int) -> tuple[int, int, dic
 
 
 def _pass_through(channels: int, inverse: bool) -> dict[str, int]:
-    """The coupling keeps the first half, the injector nothing; forward the coupling is first, inverse it is last."""
+    """Pass-through channels: of the coupling the first half, of the injector none; the inverse has the coupling last."""
     half = channels // 2
     return {"pass_before": 0 if inverse else half, "pass_after": half if inverse else 0}
 

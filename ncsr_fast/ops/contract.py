@@ -43,6 +43,17 @@ def check_image(op: str, name: str, image: Tensor) -> tuple[int, int, int, int]:
     return sizes
 
 
+def check_matrices(op: str, weight: Tensor) -> tuple[int, int]:
+    """N and C of a stack of matrices (N, C, C); raise when it is not one."""
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"{op}: weight must be a tensor, not {type(weight).__name__}")
+    if weight.dim() != 3 or weight.shape[1] < 1:
+        raise ValueError(f"{op}: weight must have shape (N, C, C) with C ≥ 1, not {tuple(weight.shape)}")
+    count, channels, _ = weight.shape
+    check_tensors(op, weight, ("weight", weight, (count, channels, channels)))
+    return count, channels
+
+
 def check_eps(op: str, eps: float) -> None:
     """`eps` bounds the scale from below, so zero would admit a map without an inverse."""
     if not 0 < eps < float("inf"):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ncsr_fast.ops.backends import covering_backend, kernels, resolve_backend
-from ncsr_fast.ops.contract import check_tensors
+from ncsr_fast.ops.contract import check_matrices, check_tensors
 from ncsr_fast.ops.operator import Operator, Tensors
 from ncsr_fast.ops.reference import fold_forward
 from ncsr_fast.ops.registration import Signature
@@ -39,16 +39,8 @@ def fold(
     Example:
         >>> mix, offset, logdet = ops.fold(torch.zeros(18, 12), torch.zeros(18, 12), torch.eye(12).expand(18, 12, 12))
     """
-    if not isinstance(weight, Tensor) or weight.dim() != 3:
-        shape = tuple(weight.shape) if isinstance(weight, Tensor) else type(weight).__name__
-        raise ValueError(f"fold: weight must have shape (N, C, C), not {shape}")
-    count, channels, _ = weight.shape
-    expected = (
-        ("bias", bias, (count, channels)),
-        ("logs", logs, (count, channels)),
-        ("weight", weight, (count, channels, channels)),
-    )
-    check_tensors("fold", weight, *expected)
+    count, channels = check_matrices("fold", weight)
+    check_tensors("fold", weight, ("bias", bias, (count, channels)), ("logs", logs, (count, channels)))
     resolve_backend("fold", backend, weight)
     return folded(bias, logs, weight, inverse, "fold: matrix {}", backend)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ncsr_fast.ops import plain_inverse
 from ncsr_fast.ops.backends import kernels, resolve_backend
-from ncsr_fast.ops.contract import check_conditions, check_tensors, largest_condition
+from ncsr_fast.ops.contract import check_conditions, check_matrices, largest_condition
 from ncsr_fast.ops.operator import Operator, Pair, Tensors
 from ncsr_fast.ops.registration import Signature
 from ncsr_fast.synchronization import reading_is_free
@@ -37,11 +37,7 @@ def inverse_logdet(weight: Tensor, *, backend: str = "auto") -> tuple[Tensor, Te
     Example:
         >>> inverse, logdet = ops.inverse_logdet(torch.randn(18, 12, 12))
     """
-    if not isinstance(weight, Tensor):
-        raise TypeError(f"inverse_logdet: weight must be a tensor, not {type(weight).__name__}")
-    if weight.dim() != 3 or weight.shape[1] < 1:
-        raise ValueError(f"inverse_logdet: weight must have shape (N, C, C) with C ≥ 1, not {tuple(weight.shape)}")
-    check_tensors("inverse_logdet", weight, ("weight", weight, (*weight.shape[:2], weight.shape[1])))
+    check_matrices("inverse_logdet", weight)
     return invert(weight, "inverse_logdet: matrix {}", backend=backend)
 
 

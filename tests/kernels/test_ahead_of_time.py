@@ -43,7 +43,7 @@ def test_what_every_kernel_needs(pytestconfig, target, channels):
     rows = [Row(**row) for row in printed(pytestconfig, f"ahead_of_time-{target}-{channels}", arguments)]
     print(table(worst(rows)))
     calls = Counter((row.target, row.channels) for row in rows)
-    # two directions and layouts of: affine, gaussian (3 kernels), step (5) with two dtypes of h, and step without h (5);
+    # two directions and layouts of: affine, gaussian_split (3 kernels), flow_step (5) with two dtypes of h, and without h (5);
     # and one of matrices
     assert {cell[0] for cell in EVERY_CELL} == set(TARGETS)
     assert calls == {(target, channels): 4 * (2 * (3 + 3 + 5) + 5) + 1}

@@ -53,27 +53,27 @@ def normal():
     return draw
 
 
-def affine(x: Tensor, h: Tensor, kept: int, inverse: bool) -> tuple[Tensor, Tensor]:
+def affine(x: Tensor, h: Tensor, pass_through: int, inverse: bool) -> tuple[Tensor, Tensor]:
     shift, scale = h[:, 0::2], torch.sigmoid(h[:, 1::2] + 2) + EPS
-    changed = x[:, kept:] / scale - shift if inverse else (x[:, kept:] + shift) * scale
+    changed = x[:, pass_through:] / scale - shift if inverse else (x[:, pass_through:] + shift) * scale
     logdet = scale.log().sum(dim=(1, 2, 3))
-    return torch.cat([x[:, :kept], changed], dim=1), -logdet if inverse else logdet
+    return torch.cat([x[:, :pass_through], changed], dim=1), -logdet if inverse else logdet
 
 
 def gaussian(x: Tensor, h: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
     mean, logs = h[:, 0::2], h[:, 1::2]
-    kept = x.shape[1] - mean.shape[1]
-    z2 = mean + logs.exp() * x[:, kept:] if inverse else x[:, kept:]
-    eps = x[:, kept:] if inverse else (z2 - mean) / logs.exp()
+    pass_through = x.shape[1] - mean.shape[1]
+    z2 = mean + logs.exp() * x[:, pass_through:] if inverse else x[:, pass_through:]
+    eps = x[:, pass_through:] if inverse else (z2 - mean) / logs.exp()
     density = (-0.5 * (eps**2 + math.log(2 * math.pi)) - logs).sum(dim=(1, 2, 3))
-    return torch.cat([x[:, :kept], z2 if inverse else eps], dim=1), -density if inverse else density
+    return torch.cat([x[:, :pass_through], z2 if inverse else eps], dim=1), -density if inverse else density
 
 
-def step(x: Tensor, mix: Tensor, offset: Tensor, h_pre, h_post, inverse: bool) -> tuple[Tensor, Tensor]:
+def step(x: Tensor, mix: Tensor, offset: Tensor, h_before, h_after, inverse: bool) -> tuple[Tensor, Tensor]:
     half, nothing = x.shape[1] // 2, x.sum(dim=(1, 2, 3)) * 0
-    a, before = (x, nothing) if h_pre is None else affine(x, h_pre, 0 if inverse else half, inverse)
+    a, before = (x, nothing) if h_before is None else affine(x, h_before, 0 if inverse else half, inverse)
     w = torch.einsum("oc,bchw->bohw", mix, a) + offset[:, None, None]
-    y, after = (w, nothing) if h_post is None else affine(w, h_post, half if inverse else 0, inverse)
+    y, after = (w, nothing) if h_after is None else affine(w, h_after, half if inverse else 0, inverse)
     return y, before + after
 
 
@@ -100,11 +100,11 @@ def check(oracle, forward, backward, inputs: dict[str, Tensor | None], dy: Tenso
     assert all(gradients[name] is None for name in inputs if name not in present)
 
 
-def check_affine(x: Tensor, h: Tensor, kept: int, inverse: bool, dy: Tensor, dlogdet: Tensor) -> None:
+def check_affine(x: Tensor, h: Tensor, pass_through: int, inverse: bool, dy: Tensor, dlogdet: Tensor) -> None:
     check(
-        lambda x, h: affine(x, h, kept, inverse),
-        lambda x, h: kernels.affine_forward(x, h, kept, EPS, inverse),
-        lambda dy, g, y, x, h: kernels.affine_backward(dy, g, x, h, kept, EPS, inverse),
+        lambda x, h: affine(x, h, pass_through, inverse),
+        lambda x, h: kernels.affine_forward(x, h, pass_through, EPS, inverse),
+        lambda dy, g, y, x, h: kernels.affine_backward(dy, g, x, h, pass_through, EPS, inverse),
         {"x": x, "h": h},
         dy,
         dlogdet,
@@ -126,10 +126,16 @@ def step_inputs(
     normal, channels: int, inverse: bool, layout: str = "nchw", dtype=torch.float32, size=SIZE
 ) -> dict[str, Tensor]:
     half = channels // 2
-    kept = (0, half) if inverse else (half, 0)
+    pass_through = (0, half) if inverse else (half, 0)
     square = normal(channels, size=(1, channels, 1))[0, :, :, 0] / math.sqrt(channels)
-    h_pre, h_post = (normal(2 * (channels - k), layout, dtype, size) for k in kept)
-    return {"x": normal(channels, layout, size=size), "mix": square, "offset": square[0] + 1, "h_pre": h_pre, "h_post": h_post}
+    h_before, h_after = (normal(2 * (channels - k), layout, dtype, size) for k in pass_through)
+    return {
+        "x": normal(channels, layout, size=size),
+        "mix": square,
+        "offset": square[0] + 1,
+        "h_before": h_before,
+        "h_after": h_after,
+    }
 
 
 DLOGDET = torch.tensor([0.7, -1.3], device=DEVICE)
@@ -138,9 +144,9 @@ DLOGDET = torch.tensor([0.7, -1.3], device=DEVICE)
 @in_the_interpreter_exhaustive
 @inverses
 @layouts
-@pytest.mark.parametrize("kept", [0, 2])
-def test_affine(normal, layout, kept, inverse):
-    check_affine(normal(5, layout), normal(2 * (5 - kept), layout), kept, inverse, normal(5, layout), DLOGDET)
+@pytest.mark.parametrize("pass_through", [0, 2])
+def test_affine(normal, layout, pass_through, inverse):
+    check_affine(normal(5, layout), normal(2 * (5 - pass_through), layout), pass_through, inverse, normal(5, layout), DLOGDET)
 
 
 @in_the_interpreter_exhaustive
@@ -173,7 +179,7 @@ def test_step_channels(normal, channels, inverse):
 
 @in_the_interpreter_exhaustive
 @inverses
-@pytest.mark.parametrize("missing", [("h_pre",), ("h_post",), ("h_pre", "h_post")], ids="-".join)
+@pytest.mark.parametrize("missing", [("h_before",), ("h_after",), ("h_before", "h_after")], ids="-".join)
 def test_step_without_an_affine(normal, missing, inverse):
     inputs = {**step_inputs(normal, 5, inverse), **dict.fromkeys(missing)}
     check_step(inputs, inverse, normal(5), DLOGDET)
@@ -262,12 +268,12 @@ def test_launches(normal, monkeypatch):
     launched, computed = [], []
     for module in (_common, _elementwise, flow_step):
         monkeypatch.setattr(module, "launch", lambda kernel, *_, **__: launched.append(kernel.__name__))
-    (x, mix, offset, h_pre, h_post), both = step_inputs(normal, 4, False).values(), normal(8)
+    (x, mix, offset, h_before, h_after), both = step_inputs(normal, 4, False).values(), normal(8)
     with Watch(lambda name, _: computed.append(name)):
         kernels.affine_forward(x, both, 0, EPS, False)
-        kernels.gaussian_split_backward(x, DLOGDET, x, h_pre, False)
-        kernels.flow_step_forward(x, mix, offset, h_pre, h_post, EPS, False)
-        kernels.flow_step_backward(x, DLOGDET, x, x, mix, h_pre, h_post, EPS, False)
+        kernels.gaussian_split_backward(x, DLOGDET, x, h_before, False)
+        kernels.flow_step_forward(x, mix, offset, h_before, h_after, EPS, False)
+        kernels.flow_step_backward(x, DLOGDET, x, x, mix, h_before, h_after, EPS, False)
     assert launched == [
         *(
             "elementwise_forward_kernel",
@@ -291,8 +297,8 @@ def test_empty(normal, size):
     ):
         assert y.shape == x.shape and torch.equal(logdet, torch.zeros(size[0], device=DEVICE))
     assert [t.shape for t in kernels.affine_backward(x, g, x, h, 0, EPS, False)] == [x.shape, h.shape]
-    dx, dmix, doffset, dh_pre, dh_post = kernels.flow_step_backward(x, g, x, x, mix, None, h, EPS, False)
-    assert dx.shape == x.shape and dh_pre is None and dh_post.shape == h.shape
+    dx, dmix, doffset, dh_before, dh_after = kernels.flow_step_backward(x, g, x, x, mix, None, h, EPS, False)
+    assert dx.shape == x.shape and dh_before is None and dh_after.shape == h.shape
     assert torch.equal(dmix, torch.zeros_like(mix)) and torch.equal(doffset, torch.zeros_like(mix[0]))
 
 
