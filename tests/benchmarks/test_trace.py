@@ -21,7 +21,7 @@ from ncsr_fast.benchmarks import report
 
 trace = pytest.importorskip("ncsr_fast.benchmarks.trace")
 from ncsr_fast.benchmarks.fake_cuda import DEVICE, MixedDevices, fake_cuda  # noqa: E402
-from ncsr_fast.benchmarks.launches import PARTS, LaunchCounter  # noqa: E402
+from ncsr_fast.benchmarks.launches import INSIDE, PARTS, REST, LaunchCounter  # noqa: E402
 from ncsr_fast.benchmarks.waiting import HostWaits, NoWaiting  # noqa: E402
 
 pytestmark = [
@@ -338,6 +338,9 @@ def test_parts_are_named_by_functions_that_exist():
         found = importlib.import_module(module)
         methods = {name for each in vars(found).values() if isinstance(each, type) for name in vars(each)}
         assert {name for name in functions if name != "*"} <= {*vars(found), *methods}, module
+    parts = {part for functions in PARTS.values() for part in functions.values()} | {REST}
+    for part, module in INSIDE:
+        assert part in parts and importlib.import_module(module)
 
 
 def test_the_program_writes_rows_with_provenance_and_prints_a_table(monkeypatch, tmp_path, capsys):
