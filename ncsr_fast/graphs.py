@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ncsr_fast.autocast import autocast_dtype
-from ncsr_fast.flow.samples import decode_samples, draw_latents
+from ncsr_fast.flow.samples import around_prior_mean, decode_samples, draw_latents
 from ncsr_fast.model import NCSR
 
 _WARM_UP = 3  # runs before a capture: plans of cuDNN, compilation of Triton, lazy loading of modules
@@ -228,7 +228,8 @@ class Sampler:
         return self._captured[2]
 
     def _run(self, lr: Tensor, *latents: Tensor) -> tuple[Tensor, Tensor]:
-        return decode_samples(self.model.conditioned_levels(lr), list(latents), watch=True)
+        levels = self.model.conditioned_levels(lr)
+        return decode_samples(levels, around_prior_mean(levels, list(latents)), watch=True)
 
 
 class _Memory:

@@ -120,7 +120,7 @@ class NCSR(nn.Module):
 
         Returns:
             A `ConditionedFlow`, with `sample`, `encode`, `decode` and `log_prob`; it holds for the weights as they are, and
-            its calls raise RuntimeError after they have changed.
+            its calls raise RuntimeError after they have changed. (The engine "plain" records weights in every call.)
 
         Raises:
             ValueError, TypeError: As `encode` does for lr.

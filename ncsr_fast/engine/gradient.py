@@ -230,8 +230,9 @@ class _Backward:
         return dy
 
     def _free_backward(self, head: Head, dh: Tensor) -> None:
-        """Gradients of a network that reads the condition alone, unless its outputs were given."""
-        if head.branch not in self.free:
+        """Gradients of a network that reads the condition alone, unless its outputs were given or none is wanted."""
+        source = self.program.branches[head.branch].places[head.network].source if head.branch in self.free else None
+        if source is None or not (self._needs_weights(head.branch) or self.wanted.sources[source]):
             return
         h1 = F.relu(self.walk.pre(head))
         if self.saved.free_h2:
@@ -241,14 +242,17 @@ class _Backward:
             h2 = F.relu(convolution_forward(h1, network.w2, network.b2, self.program.method))
         self._network_backward(head, None, h1, h2, dh)
 
+    def _needs_weights(self, branch: int) -> bool:
+        """Whether a gradient of the networks of a branch is wanted."""
+        return any(flag for flag in self.wanted.networks[branch] if flag is not None)
+
     def _network_backward(self, head: Head, z1: Tensor | None, h1: Tensor, h2: Tensor, dh: Tensor) -> Tensor | None:
         """The gradient of z1; those of the pre-activation and of the weights are stored."""
         program, (branch, number) = self.program, head
         source = program.branches[branch].places[number].source
         dsource = self.gradients.sources[source]
         dpre = torch.empty_like(h1) if dsource is None else self.walk.pre_activation(dsource, head)
-        needs_weights = any(flag for flag in self.wanted.networks[branch] if flag is not None)
-        network = self.walk.network(head)
+        network, needs_weights = self.walk.network(head), self._needs_weights(branch)
         dz1, dnetwork = network_gradients(network, z1, h1, h2, dh, needs_weights, program.method, dpre)
         _store(self.gradients.networks[branch], dnetwork, number)
         return dz1

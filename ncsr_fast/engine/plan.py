@@ -220,7 +220,7 @@ class LevelPlan:
             networks = self.folded.networks[index]
             for _ in range(len(networks.w2)):
                 found.append((index, channel))
-                channel += networks.w2.shape[1]
+                channel = channel + networks.w2.shape[1]  # a tensor where torch.jit.trace runs, which += would change
         return found
 
     def _add_features(self, known: PreActivations) -> None:

@@ -183,10 +183,14 @@ class ConditionedFlow:
 
 def draw(levels: Levels, lr: Tensor, n: int, temperature: float, generator: torch.Generator | None) -> list[Tensor]:
     """Latents (B, n, …) of n samples of each LR image, at a temperature: the first m do not depend on n."""
-    latents = draw_latents(levels.config.latent_shapes(*lr.shape[2:]), len(lr), n, temperature, lr, generator)
-    if levels.condition.prior_mean is not None:
-        latents[-1] = latents[-1] + levels.condition.prior_mean[:, None]
-    return latents
+    shapes = levels.config.latent_shapes(*lr.shape[2:])
+    return around_prior_mean(levels, draw_latents(shapes, len(lr), n, temperature, lr, generator))
+
+
+def around_prior_mean(levels: Levels, latents: list[Tensor]) -> list[Tensor]:
+    """Latents (B, n, …) of zero mean with the mean that the prior of the top one has."""
+    mean = levels.condition.prior_mean
+    return latents if mean is None else [*latents[:-1], latents[-1] + mean[:, None]]
 
 
 def draw_latents(
