@@ -11,7 +11,7 @@ import torch
 from ncsr_fast.benchmarks.harness import Case, measure, rounded
 from ncsr_fast.benchmarks.provenance import provenance
 from ncsr_fast.benchmarks.registry import OPERATORS, Draw, Shape, level_shapes
-from ncsr_fast.ops.backends import implementation, resolve_backend
+from ncsr_fast.ops.backends import kernels, resolve_backend
 
 from .session import Session
 
@@ -141,17 +141,17 @@ def _step_kernel(session: Session, shape: Shape, dtype: str) -> dict[str, Any]:
     """Forward, and backward where the shape is one of training, with inputs in turn that do not fit the L2 cache together."""
     channels = shape.size[1]
     draw = Draw(shape, dtype, "channels-last", session.device)
-    x, h_pre, h_post = draw.state(), draw.network(channels - channels // 2), draw.network(channels)
+    x, h_before, h_after = draw.state(), draw.network(channels - channels // 2), draw.network(channels)
     parameters = draw.actnorm_invconv()
     folded = parameters["weight"].contiguous(), parameters["bias"]
-    backend = resolve_backend("engine", "auto", x)
-    module = implementation(backend)
-    bytes_moved = 2 * x.nbytes + h_pre.nbytes + h_post.nbytes
+    backend = resolve_backend("flow_step", "auto", x)
+    module = kernels(backend)
+    bytes_moved = 2 * x.nbytes + h_before.nbytes + h_after.nbytes
     copies = min(20, 1 + 2**28 // bytes_moved)
-    inputs = [[tensor.clone() for tensor in (x, h_pre, h_post)] for _ in range(copies)]
+    inputs = [[tensor.clone() for tensor in (x, h_before, h_after)] for _ in range(copies)]
 
-    def forward(x: Any, h_pre: Any, h_post: Any) -> Callable[[], Any]:
-        return lambda: module.step_fwd(x, *folded, h_pre, h_post, 1e-4, not shape.training)
+    def forward(x: Any, h_before: Any, h_after: Any) -> Callable[[], Any]:
+        return lambda: module.flow_step_forward(x, *folded, h_before, h_after, 1e-4, not shape.training)
 
     figures: dict[str, Any] = {"backend": backend}
     with torch.no_grad():
@@ -159,12 +159,12 @@ def _step_kernel(session: Session, shape: Shape, dtype: str) -> dict[str, Any]:
         figures |= {"forward_us": rounded(1e6 * seconds), "forward_gb_per_s": rounded(1e-9 * bytes_moved / seconds)}
         if shape.training:
             dy, dlogdet = draw.cotangents()
-            y = module.step_fwd(x, *folded, h_pre, h_post, 1e-4, False)[0]
+            y = module.flow_step_forward(x, *folded, h_before, h_after, 1e-4, False)[0]
 
-            def backward(x: Any, h_pre: Any, h_post: Any) -> Callable[[], Any]:
-                return lambda: module.step_bwd(dy, dlogdet, x, y, folded[0], h_pre, h_post, 1e-4, False)
+            def backward(x: Any, h_before: Any, h_after: Any) -> Callable[[], Any]:
+                return lambda: module.flow_step_backward(dy, dlogdet, x, y, folded[0], h_before, h_after, 1e-4, False)
 
             seconds = session.device_seconds(*(backward(*tensors) for tensors in inputs))
-            moved = bytes_moved + 2 * x.nbytes + h_pre.nbytes + h_post.nbytes
+            moved = bytes_moved + 2 * x.nbytes + h_before.nbytes + h_after.nbytes
             figures |= {"backward_us": rounded(1e6 * seconds), "backward_gb_per_s": rounded(1e-9 * moved / seconds)}
     return figures
