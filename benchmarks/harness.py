@@ -20,7 +20,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from ncsr_fast import ops
 
-from .registry import OPERATORS, Draw, Shape
+from .registry import OPERATORS, Draw, Operator, Shape
 
 REFERENCE, COMPILED, COPY = "reference", "torch.compile", "copy"
 DIRECTIONS = ("forward", "inverse", "backward", "inverse-backward")  # a backward is the backward pass alone
@@ -30,8 +30,9 @@ _FLUSH_BYTES = 256 * 2**20  # several times the L2 cache of a GPU
 CALLS_IN_A_GRAPH = 20
 _MOST_ROUNDS = 200
 
-Function = Callable[..., tuple[Tensor, Tensor]]  # of the input tensors, by name
-Drawn = tuple[dict[str, Tensor], tuple[Tensor, Tensor]]  # inputs by name, and the gradients that arrive at y and logdet
+Outputs = tuple[Tensor, ...]
+Function = Callable[..., Outputs]  # of the input tensors, by name
+Drawn = tuple[dict[str, Tensor], Outputs]  # inputs by name, and the gradients that arrive at the outputs
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,10 @@ class Case:
         return f"{self.operator}{' inverse' * self.inverse}, {self.shape} {self.layout} {self.dtype}"
 
     @property
+    def entry(self) -> Operator:
+        return OPERATORS[self.operator]
+
+    @property
     def directions(self) -> tuple[str, ...]:
         directions = DIRECTIONS[self.inverse :: 2]
         return directions if self.shape.training else directions[:1]
@@ -56,33 +61,40 @@ class Case:
     def draw(self) -> Drawn:
         """Inputs and arriving gradients, the same numbers every time."""
         draw = Draw(self.shape, self.dtype, self.layout, self.device)
-        inputs = OPERATORS[self.operator].inputs(draw)
-        return {name: tensor.requires_grad_(self.shape.training) for name, tensor in inputs.items()}, draw.cotangents()
+        inputs = self.entry.inputs(draw)
+        inputs = {name: tensor.requires_grad_(self.shape.training) for name, tensor in inputs.items()}
+        return inputs, self.entry.cotangents(draw)
 
     def function(self, backend: str) -> Function:
-        operator = getattr(ops, self.operator)
-        return lambda **inputs: operator(**inputs, inverse=self.inverse, backend=backend)
+        operator = getattr(ops, self.entry.function or self.operator)
+        options = dict(self.entry.options) | ({"inverse": self.inverse} if self.entry.invertible else {})
+
+        def outputs(**inputs: Tensor) -> Outputs:
+            found = operator(**inputs, **options, backend=backend)
+            return found if isinstance(found, tuple) else (found,)
+
+        return outputs
 
 
 def wrong_results(case: Case, functions: dict[str, Function]) -> list[str]:
-    """Complaints about the value, the log-determinant or a gradient of each function, one line each.
+    """Complaints about an output or a gradient of each function, one line each.
 
     The measure is the float64 reference on the same inputs. A function may be twice as far from it as the reference in
     the case's own dtype, plus a few roundings of the largest magnitude. Where n elements are summed, n^¼ times as many:
-    the error of a random walk through each of two stages of √n sums.
+    the error of a random walk through each of two stages of √n sums. Where the kernels' algorithm enlarges errors, by that.
     """
     inputs, cotangents = case.draw()
     # these first: nothing right has lain yet in the memory an unwritten element would show
-    found = {name: _results(function, inputs, cotangents) for name, function in functions.items()}
-    rounded = _results(case.function(REFERENCE), inputs, cotangents)
+    found = {name: _results(case, function, inputs, cotangents) for name, function in functions.items()}
+    rounded = _results(case, case.function(REFERENCE), inputs, cotangents)
     wide = {name: tensor.detach().double().requires_grad_(tensor.requires_grad) for name, tensor in inputs.items()}
-    exact = _results(case.function(REFERENCE), wide, tuple(tensor.double() for tensor in cotangents))
+    exact = _results(case, case.function(REFERENCE), wide, tuple(tensor.double() for tensor in cotangents))
     complaints = []
     for name, results in found.items():
         for what, value in results.items():
             expected = exact[what]
             summed = max(1, math.prod(case.shape.size) // max(1, expected.numel()))
-            roundings = 4 * summed**0.25 * torch.finfo(value.dtype).eps * _largest(expected)
+            roundings = 4 * case.entry.enlarged(case.shape) * summed**0.25 * torch.finfo(value.dtype).eps * _largest(expected)
             allowed = 2 * _largest(rounded[what] - expected) + roundings
             if (value.shape, value.dtype) != (expected.shape, rounded[what].dtype):
                 complaints.append(f"{case}, {name}: {what} has shape {tuple(value.shape)} and dtype {value.dtype}")
@@ -91,11 +103,11 @@ def wrong_results(case: Case, functions: dict[str, Function]) -> list[str]:
     return complaints
 
 
-def _results(function: Function, inputs: dict[str, Tensor], cotangents: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+def _results(case: Case, function: Function, inputs: dict[str, Tensor], cotangents: Outputs) -> dict[str, Tensor]:
     training = next(iter(inputs.values())).requires_grad
     with torch.set_grad_enabled(training):
         outputs = function(**inputs)
-    results = {"y": outputs[0].detach(), "logdet": outputs[1].detach()}
+    results = {name: output.detach() for name, output in zip(case.entry.outputs, outputs, strict=True)}
     if training:
         gradients = torch.autograd.grad(outputs, list(inputs.values()), cotangents)
         results |= {f"the gradient of {name}": gradient for name, gradient in zip(inputs, gradients)}
@@ -144,7 +156,7 @@ def _measure_direction(
             arms[name] = _arm(calls[name], case.device)
         except Exception as error:
             errors[name] = brief(error)
-    moved = OPERATORS[case.operator].bytes_moved(inputs, cotangents, case.shape, backward)
+    moved = case.entry.bytes_moved(inputs, cotangents, case.shape, backward)
     sources = [torch.ones(moved // 2, dtype=torch.uint8, device=case.device) for _ in draws]  # read once and written once
     times = side_by_side({**arms, COPY: _arm([_copy(source) for source in sources], case.device)}, case.device, seconds, rounds)
     called = CALLS_IN_A_GRAPH if torch.device(case.device).type == "cuda" else 1
@@ -205,7 +217,7 @@ def _draws(case: Case) -> list[Drawn]:
     return [(inputs, cotangents)] + [
         (
             {name: tensor.detach().clone().requires_grad_(tensor.requires_grad) for name, tensor in inputs.items()},
-            (cotangents[0].clone(), cotangents[1].clone()),
+            tuple(cotangent.clone() for cotangent in cotangents),
         )
         for _ in range(min(copies, CALLS_IN_A_GRAPH) - 1)
     ]
@@ -232,9 +244,7 @@ def graph_of(calls: list[Callable[[], Any]]) -> Callable[[], Any]:
     return graph.replay
 
 
-def _call(
-    function: Function, inputs: dict[str, Tensor], cotangents: tuple[Tensor, Tensor], backward: bool
-) -> Callable[[], Any]:
+def _call(function: Function, inputs: dict[str, Tensor], cotangents: Outputs, backward: bool) -> Callable[[], Any]:
     if not backward:
         return lambda: function(**inputs)
     outputs, leaves = function(**inputs), list(inputs.values())

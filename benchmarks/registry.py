@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -33,9 +33,9 @@ USES = {
 
 @dataclass(frozen=True)
 class Shape:
-    """The state inside a level."""
+    """The first tensor of a call: the state inside a level, an image that is convolved, or a stack of matrices."""
 
-    size: tuple[int, int, int, int]  # (B, C, H, W)
+    size: tuple[int, ...]  # (B, C, H, W), or (N, C, C)
     split: int  # channels taken out by the split that closes the level, 0 without one
     training: bool
     used_by: tuple[str, ...]
@@ -58,6 +58,19 @@ def level_shapes(name: str) -> list[Shape]:
         )
         for level, channels in enumerate(config.level_channels(), start=1)
     ]
+
+
+def image_shapes(name: str, channels: int) -> list[Shape]:
+    """An image of so many channels at the LR resolution of the model of `USES[name]`."""
+    use = USES[name]
+    return [Shape((use.batch, channels, *use.lr), 0, use.training, (f"{name} LR",))]
+
+
+def matrix_shapes(name: str) -> list[Shape]:
+    """The 1×1 convolutions of the steps of a level, of all levels, in the model of `USES[name]`."""
+    config = NCSRConfig.preset(USES[name].preset)
+    count = config.steps + config.transition_steps
+    return [replace(shape, size=(count, shape.size[1], shape.size[1]), split=0) for shape in level_shapes(name)]
 
 
 DTYPES = {  # of the state, and of what a network says (h)
@@ -85,20 +98,37 @@ class Draw:
         """What a network says of `channels` channels: interleaved pairs, of a magnitude it has in a trained model."""
         return (0.5 * self._image(2 * channels)).to(self._network_dtype)
 
-    def actnorm_invconv(self) -> dict[str, Tensor]:
-        """bias, logs and weight, the weight a rotation as at initialisation."""
-        bias, logs = (0.1 * self._normal(self.channels) for _ in range(2))
-        weight = torch.linalg.qr(self._normal(self.channels, self.channels))[0]
+    def features(self, channels: int, factor: int = 1) -> Tensor:
+        """An image in the dtype of networks, `factor` times as high and wide."""
+        return self._image(channels, factor).to(self._network_dtype)
+
+    def weight(self, outputs: int, inputs: int, side: int) -> Tensor:
+        """Of a k×k convolution, whose results are as large as what it reads."""
+        return (self._normal(outputs, inputs, side, side) / (side * inputs**0.5)).to(self._device)
+
+    def bias(self, outputs: int) -> Tensor:
+        return (0.1 * self._normal(outputs)).to(self._device)
+
+    def actnorm_invconv(self, *stack: int) -> dict[str, Tensor]:
+        """bias, logs and weight, the weight a rotation as at initialisation; a stack of them."""
+        bias, logs = (0.1 * self._normal(*stack, self.channels) for _ in range(2))
+        weight = torch.linalg.qr(self._normal(*stack, self.channels, self.channels))[0]
         parameters = {"bias": bias, "logs": logs, "weight": weight}
         return {name: value.to(self._device) for name, value in parameters.items()}
 
-    def cotangents(self) -> tuple[Tensor, Tensor]:
+    def cotangents(self) -> tuple[Tensor, ...]:
         """Gradients that arrive at y and logdet."""
         return self.state(), self._normal(self.shape.size[0]).to(self._device)
 
-    def _image(self, channels: int) -> Tensor:
+    def stack_cotangents(self, *dims: int) -> tuple[Tensor, ...]:
+        """Gradients that arrive at stacks of matrices (2), vectors (1) and numbers (0), float64."""
+        sizes = [(self.shape.size[0], *[self.channels] * each) for each in dims]
+        return tuple(self._normal(*size).double().to(self._device) for size in sizes)
+
+    def _image(self, channels: int, factor: int = 1) -> Tensor:
         batch, _, height, width = self.shape.size
-        return self._normal(batch, channels, height, width).to(self._device).contiguous(memory_format=self._layout)
+        image = self._normal(batch, channels, factor * height, factor * width)
+        return image.to(self._device).contiguous(memory_format=self._layout)
 
     def _normal(self, *size: int) -> Tensor:
         return torch.randn(size, generator=self._generator)
@@ -106,20 +136,40 @@ class Draw:
 
 @dataclass(frozen=True)
 class Operator:
-    """How to call an operator: its tensors by name, the state first, and what its backward pass has to read of them.
+    """How to call an operator: its tensors by name, and what its backward pass has to read of them.
 
-    changed     of C channels of the state, how many are not merely copied; the others need no saved state
-    at_splits   whether it exists only where a level ends in a split
+    Args:
+        inputs: The tensors, the one first whose shape it is.
+        changed: Of C channels of the state, how many are not merely copied; the others need no saved state.
+        at_splits: Whether it exists only where a level ends in a split.
+        function: Its name in `ncsr_fast.ops`; empty: the one it has here.
+        options: Other arguments.
+        decisive: The name of the tensor whose dtype decides which backends have it; empty: the first one.
+        uses: Its shapes in the model of a use.
+        outputs: Names of the outputs.
+        cotangents: Gradients that arrive at the outputs.
+        invertible: Whether it has an argument `inverse`.
+        of_images: False: it has one dtype and layout, float32 matrices.
+        enlarged: By how much an algorithm, which need not be the reference's, enlarges the rounding errors of sums.
     """
 
     inputs: Callable[[Draw], dict[str, Tensor]]
     changed: Callable[[Shape], int] = lambda shape: shape.size[1]
     at_splits: bool = False
+    function: str = ""
+    options: Mapping[str, bool] = field(default_factory=dict)
+    decisive: str = ""
+    uses: Callable[[str], list[Shape]] = level_shapes
+    outputs: tuple[str, ...] = ("y", "logdet")
+    cotangents: Callable[[Draw], tuple[Tensor, ...]] = Draw.cotangents
+    invertible: bool = True
+    of_images: bool = True
+    enlarged: Callable[[Shape], float] = lambda shape: 1.0
 
     def shapes(self, uses: Iterable[str]) -> list[Shape]:
         """The distinct shapes at which models use the operator, each with all its users."""
         merged: dict[tuple, Shape] = {}
-        for shape in (shape for name in uses for shape in level_shapes(name)):
+        for shape in (shape for name in uses for shape in self.uses(name)):
             if self.at_splits and not shape.split:
                 continue
             key = (shape.size, shape.training, shape.split if self.at_splits else 0)
@@ -147,6 +197,42 @@ def _coupled(channels: int) -> int:
     return channels - channels // 2
 
 
+def _by_winograd(_: Shape) -> float:
+    """F(4×4, 3×3) enlarges rounding errors by up to 24.5/3 (tests/native/test_conv3x3.py)."""
+    return 24.5 / 3
+
+
+def _by_elimination(shape: Shape) -> float:
+    """By the condition number in the ∞-norm, of a rotation C at most (Higham, Accuracy and Stability, 14.1)."""
+    return float(shape.size[1])
+
+
+def _convolution(inputs: int, outputs: int, **options: bool) -> Operator:
+    """Of LR images."""
+    factor = 2 if options else 1
+    return Operator(
+        lambda draw: {"x": draw.features(inputs), "weight": draw.weight(outputs, inputs, 3), "bias": draw.bias(outputs)},
+        function="conv3x3",
+        options=options,
+        uses=lambda name: image_shapes(name, inputs),
+        outputs=("y",),
+        cotangents=lambda draw: (draw.features(outputs, factor),),
+        invertible=False,
+        enlarged=_by_winograd,
+    )
+
+
+def _network_inputs(draw: Draw) -> dict[str, Tensor]:
+    """Of a coupling's network, which reads the pass-through channels and has an output pair for each of the others."""
+    outputs = 2 * _coupled(draw.channels)
+    return {
+        "z1": draw.state()[:, : draw.channels // 2], "pre": draw.features(HIDDEN),
+        "w1": draw.weight(HIDDEN, draw.channels // 2, 3), "w2": draw.weight(HIDDEN, HIDDEN, 1), "b2": draw.bias(HIDDEN),
+        "w3": draw.weight(outputs, HIDDEN, 3), "b3": draw.bias(outputs),
+    }  # fmt: skip
+
+
+HIDDEN = 64
 OPERATORS = {
     "actnorm_invconv": Operator(lambda draw: {"x": draw.state(), **draw.actnorm_invconv()}),
     "affine_injector": Operator(lambda draw: {"z": draw.state(), "h": draw.network(draw.channels)}),
@@ -167,4 +253,41 @@ OPERATORS = {
             "h_injector": draw.network(draw.channels),
         }
     ),
+    "conv3x3 64→64": _convolution(64, 64),  # of the encoder, and upsample2x of its last layers
+    "conv3x3 64→64 upsample2x": _convolution(64, 64, upsample2x=True),
+    "conv3x3 320→64": _convolution(320, 64),  # of the features that a level's networks read, hoisted
+    "step_network": Operator(
+        _network_inputs,
+        function="step_network",
+        decisive="pre",
+        outputs=("h",),
+        cotangents=lambda draw: (draw.features(2 * _coupled(draw.channels)),),
+        invertible=False,
+        enlarged=_by_winograd,  # the gradients
+    ),
+    "fold": Operator(
+        lambda draw: draw.actnorm_invconv(draw.shape.size[0]),
+        uses=matrix_shapes,
+        outputs=("mix", "offset", "logdet"),
+        cotangents=lambda draw: draw.stack_cotangents(2, 1, 0),
+        of_images=False,
+        enlarged=_by_elimination,
+    ),
+    "inverse_logdet": Operator(
+        lambda draw: {"weight": 1.1 * draw.actnorm_invconv(draw.shape.size[0])["weight"]},  # log|det| of a rotation is rounding
+        uses=matrix_shapes,
+        outputs=("inverse", "logdet"),
+        cotangents=lambda draw: draw.stack_cotangents(2, 0),
+        invertible=False,
+        of_images=False,
+        enlarged=_by_elimination,
+    ),
 }
+
+
+def functions() -> dict[str, list[str]]:
+    """The entries of every function of `ncsr_fast.ops`, by its name."""
+    found: dict[str, list[str]] = {}
+    for name, operator in OPERATORS.items():
+        found.setdefault(operator.function or name, []).append(name)
+    return found

@@ -18,7 +18,8 @@ _SETTING = (
     "device", "cpu", "physical_cores", "instruction_set", "torch_instruction_set", "threads", "torch", "triton", "cuda",
     "ncsr_fast", "commit", "date",
 )  # fmt: skip
-_CELL = ("operator", "direction", "shape", "layout", "dtype", *_SETTING)  # what rows must share to be compared
+# what rows must share to be compared
+_CELL = ("operator", "direction", "shape", "layout", "dtype", "gradients_recorded", *_SETTING)
 _HEAD = (
     *_CELL[:5], "backend", "ms (p20–p80)", "GB/s", "of copy", "peak MiB", "eager ms", "× eager", "compile ms", "× compile",
     "slower than",

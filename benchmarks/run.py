@@ -6,6 +6,7 @@ import argparse
 import re
 import shlex
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from ncsr_fast.places import check_apart
 from . import report
 from .harness import COMPILED, DIRECTIONS, REFERENCE, Case, brief, compiled, error_row, fault, measure
 from .provenance import provenance
-from .registry import DTYPES, LAYOUTS, OPERATORS, USES
+from .registry import DTYPES, LAYOUTS, OPERATORS, USES, functions
 
 
 def run(args: argparse.Namespace) -> None:
@@ -90,13 +91,14 @@ def _case_rows(
 def _cases(args: argparse.Namespace, device: str) -> list[Case]:
     uses = ["quick"] if args.quick and not args.shapes else _chosen("shape", args.shapes or _default_shapes(device), USES)
     directions = _chosen("direction", args.directions, DIRECTIONS)
+    dtypes, layouts = _chosen("dtype", args.dtype, DTYPES), _chosen("layout", args.layout, LAYOUTS)
     cases = [
         Case(operator, inverse, shape, dtype, layout, device)
-        for operator in _chosen("operator", args.operators or ops.OPERATORS, ops.OPERATORS)
+        for operator in _operators(args.operators)
         for shape in OPERATORS[operator].shapes(uses)
-        for dtype in _chosen("dtype", args.dtype, DTYPES)
-        for layout in _chosen("layout", args.layout, LAYOUTS)
-        for inverse in (False, True)
+        for dtype in (dtypes if OPERATORS[operator].of_images else ["float32"])
+        for layout in (layouts if OPERATORS[operator].of_images else ["NCHW"])
+        for inverse in ((False, True) if OPERATORS[operator].invertible else (False,))
     ]
     cases = [case for case in cases if not set(case.directions).isdisjoint(directions)]
     if not cases:
@@ -105,6 +107,13 @@ def _cases(args: argparse.Namespace, device: str) -> list[Case]:
             "(backward passes are measured at training shapes, gaussian_split where a level ends in a split)"
         )
     return cases
+
+
+def _operators(names: Sequence[str] | None) -> list[str]:
+    """The entries of the registry of these names: an entry's, or a function's that has several."""
+    several = functions()
+    chosen = _chosen("operator", names or OPERATORS, [*OPERATORS, *several])
+    return list(dict.fromkeys(entry for name in chosen for entry in several.get(name, [name])))
 
 
 def _default_shapes(device: str) -> list[str]:
@@ -117,19 +126,31 @@ def _compile_is_a_baseline(case: Case, shapes: Sequence[str]) -> bool:
     uses = {user.split()[0] for user in case.shape.used_by}
     if shapes:
         return not uses.isdisjoint(shapes)
-    return case.inverse != case.shape.training and not uses.isdisjoint({"x4-train", "sample"})
+    forward = not case.entry.invertible or case.inverse != case.shape.training
+    return forward and not uses.isdisjoint({"x4-train", "sample"})
 
 
 def _backends(case: Case, names: Sequence[str] | None) -> list[str]:
-    """The backends to compare with the reference: those asked for, or all there are for the device and dtype."""
+    """The backends to compare with the reference: of those asked for, or of all there are for the device and dtype, those
+    that have the operator."""
     states = ops.backends(case.device, DTYPES[case.dtype][0])
     if names is None:
         interpreted = {"triton"} if torch.device(case.device).type == "cpu" else set()  # nobody's way to compute
-        return [name for name, state in states.items() if state.available and name not in {REFERENCE} | interpreted]
+        names = [name for name, state in states.items() if state.available and name not in interpreted]
     for name in _chosen("backend", names, states):
         if not states[name].available:
             raise ValueError(f"backend {name!r} is not available: {states[name].reason}")
-    return [name for name in names if name != REFERENCE]
+    return [name for name in names if name != REFERENCE and _has_operator(name, case)]
+
+
+def _has_operator(backend: str, case: Case) -> bool:
+    shape = replace(case.shape, size=(1, case.shape.size[1], 1, 1)) if case.entry.of_images else case.shape
+    inputs, _ = replace(case, shape=shape).draw()
+    try:
+        ops.resolve_backend(case.entry.function or case.operator, backend, inputs[case.entry.decisive or next(iter(inputs))])
+    except ops.BackendUnavailable:
+        return False
+    return True
 
 
 def _chosen(kind: str, names: Iterable[str], valid: Iterable[str]) -> list[str]:

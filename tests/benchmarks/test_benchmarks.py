@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import json
 
+import installation
 import pytest
 import torch
 from operator_cases import marked
@@ -51,7 +53,38 @@ def test_splits_are_where_the_models_have_them():
 
 
 def test_every_operator_has_an_entry():
+    """Of all that have a backend to choose."""
+    functions = [getattr(ops, name) for name in ops.__all__ if inspect.isfunction(getattr(ops, name))]
+    operators = {each.__name__ for each in functions if "backend" in inspect.signature(each).parameters}
+    assert set(registry.functions()) == operators - {"resolve_backend"}
     assert set(ops.OPERATORS) <= set(registry.OPERATORS)
+
+
+@pytest.mark.parametrize(
+    "entry, use, sizes",
+    [
+        ("conv3x3 64→64", "x4-train", [(18, 64, 40, 40)]),
+        ("conv3x3 64→64 upsample2x", "sample", [(1, 64, 40, 40)]),
+        ("conv3x3 320→64", "x8-train", [(18, 320, 20, 20)]),
+        ("step_network", "x4-train", [(18, 12, 80, 80), (18, 24, 40, 40), (18, 96, 20, 20)]),
+        ("fold", "x4-train", [(18, 12, 12), (18, 24, 24), (18, 96, 96)]),
+        ("inverse_logdet", "sample", [(18, 12, 12), (18, 24, 24), (18, 96, 96)]),
+    ],
+)
+def test_shapes_of_networks_and_foldings(entry, use, sizes):
+    shapes = registry.OPERATORS[entry].shapes([use])
+    assert [shape.size for shape in shapes] == sizes
+    assert {shape.training for shape in shapes} == {"train" in use}
+
+
+def test_a_network_in_a_model():
+    """64 hidden channels; a coupling reads the pass-through channels and writes a pair for each of the others."""
+    for channels, (half, outputs) in {12: (6, 12), 96: (48, 96)}.items():
+        shape = registry.Shape((2, channels, 4, 5), 0, False, ())
+        inputs = registry.OPERATORS["step_network"].inputs(registry.Draw(shape, "mixed", "channels-last", "cpu"))
+        assert inputs["z1"].shape == (2, half, 4, 5) and inputs["z1"].dtype == torch.float32
+        assert inputs["pre"].shape == (2, 64, 4, 5) and inputs["pre"].dtype == torch.bfloat16
+        assert inputs["w1"].shape == (64, half, 3, 3) and inputs["w3"].shape == (outputs, 64, 3, 3)
 
 
 def test_bytes_that_must_move():
@@ -71,17 +104,38 @@ def test_a_row_has_every_field(tmp_path, capsys):
     assert bench(tmp_path, "--threads", str(torch.get_num_threads())) == 0
     rows = stored(tmp_path)
     assert all(list(row) == FIELDS for row in rows)
-    assert {row["operator"] for row in rows} == set(ops.OPERATORS)
+    assert {row["operator"] for row in rows} == set(registry.OPERATORS)
     assert {row["direction"] for row in rows} == {"forward", "inverse", "backward", "inverse-backward"}
     assert {row["layout"] for row in rows} == {"NCHW", "channels-last"}
     assert all(0 < row["p20_ms"] <= row["median_ms"] <= row["p80_ms"] for row in rows)
     assert all(row["gb_per_s"] > 0 and row["share_of_copy"] > 0 and row["rounds"] == 3 for row in rows)
     # the result itself is part of the peak
-    assert all(row["peak_bytes"] >= 4 * torch.Size(row["shape"]).numel() for row in rows)
+    assert all(row["peak_bytes"] >= result_bytes(row) for row in rows)
     output = capsys.readouterr().out
-    assert all(name in output for name in (*ops.OPERATORS, rows[0]["device"]))
+    assert all(name in output for name in (*registry.OPERATORS, rows[0]["device"]))
     assert main(["bench", "--table", str(tmp_path / "operators-cpu-quick.json")]) == 0
     assert capsys.readouterr().out.strip() in output
+
+
+def result_bytes(row: dict) -> int:
+    """Of the first output, or of the gradient of the first tensor, float32 all of them but the matrices that are outputs."""
+    shape = registry.Shape(tuple(row["shape"]), 6, row["gradients_recorded"], ())
+    inputs, cotangents = harness.Case(row["operator"], False, shape, row["dtype"], row["layout"], "cpu").draw()
+    return (next(iter(inputs.values())) if row["direction"].endswith("backward") else cotangents[0]).nbytes
+
+
+def test_an_operator_is_chosen_by_its_function(tmp_path):
+    """All its entries, on the backends that have it: no Triton, and the compiled module in float32 alone."""
+    common = ["--layout", "channels-last", "--directions", "forward", "--no-compile", "--dtype", "float32", "mixed"]
+    assert bench(tmp_path, "--operators", "conv3x3", "fold", *common) == 0
+    found = {(row["operator"], row["dtype"], row["backend"]) for row in stored(tmp_path)}
+    convolutions = [name for name in registry.OPERATORS if name.startswith("conv3x3")]
+    assert len(convolutions) == 3
+    expected = {(name, dtype, "reference") for name in convolutions for dtype in ("float32", "mixed")}
+    expected |= {("fold", "float32", "reference")}
+    if installation.expects("native"):
+        expected |= {(name, "float32", "native") for name in (*convolutions, "fold")}
+    assert found == expected
 
 
 @pytest.mark.slow
@@ -115,6 +169,7 @@ def stand_in(monkeypatch, spoil) -> None:
     available = {name: ops.Backend(name, True, "a stand-in") for name in ("reference", "native")}
     monkeypatch.setattr(ops, "affine_coupling", affine_coupling)
     monkeypatch.setattr(ops, "backends", lambda device, dtype: available)
+    monkeypatch.setattr(ops, "resolve_backend", lambda operator, backend, like: backend)
 
 
 @marked("slow", lambda what, value: (what, value) not in (("y", 1e-3), ("dz", 1e-3)))

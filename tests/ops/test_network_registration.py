@@ -92,6 +92,18 @@ def test_opcheck_of_the_backward(name, device, backend, layout, channels):
         torch.library.opcheck(backward, (*grads, *tensors, needed, *settings(name, backend)), test_utils=utilities)
 
 
+@cells
+@registered
+def test_opcheck_of_a_state_of_another_dtype(device, backend):
+    """Its gradient comes in its dtype."""
+    state, *rest = [x.detach() for x in lying("step_network", "contiguous", device)]
+    forward, backward = registered_operators("step_network")
+    tensors = [state.double(), *rest]
+    grad = torch.ones_like(forward(*tensors, *settings("step_network", backend)))
+    call = (grad, *tensors, [True] * len(tensors), *settings("step_network", backend))
+    torch.library.opcheck(backward, call, test_utils=("test_schema", "test_faketensor"))
+
+
 class Graphs:
     """A compiler that runs graphs as they are, and knows which operators were in them."""
 
