@@ -141,7 +141,6 @@ def _step_kernel(session: Session, shape: Shape, dtype: str) -> dict[str, Any]:
     """Forward, and backward where the shape is one of training, with inputs in turn that do not fit the L2 cache together."""
     channels, inverse = shape.size[1], not shape.training
     draw = Draw(shape, dtype, "channels-last", session.device)
-<<<<<<< HEAD
     x, coupling, injector = draw.state(), draw.network(channels - channels // 2), draw.network(channels)
     affines = (injector, coupling) if inverse else (coupling, injector)  # ahead of the matrix, and behind it
     parameters = draw.actnorm_invconv()
@@ -154,19 +153,6 @@ def _step_kernel(session: Session, shape: Shape, dtype: str) -> dict[str, Any]:
 
     def forward(x: Any, before: Any, after: Any) -> Callable[[], Any]:
         return lambda: module.flow_step_forward(x, mix, offset, before, after, 1e-4, inverse)
-=======
-    x, h_before, h_after = draw.state(), draw.network(channels - channels // 2), draw.network(channels)
-    parameters = draw.actnorm_invconv()
-    folded = parameters["weight"].contiguous(), parameters["bias"]
-    backend = resolve_backend("flow_step", "auto", x)
-    module = kernels(backend)
-    bytes_moved = 2 * x.nbytes + h_before.nbytes + h_after.nbytes
-    copies = min(20, 1 + 2**28 // bytes_moved)
-    inputs = [[tensor.clone() for tensor in (x, h_before, h_after)] for _ in range(copies)]
-
-    def forward(x: Any, h_before: Any, h_after: Any) -> Callable[[], Any]:
-        return lambda: module.flow_step_forward(x, *folded, h_before, h_after, 1e-4, not shape.training)
->>>>>>> tops
 
     figures: dict[str, Any] = {"backend": backend}
     with torch.no_grad():
@@ -174,7 +160,6 @@ def _step_kernel(session: Session, shape: Shape, dtype: str) -> dict[str, Any]:
         figures |= {"forward_us": rounded(1e6 * seconds), "forward_gb_per_s": rounded(1e-9 * bytes_moved / seconds)}
         if shape.training:
             dy, dlogdet = draw.cotangents()
-<<<<<<< HEAD
             y = forward(x, *affines)()[0]
 
             def backward(x: Any, before: Any, after: Any) -> Callable[[], Any]:
@@ -182,14 +167,5 @@ def _step_kernel(session: Session, shape: Shape, dtype: str) -> dict[str, Any]:
 
             seconds = session.device_seconds(*(backward(*tensors) for tensors in inputs))
             moved = bytes_moved + 2 * x.nbytes + coupling.nbytes + injector.nbytes
-=======
-            y = module.flow_step_forward(x, *folded, h_before, h_after, 1e-4, False)[0]
-
-            def backward(x: Any, h_before: Any, h_after: Any) -> Callable[[], Any]:
-                return lambda: module.flow_step_backward(dy, dlogdet, x, y, folded[0], h_before, h_after, 1e-4, False)
-
-            seconds = session.device_seconds(*(backward(*tensors) for tensors in inputs))
-            moved = bytes_moved + 2 * x.nbytes + h_before.nbytes + h_after.nbytes
->>>>>>> tops
             figures |= {"backward_us": rounded(1e6 * seconds), "backward_gb_per_s": rounded(1e-9 * moved / seconds)}
     return figures
