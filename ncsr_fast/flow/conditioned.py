@@ -59,7 +59,7 @@ class Levels:
     @property
     def batch(self) -> int:
         """The number of LR images."""
-        return len(self.condition.features[0].own)
+        return self.condition.features[0].own.shape[0]
 
     def image(self, index: int) -> Levels:
         """The levels for one of the LR images."""
@@ -118,13 +118,11 @@ class Levels:
     ) -> tuple[Tensor, Tensor]:
         """One level, of as many samples at a time as the memory holds where they share an image."""
         planned = self.plan(index, inverse=True)
-        shared = self.batch == 1 and not traced()  # graphs have no chunks
-        together = self._samples_at_once(index) if shared else len(z)
-        if len(z) <= together:
-            return planned.decode(z, latent, noise, peaks)
+        if traced() or self.batch != 1 or z.shape[0] <= (together := self._samples_at_once(index)):
+            return planned.decode(z, latent, noise, peaks)  # graphs have no chunks
         parts, logdets = [], []
         found: list[list[Tensor]] = []
-        for first in range(0, len(z), together):
+        for first in range(0, z.shape[0], together):
             chunk = slice(first, first + together)
             found.append([])
             own_noise = noise if noise is None or len(noise) == 1 else noise[chunk]

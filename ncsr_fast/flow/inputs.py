@@ -48,7 +48,9 @@ class Inputs:
         expected = self.flow.latent_shapes(*lr.shape[2:])
         if len(latents) != len(expected):
             raise ValueError(f"latents must be {len(expected)} tensors, not {len(latents)}")
-        batch = len(latents[0]) if len(lr) == 1 and isinstance(latents[0], Tensor) and latents[0].dim() == 4 else len(lr)
+        batch = lr.shape[0]  # torch.export would take len(lr) for a constant
+        if batch == 1 and isinstance(latents[0], Tensor) and latents[0].dim() == 4:
+            batch = latents[0].shape[0]
         for index, (latent, shape) in enumerate(zip(latents, expected)):
             if tuple(latent.shape) != (batch, *shape):
                 raise ValueError(f"latents[{index}] must have shape {(batch, *shape)}, not {tuple(latent.shape)}")
@@ -64,7 +66,7 @@ class Inputs:
         image = self.cropped(image, lr)
         if self.flow.base is not None:
             base = F.interpolate(lr, scale_factor=self.flow.scale, mode=self.flow.base, align_corners=False)
-            image = image + base.view(len(lr), *[1] * (image.dim() - 4), *base.shape[1:])
+            image = image + base.view(lr.shape[0], *[1] * (image.dim() - 4), *base.shape[1:])
         return torch.where(image.isfinite(), image.clamp(0, 1), torch.nan)  # clamp alone would make an infinity look like white
 
     def padded_pixels(self, lr: Tensor) -> int:

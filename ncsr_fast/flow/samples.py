@@ -184,7 +184,7 @@ class ConditionedFlow:
 def draw(levels: Levels, lr: Tensor, n: int, temperature: float, generator: torch.Generator | None) -> list[Tensor]:
     """Latents (B, n, …) of n samples of each LR image, at a temperature: the first m do not depend on n."""
     shapes = levels.config.latent_shapes(*lr.shape[2:])
-    return around_prior_mean(levels, draw_latents(shapes, len(lr), n, temperature, lr, generator))
+    return around_prior_mean(levels, draw_latents(shapes, lr.shape[0], n, temperature, lr, generator))
 
 
 def around_prior_mean(levels: Levels, latents: list[Tensor]) -> list[Tensor]:
