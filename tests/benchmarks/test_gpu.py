@@ -68,6 +68,7 @@ def rows_of(folder: Path, minutes: float, **items: float) -> dict[tuple[str, str
     return {(row["item"], row["part"]): row for row in rows}
 
 
+@pytest.mark.slow
 def test_what_fails_stops_nothing(tmp_path):
     rows = rows_of(tmp_path, 1, failing=5, raising=5, ending=5, leaving=5, passing=5)
     oks = {key: row["ok"] for key, row in rows.items()}

@@ -9,7 +9,18 @@ from types import SimpleNamespace
 import installation
 import pytest
 import torch
-from operator_cases import ROUNDING, arguments, assert_close, differentiable, directions, formula, operators, run
+from operator_cases import (
+    ROUNDING,
+    WIDEST,
+    arguments,
+    assert_close,
+    differentiable,
+    directions,
+    formula,
+    marked,
+    operators,
+    run,
+)
 from support import fresh_process
 from torch import Tensor
 
@@ -141,6 +152,7 @@ def stack_of_maps(count: int, channels: int, dtype: torch.dtype) -> tuple[list[T
 
 
 @directions
+@marked("slow", lambda instruction_set, channels: instruction_set != WIDEST or channels == 96)
 @pytest.mark.parametrize("channels", [1, 7, 12, 96])
 @pytest.mark.parametrize("dtype", ROUNDING, ids=str)
 def test_a_stack_of_maps_folds_as_each_map_alone(instruction_set, threads, inverse, channels, dtype):

@@ -18,7 +18,7 @@ from network_cases import (
     tolerance,
     weights_of,
 )
-from operator_cases import ROUNDING, assert_close, where
+from operator_cases import ROUNDING, assert_close, marked, where
 from torch import Tensor
 
 from ncsr_fast import ops
@@ -67,6 +67,7 @@ def test_gradients(name, device, backend, dtype, channels, outputs):
 
 @calls
 @cells
+@marked("slow", lambda backend: backend == "reference")
 def test_gradcheck(name, device, backend):
     """By finite differences: first gradients, and gradients of gradients, which are those of the reference."""
     size = (1, 2) if CALLS[name].operator == "step_network" else (2, 3)

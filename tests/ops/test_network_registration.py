@@ -20,7 +20,7 @@ from network_cases import (
     tolerance,
     weights_of,
 )
-from operator_cases import assert_close, where
+from operator_cases import assert_close, marked, where
 from support import Watch
 from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
@@ -119,6 +119,7 @@ class Graphs:
 @calls
 @cells
 @layouts
+@marked("slow", lambda backend, layout: (backend, layout) != ("native", "channels_last"))
 def test_compile_fullgraph(name, device, backend, layout):
     """One graph, forward and backward, equal to the eager call, and in it the operator, not what the operator is made of."""
     tensors = lying(name, layout, device, 12)
