@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from compat.standin import StandInNCSR
 from installation import CHECKOUT
+from operator_cases import marked
 from torch import Tensor
 
 import ncsr_fast
@@ -66,6 +67,7 @@ def test_the_rows_are_of_the_torch_that_ci_runs():
     assert {row["torch"].partition("+")[0] for row in ROWS} == {pinned}, f"store them with torch {pinned}: {COMMAND}"
 
 
+@marked("exhaustive", lambda row: row["precision"] == "tf32")  # the launches of fp32, by the same code
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row['task']}-{row['precision']}")
 def test_no_pass_asks_for_more_than_its_stored_row(row):
     """Full-size training steps and sampling, which neither wait nor mix devices."""
