@@ -1,4 +1,4 @@
-"""What `end_to_end` compares: the arms, each an implementation with its options, and what each of them does in a task."""
+"""The arms that `end_to_end` compares, each an implementation with its options, and the pass that each makes in a task."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class Task:
         return f"training step, batch {self.batch} of {side}×{side}" + (", encoder frozen" if self.frozen_encoder else "")
 
     def can_be_done_by(self, name: str) -> bool:
-        """Whether the arm of this name does anything of its own here."""
+        """True if the arm of this name has a pass of its own for the task."""
         return name not in CAPTURED if self.decode else name != CONDITIONED
 
 

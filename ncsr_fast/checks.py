@@ -12,7 +12,7 @@ from ncsr_fast.synchronization import reading_is_free
 _BRIGHTEST, _DARKEST = 16.0, -1.0  # images, residuals and noise on either are far within; bytes and 16-bit pixels are not
 
 
-def check_image(name: str, image: Tensor, like: Tensor, channels: int = 3) -> None:
+def check_image(name: str, image: Tensor, like: Tensor, channels: int) -> None:
     """Raise unless `image` is (B, channels, H, W), of the dtype and device of the parameter `like`, finite, and not of 0 … 255.
 
     Values are read on the CPU only: on a GPU that would make the host wait. B, H and W are 1 or more.
@@ -23,7 +23,7 @@ def check_image(name: str, image: Tensor, like: Tensor, channels: int = 3) -> No
         raise ValueError(f"{name} must have shape (B, {channels}, H, W), not {tuple(image.shape)}")
     if 0 in image.shape:
         raise ValueError(
-            f"{name} must have shape (B, {channels}, H, W), of one image and one pixel or more, not {tuple(image.shape)}"
+            f"{name} must have shape (B, {channels}, H, W) of one image and one pixel or more, not {tuple(image.shape)}"
         )
     check_like(name, image, like)
     check_finite(name, image)

@@ -146,8 +146,8 @@ def true_float32(like: Tensor) -> Iterator[None]:
 
 def convolutions_are_rounded(device_type: str) -> bool:
     """True if the program lets PyTorch round the operands of float32 convolutions, as it does by default on a GPU."""
-    of_gpu = ("conv", "cudnn") if has_cudnn() else ("matmul",)
-    names = of_gpu if device_type == "cuda" else ("conv", "matmul")
+    gpu_flags = ("conv", "cudnn") if has_cudnn() else ("matmul",)
+    names = gpu_flags if device_type == "cuda" else ("conv", "matmul")
     return device_type in _FLAGS and _FLAGS[device_type].let_round(*names)
 
 

@@ -100,7 +100,7 @@ def _timed_step(session: Session, model: NCSR, graph: bool, **options: Any) -> d
 
 
 def _without(switch: str, function: Callable[..., dict[str, Any]], *arguments: Any, **options: Any) -> dict[str, Any]:
-    """What a function measures with a part of the engine switched off."""
+    """The figures that a function returns with a part of the engine switched off."""
     with ablated(**{switch: False}):
         return function(*arguments, **options)
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def load_published(network: RRDB, source: Mapping[str, Tensor] | str | os.PathLike) -> None:
     """As `RRDB.load_published`."""
     found = read_generator(source)
-    if found.of_flow and network.long_skip != "last_block":
+    if found.from_flow and network.long_skip != "last_block":
         raise files.CheckpointError(
             "the checkpoint is a flow's, and the long skip of its encoder starts at the last block, not at the first "
             "convolution as in this network: build it with long_skip='last_block'"
@@ -43,7 +43,7 @@ def from_state(
     make: Callable[..., RRDB], state: GeneratorState, long_skip: str | None = None, unshuffle: int | None = None
 ) -> RRDB:
     """A generator of the size that the shapes tell; long_skip and unshuffle as for `RRDB.from_pretrained`."""
-    if state.of_flow:
+    if state.from_flow:
         if long_skip not in (None, "last_block"):
             raise ValueError(f"long_skip={long_skip!r}: the file is a flow's, and its encoder's is 'last_block'")
         long_skip = "last_block"

@@ -18,7 +18,7 @@ from ncsr_fast.files import CheckpointError, listed
 if TYPE_CHECKING:
     from ncsr_fast.encoder.rrdb import RRDB
 
-_OF_FLOW = "RRDB."  # what the names of a flow's encoder begin with
+_FLOW_PREFIX = "RRDB."  # what the names of a flow's encoder begin with
 
 
 class GeneratorState(NamedTuple):
@@ -26,7 +26,7 @@ class GeneratorState(NamedTuple):
 
     tensors: dict[str, Tensor]  # by SRFlow's names
     names: dict[str, str]  # SRFlow's name → name in the file
-    of_flow: bool  # the encoder of a flow, whose long skip starts at the last block
+    from_flow: bool  # the encoder of a flow, whose long skip starts at the last block
 
 
 def read_generator(source: Mapping[str, Tensor] | str | os.PathLike) -> GeneratorState:
@@ -41,11 +41,11 @@ def read_generator(source: Mapping[str, Tensor] | str | os.PathLike) -> Generato
 def generator_state(named: StateDict) -> GeneratorState:
     """The part of a checkpoint that is an RRDB network, under SRFlow's names."""
     state, names = named
-    of_flow = any(name.startswith(_OF_FLOW) for name in state)
-    rename = _naming(state, of_flow)
-    renamed = {name: rename(name) for name in state if not of_flow or name.startswith(_OF_FLOW)}
+    from_flow = any(name.startswith(_FLOW_PREFIX) for name in state)
+    rename = _naming(state, from_flow)
+    renamed = {name: rename(name) for name in state if not from_flow or name.startswith(_FLOW_PREFIX)}
     return GeneratorState(
-        {new: state[old] for old, new in renamed.items()}, {new: names[old] for old, new in renamed.items()}, of_flow
+        {new: state[old] for old, new in renamed.items()}, {new: names[old] for old, new in renamed.items()}, from_flow
     )
 
 
@@ -109,10 +109,10 @@ def published_layout(encoder: RRDB) -> Iterator[tuple[str, Tensor]]:
         yield name, tensor
 
 
-def _naming(state: Mapping[str, Tensor], of_flow: bool) -> Callable[[str], str]:
+def _naming(state: Mapping[str, Tensor], from_flow: bool) -> Callable[[str], str]:
     """The function that makes SRFlow's names of those in a state dict."""
-    if of_flow:
-        return lambda name: name.removeprefix(_OF_FLOW)
+    if from_flow:
+        return lambda name: name.removeprefix(_FLOW_PREFIX)
     if any(name.startswith("model.1.sub.") for name in state):
         return _from_old_esrgan(state)
     return _from_basicsr  # SRFlow's names are left as they are

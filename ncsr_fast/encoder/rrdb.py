@@ -198,9 +198,9 @@ class RRDB(nn.Module):
     def describe(self) -> str:
         """The network in a few words, for messages."""
         kind = "RRDB with ESRGAN+'s residuals" if self.dense_residual else "RRDB"
-        of_images = f" of {self.in_channels}-channel images" if self.in_channels != 3 else ""
+        images = f" of {self.in_channels}-channel images" if self.in_channels != 3 else ""
         unshuffled = f", pixel unshuffle {self.unshuffle}" if self.unshuffle > 1 else ""
-        return f"{kind}, ×{self.scale}{of_images}, {len(self.body)} blocks of {self.channels} channels{unshuffled}"
+        return f"{kind}, ×{self.scale}{images}, {len(self.body)} blocks of {self.channels} channels{unshuffled}"
 
     def forward(self, lr: Tensor, method: ConvolutionMethod | None = ENGINE) -> Tensor:
         """The super-resolved image of lr.
