@@ -28,7 +28,7 @@ REST = "rest"
 PARTS: dict[str, dict[str, str]] = {
     "ncsr_fast.encoder.rrdb": {"*": "encoder"},
     "ncsr_fast.engine.dense_block": {"*": "encoder"},
-    "ncsr_fast.engine.folding": {"*": "fold"},
+    "ncsr_fast.engine.folding": {"fold_zeros_convolution": "split", "*": "fold"},
     "ncsr_fast.engine.hoisting": {"prepared": "fold", "*": "hoist"},
     "ncsr_fast.engine.plan": {
         "_folded_mixing": "fold", "_fold": "fold", "_stacked": "fold", "_pre_activations": "hoist", "_add_features": "hoist",
@@ -36,10 +36,10 @@ PARTS: dict[str, dict[str, str]] = {
     },
     # what `_heads` does itself is to look for the largest magnitudes; its networks and maps are other functions
     "ncsr_fast.engine.walk": {
-        "run": "steps", "mix": "steps", "output": "steps", "apply": "steps", "free_output": "injectors", "_heads": "watch",
+        "run": "steps", "mix": "steps", "output": "steps", "apply": "steps", "evaluate_free": "injectors", "_heads": "watch",
     },
     "ncsr_fast.engine.gradient": {
-        "with_outputs": "injectors", "_free_backward": "injectors", "_forward": "steps", "_backward": "steps",
+        "_free_backward": "injectors", "_forward": "steps", "_backward": "steps",
     },
     "ncsr_fast.ops.gaussian_split": {"*": "split"},
     "ncsr_fast.flow.samples": {"draw": "draws", "draw_latents": "draws", "_first_bad": "watch"},
@@ -161,7 +161,7 @@ def _launches_nothing(operator: Any, args: tuple, kwargs: dict, result: Any) -> 
 
 
 def _count(operator: Any, args: tuple, kwargs: dict, result: Any) -> Count:
-    """Of an ATen operator."""
+    """The counts of a call of an ATen operator."""
     name = _name(operator)
     flops = flop_registry.get(operator.overloadpacket)
     count = Count(
@@ -178,13 +178,13 @@ def _count(operator: Any, args: tuple, kwargs: dict, result: Any) -> Count:
 
 
 def _launches(name: str, args: tuple) -> int:
-    """Of an operator other than a convolution, whose arguments have other forms in memory."""
+    """The launches of an operator other than a convolution."""
     if name.startswith("_foreach") or name.startswith("_fused"):
-        return _of_lists(args) * (2 if "norm" in name else 1)  # norms are of chunks, then of tensors
+        return _list_launches(args) * (2 if "norm" in name else 1)  # norms are of chunks, then of tensors
     return math.ceil(len(args[0]) / _CONCATENATED) if name in ("cat", "stack") else _SEVERAL.get(name, 1)
 
 
-def _of_lists(args: tuple) -> int:
+def _list_launches(args: tuple) -> int:
     """Launches of a kernel that takes lists of tensors; an optimizer's list of step numbers goes with them."""
     lists = [value for value in args if isinstance(value, (list, tuple)) and value and isinstance(value[0], Tensor)]
     count = max(1, sum(value[0].dim() > 0 for value in lists))
@@ -194,7 +194,7 @@ def _of_lists(args: tuple) -> int:
 
 
 def _inside_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, result: Tensor) -> Count:
-    """What PyTorch launches around cuDNN's kernel: copies of operands in another layout, and the addition of the bias."""
+    """The launches around cuDNN's kernel: copies of operands that lie in another layout, and the addition of the bias."""
     extra = _copies(cudnn_layout(x, weight), x, weight)
     if bias is not None:
         extra.add(Count(launches=1, bytes=2 * _bytes(result)))
@@ -202,7 +202,7 @@ def _inside_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, result: 
 
 
 def _inside_convolution_backward(dy: Tensor, x: Tensor, weight: Tensor, needed: list[bool]) -> Count:
-    """The same around the kernels for the gradients of x, weight and bias."""
+    """The launches around cuDNN's kernels for the gradients of x, weight and bias."""
     read = [dy] + [x] * needed[1] + [weight] * needed[0]
     extra = _copies(cudnn_layout(x, weight), *read)
     extra.add(Count(launches=sum(needed) - 1))
@@ -210,7 +210,7 @@ def _inside_convolution_backward(dy: Tensor, x: Tensor, weight: Tensor, needed: 
 
 
 def _copies(layout: torch.memory_format, *tensors: Tensor) -> Count:
-    """Of the tensors that lie in another layout, or are not dense."""
+    """The copies of those tensors that lie in another layout, or are not dense."""
     copied = [tensor for tensor in tensors if not tensor.is_contiguous(memory_format=layout)]
     return Count(launches=len(copied), bytes=2 * _bytes(*copied))
 

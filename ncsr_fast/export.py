@@ -19,8 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ncsr_fast.config import NCSRConfig
-from ncsr_fast.engine.folding import LOG_SCALE, fold_mixing, fold_networks
+from ncsr_fast.engine.folding import fold_mixing, fold_networks
 from ncsr_fast.engine.options import EngineOptions
+from ncsr_fast.engine.plan import folded_split
 from ncsr_fast.files import atomic_write
 from ncsr_fast.flow.walk import downward
 from ncsr_fast.ops.conv3x3 import convolution
@@ -218,7 +219,7 @@ class _Level(nn.Module):
             for branch in level.branches
         ]
         mixing = fold_mixing(level.actnorm_bias, level.actnorm_logs, level.invconv, level.transition_steps, inverse=True)
-        self.split = _Convolution(*_halves(*_prior(level))) if level.split_channels else None
+        self.split = _Convolution(*_halves(*folded_split(level))) if level.split_channels else None
         self.changed = level.channels - level.pass_through
         hoisted = [hoisted for branch, (_, hoisted) in zip(level.branches, pairs) if branch.condition == "features"]
         # the part of all networks' first layers that sees u: one convolution
@@ -293,8 +294,3 @@ class _Convolution(nn.Module):
 def _halves(weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     """A convolution whose even outputs come first, then the odd ones: the published order alternates shifts and scales."""
     return torch.cat([weight[0::2], weight[1::2]]), torch.cat([bias[0::2], bias[1::2]])
-
-
-def _prior(level: FlowLevel) -> tuple[Tensor, Tensor]:
-    scale = torch.exp(LOG_SCALE * level.split_logs)
-    return level.split_weight * scale[:, None, None, None], level.split_bias * scale

@@ -229,7 +229,7 @@ class Sampler:
 
     def _run(self, lr: Tensor, *latents: Tensor) -> tuple[Tensor, Tensor]:
         levels = self.model.conditioned_levels(lr)
-        return decode_samples(levels, around_prior_mean(levels, list(latents)), watch=True)
+        return decode_samples(levels, around_prior_mean(list(latents), levels.condition.prior_mean), watch=True)
 
 
 class _Memory:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ncsr_fast.engine.plain import PlainLevel
 from ncsr_fast.flow.level import FlowLevel, Step
-from ncsr_fast.flow.samples import draw_latents
+from ncsr_fast.flow.samples import around_prior_mean, draw_latents
 from ncsr_fast.flow.walk import downward
 
 if TYPE_CHECKING:
@@ -72,12 +72,11 @@ class InvertibilityReport:
 @torch.no_grad()
 def check_invertibility(model: NCSR, lr: Tensor, temperature: float, generator: torch.Generator | None) -> InvertibilityReport:
     """What `NCSR.check_invertibility` documents, of an LR image of even size, step by step without the engine."""
-    latents = [draw[:, 0] for draw in draw_latents(model.latent_shapes(*lr.shape[2:]), len(lr), 1, temperature, lr, generator)]
+    drawn = draw_latents(model.latent_shapes(*lr.shape[2:]), len(lr), 1, temperature, lr, generator)
     condition = model.features(lr, plain=True)
+    latents = [latent[:, 0] for latent in around_prior_mean(drawn, condition.prior_mean)]
     reports: list[StepReport] = []
     z = latents[-1]
-    if condition.prior_mean is not None:
-        z = z + condition.prior_mean
     for index, level, latent in downward(model.levels, latents):
         plain = PlainLevel(level, condition.features[index], model.options)
         u, noise = plain.u, plain.noise(None, z)
@@ -112,7 +111,7 @@ def _smallest_scale(level: FlowLevel, step: Step, y: Tensor, u: Tensor, noise: T
 
 
 def _round_trip(model: NCSR, hr: Tensor, lr: Tensor) -> float:
-    """Of decoded images; NaN when they are not finite."""
+    """The largest round-trip error of decoded images; NaN when they are not finite."""
     if not hr.isfinite().all():
         return math.nan
     flow = model.condition(lr)

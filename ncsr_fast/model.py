@@ -21,8 +21,7 @@ from ncsr_fast.config import FlowConfig, NCSRConfig
 from ncsr_fast.encoder.rrdb import RRDB
 from ncsr_fast.engine.condition import Condition
 from ncsr_fast.engine.options import EngineOptions
-from ncsr_fast.engine.plain import PlainLevel
-from ncsr_fast.flow.conditioned import Encoded, Levels, with_prior
+from ncsr_fast.flow.conditioned import Encoded, Levels
 from ncsr_fast.flow.inputs import Inputs
 from ncsr_fast.flow.level import FlowLevel
 from ncsr_fast.flow.samples import ConditionedFlow
@@ -31,7 +30,14 @@ from ncsr_fast.hub import find_model
 from ncsr_fast.invertibility import InvertibilityReport, check_invertibility
 from ncsr_fast.layout import laid_out
 
-__all__ = ["NCSR", "Encoded"]
+
+def _option(name: str, meaning: str) -> property:
+    """The property of a model that is one of its `options`."""
+
+    def write(model: NCSR, value: Any) -> None:
+        model.options = replace(model.options, **{name: value})
+
+    return property(lambda model: getattr(model.options, name), write, doc=meaning)
 
 
 class NCSR(nn.Module):
@@ -71,32 +77,9 @@ class NCSR(nn.Module):
         self.unused_published: dict[str, Tensor] = {}  # tensors of a published file that no computation reads
         self._freezer = Freezer()
 
-    @property
-    def engine(self) -> str:
-        """What evaluates the model: "fused", or "plain", step by step as it is defined."""
-        return self.options.engine
-
-    @engine.setter
-    def engine(self, value: str) -> None:
-        self.options = replace(self.options, engine=value)
-
-    @property
-    def precision(self) -> str:
-        """Of the networks: "fp32", "tf32" or "bf16"."""
-        return self.options.precision
-
-    @precision.setter
-    def precision(self, value: str) -> None:
-        self.options = replace(self.options, precision=value)
-
-    @property
-    def checkpoint(self) -> bool:
-        """Whether the backward pass recomputes the hidden layers of the networks instead of saving them."""
-        return self.options.checkpoint
-
-    @checkpoint.setter
-    def checkpoint(self, value: bool) -> None:
-        self.options = replace(self.options, checkpoint=value)
+    engine = _option("engine", 'The evaluation of the model: "fused", or "plain", step by step as it is defined.')
+    precision = _option("precision", 'The precision of the networks: "fp32", "tf32" or "bf16".')
+    checkpoint = _option("checkpoint", "True if the backward pass recomputes hidden layers instead of saving them.")
 
     @property
     def served(self) -> EngineOptions:
@@ -167,20 +150,15 @@ class NCSR(nn.Module):
     def initialize(self, hr: Tensor, lr: Tensor, noise: Tensor | None = None) -> Tensor:
         """Set every actnorm from one batch, in encoding order, and return the batch's `nll` (B,).
 
-        Each actnorm, those inside the networks included, makes the data that reaches it zero-mean and unit-variance per
-        channel. Whatever the actnorms were is overwritten.
+        Each of them, those of networks included, makes the data that reaches it zero-mean and unit-variance per channel.
         """
         self._freezer.refuse("initialize()")
         inputs = self.inputs
         small = inputs.lr(lr)
         x, noise = inputs.hr(hr, lr), inputs.noise(noise, lr)
         with without_autocast(lr.device.type):  # statistics are float32
-            condition, latents, logdets = self.features(small, plain=True), [], []
-            for level, features in zip(self.levels, condition.features):
-                x, latent, logdet = PlainLevel(level, features, self.options).encode(x, noise, initialize=True)
-                logdets.append(logdet)
-                latents += [] if latent is None else [latent]
-            encoded = with_prior((*latents, x), torch.stack(logdets).sum(dim=0), condition.prior_mean)
+            condition = self.features(small, plain=True)
+            encoded = Levels(self.levels, self.flow, condition, self.options, keeps=False).initialized(x, noise)
         self.actnorm_initialized.fill_(True)
         return _bits(encoded, inputs.padded_pixels(lr))
 
@@ -250,12 +228,7 @@ class NCSR(nn.Module):
         return self.inputs.lr(lr)
 
     def features(self, lr: Tensor, plain: bool | None = None) -> Condition:
-        """The encoder's part of the work for LR images of a padded size, without checks.
-
-        Args:
-            lr: (B, 3, H, W), sides even.
-            plain: By the reference, in the model's dtype; None: where the engine is "plain".
-        """
+        """The encoder's condition for LR images of a padded size, unchecked; `plain` (None: as the engine) by the reference."""
         if self.engine == "plain" if plain is None else plain:
             return self.encoder.condition(lr, None)
         options = self.served
@@ -271,7 +244,8 @@ class NCSR(nn.Module):
         padded = self.padded(lr)
         with self._freezer.recording():
             levels = self.conditioned_levels(padded, keeps)
-        return ConditionedFlow(levels, self.inputs, lr, self.parameters, self._freezer.recording, self.advice)
+        watched = self.parameters if keeps else tuple
+        return ConditionedFlow(levels, self.inputs, lr, watched, self._freezer.recording, self.advice)
 
     def advice(self, lr: Tensor) -> str:
         """The reason why samples of LR images (B, 3, H, W) blew up, as far as weights and pixels tell, and advice."""
@@ -363,10 +337,7 @@ class NCSR(nn.Module):
         published.load_network(self, read_state_dict(source))
 
     def published_state_dict(self) -> dict[str, Tensor]:
-        """The weights under the names and shapes of the published programs, unused tensors included.
-
-        Those are the ones last loaded, or zeros in a model that never loaded any.
-        """
+        """The weights under the published names and shapes; tensors that nothing uses are those last loaded, or zeros."""
         return published.network_state_dict(self)
 
     @classmethod
@@ -399,11 +370,7 @@ class NCSR(nn.Module):
         return models.load_model(lambda found: cls(found, **options), path, config)
 
     def save_pretrained(self, directory: str | os.PathLike) -> Path:
-        """Write `config.json` and `model.safetensors` to `directory`, each atomically; return it.
-
-        Raises:
-            ValueError: The model has an encoder of one's own, which no config.json describes; save its `state_dict()`.
-        """
+        """Write `config.json` and `model.safetensors` to `directory`, each atomically; return it. For an `NCSRConfig`."""
         return files.save_directory(self, "ncsr", self._published_config("save_pretrained()").to_dict(), directory)
 
     def describe(self) -> str:

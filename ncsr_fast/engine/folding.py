@@ -81,6 +81,12 @@ def fold_networks(parameters: NetworkParameters, state_channels: int, dtype: tor
     return networks, Hoisted(weight.flatten(0, 1), bias)
 
 
+def fold_zeros_convolution(weight: Tensor, bias: Tensor, logs: Tensor) -> tuple[Tensor, Tensor]:
+    """Weight and bias of Glow's zero-initialised convolution, `(weight ∗ x + bias) · exp(3 logs)`, the scale folded in."""
+    scale = torch.exp(LOG_SCALE * logs)
+    return weight * scale[:, None, None, None], bias * scale
+
+
 def _filters(scale: Tensor) -> Tensor:
     """(K, outputs) as a factor of (K, outputs, inputs, k, k)."""
     return scale[:, :, None, None, None]

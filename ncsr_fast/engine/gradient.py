@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from ncsr_fast.engine.folding import Networks
 from ncsr_fast.engine.program import Head, Program, Stage
-from ncsr_fast.engine.walk import LevelTensors, Record, Walk
+from ncsr_fast.engine.walk import LevelTensors, Record, Walk, free_branches
 from ncsr_fast.ops.backends import kernels
 from ncsr_fast.ops.conv3x3 import convolution_forward
 from ncsr_fast.ops.operator import Operator, Outputs, Pair, Tensors
@@ -40,37 +40,21 @@ def level_pass(
     """
     flat, spec = pytree.tree_flatten((x, tensors))
     if peaks is not None and not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in flat)):
-        return Walk(program, with_outputs(program, tensors)).run(x, Record([], peaks))
+        return _run(x, tensors, program, Record([], peaks))
     y, logdet = _level_pass(tuple(flat), spec, program, checkpoint)
     return y, logdet
-
-
-def with_outputs(program: Program, tensors: LevelTensors, layers: list[list[Layers]] | None = None) -> LevelTensors:
-    """The tensors with the outputs of all branches that read the condition alone.
-
-    Args:
-        layers: Is appended, for every such branch, the hidden layers and outputs of its networks; for a pass without autograd.
-    """
-    walk, outputs = Walk(program, tensors), list(tensors.outputs)
-    for index in free_branches(program, tensors):
-        heads = [Head(index, network) for network in range(program.branches[index].steps)]
-        if layers is None:
-            outputs[index] = tuple(walk.free_output(head) for head in heads)
-        else:
-            layers.append([walk.layers(head, None) for head in heads])
-            outputs[index] = tuple(found[2] for found in layers[-1])
-    return tensors._replace(outputs=tuple(outputs))
-
-
-def free_branches(program: Program, tensors: LevelTensors) -> list[int]:
-    """The numbers of the branches that read the condition alone and whose outputs are not known."""
-    return [index for index, branch in enumerate(program.branches) if branch.changes_all and tensors.outputs[index] is None]
 
 
 def _reference(*arguments: Any) -> Pair:
     *flat, spec, program, _ = arguments
     x, tensors = pytree.tree_unflatten(flat, spec)
-    return Walk(program, with_outputs(program, tensors)).run(x)
+    return _run(x, tensors, program, None)
+
+
+def _run(x: Tensor, tensors: LevelTensors, program: Program, record: Record | None) -> Pair:
+    walk = Walk(program, tensors)
+    walk.evaluate_free()
+    return walk.run(x, record)
 
 
 class Saved(NamedTuple):
@@ -92,10 +76,11 @@ class Saved(NamedTuple):
 def _forward(flat: Tensors, spec: Any, program: Program, checkpoint: bool) -> tuple[Pair, Tensors]:
     x, tensors = pytree.tree_unflatten(list(flat), spec)
     free: list[list[Layers]] | None = None if checkpoint else []
-    complete = with_outputs(program, tensors, free)
+    walk = Walk(program, tensors)
+    walk.evaluate_free(free)
     record = Record([], layers=None if checkpoint else [])
-    output = Walk(program, complete).run(x, record)
-    outputs = [complete.outputs[index] or () for index in free_branches(program, tensors)]
+    output = walk.run(x, record)
+    outputs = [walk.outputs[index] or () for index in free_branches(program, tensors)]
     free_h2 = [[h2 for _, h2, _ in found] for found in free or []]
     return output, tuple(pytree.tree_leaves(Saved(record.states, outputs, free_h2, record.layers or [])))
 
@@ -138,11 +123,10 @@ class _Backward:
     """One backward pass: the gradients of the tensors, filled in from stage to stage."""
 
     def __init__(self, program: Program, tensors: LevelTensors, saved: Saved, free: list[int], wanted: LevelTensors) -> None:
-        outputs = list(tensors.outputs)
-        for index, found in zip(free, saved.outputs):
-            outputs[index] = found
         self.program, self.saved, self.free, self.wanted = program, saved, free, wanted
-        self.walk = Walk(program, tensors._replace(outputs=tuple(outputs)))
+        self.walk = Walk(program, tensors)
+        for index, found in zip(free, saved.outputs):
+            self.walk.outputs[index] = found
         self.kernels = kernels(program.backend)
         self.gradients = LevelGradients(
             torch.empty_like(tensors.mix),
@@ -244,7 +228,7 @@ class _Backward:
 
     def _needs_weights(self, branch: int) -> bool:
         """Whether a gradient of the networks of a branch is wanted."""
-        return any(flag for flag in self.wanted.networks[branch] if flag is not None)
+        return any(self.wanted.networks[branch])
 
     def _network_backward(self, head: Head, z1: Tensor | None, h1: Tensor, h2: Tensor, dh: Tensor) -> Tensor | None:
         """The gradient of z1; those of the pre-activation and of the weights are stored."""
@@ -258,10 +242,9 @@ class _Backward:
         return dz1
 
 
-def _empty(networks: Networks, wanted: Networks) -> tuple[Tensor | None, ...]:
+def _empty(networks: Networks, wanted: tuple[Any, ...]) -> tuple[Tensor | None, ...]:
     """Room for the gradients of stacked networks."""
-    any_wanted = any(flag for flag in wanted if flag is not None)
-    return tuple(torch.empty_like(t) if any_wanted and t is not None else None for t in networks)
+    return tuple(torch.empty_like(t) if any(wanted) and t is not None else None for t in networks)
 
 
 def _store(stacked: tuple[Tensor | None, ...], gradients: StepNetwork | None, index: int) -> None:

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ncsr_fast import ops
@@ -19,7 +18,15 @@ from ncsr_fast.autocast import without_autocast
 from ncsr_fast.config import Branch
 from ncsr_fast.engine.cache import Cache
 from ncsr_fast.engine.condition import Features, resized_noise
-from ncsr_fast.engine.folding import LOG_SCALE, Hoisted, Mixing, NetworkParameters, Networks, fold_mixing, fold_networks
+from ncsr_fast.engine.folding import (
+    Hoisted,
+    Mixing,
+    NetworkParameters,
+    Networks,
+    fold_mixing,
+    fold_networks,
+    fold_zeros_convolution,
+)
 from ncsr_fast.engine.gradient import level_pass
 from ncsr_fast.engine.hoisting import HoistedWeight, algorithm, hoisted_convolution, prepared
 from ncsr_fast.engine.options import EngineOptions
@@ -39,7 +46,6 @@ class Level(Protocol):
 
     transition_steps: int
     steps: int
-    squeeze: int
     pass_through: int
     branches: tuple[Branch, ...]
     split_channels: int
@@ -63,6 +69,10 @@ class Level(Protocol):
 
     @property
     def split_logs(self) -> Tensor: ...
+
+    def squeezed(self, z: Tensor) -> Tensor: ...
+
+    def unsqueezed(self, z: Tensor) -> Tensor: ...
 
     def networks(self, branch: Branch) -> NetworkParameters: ...
 
@@ -127,8 +137,7 @@ class LevelPlan:
         """
         level, options = self.level, self.options
         with without_autocast(z.device.type):
-            x = F.pixel_unshuffle(z, level.squeeze) if level.squeeze > 1 else z
-            z, logdet = self._steps(laid_out(x, options.memory_format), noise, None)
+            z, logdet = self._steps(laid_out(level.squeezed(z), options.memory_format), noise, None)
             if self._split is None:
                 return z, None, logdet
             h = split_prior(self._split, z[:, : -level.split_channels])
@@ -154,8 +163,7 @@ class LevelPlan:
                 z, density = ops.gaussian_split(joined, h, inverse=True, backend=options.backend)
                 logdets.append(density)
             z, logdet = self._steps(laid_out(z, options.memory_format), noise, peaks)
-            z = F.pixel_shuffle(z, self.level.squeeze) if self.level.squeeze > 1 else z
-            return z, torch.stack([logdet, *logdets]).sum(dim=0)
+            return self.level.unsqueezed(z), torch.stack([logdet, *logdets]).sum(dim=0)
 
     def _steps(self, x: Tensor, noise: Tensor | None, peaks: list[Tensor] | None) -> tuple[Tensor, Tensor]:
         sources = [*self._known.sources, *self._noise_source(noise)]
@@ -294,8 +302,7 @@ class LevelPlan:
 
 def folded_split(level: Level) -> tuple[Tensor, Tensor]:
     """Weight and bias of a split's convolution, the scale folded in."""
-    scale = torch.exp(LOG_SCALE * level.split_logs)
-    return level.split_weight * scale[:, None, None, None], level.split_bias * scale
+    return fold_zeros_convolution(level.split_weight, level.split_bias, level.split_logs)
 
 
 def split_prior(split: tuple[Tensor, Tensor], z1: Tensor) -> Tensor:
@@ -305,8 +312,10 @@ def split_prior(split: tuple[Tensor, Tensor], z1: Tensor) -> Tensor:
 
 def _recorded(level: Level, features: Features) -> bool:
     """Whether autograd records what the level's parameters and the features decide."""
+    if not torch.is_grad_enabled():
+        return False
     tensors = (*level.parameters(), *(tensor for tensor in features if tensor is not None))
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    return any(tensor.requires_grad for tensor in tensors)
 
 
 def _stacked(parts: list[Hoisted]) -> Hoisted:

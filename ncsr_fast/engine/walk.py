@@ -50,8 +50,22 @@ class Walk:
     """A level's program with its tensors."""
 
     def __init__(self, program: Program, tensors: LevelTensors) -> None:
-        self.program, self.tensors = program, tensors
+        self.program, self.tensors, self.outputs = program, tensors, list(tensors.outputs)
         self.networks = [networks.unbind() for networks in tensors.networks]
+
+    def evaluate_free(self, layers: list[list[Layers]] | None = None) -> None:
+        """Evaluate the networks that read the condition alone and whose outputs are not known; they are from now on.
+
+        Args:
+            layers: Is appended, for every branch of such networks, their hidden layers and outputs, without autograd.
+        """
+        for index in free_branches(self.program, self.tensors):
+            heads = [Head(index, network) for network in range(self.program.branches[index].steps)]
+            if layers is None:
+                self.outputs[index] = tuple(self._evaluated(head, None) for head in heads)
+            else:
+                layers.append([self.layers(head, None) for head in heads])
+                self.outputs[index] = tuple(h for _, _, h in layers[-1])
 
     def run(self, x: Tensor, record: Record | None = None) -> tuple[Tensor, Tensor]:
         """The state after the program (B, C, h, w), and the log|det| (B,) of all affines.
@@ -105,19 +119,17 @@ class Walk:
         if record is not None and record.layers is not None:
             record.layers[-1].append(self.layers(head, x))
             return record.layers[-1][-1][2]
-        program = self.program
-        z1, tf32 = self.read(head, x), program.method.tf32
-        return evaluate_network(self.network(head), z1, self.pre(head), tf32, program.network_backend)
+        return self._evaluated(head, x)
 
-    def free_output(self, head: Head) -> Tensor:
-        """The output of a network that reads the condition alone."""
+    def _evaluated(self, head: Head, x: Tensor | None) -> Tensor:
+        """The output of a head's network; x None for one that reads the condition alone."""
         tf32, backend = self.program.method.tf32, self.program.network_backend
-        return evaluate_network(self.network(head), None, self.pre(head), tf32, backend)
+        return evaluate_network(self.network(head), self.read(head, x), self.pre(head), tf32, backend)
 
     def layers(self, head: Head, x: Tensor | None) -> Layers:
-        """Hidden layers and output of a head's network, without gradients."""
-        program, z1 = self.program, None if x is None else self.read(head, x)
-        return network_layers(self.network(head), z1, self.pre(head), program.method.tf32, program.network_backend)
+        """Hidden layers and output of a head's network, without gradients; x as for its output."""
+        tf32, backend = self.program.method.tf32, self.program.network_backend
+        return network_layers(self.network(head), self.read(head, x), self.pre(head), tf32, backend)
 
     def network(self, head: Head) -> StepNetwork:
         """The weights of a head's network."""
@@ -134,12 +146,17 @@ class Walk:
         place = branch.places[head.network]
         return source if source.shape[1] == branch.hidden else source[:, place.channel : place.channel + branch.hidden]
 
-    def read(self, head: Head, x: Tensor) -> Tensor | None:
-        """What a head's network reads of the state: the pass-through channels, or nothing."""
-        pass_through = self.program.pass_through(head, x.shape[1])
-        return x[:, :pass_through] if pass_through else None
+    def read(self, head: Head, x: Tensor | None) -> Tensor | None:
+        """The pass-through channels of the state, for a network that reads them; else None."""
+        pass_through = 0 if x is None else self.program.pass_through(head, x.shape[1])
+        return x[:, :pass_through] if x is not None and pass_through else None
 
     def known_output(self, head: Head | None, x: Tensor) -> Tensor | None:
         """The output of a head's network that is known already, for all samples of x."""
-        outputs = None if head is None else self.tensors.outputs[head.branch]
+        outputs = None if head is None else self.outputs[head.branch]
         return None if head is None or outputs is None else outputs[head.network].expand(x.shape[0], -1, -1, -1)
+
+
+def free_branches(program: Program, tensors: LevelTensors) -> list[int]:
+    """The numbers of the branches that read the condition alone and whose outputs are not known."""
+    return [index for index, branch in enumerate(program.branches) if branch.changes_all and tensors.outputs[index] is None]

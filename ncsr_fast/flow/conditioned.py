@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from ncsr_fast.engine.condition import Condition
 from ncsr_fast.engine.memory import spare_bytes
-from ncsr_fast.engine.plain import Plan, plan
+from ncsr_fast.engine.plain import PlainLevel, Plan, plan
 from ncsr_fast.flow.walk import downward
 from ncsr_fast.layout import traced
 from ncsr_fast.ops.reference import gaussian_log_density
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from ncsr_fast.config import FlowConfig
     from ncsr_fast.engine.options import EngineOptions
     from ncsr_fast.flow.level import FlowLevel
+
+EncodedLevel = tuple[Tensor, Tensor | None, Tensor]  # state of the next level, latent of the split, log-det
 
 
 class Encoded(NamedTuple):
@@ -84,18 +87,22 @@ class Levels:
 
     def encode(self, x: Tensor, noise: Tensor | None) -> tuple[tuple[Tensor, ...], Tensor]:
         """Latents, and the log|det| (B,) of encoding with the log-density of all latents but the last."""
-        latents, logdets = [], []
-        for index in range(len(self.levels)):
-            x, latent, logdet = self.plan(index, inverse=False).encode(x, noise)
-            logdets.append(logdet)
-            if latent is not None:
-                latents.append(latent)
-        return (*latents, x), torch.stack(logdets).sum(dim=0)
+        return _encode(x, (partial(self.plan(index, inverse=False).encode, noise=noise) for index in range(len(self.levels))))
 
     def encoded(self, x: Tensor, noise: Tensor | None) -> Encoded:
         """Latents and log-likelihood."""
-        latents, logdet = self.encode(x, noise)
-        return with_prior(latents, logdet, self.condition.prior_mean)
+        return self._with_prior(*self.encode(x, noise))
+
+    def initialized(self, x: Tensor, noise: Tensor | None) -> Encoded:
+        """As `encoded`, by the levels' definition; every actnorm is set from the data that reaches it."""
+        plain = (PlainLevel(*pair, self.options) for pair in zip(self.levels, self.condition.features))
+        return self._with_prior(*_encode(x, (partial(level.encode, noise=noise, initialize=True) for level in plain)))
+
+    def _with_prior(self, latents: tuple[Tensor, ...], logdet: Tensor) -> Encoded:
+        """Latents with their log-likelihood, from the log-det with the log-density of all of them but the last."""
+        mean = self.condition.prior_mean
+        top = latents[-1] if mean is None else latents[-1] - mean
+        return Encoded(latents, logdet + gaussian_log_density(top).sum(dim=(1, 2, 3)), mean)
 
     def decode(
         self, latents: Sequence[Tensor], noise: Tensor | None, peaks: list[Tensor] | None = None
@@ -158,7 +165,12 @@ class Levels:
         return count <= spare_bytes(self.condition.features[0].own.device)
 
 
-def with_prior(latents: tuple[Tensor, ...], logdet: Tensor, prior_mean: Tensor | None) -> Encoded:
-    """Latents with their log-likelihood, from the log-det with the log-density of all of them but the last."""
-    top = latents[-1] if prior_mean is None else latents[-1] - prior_mean
-    return Encoded(latents, logdet + gaussian_log_density(top).sum(dim=(1, 2, 3)), prior_mean)
+def _encode(x: Tensor, levels: Iterable[Callable[[Tensor], EncodedLevel]]) -> tuple[tuple[Tensor, ...], Tensor]:
+    """The latents of levels in encoding order, each a function of the state, and the sum of their log-dets (B,)."""
+    latents, logdets = [], []
+    for encode in levels:
+        x, latent, logdet = encode(x)
+        logdets.append(logdet)
+        if latent is not None:
+            latents.append(latent)
+    return (*latents, x), torch.stack(logdets).sum(dim=0)

@@ -57,6 +57,15 @@ class Inputs:
             check_like(f"latents[{index}]", latent, self.like)
         return latents
 
+    def sample_latents(self, latents: Sequence[Tensor], lr: Tensor, n: int) -> Sequence[Tensor]:
+        """The latents (B, n, …) of n samples of each LR image."""
+        shapes = [(lr.shape[0], n, *shape) for shape in self.flow.latent_shapes(*lr.shape[2:])]
+        if [tuple(latent.shape) for latent in latents] != shapes:
+            raise ValueError(f"latents must have shapes {shapes}, not {[tuple(latent.shape) for latent in latents]}")
+        for index, latent in enumerate(latents):
+            check_like(f"latents[{index}]", latent, self.like)
+        return latents
+
     def cropped(self, image: Tensor, lr: Tensor) -> Tensor:
         """Images (…, channels, h, w) of the padded size without the padding."""
         return image[..., : lr.shape[2] * self.flow.scale, : lr.shape[3] * self.flow.scale]

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ncsr_fast.engine.folding import LOG_SCALE
+from ncsr_fast.engine.folding import fold_zeros_convolution
 from ncsr_fast.flow.actnorm import initialize_actnorm
 from ncsr_fast.ops.conv3x3 import convolution
 
@@ -77,8 +77,7 @@ def _apply_single(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
 
 def zeros_conv(x: Tensor, weight: Tensor, bias: Tensor, logs: Tensor) -> Tensor:
     """Glow's zero-initialised 3×3 convolution: `(weight ∗ x + bias) · exp(3 logs)` for each output channel."""
-    scale = torch.exp(LOG_SCALE * logs)
-    return convolution(x, weight * scale[:, None, None, None], bias * scale, None)
+    return convolution(x, *fold_zeros_convolution(weight, bias, logs), None)
 
 
 def _conv_actnorm_relu(x: Tensor, weight: Tensor, bias: Tensor, logs: Tensor, initialize: bool) -> Tensor:

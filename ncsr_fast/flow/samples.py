@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -48,7 +48,7 @@ class ConditionedFlow:
         levels: The levels for the condition.
         inputs: The checks and the padding of arguments.
         lr: The LR images, (B, 3, H, W).
-        parameters: Returns the model's parameters, whose changes are noticed.
+        parameters: Returns the parameters whose changes are noticed: the model's, or none for a flow that is used at once.
         recording: A context in which gradients are recorded as the model has it.
         advice: Says of LR images why their samples blew up.
     """
@@ -58,7 +58,7 @@ class ConditionedFlow:
         levels: Levels,
         inputs: Inputs,
         lr: Tensor,
-        parameters: Callable[[], Iterator[Tensor]],
+        parameters: Callable[[], Iterable[Tensor]],
         recording: Callable[[], contextlib.AbstractContextManager[None]],
         advice: Callable[[Tensor], str],
     ) -> None:
@@ -92,7 +92,7 @@ class ConditionedFlow:
             if latents is None:
                 latents = draw(self._levels, self.lr, n, temperature, generator)
             else:
-                latents = self._given(latents, n)
+                latents = self._inputs.sample_latents(latents, self.lr, n)
             images = self._sampled(latents, temperature, generator, on_nonfinite)
         return self._inputs.shown(images, self.lr)
 
@@ -114,15 +114,8 @@ class ConditionedFlow:
         with self._recording():
             return self._inputs.cropped(self._levels.decode(latents, noise)[0], self.lr)
 
-    def _given(self, latents: Sequence[Tensor], n: int) -> list[Tensor]:
-        expected = self._inputs.flow.latent_shapes(*self.lr.shape[2:])
-        shapes = [(len(self.lr), n, *shape) for shape in expected]
-        if [tuple(latent.shape) for latent in latents] != shapes:
-            raise ValueError(f"latents must have shapes {shapes}, not {[tuple(latent.shape) for latent in latents]}")
-        return list(latents)
-
     def _sampled(
-        self, latents: list[Tensor], temperature: float, generator: torch.Generator | None, on_nonfinite: str
+        self, latents: Sequence[Tensor], temperature: float, generator: torch.Generator | None, on_nonfinite: str
     ) -> Tensor:
         """Images (B, n, …) of the padded size, not clipped, and what is to be done about those that blew up."""
         watch = on_nonfinite != "ignore"
@@ -184,12 +177,12 @@ class ConditionedFlow:
 def draw(levels: Levels, lr: Tensor, n: int, temperature: float, generator: torch.Generator | None) -> list[Tensor]:
     """Latents (B, n, …) of n samples of each LR image, at a temperature: the first m do not depend on n."""
     shapes = levels.config.latent_shapes(*lr.shape[2:])
-    return around_prior_mean(levels, draw_latents(shapes, lr.shape[0], n, temperature, lr, generator))
+    latents = draw_latents(shapes, lr.shape[0], n, temperature, lr, generator)
+    return around_prior_mean(latents, levels.condition.prior_mean)
 
 
-def around_prior_mean(levels: Levels, latents: list[Tensor]) -> list[Tensor]:
-    """Latents (B, n, …) of zero mean with the mean that the prior of the top one has."""
-    mean = levels.condition.prior_mean
+def around_prior_mean(latents: list[Tensor], mean: Tensor | None) -> list[Tensor]:
+    """Latents (B, n, …) of zero mean with the mean that the prior of the top one has, None for zero."""
     return latents if mean is None else [*latents[:-1], latents[-1] + mean[:, None]]
 
 
@@ -210,7 +203,7 @@ def draw_latents(
     return [temperature * torch.stack(latents, dim=1) for latents in zip(*draws)]
 
 
-def decode_samples(levels: Levels, latents: list[Tensor], watch: bool) -> tuple[Tensor, Tensor | None]:
+def decode_samples(levels: Levels, latents: Sequence[Tensor], watch: bool) -> tuple[Tensor, Tensor | None]:
     """Images (B, n, 3, sH, sW) of latents (B, n, …); with `watch` also where each of them (B, n) blew up, as `_first_bad` says.
 
     If n is 1, the images are decoded as one batch. Otherwise the samples of each image form a batch and share its condition.
@@ -221,7 +214,7 @@ def decode_samples(levels: Levels, latents: list[Tensor], watch: bool) -> tuple[
         return images, _first_bad(levels, images, peaks) if watch else None
 
 
-def _decode_all(levels: Levels, latents: list[Tensor], watch: bool) -> tuple[Tensor, list[Tensor]]:
+def _decode_all(levels: Levels, latents: Sequence[Tensor], watch: bool) -> tuple[Tensor, list[Tensor]]:
     batch, n = latents[0].shape[:2]
     if n == 1:
         images, peaks = _decode_group(levels, [latent[:, 0] for latent in latents], watch)

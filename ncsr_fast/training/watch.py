@@ -7,7 +7,7 @@ import importlib.util
 import torch
 from torch import Tensor
 
-from ncsr_fast.flow.samples import around_prior_mean, decode_samples, draw_latents
+from ncsr_fast.flow.samples import decode_samples, draw
 from ncsr_fast.metrics.fidelity import lr_psnr, psnr, ssim
 from ncsr_fast.model import NCSR
 
@@ -20,9 +20,8 @@ def sample_metrics(
     """Of one sample of an image (1, 3, H, W): psnr, lr_psnr and, with scikit-image, ssim; shares of its pixels that are
     nonfinite, and saturated: beyond [0, 1] before they are clipped. And the sample (3, sH, sW)."""
     padded = model.padded(lr)
-    latents = draw_latents(model.latent_shapes(*lr.shape[2:]), 1, 1, temperature, padded, generator)
     levels = model.conditioned_levels(padded)
-    images, _ = decode_samples(levels, around_prior_mean(levels, latents), watch=False)
+    images, _ = decode_samples(levels, draw(levels, padded, 1, temperature, generator), watch=False)
     raw, sr = images[:, 0, :, : hr.shape[2], : hr.shape[3]], model.inputs.shown(images[:, 0], lr)
     metrics = {"psnr": float(psnr(sr, hr)), "lr_psnr": float(lr_psnr(sr, lr, model.config.scale))}
     if importlib.util.find_spec("skimage"):
