@@ -1,11 +1,13 @@
 """Triton kernels of the operators: host functions on checked tensors, no autograd; float32 arithmetic but for matrices."""
 
+from ncsr_fast.kernels._common import KernelFailure, launched
 from ncsr_fast.kernels.affine import affine_backward, affine_forward
 from ncsr_fast.kernels.flow_step import flow_step_backward, flow_step_forward
 from ncsr_fast.kernels.gaussian_split import gaussian_split_backward, gaussian_split_forward
 from ncsr_fast.kernels.inverse_logdet import inverse_logdet
 
 __all__ = [
+    "KernelFailure",
     "affine_backward",
     "affine_forward",
     "flow_step_backward",
@@ -13,4 +15,5 @@ __all__ = [
     "gaussian_split_backward",
     "gaussian_split_forward",
     "inverse_logdet",
+    "launched",
 ]

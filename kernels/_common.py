@@ -20,10 +20,14 @@ import triton.language as tl
 from torch import Tensor
 
 from ncsr_fast.layout import in_memory, is_channels_last
+from ncsr_fast.memory import is_out_of_memory
+from ncsr_fast.tuning import tiles
 
 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 3):  # the first whose kernels take tuples
     raise ImportError(f"ncsr_fast.kernels needs Triton 3.3 or newer, not {triton.__version__}")
 
+# CUDA's errors of kernels that ran already, after which nothing runs in the process
+_OF_EARLIER_KERNELS = ("illegal memory access", "device-side assert", "unspecified launch failure", "misaligned address")
 SUMMED = 2048  # partial sums that a program of the second stage of a reduction adds at once, 16 a thread
 
 # ---- on the device
@@ -156,15 +160,48 @@ def extent(*images: Tensor | None) -> dict[str, int | bool]:
     }
 
 
+def tuned(device: torch.device, kernel: str, channels: int, sizes: dict[str, int]) -> dict[str, int]:
+    """`sizes`, of the tiles of a kernel, with what the tables of this GPU say instead for so many channels."""
+    return {**sizes, **tiles(kernel, channels)} if device.type == "cuda" else sizes
+
+
 def check_dtype(x: Tensor) -> None:
     if x.dtype == torch.float64:
         raise TypeError("x must be float32, float16 or bfloat16: the Triton kernels compute in float32, not torch.float64")
 
 
+class KernelFailure(Exception):
+    """A kernel that did not compile, or did not start: its name, the first line of the error, which is the cause."""
+
+    def __init__(self, kernel: str, error: Exception) -> None:
+        lines = str(error).strip().splitlines()
+        super().__init__(f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__)
+        self.kernel = kernel
+
+
+launched = [0]  # kernels that were started
+
+
 def launch(kernel, programs: int, device: torch.device, **arguments) -> None:
-    """Start the programs on the device of the tensors and its current stream; the interpreter runs them on a CPU."""
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        kernel[(programs,)](**arguments)
+    """Start the programs on the device of the tensors and its current stream; the interpreter runs them on a CPU.
+
+    The first launch of a kernel compiles it, or reads what an earlier process compiled from the folder that Triton's variable
+    TRITON_CACHE_DIR names.
+
+    Raises:
+        KernelFailure: It does not compile or start. Errors of arguments and of memory, and those of earlier kernels that a
+            launch is told of, are raised as they are.
+    """
+    try:
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            kernel[(programs,)](**arguments)
+    except (TypeError, ValueError):
+        raise
+    except Exception as error:
+        if is_out_of_memory(error) or any(text in str(error) for text in _OF_EARLIER_KERNELS):
+            raise
+        raise KernelFailure(kernel.fn.__name__, error) from error
+    launched[0] += 1
 
 
 def sum_partials(partial: Tensor, dim: int, first: Tensor, rest: Tensor | None = None) -> None:

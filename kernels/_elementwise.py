@@ -24,13 +24,13 @@ from ncsr_fast.kernels._common import (
     program,
     store,
     sum_partials,
+    tuned,
 )
 from ncsr_fast.layout import empty_like
 
 # Elements of a tile, 4 a thread. Chosen for registers and occupancy by the ahead-of-time report
 # (ncsr_fast.kernels.ahead_of_time), never timed: no GPU yet.
-TILE = 512
-NUM_WARPS = 4
+SIZES = {"TILE": 512, "num_warps": 4}
 CHANNELS_OF_A_PIXEL = 64  # at most so many channels in a channels-last tile: 256 bytes of float32
 CHANNELS_OF_A_ROW = 4  # and in another tile, which then has rows of 128 pixels
 
@@ -180,12 +180,15 @@ def elementwise_backward_kernel(
     store(dx, pixel, o_c, b_dx, o_c < channels)
 
 
-def _tiles(channels: int, pixels: int, CHANNELS_LAST: bool, **_) -> tuple[int, dict[str, int]]:
+def _tiles(
+    device: torch.device, kernel: str, channels: int, pixels: int, CHANNELS_LAST: bool, **_
+) -> tuple[int, dict[str, int]]:
     """Tiles of a sample, and their sizes."""
+    sizes = tuned(device, kernel, channels, SIZES)
     block_c = min(CHANNELS_OF_A_PIXEL if CHANNELS_LAST else CHANNELS_OF_A_ROW, triton.next_power_of_2(channels))
-    block_p = TILE // block_c
+    block_p = sizes["TILE"] // block_c
     count = triton.cdiv(pixels, block_p) * triton.cdiv(channels, block_c)
-    return count, {"BLOCK_P": block_p, "BLOCK_C": block_c, "num_warps": NUM_WARPS}
+    return count, {"BLOCK_P": block_p, "BLOCK_C": block_c, "num_warps": sizes["num_warps"]}
 
 
 def elementwise_forward(
@@ -197,7 +200,7 @@ def elementwise_forward(
     if x.numel() == 0:
         return y, logdet.zero_()
     sizes = extent(x, h, y)
-    count, blocks = _tiles(**sizes)
+    count, blocks = _tiles(x.device, "elementwise_forward", **sizes)
     partial = torch.empty(x.shape[0], count, dtype=torch.float32, device=x.device)
     launch(
         elementwise_forward_kernel,
@@ -227,7 +230,7 @@ def elementwise_backward(
     if x.numel() == 0:
         return dx, dh
     sizes = extent(x, dy, h, dx, dh)
-    count, blocks = _tiles(**sizes)
+    count, blocks = _tiles(x.device, "elementwise_backward", **sizes)
     launch(
         elementwise_backward_kernel,
         x.shape[0] * count,

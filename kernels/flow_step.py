@@ -25,6 +25,7 @@ from ncsr_fast.kernels._common import (
     program,
     store,
     sum_partials,
+    tuned,
 )
 from ncsr_fast.kernels._elementwise import load_pair, mapped, mapped_backward, store_pair
 from ncsr_fast.kernels.affine import affine_map, affine_map_backward, affine_map_gradients, sigmoid_scale
@@ -280,24 +281,24 @@ def _block(channels: int, most: int) -> int:
     return min(most, max(16, triton.next_power_of_2(channels)))
 
 
-def _tiles(channels: int, pixels: int, options: dict[int, dict[str, int]] = OPTIONS, **_) -> tuple[int, dict[str, int]]:
+def _tiles(device: torch.device, kernel: str, channels: int, pixels: int, options: dict = OPTIONS, **_) -> tuple[int, dict]:
     """Tiles of a sample, and their sizes, of the forward and backward kernels."""
     block_c = _block(channels, CHANNELS)
-    sizes = dict(options[block_c])
+    sizes = tuned(device, kernel, channels, dict(options[block_c]))
     if channels > sizes["BLOCK_K"] and channels % sizes["BLOCK_K"]:
         sizes["BLOCK_K"] = 16
     sizes |= {"BLOCK_C": block_c, "BLOCKS_K": triton.cdiv(channels, sizes["BLOCK_K"])}
     return triton.cdiv(pixels, sizes["BLOCK_P"]) * triton.cdiv(channels, block_c), sizes
 
 
-def _weight_tiles(batch: int, channels: int, pixels: int) -> tuple[int, int, dict[str, int]]:
+def _weight_tiles(device: torch.device, batch: int, channels: int, pixels: int) -> tuple[int, int, dict[str, int]]:
     """Parts of a sample, blocks of the matrix, and the sizes of both, of the weight gradient."""
     block_c = _block(channels, WEIGHT_CHANNELS)
-    block_p, blocks = WEIGHT_PIXELS[block_c], triton.cdiv(channels, block_c) ** 2
-    tiles = triton.cdiv(pixels, block_p)
+    options = {"BLOCK_P": WEIGHT_PIXELS[block_c], **WEIGHT_OPTIONS}
+    sizes = tuned(device, "flow_step_backward_weight", channels, options)
+    tiles, blocks = triton.cdiv(pixels, sizes["BLOCK_P"]), triton.cdiv(channels, block_c) ** 2
     tiles_of_part = triton.cdiv(tiles, max(1, WEIGHT_PROGRAMS // (batch * blocks)))
-    sizes = {"BLOCK_P": block_p, "BLOCK_C": block_c, "tiles": tiles_of_part}
-    return triton.cdiv(tiles, tiles_of_part), blocks, {**sizes, **WEIGHT_OPTIONS}
+    return triton.cdiv(tiles, tiles_of_part), blocks, {"BLOCK_C": block_c, "tiles": tiles_of_part, **sizes}
 
 
 def _pass_through(channels: int, inverse: bool) -> dict[str, int]:
@@ -315,7 +316,7 @@ def flow_step_forward(
     if x.numel() == 0:
         return y, logdet.zero_()
     sizes = extent(x, h_before, h_after, y)
-    count, blocks = _tiles(**sizes)
+    count, blocks = _tiles(x.device, "flow_step_forward", **sizes)
     partial = torch.empty(x.shape[0], count, dtype=torch.float32, device=x.device)
     launch(
         flow_step_forward_kernel,
@@ -360,7 +361,8 @@ def flow_step_backward(
     inputs = {"dy": image(dy), "x": image(x), "h_before": image(h_before), "h_after": image(h_after)}
     constants = {"eps": eps, "INVERSE": inverse, **_pass_through(x.shape[1], inverse), **sizes}
     options = INVERSE_BACKWARD_OPTIONS if inverse else BACKWARD_OPTIONS
-    count, blocks = _tiles(**sizes, options=OPTIONS if h_before is None and h_after is None else options)
+    options = OPTIONS if h_before is None and h_after is None else options
+    count, blocks = _tiles(x.device, "flow_step_backward", **sizes, options=options)
     launch(
         flow_step_backward_kernel,
         x.shape[0] * count,
@@ -382,7 +384,7 @@ def flow_step_backward(
 def _backward_weight(x: Tensor, inputs: dict, constants: dict) -> tuple[Tensor, Tensor]:
     """(dmix, doffset), float32."""
     batch, channels, height, width = x.shape
-    parts, blocks, sizes = _weight_tiles(batch, channels, height * width)
+    parts, blocks, sizes = _weight_tiles(x.device, batch, channels, height * width)
     shapes = (batch * parts, channels * channels + channels), (channels, channels), (channels,)
     partial, dmix, doffset = (torch.empty(shape, dtype=torch.float32, device=x.device) for shape in shapes)
     launch(

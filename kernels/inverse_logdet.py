@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ncsr_fast.kernels._common import dense, launch
+from ncsr_fast.kernels._common import dense, launch, tuned
 
 _ROWS = 16  # of a tile, of which a thread has 8 elements, or 16 of the largest
 
@@ -92,6 +92,7 @@ def inverse_logdet(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     logdet, condition = weight.new_empty(2, count).unbind()
     if count:
         block = triton.next_power_of_2(channels)
+        options = {"num_warps": min(8, max(1, block * _ROWS // 256))}
         launch(
             inverse_logdet_kernel,
             count,
@@ -104,6 +105,6 @@ def inverse_logdet(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             channels=channels,
             BLOCK=block,
             ROWS=_ROWS,
-            num_warps=min(8, max(1, block * _ROWS // 256)),
+            **tuned(weight.device, "inverse_logdet", channels, options),
         )
     return inverse, logdet, condition

@@ -15,10 +15,13 @@ from typing import Any, NamedTuple, Protocol, cast
 import torch
 from torch import Tensor
 
+from ncsr_fast import tuning
+from ncsr_fast.ops.fallback import Guarded
+
 BACKENDS = ("reference", "native", "triton")
 _MODULES = {"reference": "ncsr_fast.ops.reference", "native": "ncsr_fast.ops.native", "triton": "ncsr_fast.kernels"}
 _NOT_INSTALLED = "this is a source tree that was not installed; in it: pip install -e ."
-_PREFERRED = {"cpu": ("native",), "cuda": ("triton", "native")}  # what "auto" tries before the reference
+_PREFERRED = {"cpu": ("native",)}  # what "auto" tries before the reference; on a GPU its table says so (`ncsr_fast.tuning`)
 
 
 class Kernels(Protocol):
@@ -214,7 +217,7 @@ def resolve_backend(op: str, backend: str = "auto", like: Tensor | None = None) 
         return _best(kernel, kind, dtype)
     if backend not in BACKENDS:
         raise ValueError(f"{op}: backend must be one of 'auto', {', '.join(map(repr, BACKENDS))}, not {backend!r}")
-    missing = _missing(backend, kernel, kind, dtype)
+    missing = _refusal(backend, kernel, kind, dtype)
     if missing:
         raise BackendUnavailable(f"{op}: backend {backend!r} is not available: {missing}")
     return backend
@@ -225,13 +228,30 @@ def covering_backend(kernel: str, backend: str, like: Tensor) -> str:
     kind, dtype = _kind_of(like)
     if backend == "auto":
         return _best(kernel, kind, dtype)
-    return "reference" if _missing(backend, kernel, kind, dtype) else backend
+    return "reference" if _refusal(backend, kernel, kind, dtype) else backend
 
 
 @functools.cache
 def kernels(backend: str) -> Kernels:
-    """The functions of a backend."""
-    return cast(Kernels, importlib.import_module(_MODULES[backend]))
+    """The functions of a backend; those of Triton with what runs instead of one that fails to compile or to launch."""
+    module = importlib.import_module(_MODULES[backend])
+    return cast(Kernels, Guarded(module, _instead) if backend == "triton" else module)
+
+
+def _instead(kernel: str, function: str, like: Tensor) -> tuple[str, Callable[..., Any]] | None:
+    """The backend that runs where Triton's function fails, and its function; None for a kernel that was asked for by name."""
+    if ("triton", kernel) in _named:
+        return None
+    kind, dtype = _kind_of(like)
+    order = [name for name in (*_order(kernel, kind, dtype), "reference") if name != "triton"]
+    name = next(name for name in order if not _missing(name, kernel, kind, dtype))
+    return name, getattr(kernels(name), function)
+
+
+def forget() -> None:
+    """Choose anew where "auto" has chosen, by tables that are read anew."""
+    _best.forget()
+    tuning.forget()
 
 
 _DTYPE_NAMES = {dtype: str(dtype) for dtype in _FLOATS}
@@ -244,7 +264,15 @@ def _kind_of(like: Tensor | None) -> tuple[str, str]:
     return like.device.type, _DTYPE_NAMES.get(like.dtype, "another dtype")
 
 
-def _constant(function: Callable[..., str]) -> Callable[..., str]:
+class _Constant(Protocol):
+    """A function that is evaluated once for the same arguments, and again when it has been told to forget."""
+
+    forget: Callable[[], None]
+
+    def __call__(self, *arguments: str) -> str: ...
+
+
+def _constant(function: Callable[..., str]) -> _Constant:
     """Evaluated once, and when `torch.compile` meets it called instead of traced.
 
     The mark is what `torch.compiler.assume_constant_result` leaves, which would import the compiler to do so.
@@ -255,12 +283,29 @@ def _constant(function: Callable[..., str]) -> Callable[..., str]:
     def call(*arguments: str) -> str:
         return function(*arguments) if torch.compiler.is_compiling() else cached(*arguments)
 
-    return call
+    setattr(call, "forget", cached.cache_clear)
+    return cast(_Constant, call)
 
 
 @_constant
 def _best(kernel: str, kind: str, dtype: str) -> str:
-    return next((name for name in _PREFERRED.get(kind, ()) if not _missing(name, kernel, kind, dtype)), "reference")
+    return next((name for name in _order(kernel, kind, dtype) if not _missing(name, kernel, kind, dtype)), "reference")
+
+
+def _order(kernel: str, kind: str, dtype: str) -> tuple[str, ...]:
+    """What "auto" tries before the reference."""
+    covered = kind == "cuda" and any(not _not_covered(name, kernel, kind, dtype) for name in COVERAGE)
+    return tuning.preferred(kernel, dtype.removeprefix("torch.")) if covered else _PREFERRED.get(kind, ())
+
+
+_named: set[tuple[str, str]] = set()  # backends that were asked for by name, and the kernel: nothing may run instead
+
+
+@_constant
+def _refusal(name: str, kernel: str, kind: str, dtype: str) -> str:
+    """Why a backend that is asked for by name cannot run a kernel, or nothing."""
+    _named.add((name, kernel))
+    return _missing(name, kernel, kind, dtype)
 
 
 @_constant

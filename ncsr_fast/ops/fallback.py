@@ -1,0 +1,81 @@
+"""The functions of a backend whose kernels are compiled on the user's GPU, and what runs instead of one that fails there."""
+
+from __future__ import annotations
+
+import functools
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from torch import Tensor
+
+Instead = Callable[[str, str, Tensor], "tuple[str, Callable[..., Any]] | None"]
+_PACKAGE = str(Path(__file__).parents[1])
+
+
+class Guarded:
+    """The functions of a backend; one whose kernel fails is replaced, with one warning, for the rest of the process.
+
+    Args:
+        module: The backend, with the class `KernelFailure` of what its functions raise for a kernel that does not compile or
+            start, and a counter `launched` of kernels that were started. Errors of arguments and of memory that ran out are
+            raised as they are.
+        instead: (kernel, function, the call's first tensor) → the name of another backend and its function; None where the
+            error is raised instead.
+    """
+
+    def __init__(self, module: ModuleType, instead: Instead) -> None:
+        self._module, self._instead = module, instead
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        guarded = self._guarded(name, getattr(self._module, name))
+        setattr(self, name, guarded)  # found there from the next time on
+        return guarded
+
+    def _guarded(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        failure, launched = self._module.KernelFailure, self._module.launched
+        replacement: Callable[..., Any] | None = None
+
+        @functools.wraps(function)
+        def call(*arguments: Any, **options: Any) -> Any:
+            nonlocal replacement
+            if replacement is not None:
+                return replacement(*arguments, **options)
+            before = launched[0]
+            try:
+                return function(*arguments, **options)
+            except failure as error:
+                # what was added to an argument before would be added again
+                begun = launched[0] > before and (options.get("accumulate") or options.get("dx") is not None)
+                replacement = self._replacement(name, error, arguments, begun)
+            return replacement(*arguments, **options)
+
+        return call
+
+    def _replacement(self, name: str, error: Any, arguments: tuple[Any, ...], begun: bool) -> Callable[..., Any]:
+        """The function that runs from now on; a warning tells of it."""
+        like = next(argument for argument in arguments if isinstance(argument, Tensor))
+        found = None if begun else self._instead(_kernel(name), name, like)
+        if found is None:
+            raise error.__cause__
+        backend, function = found
+        _warn(f"the kernel {error.kernel} of {name} failed: {error}; from now on the backend {backend!r} runs instead")
+        return function
+
+
+def _kernel(function: str) -> str:
+    """The kernel, as `COVERAGE` names it, that a function belongs to."""
+    return function.removesuffix("_forward").removesuffix("_backward").removesuffix("_layers")
+
+
+def _warn(message: str) -> None:
+    """Warn at the line that called the package."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, RuntimeWarning, stacklevel=level)

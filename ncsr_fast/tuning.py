@@ -1,0 +1,273 @@
+"""Tables of GPUs: which backend runs each kernel, and in which tiles, with where every entry comes from.
+
+A table is a JSON file. Its entries say of a kernel, as `ncsr_fast.ops.backends.COVERAGE` names it, how many times faster than
+the reference a backend is, and of a Triton kernel and a bucket of channels which tiles it runs in. The package's tables lie in
+`ncsr_fast/gpus`; `ncsr-fast tune` writes the user's, which come first. The entry of a backend is that of the first table that
+has one, of: this GPU's, the user's before the package's; those of other GPUs of its compute capability; that of any GPU. The
+environment variable NCSR_FAST_TUNING bounds that:
+
+    strict     this GPU's tables alone; what they lack is an error
+    nearest    all of them (the default)
+    default    the package's table for any GPU alone
+
+The tables are read when the first operator runs on a GPU, once a process.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+PACKAGED = Path(__file__).parent / "gpus"
+MODE, USERS = "NCSR_FAST_TUNING", "NCSR_FAST_TUNING_TABLE"  # environment variables: the mode, and the user's table
+MODES = ("strict", "nearest", "default")
+PREDICTED_GAIN = 1.3  # a kernel that was never measured runs where the model predicts as many times the reference's speed
+KINDS = ("measured", "predicted", "established", "unmeasured")  # of provenances; established: in use before there were tables
+
+
+class TuningMissing(RuntimeError):
+    """In the mode "strict" no table of this GPU has an entry; the message says what to do."""
+
+
+class Gpu(NamedTuple):
+    """A GPU as tables know it: the name PyTorch gives it, and its compute capability, such as "9.0"."""
+
+    name: str
+    capability: str
+
+
+@dataclass(frozen=True)
+class Choice:
+    """An entry: a backend for a kernel.
+
+    Attributes:
+        kernel: As in `COVERAGE`.
+        dtype: Of the tensor that decides, such as "bfloat16"; None is any.
+        backend: "triton" or "native".
+        gain: The reference's time over the backend's; None where neither was measured or predicted.
+        provenance: `kind`, one of `KINDS`; "measured": date, torch, triton and gpu; "predicted": the model and its GPU.
+    """
+
+    kernel: str
+    dtype: str | None
+    backend: str
+    gain: float | None
+    provenance: Mapping[str, str]
+
+    @property
+    def used(self) -> bool:
+        """True where "auto" may take the backend: measured to be faster, predicted to be faster by far, or established."""
+        kind = self.provenance["kind"]
+        if kind == "measured":
+            return self.gain is not None and self.gain > 1
+        if kind == "predicted":
+            return self.gain is not None and self.gain >= PREDICTED_GAIN
+        return kind == "established"
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """An entry: the sizes of the tiles of a Triton kernel. `channels` is the largest number of its bucket."""
+
+    kernel: str
+    channels: int
+    sizes: Mapping[str, int]
+    gain: float | None
+    provenance: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Table:
+    """The entries of a file. `gpu` and `capability` are None for any GPU."""
+
+    file: Path
+    gpu: str | None
+    capability: str | None
+    backends: tuple[Choice, ...]
+    tiles: tuple[Tiles, ...]
+
+
+# ---- the look-up
+
+
+def preferred(kernel: str, dtype: str) -> tuple[str, ...]:
+    """The backends that the tables prefer to the reference for a kernel on this GPU, the best first.
+
+    Raises:
+        TuningMissing: In the mode "strict", where no table of this GPU has an entry.
+        ValueError: A table, or the mode, is not what it should be; the message names it.
+    """
+    return tuple(choice.backend for choice, _ in choices(kernel, dtype) if choice.used)
+
+
+def choices(kernel: str, dtype: str) -> list[tuple[Choice, Table]]:
+    """The entries for a kernel and dtype, one of each backend, with the table of each. Raises as `preferred` does."""
+    found: dict[str, tuple[Choice, Table]] = {}
+    for table in _tables():
+        for choice in table.backends:
+            if choice.kernel == kernel and choice.dtype in (None, dtype):
+                found.setdefault(choice.backend, (choice, table))
+    if not found and mode() == "strict":
+        raise _missing(f"which backend runs {kernel!r} in {dtype}")
+    return list(found.values())
+
+
+@functools.cache
+def tiles(kernel: str, channels: int) -> Mapping[str, int]:
+    """The sizes that the tables have for the tiles of a Triton kernel on this GPU; empty where the kernel's own hold.
+
+    Raises:
+        TuningMissing, ValueError: As `preferred`.
+    """
+    if (kernel, bucket(channels)) in _tried:
+        return _tried[kernel, bucket(channels)]
+    entries = [entry for table in _tables() for entry in table.tiles]
+    found = next((each.sizes for each in entries if (each.kernel, each.channels) == (kernel, bucket(channels))), None)
+    if found is None and mode() == "strict":
+        raise _missing(f"the tiles of {kernel!r} for {channels} channels")
+    return found or {}
+
+
+def bucket(channels: int) -> int:
+    """The largest number of channels whose tiles are those of `channels`: the next power of two."""
+    return 1 << max(0, channels - 1).bit_length()
+
+
+def gpu() -> Gpu | None:
+    """The current GPU; None where there is none."""
+    if not torch.cuda.is_available():
+        return None
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return Gpu(properties.name, f"{properties.major}.{properties.minor}")
+
+
+def mode() -> str:
+    """The mode of the look-up. Raises ValueError for one that there is not."""
+    chosen = os.environ.get(MODE) or "nearest"
+    if chosen not in MODES:
+        raise ValueError(f"{MODE} must be one of {', '.join(map(repr, MODES))}, not {chosen!r}")
+    return chosen
+
+
+def forget() -> None:
+    """Read the tables anew when they are next asked."""
+    _tables.cache_clear()
+    tiles.cache_clear()
+
+
+@contextmanager
+def trying(kernel: str, channels: int, sizes: Mapping[str, int]) -> Iterator[None]:
+    """A context in which a Triton kernel runs in tiles of these sizes, whatever the tables say."""
+    key = kernel, bucket(channels)
+    _tried[key] = sizes
+    tiles.cache_clear()
+    try:
+        yield
+    finally:
+        del _tried[key]
+        tiles.cache_clear()
+
+
+_tried: dict[tuple[str, int], Mapping[str, int]] = {}
+
+
+@functools.cache
+def _tables() -> tuple[Table, ...]:
+    """The tables to ask, the first to have an entry being right."""
+    packaged, here = _in_folder(PACKAGED), gpu()
+    last = [table for table in packaged if table.gpu is None]
+    if mode() == "default":
+        return tuple(last)
+    every = _of_the_user(here) + [table for table in packaged if table.gpu is not None]
+    exact = [table for table in every if here is not None and table.gpu == here.name]
+    if mode() == "strict":
+        return tuple(exact)
+    alike = [table for table in every if here is not None and table.capability == here.capability and table.gpu != here.name]
+    return (*exact, *alike, *last)
+
+
+def _missing(what: str) -> TuningMissing:
+    here = gpu()
+    return TuningMissing(
+        f"no table of {here.name if here else 'a GPU'} says {what}, which {MODE}=strict asks for: measure it with "
+        f"`ncsr-fast tune`, or use {MODE}=nearest"
+    )
+
+
+# ---- the files
+
+
+def user_folder() -> Path:
+    """The folder of the user's tables, which need not be there."""
+    base = os.environ.get("XDG_CONFIG_HOME", "")
+    return (Path(base) if os.path.isabs(base) else Path("~/.config").expanduser()) / "ncsr_fast" / "gpus"
+
+
+def user_file(name: str) -> Path:
+    """The user's table of a GPU, which need not be there."""
+    return user_folder() / f"{re.sub('[^a-z0-9]+', '-', name.lower()).strip('-')}.json"
+
+
+def read(file: Path) -> Table:
+    """The table that a file holds.
+
+    Raises:
+        OSError: It cannot be read.
+        ValueError: It is no table; the message names the file.
+    """
+    try:
+        stored = json.loads(file.read_text(encoding="utf-8"))
+        entries = [Choice(**entry) for entry in stored["backends"]]
+        sizes = [Tiles(**entry) for entry in stored["tiles"]]
+        for entry in (*entries, *sizes):
+            kind, gain = entry.provenance["kind"], entry.gain
+            if kind not in KINDS:
+                raise ValueError(f"there is no provenance of the kind {kind!r}")
+            if kind in ("measured", "predicted") and not isinstance(gain, (int, float)):
+                raise ValueError(f"an entry that was {kind} has the gain {gain!r}")
+        return Table(file, stored["gpu"], stored["capability"], tuple(entries), tuple(sizes))
+    except (ValueError, TypeError, KeyError) as error:
+        problem = f"{str(file)!r} is no table of a GPU: {error}"
+        raise ValueError(f"{problem}; write it anew with `ncsr-fast tune`, or remove it") from error
+
+
+def text(table: Table) -> str:
+    """A table as its file holds it, an entry a line."""
+    head = {"gpu": table.gpu, "capability": table.capability}
+    lists = {"backends": table.backends, "tiles": table.tiles}
+    parts = [f" {json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}" for key, value in head.items()]
+    for key, entries in lists.items():
+        lines = ",\n".join(f"  {json.dumps(asdict(entry), ensure_ascii=False)}" for entry in entries)
+        parts.append(f' "{key}": [\n{lines}\n ]' if lines else f' "{key}": []')
+    return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
+def _in_folder(folder: Path) -> list[Table]:
+    return [read(file) for file in sorted(folder.glob("*.json"))]
+
+
+def _of_the_user(here: Gpu | None) -> list[Table]:
+    """The user's tables, the named one alone where one is named."""
+    named = os.environ.get(USERS)
+    return [read(Path(named).expanduser())] if named else _in_folder(user_folder())
+
+
+def described(choice: Choice, table: Table) -> str:
+    """What an entry says of its backend, and the name of its file, in a line."""
+    of = choice.provenance
+    said = {
+        "measured": f"measured at {choice.gain}× the reference's speed, {of.get('date')} on {of.get('gpu')}",
+        "predicted": f"predicted at {choice.gain}× the reference's speed, never measured; {PREDICTED_GAIN}× is asked for",
+        "established": "in use since before there were tables, never measured",
+        "unmeasured": "neither measured nor predicted, so not used",
+    }
+    return f"{choice.backend}: {said[of['kind']]} ({table.file.name})"
