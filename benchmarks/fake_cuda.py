@@ -29,6 +29,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
+from ncsr_fast import tuning
 from ncsr_fast.ops import backends
 
 from .waiting import HostWaits, on_gpu, tensors_in
@@ -60,6 +61,9 @@ def fake_cuda() -> Iterator[None]:
         stack.enter_context(mock.patch.object(torch.backends.cudnn, "is_available", lambda: True))
         memory = SimpleNamespace(total_memory=MEMORY)
         stack.enter_context(mock.patch.object(torch.cuda, "get_device_properties", lambda device=None: memory))
+        stack.enter_context(mock.patch.object(tuning, "gpu", lambda: None))  # backends are chosen by the table for any GPU
+        backends.forget()
+        stack.callback(backends.forget)
         stack.enter_context(mock.patch.object(torch._C, "_group_tensors_by_device_and_dtype", _grouped))
         stack.enter_context(_Operators())
         stack.enter_context(_Names())

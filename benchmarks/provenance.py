@@ -44,7 +44,7 @@ def provenance(device: str | torch.device) -> dict[str, Any]:
         "torch_instruction_set": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "triton": _version("triton"),
+        "triton": installed_version("triton"),
         "cuda": torch.version.cuda,
         "ncsr_fast": ncsr_fast.__version__,
         "commit": commit(),
@@ -116,7 +116,8 @@ def _git(folder: Path, *arguments: str) -> str:
         return ""
 
 
-def _version(package: str) -> str | None:
+def installed_version(package: str) -> str | None:
+    """The version of an installed package; None where there is none."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

@@ -14,12 +14,14 @@ import itertools
 import json
 import re
 import subprocess
+import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
@@ -28,6 +30,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from ncsr_fast import kernels
+from ncsr_fast.kernels.disassembly import width, work
 
 TARGETS = (80, 90, 100)  # A100, H100 and H200, B200
 CHANNELS = (12, 24, 48, 96, 192)  # of the published models
@@ -36,6 +39,7 @@ SIZES = (SIZE, (1, 40, 36), (16, 79, 77), (10, 510, 4), (3, 6, 6))  # pixels tha
 _OPCODE = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P[T0-9]+\s+)?([A-Z0-9_.]+)", re.MULTILINE)  # of a line of SASS
 _TENSOR_CORES = re.compile(r"(UTC)?[A-Z]G?MMA\b")  # HMMA of sm_80, HGMMA of sm_90, UTCHMMA of sm_100; not HFMA2.MMA
 _ACCESS = re.compile(r"(LDG|STG|LDGSTS)\.")  # to global memory
+_KERNELS = kernels.__name__ + "."
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,11 @@ class Row:
     middling: the same of 8 bytes or more
     tensor_cores: instructions of tensor cores
     tf32: whether any product is computed in TF32, which the interpreter would not show
+    issued, tensor_flops, fp32_flops, accessed: of a warp, by the number of loops around it (`disassembly.work`)
+    function: the host function that launched it
+    programs, warps: that were launched, and of a program
+    bytes: of the tensors it was given
+    arguments: the whole numbers that it was given, constants included
     """
 
     target: int
@@ -63,14 +72,26 @@ class Row:
     middling: float
     tensor_cores: int
     tf32: bool
+    issued: list[int]
+    tensor_flops: list[int]
+    fp32_flops: list[int]
+    accessed: list[int]
+    function: str
+    programs: int
+    warps: int
+    bytes: int
+    arguments: dict[str, int]
 
 
 class _CompilingDriver:
-    """What Triton asks of the driver of a GPU, answered for a target without one. `launched` collects the kernels."""
+    """What Triton asks of the driver of a GPU, answered for a target without one.
+
+    `launched` collects, of every launch, the fields of a row that its kernel decides, one object a kernel, and the others.
+    """
 
     def __init__(self, target: int):
         self.target = target
-        self.launched: list[dict[str, int | bool]] = []  # the fields of a row that say what a kernel needs
+        self.launched: list[tuple[dict[str, Any], dict[str, Any]]] = []
         self.utils = self
         self.ptx = ""
 
@@ -99,11 +120,36 @@ class _CompilingDriver:
             sass = _output_of(triton.knobs.nvidia.nvdisasm.path, "-c", file.name)
         registers, stack = map(int, re.search(rf"Function {name}:\s+REG:(\d+) STACK:(\d+)", usage).groups())
         needs = {"registers": registers, "shared": shared, "spills": stack, "tf32": "tf32" in self.ptx, **instructions(sass)}
+        needs |= work(sass)
         return self, {"kernel": name, **needs}, registers, stack, 1024
 
     def launcher_cls(self, source, metadata) -> Callable:
-        # a compiled kernel outlives the driver that loaded it
-        return lambda x, y, z, stream, function, *rest: driver.active.launched.append(function)
+        names, warps = source.fn.arg_names, metadata.num_warps
+
+        def launch(x: int, y: int, z: int, stream: int, function: dict[str, Any], *rest: Any) -> None:
+            given = dict(zip(names, rest[-len(names) :]))
+            started = {"function": _host_function(), "programs": x * y * z, "warps": warps}
+            numbers = {name: value for name, value in given.items() if isinstance(value, int)}
+            # a compiled kernel outlives the driver that loaded it
+            driver.active.launched.append((function, {**started, "bytes": _bytes(given.values()), "arguments": numbers}))
+
+        return launch
+
+
+def _host_function() -> str:
+    """The function of the kernels that was called from outside them."""
+    frame, found = sys._getframe(1), ""
+    while frame is not None:
+        if frame.f_globals["__name__"].startswith(_KERNELS) and frame.f_globals["__name__"] != __name__:
+            found = frame.f_code.co_name
+        frame = frame.f_back
+    return found
+
+
+def _bytes(arguments: Iterable[Any]) -> int:
+    """Of the tensors among the arguments of a kernel, tuples of a tensor and its strides included."""
+    first = [argument[0] if isinstance(argument, tuple) else argument for argument in arguments]
+    return sum(tensor.numel() * tensor.element_size() for tensor in first if isinstance(tensor, Tensor))
 
 
 def _output_of(*command: str) -> str:
@@ -113,16 +159,10 @@ def _output_of(*command: str) -> str:
 def instructions(sass: str) -> dict[str, int | float]:
     """The fields of a row that the disassembly of a kernel tells."""
     opcodes = _OPCODE.findall(sass)
-    widths = [_width(opcode) for opcode in opcodes if _ACCESS.match(opcode)]
+    widths = [width(opcode) for opcode in opcodes if _ACCESS.match(opcode)]
     shares = {least: sum(w for w in widths if w >= least) / max(1, sum(widths)) for least in (16, 8)}
     tensor_cores = sum(_TENSOR_CORES.match(opcode) is not None for opcode in opcodes)
     return {"instructions": len(opcodes), "wide": shares[16], "middling": shares[8], "tensor_cores": tensor_cores}
-
-
-def _width(opcode: str) -> int:
-    """Bytes that an instruction to global memory moves."""
-    parts = opcode.split(".")
-    return next((size // 8 for size in (256, 128, 64) if str(size) in parts), 2 if {"U16", "16"} & {*parts} else 4)
 
 
 def calls(channels: int, size: tuple[int, int, int] = SIZE) -> Iterator[tuple[str, str, Callable]]:
@@ -183,13 +223,14 @@ def _compiling(target: int) -> _CompilingDriver:
     return compiling
 
 
-def compile_for(target: int, channels: int) -> list[Row]:
-    """The rows of one target and number of channels."""
+def compile_for(target: int, channels: int, size: tuple[int, int, int] = SIZE, wanted: str = "") -> list[Row]:
+    """The rows of one target, number of channels and size, of the calls in whose names the pattern `wanted` is found."""
     compiling, rows = _compiling(target), []
-    for operator, call, body in calls(channels):
-        compiling.launched.clear()
-        body()
-        rows += [Row(target, channels, operator, call=call, **needs) for needs in compiling.launched]
+    for operator, call, body in calls(channels, size):
+        if re.search(wanted, call):
+            compiling.launched.clear()
+            body()
+            rows += [Row(target, channels, operator, call=call, **needs, **rest) for needs, rest in compiling.launched]
     return rows
 
 
@@ -212,7 +253,7 @@ def compiled_kernels(target: int, channels: int, sizes: Sequence[tuple[int, int,
                 layout = call.split()[1]
                 compiling.launched.clear()
                 body()
-                for i, launched in enumerate(compiling.launched):  # one object for each kernel that was compiled
+                for i, (launched, _) in enumerate(compiling.launched):  # one object for each kernel that was compiled
                     found.setdefault((layout, operator, i), {})[id(launched)] = launched
     most = {}
     for (layout, *_), kernels_of_call in found.items():

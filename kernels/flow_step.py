@@ -294,8 +294,7 @@ def _tiles(device: torch.device, kernel: str, channels: int, pixels: int, option
 def _weight_tiles(device: torch.device, batch: int, channels: int, pixels: int) -> tuple[int, int, dict[str, int]]:
     """Parts of a sample, blocks of the matrix, and the sizes of both, of the weight gradient."""
     block_c = _block(channels, WEIGHT_CHANNELS)
-    options = {"BLOCK_P": WEIGHT_PIXELS[block_c], **WEIGHT_OPTIONS}
-    sizes = tuned(device, "flow_step_backward_weight", channels, options)
+    sizes = tuned(device, "flow_step_backward_weight", channels, {"BLOCK_P": WEIGHT_PIXELS[block_c], **WEIGHT_OPTIONS})
     tiles, blocks = triton.cdiv(pixels, sizes["BLOCK_P"]), triton.cdiv(channels, block_c) ** 2
     tiles_of_part = triton.cdiv(tiles, max(1, WEIGHT_PROGRAMS // (batch * blocks)))
     return triton.cdiv(tiles, tiles_of_part), blocks, {"BLOCK_C": block_c, "tiles": tiles_of_part, **sizes}

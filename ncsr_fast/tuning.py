@@ -34,7 +34,7 @@ PREDICTED_GAIN = 1.3  # a kernel that was never measured runs where the model pr
 KINDS = ("measured", "predicted", "established", "unmeasured")  # of provenances; established: in use before there were tables
 
 
-class TuningMissing(RuntimeError):
+class TuningMissing(ValueError):
     """In the mode "strict" no table of this GPU has an entry; the message says what to do."""
 
 
@@ -106,18 +106,19 @@ def preferred(kernel: str, dtype: str) -> tuple[str, ...]:
         TuningMissing: In the mode "strict", where no table of this GPU has an entry.
         ValueError: A table, or the mode, is not what it should be; the message names it.
     """
-    return tuple(choice.backend for choice, _ in choices(kernel, dtype) if choice.used)
+    found = choices(kernel, dtype)
+    if not found and mode() == "strict":
+        raise _missing(f"which backend runs {kernel!r} in {dtype}")
+    return tuple(choice.backend for choice, _ in found if choice.used)
 
 
 def choices(kernel: str, dtype: str) -> list[tuple[Choice, Table]]:
-    """The entries for a kernel and dtype, one of each backend, with the table of each. Raises as `preferred` does."""
+    """The entries for a kernel and dtype, one of each backend, with the table of each."""
     found: dict[str, tuple[Choice, Table]] = {}
     for table in _tables():
         for choice in table.backends:
             if choice.kernel == kernel and choice.dtype in (None, dtype):
                 found.setdefault(choice.backend, (choice, table))
-    if not found and mode() == "strict":
-        raise _missing(f"which backend runs {kernel!r} in {dtype}")
     return list(found.values())
 
 
@@ -212,9 +213,9 @@ def user_folder() -> Path:
     return (Path(base) if os.path.isabs(base) else Path("~/.config").expanduser()) / "ncsr_fast" / "gpus"
 
 
-def user_file(name: str) -> Path:
-    """The user's table of a GPU, which need not be there."""
-    return user_folder() / f"{re.sub('[^a-z0-9]+', '-', name.lower()).strip('-')}.json"
+def file_name(gpu: str) -> str:
+    """The name of the file of a GPU's table."""
+    return f"{re.sub('[^a-z0-9]+', '-', gpu.lower()).strip('-')}.json"
 
 
 def read(file: Path) -> Table:
@@ -267,7 +268,7 @@ def described(choice: Choice, table: Table) -> str:
     said = {
         "measured": f"measured at {choice.gain}× the reference's speed, {of.get('date')} on {of.get('gpu')}",
         "predicted": f"predicted at {choice.gain}× the reference's speed, never measured; {PREDICTED_GAIN}× is asked for",
-        "established": "in use since before there were tables, never measured",
+        "established": of.get("note", "in use since before there were tables, never measured"),
         "unmeasured": "neither measured nor predicted, so not used",
     }
     return f"{choice.backend}: {said[of['kind']]} ({table.file.name})"

@@ -20,6 +20,7 @@ EXAMPLE = """\
 example:
   ncsr-fast doctor"""
 
+_OTHERS = ("conv3x3", "step_network", "fold", "inverse_logdet")  # beside the maps of the state
 _PACKAGES = {
     "numpy": "",
     "pillow": "",
@@ -71,11 +72,43 @@ def report() -> dict[str, dict[str, str]]:
             "nvcc": _tool("nvcc"),
         },
         "packages": {name: _package(name, purpose) for name, purpose in _PACKAGES.items()},
-        "operators (backend='auto')": {name: ops.resolve_backend(name) for name in ops.OPERATORS},
+        "operators (backend='auto')": {name: _choice(name) for name in (*ops.OPERATORS, *_OTHERS)},
+        "tables of GPUs": _tables(),
         "backends": {
             backend.name: ("available: " if backend.available else "not available: ") + backend.reason
             for backend in ops.backends().values()
         },
+    }
+
+
+def _choice(operator: str) -> str:
+    """The backend of an operator, of float32 tensors and of others where that differs, and on a GPU the reason."""
+    from ncsr_fast import ops, tuning
+    from ncsr_fast.ops.backends import kernel_of
+
+    if not torch.cuda.is_available():
+        return ops.resolve_backend(operator)
+    found: dict[str, list[str]] = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        like, name = torch.empty(0, dtype=dtype, device="cuda"), str(dtype).removeprefix("torch.")
+        try:
+            backend = ops.resolve_backend(operator, like=like)
+        except tuning.TuningMissing as error:
+            backend = f"an error ({error})"
+        entries = [tuning.described(*entry) for entry in tuning.choices(kernel_of(operator), name)]
+        found.setdefault("; ".join((backend, *(entries or ["no table has it"]))), []).append(name)
+    return " | ".join(f"{' and '.join(names)}: {line}" for line, names in found.items())
+
+
+def _tables() -> dict[str, str]:
+    """Where tables of GPUs are read, and in which mode."""
+    from ncsr_fast import tuning
+
+    mine = os.environ.get(tuning.USERS) or tuning.user_folder()
+    return {
+        "mode": f"{tuning.mode()} ({tuning.MODE})",
+        "the package's": ", ".join(file.name for file in sorted(tuning.PACKAGED.glob("*.json"))),
+        "the user's": f"{mine} ({'there' if os.path.exists(mine) else 'not there: `ncsr-fast tune` writes it'})",
     }
 
 

@@ -167,7 +167,6 @@ COVERAGE: dict[str, dict[str, Coverage]] = {
 }
 
 
-# of operators that share a kernel; all others have one of their name
 _KERNELS = {"affine_injector": "affine", "affine_coupling": "affine", "actnorm_invconv": "flow_step"}
 
 
@@ -199,6 +198,11 @@ def backends(device: str | torch.device | None = None, dtype: torch.dtype = torc
     return {name: Backend(name, not why, why or _description(name, kind)) for name, why in missing.items()}
 
 
+def kernel_of(op: str) -> str:
+    """The kernel of an operator, as `COVERAGE` names it; some share one, all others have one of their name."""
+    return _KERNELS.get(op, op)
+
+
 def resolve_backend(op: str, backend: str = "auto", like: Tensor | None = None) -> str:
     """The name of the backend that runs an operator for tensors like `like`.
 
@@ -212,7 +216,7 @@ def resolve_backend(op: str, backend: str = "auto", like: Tensor | None = None) 
         ValueError: There is no backend of that name.
     """
     kind, dtype = _kind_of(like)
-    kernel = _KERNELS.get(op, op)
+    kernel = kernel_of(op)
     if backend == "auto":
         return _best(kernel, kind, dtype)
     if backend not in BACKENDS:
