@@ -31,6 +31,7 @@ from torch.utils._pytree import tree_map_only
 
 from ncsr_fast import tuning
 from ncsr_fast.ops import backends
+from ncsr_fast.ops.backends import forget
 
 from .waiting import HostWaits, on_gpu, tensors_in
 
@@ -62,8 +63,8 @@ def fake_cuda() -> Iterator[None]:
         memory = SimpleNamespace(total_memory=MEMORY)
         stack.enter_context(mock.patch.object(torch.cuda, "get_device_properties", lambda device=None: memory))
         stack.enter_context(mock.patch.object(tuning, "gpu", lambda: None))  # backends are chosen by the table for any GPU
-        backends.forget()
-        stack.callback(backends.forget)
+        forget()
+        stack.callback(forget)
         stack.enter_context(mock.patch.object(torch._C, "_group_tensors_by_device_and_dtype", _grouped))
         stack.enter_context(_Operators())
         stack.enter_context(_Names())

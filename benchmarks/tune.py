@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from ncsr_fast import ops, tuning
-from ncsr_fast.ops import backends
+from ncsr_fast.ops.backends import BACKENDS, forget, kernel_of
 
 from .harness import REFERENCE, Case, Function, fault, measure
 from .provenance import installed_version
@@ -160,14 +160,14 @@ def _written(sizes: Mapping[str, int]) -> str:
 
 
 def _kernels() -> list[str]:
-    return list(dict.fromkeys(backends.kernel_of(entry.function or name) for name, entry in OPERATORS.items()))
+    return list(dict.fromkeys(kernel_of(entry.function or name) for name, entry in OPERATORS.items()))
 
 
 def _choices(
     kernel: str, device: str, uses: Sequence[str], measured: Measure, provenance: Mapping[str, str], say: Callable[[str], None]
 ) -> Iterator[tuning.Choice]:
     """An entry for each dtype and backend of a kernel, the best first."""
-    operators = [name for name, entry in OPERATORS.items() if backends.kernel_of(entry.function or name) == kernel]
+    operators = [name for name, entry in OPERATORS.items() if kernel_of(entry.function or name) == kernel]
     of_images = OPERATORS[operators[0]].of_images
     for dtype in DTYPES if of_images else DTYPES[:1]:
         names = _available(operators[0], device, dtype)
@@ -196,7 +196,7 @@ def _available(operator: str, device: str, dtype: str) -> list[str]:
     """The backends beside the reference that have an operator here."""
     like = torch.empty(0, dtype=getattr(torch, dtype), device=device)
     found = []
-    for name in backends.BACKENDS:
+    for name in BACKENDS:
         try:
             found.append(ops.resolve_backend(OPERATORS[operator].function or operator, name, like))
         except ops.BackendUnavailable:
@@ -226,11 +226,11 @@ def _by_default() -> Iterator[None]:
     """A context without tables of this GPU, so that what is measured does not depend on earlier measurements."""
     before = os.environ.get(tuning.MODE)
     os.environ[tuning.MODE] = "default"
-    backends.forget()
+    forget()
     try:
         yield
     finally:
         os.environ.pop(tuning.MODE)
         if before is not None:
             os.environ[tuning.MODE] = before
-        backends.forget()
+        forget()
