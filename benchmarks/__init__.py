@@ -4,9 +4,11 @@ would be asked to do, without one
     python -m ncsr_fast.benchmarks.end_to_end
     python -m ncsr_fast.benchmarks.training
     python -m ncsr_fast.benchmarks.trace
+    python -m ncsr_fast.benchmarks.cost_model
 
 registry: operators, their inputs and the shapes of the real models. harness: check, then time, one row at a time.
 fake_cuda: tensors that say they are on a GPU. launches: counts of kernels and bytes. waiting: what makes the host wait.
+tune: measurements of `ncsr-fast tune`. cost_model: predicted times of the Triton kernels on GPUs.
 provenance: what a row says of the machine and the versions. report: the table and the plot made from stored rows.
 """
 

@@ -104,6 +104,9 @@ TASKS = {
 }
 
 
+Key = tuple[int, str, str, str]  # channels, operator, call and host function
+
+
 @dataclass(frozen=True)
 class Prediction:
     """The predicted seconds of a launch by each limit. The limit that binds is the one with most."""
@@ -209,8 +212,8 @@ class _TimedCounter(LaunchCounter):
         self.seconds += max(LAUNCH * launches, moved / self._gpu.bandwidth, flops / peak)
 
 
-def reference_seconds(task: Task, gpu: Gpu) -> dict[tuple[int, str, str, str], float]:
-    """The predicted seconds of the reference, by channels, operator, call and function."""
+def reference_seconds(task: Task, gpu: Gpu) -> dict[Key, float]:
+    """The predicted seconds of the reference."""
     from ncsr_fast.kernels import ahead_of_time
 
     found = {}
@@ -226,19 +229,19 @@ def reference_seconds(task: Task, gpu: Gpu) -> dict[tuple[int, str, str, str], f
     return found
 
 
-def gains(rows: Iterable[Any], of_reference: dict[tuple[int, str, str, str], float], gpu: Gpu) -> dict[tuple[str, str], float]:
+def gains(rows: Iterable[Any], reference_times: dict[Key, float], gpu: Gpu) -> dict[tuple[str, str], float]:
     """The predicted gain of Triton over the reference by operator and dtype, over all functions, calls and levels.
 
     The dtype is the one in the name of a call, or "any".
     """
-    ours: dict[tuple[int, str, str, str], float] = defaultdict(float)
+    ours: dict[Key, float] = defaultdict(float)
     for row in rows:
         ours[row.channels, row.operator, row.call, row.function] += predict(row, gpu).seconds
     sums: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0.0, 0.0])
     for key, seconds in ours.items():
         dtype = re.search(r"(bfloat|float)\d+", key[2])
         total = sums[key[1], dtype[0] if dtype else "any"]
-        total[0] += of_reference[key]
+        total[0] += reference_times[key]
         total[1] += seconds
     return {key: theirs / mine for key, (theirs, mine) in sums.items()}
 

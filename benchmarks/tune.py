@@ -168,8 +168,8 @@ def _choices(
 ) -> Iterator[tuning.Choice]:
     """An entry for each dtype and backend of a kernel, the best first."""
     operators = [name for name, entry in OPERATORS.items() if kernel_of(entry.function or name) == kernel]
-    of_images = OPERATORS[operators[0]].of_images
-    for dtype in DTYPES if of_images else DTYPES[:1]:
+    any_dtype = not OPERATORS[operators[0]].of_images
+    for dtype in DTYPES[:1] if any_dtype else DTYPES:
         names = _available(operators[0], device, dtype)
         if not names:
             continue
@@ -189,7 +189,7 @@ def _choices(
             else:
                 said = f"{gain}× the reference's speed"
             say(f"{kernel}, {dtype}: {name}, {said}")
-            yield tuning.Choice(kernel, dtype if of_images else None, name, gain, why)
+            yield tuning.Choice(kernel, None if any_dtype else dtype, name, gain, why)
 
 
 def _available(operator: str, device: str, dtype: str) -> list[str]:

@@ -264,11 +264,11 @@ def _of_the_user(here: Gpu | None) -> list[Table]:
 
 def described(choice: Choice, table: Table) -> str:
     """What an entry says of its backend, and the name of its file, in a line."""
-    of = choice.provenance
+    origin = choice.provenance
     said = {
-        "measured": f"measured at {choice.gain}× the reference's speed, {of.get('date')} on {of.get('gpu')}",
+        "measured": f"measured at {choice.gain}× the reference's speed, {origin.get('date')} on {origin.get('gpu')}",
         "predicted": f"predicted at {choice.gain}× the reference's speed, never measured; {PREDICTED_GAIN}× is asked for",
-        "established": of.get("note", "in use since before there were tables, never measured"),
+        "established": origin.get("note", "in use since before there were tables, never measured"),
         "unmeasured": "neither measured nor predicted, so not used",
     }
-    return f"{choice.backend}: {said[of['kind']]} ({table.file.name})"
+    return f"{choice.backend}: {said[origin['kind']]} ({table.file.name})"

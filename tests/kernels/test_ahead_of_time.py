@@ -37,6 +37,7 @@ CELLS = [pytest.param(*cell, marks=() if cell in IN_EVERY_RUN else pytest.mark.e
 @pytest.mark.slow
 @pytest.mark.parametrize("target, channels", CELLS)
 def test_what_every_kernel_needs(pytestconfig, target, channels):
+    from ncsr_fast.benchmarks.cost_model import GPUS, predict
     from ncsr_fast.kernels.ahead_of_time import TARGETS, Row, table, worst
 
     arguments = ["-m", "ncsr_fast.kernels.ahead_of_time", "--json", "--targets", str(target), "--channels", str(channels)]
@@ -51,6 +52,7 @@ def test_what_every_kernel_needs(pytestconfig, target, channels):
     assert [row for row in rows if row.shared > SHARED] == []
     assert [row for row in rows if row.tf32] == []
     assert {row.kernel for row in rows if row.tensor_cores} == TENSOR_CORES
+    assert [row for row in rows if not 0 < predict(row, GPUS["H200"]).seconds < 1e-3] == []  # it knows the loops of each
     # Four numbers at once, 16 bytes or 8 of bfloat16, but for the few that are not of an image
     images = [row for row in rows if row.kernel != "sum_partials_kernel"]
     assert [row for row in images if row.call.endswith("h=float32") and row.wide < 0.75] == []
@@ -63,6 +65,29 @@ def test_images_of_other_sizes_compile_no_other_kernels(pytestconfig):
     code = "import json; from ncsr_fast.kernels import ahead_of_time as a; print(json.dumps(a.compiled_kernels(90, 12)))"
     most = printed(pytestconfig, "compiled_kernels", ["-c", code])
     assert most == {"nhwc": 1, "nchw": 3}
+
+
+@pytest.mark.slow
+def test_compiled_kernels_are_kept_for_other_processes(tmp_path):
+    """By Triton, in the folder TRITON_CACHE_DIR: what a second process starts is not compiled again."""
+    code = """
+import torch, triton
+from ncsr_fast import kernels
+from ncsr_fast.kernels import ahead_of_time
+driver, found = ahead_of_time._compiling(90), []
+def heard(*, cache_hit, **told):
+    found.append(cache_hit)
+    driver.compiled(**told)
+triton.knobs.compilation.listener = heard
+kernels.inverse_logdet(torch.empty(1, 4, 4, dtype=torch.float64, device="meta"))
+print(*found)
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path / "cache")
+    options = {"env": environment, "cwd": tmp_path, "capture_output": True, "text": True, "check": False}
+    runs = [subprocess.run([sys.executable, "-W", "ignore", "-c", code], **options) for _ in range(2)]
+    assert [run.returncode for run in runs] == [0, 0], runs[0].stderr
+    assert [run.stdout.strip() for run in runs] == ["False", "True"]
 
 
 def printed(pytestconfig: pytest.Config, name: str, arguments: list[str]) -> Any:
