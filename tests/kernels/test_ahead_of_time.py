@@ -52,7 +52,7 @@ def test_what_every_kernel_needs(pytestconfig, target, channels):
     assert [row for row in rows if row.shared > SHARED] == []
     assert [row for row in rows if row.tf32] == []
     assert {row.kernel for row in rows if row.tensor_cores} == TENSOR_CORES
-    assert [row for row in rows if not 0 < predict(row, GPUS["H200"]).seconds < 1e-3] == []  # it knows the loops of each
+    assert [row for row in rows if not 0 < predict(row, GPUS["H200"]).seconds < 1e-2] == []  # it knows the loops of each
     # Four numbers at once, 16 bytes or 8 of bfloat16, but for the few that are not of an image
     images = [row for row in rows if row.kernel != "sum_partials_kernel"]
     assert [row for row in images if row.call.endswith("h=float32") and row.wide < 0.75] == []
