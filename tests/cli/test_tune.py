@@ -60,9 +60,12 @@ def test_a_table_elsewhere_is_found_where_it_is_named(gpu, tmp_path, monkeypatch
     assert file == tuning._tables()[0].file
 
 
-def test_the_packages_tables_are_not_replaced(gpu, capsys):
-    file = tuning.PACKAGED / "default.json"
-    before = file.read_text()
+def test_the_packages_tables_are_not_replaced(gpu, tmp_path, monkeypatch, capsys):
+    before = (tuning.PACKAGED / "default.json").read_text()
+    file = tmp_path / "package" / "default.json"
+    file.parent.mkdir()
+    file.write_text(before)
+    monkeypatch.setattr(tuning, "PACKAGED", file.parent)
     assert main(["tune", "--out", str(file)]) == 1
     assert file.read_text() == before and "would replace the package's table" in capsys.readouterr().err
 
