@@ -129,16 +129,28 @@ class FlowLevel(nn.Module):
         return z, latent, torch.stack(logdets).sum(dim=0)
 
     def decode(
-        self, z: Tensor, latent: Tensor | None, u: Tensor, v: Tensor | None, backend: str = "auto"
+        self,
+        z: Tensor,
+        latent: Tensor | None,
+        u: Tensor,
+        v: Tensor | None,
+        backend: str = "auto",
+        peaks: list[Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """The inverse of `encode`: state of the next level and the split's latent → z and logdet (B,)."""
+        """The inverse of `encode`: state of the next level and the split's latent → z and logdet (B,).
+
+        `peaks` is appended the largest magnitude (B,) of the state after each conditional step; of the last one decoded, after
+        the transition steps.
+        """
         logdets = []
         if latent is not None:
             z, logdet = self.undo_split(z, latent, backend)
             logdets.append(logdet)
-        for step in reversed(self.unbind()):
+        for index, step in reversed(list(enumerate(self.unbind()))):
             z, logdet = self.decode_step(step, z, u, v, backend)
             logdets.append(logdet)
+            if peaks is not None and (index > self.transition_steps or index == 0):
+                peaks.append(z.detach().abs().amax(dim=(1, 2, 3)))
         return self.unsqueezed(z), torch.stack(logdets).sum(dim=0)
 
     def squeezed(self, z: Tensor) -> Tensor:
