@@ -208,15 +208,23 @@ def step_network_layers(
 
 
 def _step_network(
-    h1: Tensor | None, h2: Tensor | None, z1: Tensor | None, pre: Tensor, w1: Tensor | None, *weights: Tensor
+    h1: Tensor | None,
+    h2: Tensor | None,
+    z1: Tensor | None,
+    pre: Tensor,
+    w1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor,
+    w3: Tensor,
+    b3: Tensor,
 ) -> Tensor:
     """The output, channels-last; the hidden layers are written to h1 and h2 where they are given."""
-    (batch, width, rows, columns), outputs = pre.shape, weights[-1].shape[0]
+    (batch, width, rows, columns), outputs, dtype = pre.shape, w3.shape[0], pre.dtype
     y = _channels_last((batch, outputs, rows, columns), pre)
     sizes = (batch, rows, columns, 0 if z1 is None else z1.shape[1], width, outputs)
     _run(
-        native.step_network_forward, pre, lambda: 0, sizes, _image(z1, pre.dtype), _image(pre),
-        *(_dense(weight, pre.dtype) for weight in (w1, *weights)), _image(h1), _image(h2), _image(y),
+        native.step_network_forward, pre, lambda: 0, sizes, _image(z1, dtype), _image(pre), _dense(w1, dtype),
+        _dense(w2, dtype), _dense(b2, dtype), _dense(w3, dtype), _dense(b3, dtype), _image(h1), _image(h2), _image(y),
     )  # fmt: skip
     return y
 

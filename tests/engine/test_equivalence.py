@@ -113,6 +113,7 @@ def test_frozen_parts_get_no_gradient():
 def test_a_pass_without_gradients_saves_no_layers(monkeypatch):
     """Neither of images nor of weights: hidden layers of all steps would be as much memory as training takes."""
     model = tiny_model(**VARIANTS["noise"])
+    model.checkpoint = False
     hr, lr, noise = inputs(model)
     expected = model.nll(hr, lr, noise)
     monkeypatch.setattr(Walk, "layers", lambda *arguments: pytest.fail("layers are saved"))
