@@ -1,4 +1,4 @@
-"""What images, noise and latents must be, said in errors that name the argument, what it was and should be."""
+"""Checks of images, noise and latents, whose errors name the argument, what it was and what it should be."""
 
 from __future__ import annotations
 

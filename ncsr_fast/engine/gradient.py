@@ -61,7 +61,7 @@ def _reference(*arguments: Any) -> Pair:
 
 
 class Saved(NamedTuple):
-    """What the forward pass saves besides its inputs.
+    """The tensors that the forward pass saves besides its inputs.
 
     Args:
         states: Behind the mix of every stage.

@@ -15,9 +15,7 @@ class DefinedLevel(Level, Protocol):
     """A level with its definition, as `ncsr_fast.flow.level.FlowLevel` has it."""
 
     noise_channels: int
-
-    @property
-    def has_kernels(self) -> bool: ...
+    has_kernels: bool
 
     def encode(
         self, z: Tensor, u: Tensor, v: Tensor | None, initialize: bool, backend: str

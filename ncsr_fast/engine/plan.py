@@ -43,7 +43,7 @@ _AT_ONCE = 256 * 2**20
 
 
 class Level(Protocol):
-    """What the engine reads of `ncsr_fast.flow.level.FlowLevel`."""
+    """The attributes of `ncsr_fast.flow.level.FlowLevel` that the engine reads."""
 
     transition_steps: int
     steps: int
@@ -303,7 +303,7 @@ def split_prior(split: tuple[Tensor, Tensor], z1: Tensor) -> Tensor:
 
 
 def _recorded(level: Level, features: Features) -> bool:
-    """Whether autograd records what the level's parameters and the features decide."""
+    """True where autograd records the level's parameters or the features."""
     if not torch.is_grad_enabled():
         return False
     tensors = (*level.parameters(), *(tensor for tensor in features if tensor is not None))

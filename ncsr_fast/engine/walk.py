@@ -33,7 +33,7 @@ class LevelTensors(NamedTuple):
 
 
 class Record(NamedTuple):
-    """What a walk leaves for the backward pass and for those who watch.
+    """The tensors that a walk leaves for the backward pass and for those who watch.
 
     Args:
         states: The state behind the mix of every stage, which its networks read; None: not wanted.
@@ -101,7 +101,7 @@ class Walk:
                 self.outputs[branch] = tuple(h for _, _, h in layers[-1])
 
     def output(self, head: Head, x: Tensor, record: Record | None = None) -> Tensor:
-        """What the network of a head shifts and scales by, for all samples of x; its layers go to a record that wants them."""
+        """The output of a head's network for all samples of x; its layers are appended to a record that wants them."""
         known = self.outputs[head.branch]
         if known is not None:
             return known[head.network].expand(x.shape[0], -1, -1, -1)

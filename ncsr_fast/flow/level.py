@@ -88,6 +88,8 @@ class FlowLevel(nn.Module):
             inputs = widths[branch.condition] + (0 if branch.changes_all else self.pass_through)
             outputs = 2 * (channels if branch.changes_all else channels - self.pass_through)
             setattr(self, branch.name, NETWORKS[branch.network](branch.steps, inputs, hidden_channels, outputs))
+        # True where the engine knows all networks
+        self.has_kernels = all([isinstance(self.networks(branch), StackedNetworks) for branch in self.branches])
         if self.split_channels:
             left = channels - self.split_channels
             self.split_weight = nn.Parameter(torch.zeros(2 * self.split_channels, left, 3, 3))
@@ -103,11 +105,6 @@ class FlowLevel(nn.Module):
     def networks(self, branch: Branch) -> Any:
         """The networks of a branch: `StackedNetworks`, or a module of another kind."""
         return getattr(self, branch.name)
-
-    @property
-    def has_kernels(self) -> bool:
-        """Whether the engine knows all networks of the level."""
-        return all(isinstance(self.networks(branch), StackedNetworks) for branch in self.branches)
 
     def encode(
         self, z: Tensor, u: Tensor, v: Tensor | None, initialize: bool = False, backend: str = "auto"

@@ -244,7 +244,7 @@ def _first_bad(levels: Levels, images: Tensor, peaks: list[Tensor]) -> Tensor:
 
 
 def _origins(levels: Levels, first_bad: Tensor) -> dict[tuple[int, int], Origin]:
-    """Of every (image, sample) that blew up, where. Waits for the device."""
+    """The origin of every (image, sample) that blew up. Waits for the device."""
     found, order = {}, []
     for index, level in reversed(list(enumerate(levels.levels))):  # the stations, in the order of decoding
         order += [Origin(index, step) for step in reversed(range(level.steps))]
