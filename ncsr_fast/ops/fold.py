@@ -12,8 +12,8 @@ from ncsr_fast.ops.reference import fold_forward
 from ncsr_fast.ops.registration import Signature
 
 Maps = tuple[Tensor, Tensor, Tensor]
-# Channels to which the kernel inverts faster than LAPACK does: 18 maps of 96 in 3.0 ms, LAPACK in 3.5, their gradient in 5.2 and
-# 6.8; 22 maps of 192 in 30 and 18, their gradient in 46 and 31 (2 cores with AVX-512).
+# Channels to which the kernel inverts faster than LAPACK: 18 maps of 96 in 3.0 ms, LAPACK in 3.5, and their gradient in 5.2 and
+# 6.8; 22 maps of 192 in 30 and 18, and their gradient in 46 and 31 (2 cores with AVX-512).
 _WIDEST_INVERSE = 96
 
 
