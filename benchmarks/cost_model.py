@@ -89,18 +89,23 @@ TRIPS: dict[str, Callable[[dict[str, int]], tuple[int, ...]]] = {
 
 @dataclass(frozen=True)
 class Task:
-    """Calls at the shapes of a pass through the ×4 model. `wanted` is a pattern of names of calls; the rest is left out."""
+    """Calls at the shapes of a pass through the ×4 model, in the engine's layout; `backward`: of the backward pass too."""
 
     what: str
     use: str
     batch: int
-    wanted: str
+    direction: str
     backward: bool
+
+    @property
+    def variants(self) -> list[tuple[str, str, str]]:
+        """The direction, layout and dtype of the calls."""
+        return [(self.direction, "nhwc", dtype) for dtype in ("float32", "bfloat16")]
 
 
 TASKS = {
-    "train": Task("a training step, batch 18 of 160×160", "x4-train", 18, "^(?!.*(nchw|inverse))", backward=True),
-    "sample": Task("10 samples of a DIV2K image, LR 340×510", "div2k", 10, "^(?!.*(nchw|forward))", backward=False),
+    "train": Task("a training step, batch 18 of 160×160", "x4-train", 18, "forward", backward=True),
+    "sample": Task("10 samples of a DIV2K image, LR 340×510", "div2k", 10, "inverse", backward=False),
 }
 
 
@@ -172,7 +177,7 @@ def rows_of(task: Task) -> list[Any]:
 
     sizes = [(channels, (task.batch, *size)) for _, channels, *size in (shape.size for shape in level_shapes(task.use))]
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:  # the compiler keeps the target of its process
-        jobs = [pool.submit(compile_for, 90, channels, size, task.wanted) for channels, size in sizes]
+        jobs = [pool.submit(compile_for, 90, channels, task.variants, size) for channels, size in sizes]
         rows = [row for job in jobs for row in job.result()]
     return [row for row in rows if task.backward or not row.function.endswith("_backward")]
 
@@ -221,11 +226,10 @@ def reference_seconds(task: Task, gpu: Gpu) -> dict[Key, float]:
         for _, channels, *size in (shape.size for shape in level_shapes(task.use)):
             timed = _Reference(gpu)
             with mock.patch.object(ahead_of_time, "kernels", timed):
-                for operator, call, body in ahead_of_time.calls(channels, (task.batch, *size)):
-                    if re.search(task.wanted, call):
-                        timed.seconds.clear()
-                        body()
-                        found |= {(channels, operator, call, name): seconds for name, seconds in timed.seconds.items()}
+                for operator, call, body in ahead_of_time.calls(channels, (task.batch, *size), task.variants):
+                    timed.seconds.clear()
+                    body()
+                    found |= {(channels, operator, call, name): seconds for name, seconds in timed.seconds.items()}
     return found
 
 

@@ -1,10 +1,10 @@
 """Registers, shared memory, spills and widths of loads of every kernel, compiled for GPUs that need not be there.
 
-`python -m ncsr_fast.kernels.ahead_of_time [--targets 80 90 100] [--channels 12 24 48 96 192] [--json]` prints, for each
-kernel, target and number of channels, the most that any call needs; `report` returns every call, and `compiled_kernels`
-the number of kernels that are compiled for images of several sizes. The host functions are called on meta tensors, under a
-driver that compiles as a GPU's driver would, reads the binary instead of loading it, and launches nothing: what is compiled
-is what a launch would run. Written for Triton 3.6; TRITON_INTERPRET unset.
+`python -m ncsr_fast.kernels.ahead_of_time [--targets 80 90 100] [--channels 12 24 48 96 192] [--variants every] [--json]`
+prints, for each kernel, target and number of channels, the most that any call needs; `report` returns every call, and
+`compiled_kernels` the number of kernels that are compiled for images of several sizes. The host functions are called on meta
+tensors, under a driver that compiles as a GPU's driver would, reads the binary instead of loading it, and launches nothing:
+what is compiled is what a launch would run. Written for Triton 3.6; TRITON_INTERPRET unset.
 """
 
 from __future__ import annotations
@@ -34,6 +34,18 @@ from ncsr_fast.kernels.disassembly import width, work
 
 TARGETS = (80, 90, 100)  # A100, H100 and H200, B200
 CHANNELS = (12, 24, 48, 96, 192)  # of the published models
+LAYOUTS = {"nhwc": torch.channels_last, "nchw": torch.contiguous_format}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # of h
+Variant = tuple[str, str, str]  # direction, layout and dtype of a call
+EVERY_VARIANT: tuple[Variant, ...] = tuple(itertools.product(("forward", "inverse"), LAYOUTS, DTYPES))
+# "pairs": each two of a direction, layout and dtype are in one of them; "engine": those in the engine's layout
+PAIRS: tuple[Variant, ...] = (
+    ("forward", "nhwc", "float32"),
+    ("inverse", "nhwc", "bfloat16"),
+    ("forward", "nchw", "bfloat16"),
+    ("inverse", "nchw", "float32"),
+)
+VARIANTS = {"every": EVERY_VARIANT, "pairs": PAIRS, "engine": PAIRS[:2]}
 SIZE = (18, 80, 80)  # batch, height and width of the calls, as in training: the weight gradient loops over many tiles
 SIZES = (SIZE, (1, 40, 36), (16, 79, 77), (10, 510, 4), (3, 6, 6))  # pixels that 16 divides, or nothing, or 8, or 4
 _OPCODE = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P[T0-9]+\s+)?([A-Z0-9_.]+)", re.MULTILINE)  # of a line of SASS
@@ -84,7 +96,7 @@ class Row:
 
 
 class _CompilingDriver:
-    """What Triton asks of the driver of a GPU, answered for a target without one.
+    """The driver of a GPU as Triton asks it, answered for a target without one.
 
     `launched` collects, of every launch, the fields of a row that its kernel decides, one object a kernel, and the others.
     """
@@ -165,20 +177,20 @@ def instructions(sass: str) -> dict[str, int | float]:
     return {"instructions": len(opcodes), "wide": shares[16], "middling": shares[8], "tensor_cores": tensor_cores}
 
 
-def calls(channels: int, size: tuple[int, int, int] = SIZE) -> Iterator[tuple[str, str, Callable]]:
-    """Operator, name and body of calls of every host function: both directions, layouts and dtypes of h."""
-    layouts = {"nhwc": torch.channels_last, "nchw": torch.contiguous_format}
-    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-    for direction, layout, dtype in itertools.product(("forward", "inverse"), layouts, dtypes):
+def calls(
+    channels: int, size: tuple[int, int, int] = SIZE, variants: Sequence[Variant] = EVERY_VARIANT
+) -> Iterator[tuple[str, str, Callable]]:
+    """Operator, name and body of calls of every host function."""
+    for direction, layout, dtype in variants:
         inverse = direction == "inverse"
 
         def empty(c: int, dtype: torch.dtype = torch.float32, layout: str = layout) -> Tensor:
             batch, height, width = size
-            return torch.empty(batch, c, height, width, dtype=dtype, device="meta", memory_format=layouts[layout])
+            return torch.empty(batch, c, height, width, dtype=dtype, device="meta", memory_format=LAYOUTS[layout])
 
         x, mix, dlogdet = empty(channels), torch.empty(channels, channels, device="meta"), torch.empty(size[0], device="meta")
         half = channels // 2
-        whole, changed = empty(2 * channels, dtypes[dtype]), empty(2 * (channels - half), dtypes[dtype])
+        whole, changed = empty(2 * channels, DTYPES[dtype]), empty(2 * (channels - half), DTYPES[dtype])
         name = f"{direction} {layout} h={dtype}"
         yield (
             "affine",
@@ -223,42 +235,44 @@ def _compiling(target: int) -> _CompilingDriver:
     return compiling
 
 
-def compile_for(target: int, channels: int, size: tuple[int, int, int] = SIZE, wanted: str = "") -> list[Row]:
-    """The rows of one target, number of channels and size, of the calls in whose names the pattern `wanted` is found."""
+def compile_for(
+    target: int, channels: int, variants: Sequence[Variant] = EVERY_VARIANT, size: tuple[int, int, int] = SIZE
+) -> list[Row]:
+    """The rows of one target, number of channels and size."""
     compiling, rows = _compiling(target), []
-    for operator, call, body in calls(channels, size):
-        if re.search(wanted, call):
-            compiling.launched.clear()
-            body()
-            rows += [Row(target, channels, operator, call=call, **needs, **rest) for needs, rest in compiling.launched]
+    for operator, call, body in calls(channels, size, variants):
+        compiling.launched.clear()
+        body()
+        rows += [Row(target, channels, operator, call=call, **needs, **rest) for needs, rest in compiling.launched]
     return rows
 
 
-def report(targets: Sequence[int] = TARGETS, channels: Sequence[int] = CHANNELS, processes: int | None = None) -> list[Row]:
+def report(
+    targets: Sequence[int] = TARGETS,
+    channels: Sequence[int] = CHANNELS,
+    variants: Sequence[Variant] = EVERY_VARIANT,
+    processes: int | None = None,
+) -> list[Row]:
     """A row for every kernel that any of the calls launches."""
     with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
-        found = pool.map(compile_for, *zip(*itertools.product(targets, channels), strict=True))
+        found = pool.map(compile_for, *zip(*itertools.product(targets, channels, [variants]), strict=True))
         return [row for rows in found for row in rows]
 
 
-def compiled_kernels(target: int, channels: int, sizes: Sequence[tuple[int, int, int]] = SIZES) -> dict[str, int]:
-    """How many kernels are compiled where one size would compile one, for images of these sizes, by layout; the most of any.
+def compiled_kernels(target: int, channels: int, layout: str, sizes: Sequence[tuple[int, int, int]] = SIZES) -> int:
+    """The most kernels that are compiled, where one size would compile one, for images of these sizes in a layout.
 
     Of forward calls with float32 h: direction and dtype do not change what depends on the size.
     """
     compiling, found = _compiling(target), {}
     for size in sizes:
-        for operator, call, body in calls(channels, size):
-            if call in ("forward nhwc h=float32", "forward nchw h=float32"):
-                layout = call.split()[1]
+        for operator, call, body in calls(channels, size, [("forward", layout, "float32")]):
+            if call != "any":  # of matrices, which have no other sizes
                 compiling.launched.clear()
                 body()
                 for i, (launched, _) in enumerate(compiling.launched):  # one object for each kernel that was compiled
-                    found.setdefault((layout, operator, i), {})[id(launched)] = launched
-    most = {}
-    for (layout, *_), kernels_of_call in found.items():
-        most[layout] = max(most.get(layout, 0), len(kernels_of_call))
-    return most
+                    found.setdefault((operator, i), {})[id(launched)] = launched
+    return max(map(len, found.values()))
 
 
 def worst(rows: Sequence[Row]) -> list[Row]:
@@ -286,9 +300,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--targets", type=int, nargs="+", default=TARGETS, help="compute capabilities, such as 90")
     parser.add_argument("--channels", type=int, nargs="+", default=CHANNELS)
+    parser.add_argument("--variants", choices=VARIANTS, default="every", help="directions, layouts and dtypes of the calls")
     parser.add_argument("--json", action="store_true", help="every call, as a list of rows")
     options = parser.parse_args()
-    rows = report(options.targets, options.channels)
+    rows = report(options.targets, options.channels, VARIANTS[options.variants])
     print(json.dumps([asdict(row) for row in rows]) if options.json else table(worst(rows)))
 
 

@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
 _PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def readable(tensors: Iterable[Tensor], by_pytorch: bool = False) -> bool:
+    """True where kernels may be called on these tensors: their values lie in memory, and nothing but autograd looks on.
+
+    Args:
+        tensors: Of one call.
+        by_pytorch: PyTorch's operators, which take tensors on the meta device as well, stand for the kernels.
+    """
+    return not traced() and all(map(is_eager if by_pytorch else has_memory, tensors))
 
 
 def is_eager(x: Tensor) -> bool:
