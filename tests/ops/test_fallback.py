@@ -55,6 +55,7 @@ def auto(monkeypatch):
     """ "auto" that prefers Triton here, in a process where no test has asked for it by name."""
     monkeypatch.setattr(backends, "_named", set())
     monkeypatch.setattr(backends, "_order", lambda kernel, kind, dtype: ("triton",))
+    backends._refusal.forget()
     backends.forget()
     backends.kernels.cache_clear()
     yield
