@@ -12,7 +12,7 @@ from ncsr_fast import ops, tuning
 from ncsr_fast.benchmarks import tune
 from ncsr_fast.benchmarks.harness import Case
 from ncsr_fast.benchmarks.registry import OPERATORS, level_shapes
-from ncsr_fast.ops.backends import COVERAGE
+from ncsr_fast.ops.backends import COVERAGE, forget
 
 GPU = tuning.Gpu("Acme A1", "9.9")
 QUICK = ("quick",)  # levels of 12, 24 and 96 channels
@@ -128,6 +128,66 @@ def test_every_shape_and_direction_is_measured():
     channels = [shape.size[1] for shape in level_shapes("quick")]
     assert sorted(compared) == sorted((each, direction) for each in channels for direction in directions)
     assert {case.operator for case, *_ in timer.calls} == set(OPERATORS)
+
+
+@needs_triton
+def test_tiles_of_a_gpu_reach_the_launch():
+    """On a GPU alone: the interpreter's are the kernel's own."""
+    from ncsr_fast.kernels import flow_step
+
+    with tuning.trying("flow_step_forward", 12, {"BLOCK_P": 128, "num_warps": 8}):
+        tiles = {kind: flow_step._tiles(torch.device(kind), "flow_step_forward", 12, 6400) for kind in ("cuda", "cpu")}
+    count, sizes = tiles["cuda"]
+    assert count == 50 and sizes == {**tiles["cpu"][1], "BLOCK_P": 128, "num_warps": 8}
+    assert tiles["cpu"][1]["BLOCK_P"] != 128
+
+
+@pytest.fixture
+def fake_gpu():
+    """The fake GPU, with what was launched on it."""
+    from ncsr_fast.benchmarks.fake_cuda import fake_cuda
+    from ncsr_fast.benchmarks.launches import LaunchCounter
+
+    with fake_cuda(), LaunchCounter() as counter:
+        yield counter
+
+
+def call_all() -> None:
+    """Operators that run every kernel whose tiles can be chosen, with gradients, on the fake GPU."""
+    z, h = (torch.rand(1, channels, 4, 4, device="cuda", requires_grad=True) for channels in (4, 8))
+    bias, weight = (torch.rand(*size, device="cuda", requires_grad=True) for size in ((4,), (4, 4)))
+    ops.gaussian_split(z, h[:, :4])[0].sum().backward()
+    ops.affine_injector(z, h)[0].sum().backward()
+    ops.flow_step(z, h[:, :4], bias, bias, weight, h)[0].sum().backward()
+
+
+@needs_triton
+@pytest.mark.slow
+def test_kernels_ask_for_the_tiles_that_are_measured(monkeypatch, fake_gpu):
+    from ncsr_fast.kernels import _common
+
+    asked = set()
+    monkeypatch.setattr(_common, "tiles", lambda kernel, channels: asked.add(kernel) or {})
+    call_all()
+    assert asked == set(tune.TILINGS)
+
+
+@needs_triton
+@pytest.mark.slow
+def test_a_gpu_runs_what_its_table_says(monkeypatch, tmp_path, fake_gpu):
+    kernels = {"elementwise_forward_kernel", "elementwise_backward_kernel", "flow_step_forward_kernel",
+               "flow_step_backward_kernel", "flow_step_backward_weight_kernel", "inverse_logdet_kernel"}  # fmt: skip
+    call_all()
+    assert kernels <= set(fake_gpu.launches)
+    choice = tuning.Choice("affine", None, "triton", 2.0, {"kind": "measured"})
+    slower = tuning.Choice("flow_step", None, "triton", 0.9, {"kind": "measured"})
+    (tmp_path / "default.json").write_text(tuning.text(tuning.Table(tmp_path, None, None, (choice, slower), ())))
+    monkeypatch.setattr(tuning, "PACKAGED", tmp_path)
+    forget()
+    fake_gpu.launches.clear()
+    call_all()
+    assert kernels & set(fake_gpu.launches) == {"elementwise_forward_kernel", "elementwise_backward_kernel"}
+    forget()
 
 
 @pytest.mark.slow

@@ -87,6 +87,8 @@ def test_the_default_table_knows_every_kernel_of_a_gpu():
     covered = {(kernel, name) for name, table in COVERAGE.items() for kernel, each in table.items() if "cuda" in each.devices}
     listed = [(choice.kernel, choice.backend) for choice in default.backends]
     assert covered <= set(listed) and len(listed) == len(set(listed))
+    used = {(choice.kernel, choice.backend) for choice in default.backends if choice.used}
+    assert used == {(kernel, backend) for kernel, names in KERNELS.items() for backend in names}
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
