@@ -28,7 +28,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ncsr_fast.kernels._common import at, channel_tile, check_dtype, dense, image, launch, load, program, store
-from ncsr_fast.kernels._convolution import (
+from ncsr_fast.kernels._conv3x3 import (
     arithmetic,
     cell_tile,
     channels_at,
@@ -38,7 +38,7 @@ from ncsr_fast.kernels._convolution import (
     pixel_of,
     step,
 )
-from ncsr_fast.kernels._convolution_weight import backward_weight
+from ncsr_fast.kernels._conv3x3_weight import backward_weight
 from ncsr_fast.layout import in_memory
 
 # Sizes of tiles: pixels, outputs and inputs (at most), and stages of loads on their way; by how numbers are multiplied. Chosen

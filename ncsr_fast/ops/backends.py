@@ -6,7 +6,7 @@ import functools
 import importlib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -107,6 +107,8 @@ class Kernels(Protocol):
         dweight: Tensor | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]: ...
 
+    def conv3x3_weights(self, weights: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]: ...
+
     def step_network_forward(
         self,
         z1: Tensor | None,
@@ -160,8 +162,12 @@ COVERAGE: dict[str, dict[str, Coverage]] = {
         "gaussian_split": Coverage(("cpu", "cuda"), _NARROW),
         "flow_step": Coverage(("cpu", "cuda"), _NARROW),
         "inverse_logdet": Coverage(("cpu", "cuda"), _FLOATS),
+        "conv3x3": Coverage(("cpu", "cuda"), _NARROW),
+        "conv3x3_weights": Coverage(("cpu", "cuda"), _NARROW),
     },
 }
+# (backend, kernel) that "auto" leaves out: that they are faster than what there is was measured on no GPU. By name they run.
+UNMEASURED: frozenset[tuple[str, str]] = frozenset({("triton", "conv3x3"), ("triton", "conv3x3_weights")})
 
 
 # of operators that share a kernel; all others have one of their name
@@ -260,7 +266,8 @@ def _constant(function: Callable[..., str]) -> Callable[..., str]:
 
 @_constant
 def _best(kernel: str, kind: str, dtype: str) -> str:
-    return next((name for name in _PREFERRED.get(kind, ()) if not _missing(name, kernel, kind, dtype)), "reference")
+    measured = (name for name in _PREFERRED.get(kind, ()) if (name, kernel) not in UNMEASURED)
+    return next((name for name in measured if not _missing(name, kernel, kind, dtype)), "reference")
 
 
 @_constant

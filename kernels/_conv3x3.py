@@ -77,8 +77,8 @@ def step(i_tap, phase, READ: tl.constexpr, WRITTEN: tl.constexpr):
 
 @triton.jit
 def inside(cell, rows, columns, height, width, READ: tl.constexpr):
-    """The mask of cells whose pixel, so many rows and columns further, is in the image; of unsigned numbers, which has two
-    comparisons in place of four."""
+    """The mask of cells for which the pixel so many rows and columns further is in the image: comparisons of unsigned numbers,
+    so two in place of four."""
     row, column = cell[0] * READ + rows, cell[1] * READ + columns
     m_row = row.to(tl.uint32) < (READ * height).to(tl.uint32)
     return cell[2] & m_row & (column.to(tl.uint32) < (READ * width).to(tl.uint32))
@@ -97,9 +97,9 @@ def copy_weights_kernel(weights, BLOCK: tl.constexpr):
         blocks = tl.cdiv(9 * outputs * inputs, BLOCK)
         if (i >= 0) & (i < blocks):
             o = i * BLOCK + tl.arange(0, BLOCK)
-            o_n, o_tap, o_c = o // (9 * inputs), o // inputs % 9, o % inputs
-            p = p_weight + o_n.to(tl.int64) * by_output + o_c * by_input + o_tap // 3 * by_row + o_tap % 3 * by_column
-            b = tl.load(p, mask=o < 9 * outputs * inputs)
+            o_n, o_tap, o_c = (o // (9 * inputs)).to(tl.int64), (o // inputs % 9).to(tl.int64), (o % inputs).to(tl.int64)
+            o_weight = o_n * by_output + o_c * by_input + o_tap // 3 * by_row + o_tap % 3 * by_column
+            b = tl.load(p_weight + o_weight, mask=o < 9 * outputs * inputs)
             tl.store(p_copy + o, b.to(p_copy.dtype.element_ty), mask=o < 9 * outputs * inputs)
         i -= blocks
 

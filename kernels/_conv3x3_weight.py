@@ -15,17 +15,17 @@ import triton.language as tl
 from torch import Tensor
 
 from ncsr_fast.kernels._common import at, channel_tile, image, launch, load
-from ncsr_fast.kernels._convolution import arithmetic, cell_tile, distance, inside, pixel_of, step
+from ncsr_fast.kernels._conv3x3 import arithmetic, cell_tile, distance, inside, pixel_of, step
 
 # Sizes of tiles: outputs and inputs (at most), pixels added at once, and stages of loads on their way; by how numbers are
 # multiplied. Chosen for registers and shared memory by the ahead-of-time report, never timed: no GPU yet.
 OPTIONS = {
     "half": {"BLOCK_N": 64, "BLOCK_C": 64, "BLOCK_P": 64, "num_warps": 4, "num_stages": 3},
-    "tf32": {"BLOCK_N": 64, "BLOCK_C": 64, "BLOCK_P": 32, "num_warps": 4, "num_stages": 3},
+    "tf32": {"BLOCK_N": 32, "BLOCK_C": 64, "BLOCK_P": 32, "num_warps": 4, "num_stages": 3},
     "ieee": {"BLOCK_N": 32, "BLOCK_C": 32, "BLOCK_P": 32, "num_warps": 4, "num_stages": 2},
 }
-PROGRAMS = 1024  # about: some rounds of 132 multiprocessors, whose partial sums are a few MB
-SUM_OUTPUTS, SUM_PARTS = 32, 64  # of a program of the second kernel, at once: 128 bytes of every part
+PROGRAMS = 512  # about: two rounds of 132 multiprocessors, whose partial sums are a few MB
+SUM_OUTPUTS, SUM_PARTS = 128, 16  # of a program of the second kernel, at once: 512 bytes of every part
 
 
 @triton.jit(do_not_specialize=["height", "width", "total", "tiles"])
@@ -113,9 +113,7 @@ def sum_weight_partials_kernel(
     tl.store(p_dbias + o - WEIGHTS, b.to(p_dbias.dtype.element_ty), mask=(o >= WEIGHTS) & (o < WEIGHTS + outputs))
 
 
-def backward_weight(
-    dy: Tensor, x: Tensor, dweight: Tensor, dbias: Tensor, *, upsample2x: bool, tf32: bool
-) -> None:
+def backward_weight(dy: Tensor, x: Tensor, dweight: Tensor, dbias: Tensor, *, upsample2x: bool, tf32: bool) -> None:
     """Write the gradients of the weight (outputs, inputs, 3, 3), at any strides, and of the bias, contiguous, in any dtypes."""
     batch, inputs, height, width = x.shape
     outputs, kind, side = dy.shape[1], arithmetic(dy, tf32), 2 if upsample2x else 1
