@@ -77,7 +77,7 @@ class Row:
 
 
 class _CompilingDriver:
-    """What Triton asks of the driver of a GPU, answered for a target without one. `launched` collects the kernels."""
+    """The driver of a GPU as Triton asks it, answered for a target without one. `launched` collects the kernels."""
 
     def __init__(self, target: int):
         self.target = target
