@@ -1,4 +1,5 @@
-"""Triton kernels of the operators: host functions on checked tensors, no autograd; float32 arithmetic but for matrices."""
+"""Triton kernels of the operators: host functions on checked tensors, no autograd; float32 arithmetic but for matrices and
+convolutions."""
 
 from ncsr_fast.kernels.affine import affine_backward, affine_forward
 from ncsr_fast.kernels.conv3x3 import conv3x3_backward, conv3x3_forward, conv3x3_weights

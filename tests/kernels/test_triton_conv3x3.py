@@ -137,3 +137,181 @@ def test_any_call(seed):
     for value, other, what in zip(found[1:], expected[1:], ("dweight", "dbias")):
         assert value.dtype == SINGLE
         assert_close(value, other, dy[:, 0].numel(), what)
+
+
+def launches(monkeypatch, call) -> tuple[list[str], set[str]]:
+    """The kernels that a call starts, in their order, and the operators of PyTorch that compute."""
+    started, computed = [], set()
+    for module in (conv3x3, _conv3x3, _conv3x3_weight):
+        monkeypatch.setattr(module, "launch", lambda kernel, *_, **__: started.append(kernel.fn.__name__))
+    with Watch(lambda name, _: computed.add(name)):
+        call()
+    return started, {name for name in computed if name not in ("aten::empty", "aten::slice")}
+
+
+def test_launches_of_a_dense_block(monkeypatch):
+    """A launch a convolution, and one for the weights of all; beside them x is copied to the buffer and y added to it."""
+    growth = [(8 + 4 * index, 4 if index < 4 else 8) for index in range(5)]
+    pairs = [(normal(outputs, inputs, 3, 3).requires_grad_(), normal(outputs).requires_grad_()) for inputs, outputs in growth]
+    x = normal(2, 8, 3, 4, dtype=HALF).contiguous(memory_format=torch.channels_last).requires_grad_()
+    outputs = []
+
+    def forward() -> None:
+        outputs.append(dense_block(x, pairs, 0.2, 0.2, ConvolutionMethod(backend="triton")))
+
+    started, computed = launches(monkeypatch, forward)
+    assert started == ["copy_weights_kernel", *["conv3x3_kernel"] * 5]
+    assert computed == {"aten::copy_", "aten::add"}
+    started, computed = launches(monkeypatch, lambda: outputs[0].backward(torch.ones_like(x)))
+    backward = ["conv3x3_kernel", "conv3x3_weight_kernel", "sum_weight_partials_kernel"]
+    assert started == ["copy_weights_kernel", *backward * 5]
+    assert computed <= {"aten::ones_like", "aten::mul", "aten::add", "aten::fill_", "aten::detach", "aten::empty_like"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [SINGLE, pytest.param(HALF, marks=pytest.mark.exhaustive)], ids=str)
+def test_a_dense_block_is_its_definition(dtype):
+    """In its buffer: each convolution reads what the ones before wrote, and their gradients are added up there."""
+    growth = [(16 + 8 * index, 8 if index < 2 else 16) for index in range(3)]
+    pairs = [(normal(n, c, 3, 3) / (9 * c) ** 0.5, normal(n)) for c, n in growth]
+    x, method = normal(1, 16, 3, 4, dtype=dtype).contiguous(memory_format=torch.channels_last), ConvolutionMethod(backend="triton")
+    results = []
+    for chosen, precision in ((method, dtype), (None, torch.float64)):
+        leaves = [x.detach().to(precision).requires_grad_()]
+        parameters = [tensor.to(dtype).to(SINGLE if chosen else precision).requires_grad_() for pair in pairs for tensor in pair]
+        y = dense_block(leaves[0], list(zip(parameters[::2], parameters[1::2])), 0.2, 0.2, chosen)
+        results.append([y, *torch.autograd.grad(y, [*leaves, *parameters], torch.ones_like(y))])
+    for value, expected in zip(*results):
+        # three layers, the later of which read what the former rounded; ReLUs of what is nearly zero are not among these
+        error = (value.double() - expected).abs().max() / expected.abs().max()
+        assert error <= 3 * rounding(9 * 32, dtype) + (0 if dtype == SINGLE else 3 * torch.finfo(dtype).eps)
+
+
+def test_gradients_by_finite_differences():
+    """Of a product with the output, in float32: along a line of x, weight and bias it is quadratic, so central differences of any
+    length are exact."""
+    start = [normal(1, 3, 3, 4, seed=1), normal(12, 3, 3, 3, seed=2) / 27**0.5, normal(12, seed=3)]
+    way = [normal(*tensor.shape, seed=4) / (27**0.5 if index == 1 else 1) for index, tensor in enumerate(start)]
+    dy = normal(1, 12, 3, 4, seed=5)
+
+    def value(distance: float) -> float:
+        y = kernels.conv3x3_forward(*(x + distance * step for x, step in zip(start, way)))
+        return float((y.double() * dy.double()).sum())
+
+    gradients = kernels.conv3x3_backward(dy, *start[:2], ALL)
+    slope = sum(float((gradient.double() * step.double()).sum()) for gradient, step in zip(gradients, way))
+    scale = float(dy.norm()) * float(kernels.conv3x3_forward(*way).norm())
+    assert abs((value(1.0) - value(-1.0)) / 2 - slope) <= 8 * rounding(27, SINGLE) * scale
+
+
+@pytest.mark.parametrize("upsample2x", [False, pytest.param(True, marks=pytest.mark.exhaustive)])
+def test_the_same_bits_and_any_number_of_parts(monkeypatch, upsample2x):
+    """The weight gradient over one part of all tiles, some, and one of each; tiles of 4 pixels are many, the last not whole."""
+    factor = 2 if upsample2x else 1
+    x, dy = normal(2, 3, 3, 3), normal(2, 4, 3 * factor, 3 * factor)
+    weight = normal(4, 3, 3, 3)
+    monkeypatch.setitem(_conv3x3_weight.OPTIONS["ieee"], "BLOCK_P", 16)
+    expected = gradients(dy, x, weight, upsample2x)
+    for programs in (1, 9 * 2, 10_000):
+        monkeypatch.setattr(_conv3x3_weight, "PROGRAMS", programs)
+        first, second = (kernels.conv3x3_backward(dy, x, weight, (False, True, True), upsample2x=upsample2x) for _ in range(2))
+        assert first[0] is None and all(map(torch.equal, first[1:], second[1:]))
+        assert_close(first[1], expected[1], dy[:, 0].numel(), "dweight")
+        assert_close(first[2], expected[2], dy[:, 0].numel(), "dbias")
+
+
+def test_gradients_where_and_in_which_dtype_they_are_wanted():
+    """Some inputs of a wider gradient, whose other inputs are not written; the parameters' dtype where an operator is called."""
+    x, weight, dy = normal(1, 3, 2, 3, dtype=HALF), normal(4, 3, 3, 3), normal(1, 4, 2, 3, dtype=HALF)
+    expected = gradients(dy, x, weight, False)[1]
+    for dtype, layout in ((SINGLE, torch.contiguous_format), (HALF, torch.channels_last)):
+        wide = torch.full((4, 8, 3, 3), 7.5, device=DEVICE, dtype=dtype).contiguous(memory_format=layout)
+        _, found, _ = kernels.conv3x3_backward(dy, x, weight, (False, True, False), dweight=wide[:, 2:5])
+        assert found.data_ptr() == wide[:, 2:5].data_ptr()
+        assert_close(wide[:, 2:5], expected, 6, "dweight")
+        assert (wide[:, :2] == 7.5).all() and (wide[:, 5:] == 7.5).all()
+    leaves = [x.requires_grad_(), weight.requires_grad_(), normal(4).requires_grad_()]
+    found = torch.autograd.grad(ops.conv3x3(*leaves, backend="triton"), leaves, dy)
+    assert [gradient.dtype for gradient in found] == [HALF, SINGLE, SINGLE]
+    assert_close(found[1], expected, 6, "dweight")
+
+
+def test_weights_are_copied_unless_they_can_be_read(monkeypatch):
+    """All by one kernel; some inputs of a weight that is laid out are read where they lie."""
+    contiguous = normal(5, 3, 3, 3)
+    last = normal(4, 9, 3, 3).contiguous(memory_format=torch.channels_last)
+    given = [contiguous, last, last[:, 2:7], contiguous[:, 1:], torch._neg_view(contiguous), last.half()]
+    found = kernels.conv3x3_weights(given, SINGLE)
+    assert [copy is weight for copy, weight in zip(found, given)] == [False, True, True, False, False, False]
+    for copy, weight in zip(found, given):
+        assert copy.dtype == SINGLE and copy.stride(1) == 1 and torch.equal(copy, weight.to(SINGLE))
+    started, computed = launches(monkeypatch, lambda: kernels.conv3x3_weights(given[:4], HALF))
+    assert (started, computed) == (["copy_weights_kernel"], set())
+    x = normal(1, 5, 2, 2)
+    assert launches(monkeypatch, lambda: kernels.conv3x3_forward(x, last[:, 2:7], None))[0] == ["conv3x3_kernel"]
+
+
+def far(shape: tuple[int, ...], strides: tuple[int, ...]) -> Tensor:
+    """Half-precision numbers in memory that is reserved, and of which only they are touched."""
+    reach = sum((size - 1) * stride for size, stride in zip(shape, strides)) + 1
+    storage = torch.UntypedStorage(2 * reach, device=DEVICE)
+    x = torch.tensor([], dtype=HALF, device=DEVICE).set_(storage, 0, shape, strides)
+    return x.copy_(normal(*shape))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "strides",
+    [(2**31, 1, 9, 3), (9, 2**30, 3, 1), (9, 1, 2**30, 3)],
+    ids=["samples", "channels", "rows"],
+)
+def test_offsets_beyond_32_bits(strides):
+    """Samples 2³¹ elements apart, and channels and rows 2³⁰, whose stride has 32 bits and its double not."""
+    shape, weight = (2, 3, 3, 3), normal(3, 3, 3, 3, dtype=HALF)
+    x, y, dx = (far(shape, strides) for _ in range(3))
+    near, before = x.clone(memory_format=torch.contiguous_format), dx.clone(memory_format=torch.contiguous_format)
+    expected = kernels.conv3x3_forward(near, weight, None)
+    assert torch.equal(kernels.conv3x3_forward(x, weight, None, out=y), expected)
+    right = kernels.conv3x3_backward(expected, near, weight, ALL, dx=before, relu=(near, 0.2))
+    found = kernels.conv3x3_backward(y, x, weight, ALL, dx=dx, relu=(x, 0.2))
+    assert all(map(torch.equal, found, right))
+
+
+def test_nan_stays_with_its_neighbours():
+    x, weight = normal(2, 3, 5, 6), normal(4, 3, 3, 3)
+    x[0, 1, 2, 3] = torch.nan
+    y = kernels.conv3x3_forward(x, weight, None, slope=0.2)
+    reached = torch.zeros_like(y, dtype=torch.bool)
+    reached[0, :, 1:4, 2:5] = True
+    assert torch.equal(y.isnan(), reached)
+
+
+def test_accumulation_without_out_starts_at_zero():
+    x, weight = normal(1, 3, 2, 2), normal(4, 3, 3, 3)
+    found = kernels.conv3x3_forward(x, weight, None, accumulate=True)
+    assert torch.equal(found, kernels.conv3x3_forward(x, weight, None))
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 4, 4), (2, 3, 0, 4)], ids=["no-sample", "no-row"])
+def test_empty(shape):
+    x, weight = normal(*shape), normal(4, 3, 3, 3)
+    y = kernels.conv3x3_forward(x, weight, None)
+    assert y.shape == (shape[0], 4, *shape[2:])
+    dx, dweight, dbias = kernels.conv3x3_backward(y, x, weight, ALL)
+    assert dx.shape == x.shape and torch.equal(dweight, torch.zeros_like(weight)) and torch.equal(dbias, torch.zeros(4).to(x))
+
+
+def test_what_is_refused():
+    x, weight, dy = normal(1, 3, 2, 2).double(), normal(4, 3, 3, 3), normal(1, 4, 2, 2)
+    for call in (
+        lambda: kernels.conv3x3_forward(x, weight, None),
+        lambda: kernels.conv3x3_backward(dy.double(), x, weight, ALL),
+        lambda: kernels.conv3x3_backward(dy.double(), x, weight, (False, True, False)),
+    ):
+        with pytest.raises(TypeError, match="x must be float32, float16 or bfloat16"):
+            call()
+    negative = torch._neg_view(dy)
+    with pytest.raises(TypeError, match="a kernel cannot write to a tensor with a negative bit"):
+        kernels.conv3x3_forward(x.float(), weight, None, out=negative)
+    with pytest.raises(TypeError, match="a kernel cannot write to a tensor with a negative bit"):
+        kernels.conv3x3_backward(dy, x.float(), weight, (False, True, False), dweight=torch._neg_view(weight.clone()))
