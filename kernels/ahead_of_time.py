@@ -188,7 +188,7 @@ def calls(
 
 
 def convolution_calls(channels: int, precision: str) -> Iterator[tuple[str, str, Callable]]:
-    """Likewise of convolutions of so many channels of a wider buffer, forward and backward: to other channels, and upsampled."""
+    """Likewise of convolutions of so many channels of a wider buffer, forward and backward."""
     (batch, height, width), (dtype, tf32) = SIZE, PRECISIONS[precision]
     for outputs, upsample2x in CONVOLUTIONS:
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from network_cases import convolved
+from operator_cases import marked
 from support import Watch
 from torch import Tensor
 
@@ -20,11 +21,11 @@ from ncsr_fast.engine.dense_block import dense_block  # noqa: E402
 from ncsr_fast.kernels import _conv3x3, _conv3x3_weight, conv3x3  # noqa: E402
 from ncsr_fast.ops.conv3x3 import ConvolutionMethod  # noqa: E402
 
+pytestmark = pytest.mark.slow  # in `make check` the tests of the operators run these kernels
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SINGLE, HALF = torch.float32, torch.float16  # the interpreter multiplies bfloat16 wrongly
 ALL = (True, True, True)
-CHANNELS = (1, 3, 12, 16, 33, 64)
-SEEDS = [pytest.param(seed, marks=() if seed < 4 else pytest.mark.exhaustive) for seed in range(60)]
+CHANNELS = (1, 3, 12, 16, 33, 64, 192)
 
 
 def rounding(terms: int, dtype: torch.dtype) -> float:
@@ -108,7 +109,8 @@ def surroundings(view: Tensor) -> Tensor:
     return every[beside].nan_to_num(7.5)
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("seed", range(40))
+@marked("exhaustive", lambda seed: seed not in (2, 9, 16))  # small ones of both dtypes, one upsampled
 def test_any_call(seed):
     """Values, with what is added to and the leaky ReLU, and gradients, with the gate; nothing around the results is written."""
     case = Case(seed)
@@ -146,7 +148,7 @@ def launches(monkeypatch, call) -> tuple[list[str], set[str]]:
         monkeypatch.setattr(module, "launch", lambda kernel, *_, **__: started.append(kernel.fn.__name__))
     with Watch(lambda name, _: computed.add(name)):
         call()
-    return started, {name for name in computed if name not in ("aten::empty", "aten::slice")}
+    return started, {name for name in computed if name not in ("aten::empty", "aten::slice", "aten::alias", "aten::detach")}
 
 
 def test_launches_of_a_dense_block(monkeypatch):
@@ -165,31 +167,35 @@ def test_launches_of_a_dense_block(monkeypatch):
     started, computed = launches(monkeypatch, lambda: outputs[0].backward(torch.ones_like(x)))
     backward = ["conv3x3_kernel", "conv3x3_weight_kernel", "sum_weight_partials_kernel"]
     assert started == ["copy_weights_kernel", *backward * 5]
-    assert computed <= {"aten::ones_like", "aten::mul", "aten::add", "aten::fill_", "aten::detach", "aten::empty_like"}
+    assert computed == {"aten::ones_like", "aten::mul", "aten::add"}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [SINGLE, pytest.param(HALF, marks=pytest.mark.exhaustive)], ids=str)
 def test_a_dense_block_is_its_definition(dtype):
     """In its buffer: each convolution reads what the ones before wrote, and their gradients are added up there."""
-    growth = [(16 + 8 * index, 8 if index < 2 else 16) for index in range(3)]
+    growth = [(8 + 4 * index, 4 if index < 2 else 8) for index in range(3)]
     pairs = [(normal(n, c, 3, 3) / (9 * c) ** 0.5, normal(n)) for c, n in growth]
-    x, method = normal(1, 16, 3, 4, dtype=dtype).contiguous(memory_format=torch.channels_last), ConvolutionMethod(backend="triton")
+    x, method = (
+        normal(1, 8, 3, 4, dtype=dtype).contiguous(memory_format=torch.channels_last),
+        ConvolutionMethod(backend="triton"),
+    )
     results = []
     for chosen, precision in ((method, dtype), (None, torch.float64)):
         leaves = [x.detach().to(precision).requires_grad_()]
-        parameters = [tensor.to(dtype).to(SINGLE if chosen else precision).requires_grad_() for pair in pairs for tensor in pair]
+        parameters = [
+            tensor.to(dtype).to(SINGLE if chosen else precision).requires_grad_() for pair in pairs for tensor in pair
+        ]
         y = dense_block(leaves[0], list(zip(parameters[::2], parameters[1::2])), 0.2, 0.2, chosen)
         results.append([y, *torch.autograd.grad(y, [*leaves, *parameters], torch.ones_like(y))])
     for value, expected in zip(*results):
         # three layers, the later of which read what the former rounded; ReLUs of what is nearly zero are not among these
         error = (value.double() - expected).abs().max() / expected.abs().max()
-        assert error <= 3 * rounding(9 * 32, dtype) + (0 if dtype == SINGLE else 3 * torch.finfo(dtype).eps)
+        assert error <= 3 * rounding(9 * 16, dtype) + (0 if dtype == SINGLE else 3 * torch.finfo(dtype).eps)
 
 
 def test_gradients_by_finite_differences():
-    """Of a product with the output, in float32: along a line of x, weight and bias it is quadratic, so central differences of any
-    length are exact."""
+    """Of a product with the output, in float32: along a line of x, weight and bias it is quadratic, so that central differences
+    of any length are exact."""
     start = [normal(1, 3, 3, 4, seed=1), normal(12, 3, 3, 3, seed=2) / 27**0.5, normal(12, seed=3)]
     way = [normal(*tensor.shape, seed=4) / (27**0.5 if index == 1 else 1) for index, tensor in enumerate(start)]
     dy = normal(1, 12, 3, 4, seed=5)
@@ -206,13 +212,13 @@ def test_gradients_by_finite_differences():
 
 @pytest.mark.parametrize("upsample2x", [False, pytest.param(True, marks=pytest.mark.exhaustive)])
 def test_the_same_bits_and_any_number_of_parts(monkeypatch, upsample2x):
-    """The weight gradient over one part of all tiles, some, and one of each; tiles of 4 pixels are many, the last not whole."""
+    """The weight gradient over one part of all tiles, and two, of which the second has less; the last tile is not whole."""
     factor = 2 if upsample2x else 1
-    x, dy = normal(2, 3, 3, 3), normal(2, 4, 3 * factor, 3 * factor)
+    x, dy = normal(1, 3, 5, 7), normal(1, 4, 5 * factor, 7 * factor)
     weight = normal(4, 3, 3, 3)
     monkeypatch.setitem(_conv3x3_weight.OPTIONS["ieee"], "BLOCK_P", 16)
     expected = gradients(dy, x, weight, upsample2x)
-    for programs in (1, 9 * 2, 10_000):
+    for programs in (1, 9 * 2):
         monkeypatch.setattr(_conv3x3_weight, "PROGRAMS", programs)
         first, second = (kernels.conv3x3_backward(dy, x, weight, (False, True, True), upsample2x=upsample2x) for _ in range(2))
         assert first[0] is None and all(map(torch.equal, first[1:], second[1:]))
@@ -221,7 +227,7 @@ def test_the_same_bits_and_any_number_of_parts(monkeypatch, upsample2x):
 
 
 def test_gradients_where_and_in_which_dtype_they_are_wanted():
-    """Some inputs of a wider gradient, whose other inputs are not written; the parameters' dtype where an operator is called."""
+    """Some inputs of a wider gradient, whose other inputs are not written; in the operator the dtype of each parameter."""
     x, weight, dy = normal(1, 3, 2, 3, dtype=HALF), normal(4, 3, 3, 3), normal(1, 4, 2, 3, dtype=HALF)
     expected = gradients(dy, x, weight, False)[1]
     for dtype, layout in ((SINGLE, torch.contiguous_format), (HALF, torch.channels_last)):
@@ -233,7 +239,7 @@ def test_gradients_where_and_in_which_dtype_they_are_wanted():
     leaves = [x.requires_grad_(), weight.requires_grad_(), normal(4).requires_grad_()]
     found = torch.autograd.grad(ops.conv3x3(*leaves, backend="triton"), leaves, dy)
     assert [gradient.dtype for gradient in found] == [HALF, SINGLE, SINGLE]
-    assert_close(found[1], expected, 6, "dweight")
+    assert_close(found[1].half(), expected, 6, "dweight")  # the operator rounds the weight to the dtype of x, and its gradient
 
 
 def test_weights_are_copied_unless_they_can_be_read(monkeypatch):
@@ -259,21 +265,23 @@ def far(shape: tuple[int, ...], strides: tuple[int, ...]) -> Tensor:
     return x.copy_(normal(*shape))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
-    "strides",
-    [(2**31, 1, 9, 3), (9, 2**30, 3, 1), (9, 1, 2**30, 3)],
-    ids=["samples", "channels", "rows"],
+    "shape, strides",
+    [
+        ((1, 2, 3, 2), (9, 1, 2**30, 2)),
+        pytest.param((2, 2, 3, 2), (2**31, 1, 4, 2), marks=pytest.mark.exhaustive),
+        pytest.param((1, 48, 2, 2), (9, 2**26, 2, 1), marks=pytest.mark.exhaustive),
+    ],
+    ids=["rows", "samples", "channels"],
 )
-def test_offsets_beyond_32_bits(strides):
-    """Samples 2³¹ elements apart, and channels and rows 2³⁰, whose stride has 32 bits and its double not."""
-    shape, weight = (2, 3, 3, 3), normal(3, 3, 3, 3, dtype=HALF)
-    x, y, dx = (far(shape, strides) for _ in range(3))
+def test_offsets_beyond_32_bits(shape, strides):
+    """Rows 2³⁰ elements apart, a stride of 32 bits whose double is not; samples 2³¹; blocks of channels that begin there."""
+    x, dx, weight = far(shape, strides), far(shape, strides), normal(3, shape[1], 3, 3, dtype=HALF)
     near, before = x.clone(memory_format=torch.contiguous_format), dx.clone(memory_format=torch.contiguous_format)
     expected = kernels.conv3x3_forward(near, weight, None)
-    assert torch.equal(kernels.conv3x3_forward(x, weight, None, out=y), expected)
+    assert torch.equal(kernels.conv3x3_forward(x, weight, None), expected)
     right = kernels.conv3x3_backward(expected, near, weight, ALL, dx=before, relu=(near, 0.2))
-    found = kernels.conv3x3_backward(y, x, weight, ALL, dx=dx, relu=(x, 0.2))
+    found = kernels.conv3x3_backward(expected, x, weight, ALL, dx=dx, relu=(x, 0.2))
     assert all(map(torch.equal, found, right))
 
 
