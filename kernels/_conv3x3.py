@@ -116,7 +116,7 @@ def conv3x3_weights(weights: Sequence[Tensor], dtype: torch.dtype) -> list[Tenso
     """
     weights = [in_memory(weight) for weight in weights]
     read = [weight if _is_readable(weight, dtype) else _like(weight, dtype) for weight in weights]
-    copied = [(weight, copy) for weight, copy in zip(weights, read) if copy is not weight and weight.numel()]
+    copied = [(weight, copy) for weight, copy in zip(weights, read) if copy is not weight]
     if copied:
         launch(
             copy_weights_kernel,

@@ -9,7 +9,7 @@ import installation
 import pytest
 import torch
 import torch.nn.functional as F
-from operator_cases import ROUNDING, where
+from operator_cases import ROUNDING, interpreted, marked, where
 from torch import Tensor
 
 from ncsr_fast import ops
@@ -134,7 +134,9 @@ def cells(test: Callable) -> Callable:
     """Decorator of a test of a call of `CALLS`, its argument `name`, on all devices and backends that have the operator."""
     every = [pytest.param(*cell, id="-".join(cell)) for cell in installation.cells()]
     there = where(lambda name, device, backend: has(CALLS[name].operator, device, backend))
-    return there(pytest.mark.parametrize("device, backend", every)(test))
+    # in the interpreter, slowly: the call of each operator without options, which runs the same kernel
+    chosen = marked("exhaustive", lambda name, backend: interpreted(backend) and name != CALLS[name].operator)
+    return chosen(there(pytest.mark.parametrize("device, backend", every)(test)))
 
 
 def arguments(

@@ -127,6 +127,8 @@ def test_any_call(seed):
     dy, dx = case.image(case.outputs, case.large), case.image(case.inputs, case.size)
     gated = case.random.randrange(case.inputs)
     relu = case.image(case.inputs - gated, case.size)
+    if case.slope == 0:
+        relu.clamp_(min=0)  # as a ReLU leaves it: its derivative at 0 is that of negative numbers
     expected = gradients(dy, x, rounded, case.upsample2x)
     whole = expected[0] + (dx.double() if case.accumulate else 0)
     gate = torch.where(relu > 0, 1.0, case.slope).double()
@@ -283,6 +285,16 @@ def test_offsets_beyond_32_bits(shape, strides):
     right = kernels.conv3x3_backward(expected, near, weight, ALL, dx=before, relu=(near, 0.2))
     found = kernels.conv3x3_backward(expected, x, weight, ALL, dx=dx, relu=(x, 0.2))
     assert all(map(torch.equal, found, right))
+
+
+def test_offsets_of_upsampled_rows_beyond_32_bits():
+    """The gradient of a pixel reads two rows further, twice a stride of 32 bits."""
+    dy, x, weight = far((1, 2, 4, 2), (9, 1, 2**30, 2)), normal(1, 2, 2, 1, dtype=HALF), normal(2, 2, 3, 3, dtype=HALF)
+    near = dy.clone(memory_format=torch.contiguous_format)
+    found, expected = (
+        kernels.conv3x3_backward(each, x, weight, (True, False, False), upsample2x=True)[0] for each in (dy, near)
+    )
+    assert torch.equal(found, expected)
 
 
 def test_nan_stays_with_its_neighbours():

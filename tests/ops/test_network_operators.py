@@ -41,6 +41,7 @@ def in_its_dtypes(name: str, backend: str, dtype: torch.dtype) -> bool:
 @in_its_dtypes
 @pytest.mark.parametrize("dtype", ROUNDING, ids=str)
 @pytest.mark.parametrize("channels, outputs", [(1, 1), (5, 4), (12, 24), (64, 64), (96, 12)])
+@marked("exhaustive", lambda backend, channels: interpreted(backend) and channels > 5)
 def test_values(name, device, backend, dtype, channels, outputs):
     tensors = arguments(name, channels, outputs, (5, 6), dtype=dtype, device=device)
     found, expected = run(name, *tensors, backend=backend), formula(name, *tensors)
@@ -55,6 +56,7 @@ def test_values(name, device, backend, dtype, channels, outputs):
 @pytest.mark.parametrize("channels, outputs", [(1, 1), (5, 4), (12, 24), (64, 64)])
 @pytest.mark.parametrize("dtype", [SINGLE, DOUBLE], ids=str)
 @in_its_dtypes
+@marked("exhaustive", lambda backend, channels: interpreted(backend) and channels != 5)
 def test_gradients(name, device, backend, dtype, channels, outputs):
     """Of every tensor through every output, beside autograd of the definition."""
     tensors = differentiable(arguments(name, channels, outputs, (4, 5), dtype=dtype, device=device))
@@ -108,6 +110,8 @@ def test_only_what_needs_a_gradient_gets_one(name, device, backend):
 @calls
 @cells
 @pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout != "contiguous"])
+@marked("slow", interpreted)
+@marked("exhaustive", lambda backend, layout: interpreted(backend) and layout != "channels of channels_last")
 def test_layouts(name, device, backend, layout):
     """All tensors and gradients of the outputs in one layout, and each of the tensors alone."""
     dtype, cases = exact_dtype(backend), ((5, 4, (3, 4)), (1, 1, (1, 4)), (12, 16, (5, 6)))
@@ -154,6 +158,8 @@ def shared(tensor: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     "size, batch", [((1, 1), 1), ((5, 3), 1), ((1, 67), 2), ((67, 1), 1), ((37, 45), 3), ((2, 2), 0)], ids=str
 )
+@marked("exhaustive", lambda backend, size: interpreted(backend) and size not in ((5, 3), (2, 2)))
+@where(lambda backend, size: not (interpreted(backend) and size == (37, 45)))  # minutes
 def test_sizes(name, device, backend, size, batch):
     """An empty batch too, and stacks of no, one and many maps."""
     dtype = exact_dtype(backend)
@@ -189,8 +195,10 @@ def poisoned(allocate):
 @calls
 @cells
 @where(lambda device, backend: (device, backend) != ("cpu", "reference"))  # PyTorch divides its sums by the threads
+@marked("exhaustive", interpreted)  # one thread
 def test_same_bits_every_time_whatever_the_threads(name, device, backend, threads):
-    tensors = differentiable(arguments(name, 16, 24, (20, 21), batch=3, dtype=SINGLE, device=device))
+    size, batch = ((4, 5), 1) if interpreted(backend) else ((20, 21), 3)
+    tensors = differentiable(arguments(name, 16, 24, size, batch, dtype=SINGLE, device=device))
 
     def everything() -> list[Tensor]:
         outputs = run(name, *tensors, backend=backend)

@@ -21,7 +21,7 @@ from network_cases import (
     tolerance,
     weights_of,
 )
-from operator_cases import assert_close, exact_dtype, marked, where
+from operator_cases import assert_close, exact_dtype, interpreted, marked, where
 from support import Watch
 from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
@@ -59,6 +59,7 @@ def lying(name: str, layout: str, device: str, channels: int = 6) -> Tensors:
 @registered
 @layouts
 @pytest.mark.parametrize("channels", [1, 6])
+@marked("exhaustive", lambda backend, layout, channels: interpreted(backend) and (layout, channels) != ("channels_last", 6))
 def test_opcheck(name, device, backend, layout, channels):
     """Nothing is written into arguments, and fake tensors have the shapes, dtypes and strides of the real ones."""
     arguments_of_call = (*lying(name, layout, device, channels), *settings(name, backend))
@@ -70,6 +71,7 @@ def test_opcheck(name, device, backend, layout, channels):
 @cells
 @registered
 @pytest.mark.slow
+@marked("exhaustive", interpreted)
 def test_opcheck_traced(name, device, backend):
     arguments_of_call = (*lying(name, "contiguous", device), *settings(name, backend))
     torch.library.opcheck(registered_operators(name)[0], arguments_of_call, test_utils="test_aot_dispatch_dynamic")
@@ -80,6 +82,7 @@ def test_opcheck_traced(name, device, backend):
 @registered
 @layouts
 @pytest.mark.parametrize("channels", [1, 6])
+@marked("exhaustive", lambda backend, layout, channels: interpreted(backend) and (layout, channels) != ("channels_last", 6))
 def test_opcheck_of_the_backward(name, device, backend, layout, channels):
     """All gradients, and each of them alone."""
     tensors = [None if x is None else x.detach() for x in lying(name, layout, device, channels)]
@@ -121,6 +124,7 @@ class Graphs:
 @cells
 @layouts
 @marked("slow", lambda backend, layout: (backend, layout) != ("native", "channels_last"))
+@marked("exhaustive", lambda backend, layout: interpreted(backend) and layout != "channels_last")
 def test_compile_fullgraph(name, device, backend, layout):
     """One graph, forward and backward, equal to the eager call, and in it the operator, not what the operator is made of."""
     tensors = lying(name, layout, device, 12)
@@ -138,8 +142,8 @@ def test_compile_fullgraph(name, device, backend, layout):
         assert_close(value, other, 20 * max(tolerance(name, SINGLE), 1e-6), "gradient")
     operator = CALLS[name].operator
     names = [f"ncsr_fast.{operator}.default", f"ncsr_fast.{operator}_backward.default"]
-    assert [each for each in graphs.called if each in names] == (names if backend == "native" else [])
-    assert not [each for each in graphs.called if "convolution" in each and backend == "native"]
+    assert [each for each in graphs.called if each in names] == (names if backend != "reference" else [])
+    assert not [each for each in graphs.called if "convolution" in each and backend != "reference"]
 
 
 @native
@@ -169,6 +173,7 @@ def test_a_singular_matrix_is_named_from_a_compiled_graph():
 @calls
 @cells
 @registered
+@marked("exhaustive", interpreted)
 def test_compile_with_inductor_and_sizes_that_change(name, device, backend):
     """The compiler that users get, for sizes it has not seen."""
 
