@@ -1,7 +1,8 @@
 """Registers, shared memory, spills and widths of loads of every kernel, compiled for GPUs that need not be there.
 
 `python -m ncsr_fast.kernels.ahead_of_time [--targets 80 90 100] [--channels 12 24 48 96 192] [--variants every] [--json]`
-prints, for each kernel, target and number of channels, the most that any call needs; `report` returns every call, and
+prints, for each kernel, target and number of channels, the most that any call needs, or with `--convolutions` of a convolution
+of so many channels at each of the precisions named (float32 tf32 bfloat16); `report` returns every call, and
 `compiled_kernels` the number of kernels that are compiled for images of several sizes. The host functions are called on meta
 tensors, under a driver that compiles as a GPU's driver would, reads the binary instead of loading it, and launches nothing:
 what is compiled is what a launch would run. Written for Triton 3.6; TRITON_INTERPRET unset.
@@ -46,6 +47,8 @@ PAIRS: tuple[Variant, ...] = (
     ("inverse", "nchw", "float32"),
 )
 VARIANTS = {"every": EVERY_VARIANT, "pairs": PAIRS, "engine": PAIRS[:2]}
+CONVOLUTIONS = ((32, False), (64, False), (64, True))  # of the encoder: outputs, and whether the input is read upsampled
+PRECISIONS = {"float32": (torch.float32, False), "tf32": (torch.float32, True), "bfloat16": (torch.bfloat16, False)}
 SIZE = (18, 80, 80)  # batch, height and width of the calls, as in training: the weight gradient loops over many tiles
 SIZES = (SIZE, (1, 40, 36), (16, 79, 77), (10, 510, 4), (3, 6, 6))  # pixels that 16 divides, or nothing, or 8, or 4
 _OPCODE = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P[T0-9]+\s+)?([A-Z0-9_.]+)", re.MULTILINE)  # of a line of SASS
@@ -225,6 +228,28 @@ def calls(
     yield "inverse_logdet", "any", lambda: kernels.inverse_logdet(weight)
 
 
+def convolution_calls(channels: int, precision: str) -> Iterator[tuple[str, str, Callable]]:
+    """Likewise of convolutions of so many channels of a wider buffer, forward and backward."""
+    (batch, height, width), (dtype, tf32) = SIZE, PRECISIONS[precision]
+    for outputs, upsample2x in CONVOLUTIONS:
+
+        def empty(c: int, factor: int = 1) -> Tensor:
+            shape = batch, channels + 64, factor * height, factor * width
+            return torch.empty(shape, dtype=dtype, device="meta", memory_format=torch.channels_last)[:, :c]
+
+        x, y, options = empty(channels), empty(outputs, 2 if upsample2x else 1), {"upsample2x": upsample2x, "tf32": tf32}
+        weight, bias = torch.empty(outputs, channels, 3, 3, device="meta"), torch.empty(outputs, device="meta")
+        relu, needed = (x[:, channels // 2 :], 0.2), (True, True, True)
+        yield (
+            "conv3x3",
+            f"{outputs} outputs {precision}{' upsample2x' * upsample2x}",
+            lambda: (
+                kernels.conv3x3_forward(x, weight, bias, slope=0.2, out=y, **options),
+                kernels.conv3x3_backward(y, x, weight, needed, relu=relu, dx=x, **options),
+            ),
+        )
+
+
 def _compiling(target: int) -> _CompilingDriver:
     """The driver of a target, which is left behind, so it wants a process of its own."""
     if triton.knobs.runtime.interpret:
@@ -236,11 +261,16 @@ def _compiling(target: int) -> _CompilingDriver:
 
 
 def compile_for(
-    target: int, channels: int, variants: Sequence[Variant] = EVERY_VARIANT, size: tuple[int, int, int] = SIZE
+    target: int,
+    channels: int,
+    variants: Sequence[Variant] = EVERY_VARIANT,
+    size: tuple[int, int, int] = SIZE,
+    precisions: Sequence[str] = (),
 ) -> list[Row]:
-    """The rows of one target, number of channels and size."""
+    """The rows of one target, number of channels and size: of the flow's operators, or of convolutions at some precisions."""
     compiling, rows = _compiling(target), []
-    for operator, call, body in calls(channels, size, variants):
+    of_convolutions = (call for precision in precisions for call in convolution_calls(channels, precision))
+    for operator, call, body in of_convolutions if precisions else calls(channels, size, variants):
         compiling.launched.clear()
         body()
         rows += [Row(target, channels, operator, call=call, **needs, **rest) for needs, rest in compiling.launched]
@@ -251,11 +281,14 @@ def report(
     targets: Sequence[int] = TARGETS,
     channels: Sequence[int] = CHANNELS,
     variants: Sequence[Variant] = EVERY_VARIANT,
+    precisions: Sequence[str] = (),
     processes: int | None = None,
 ) -> list[Row]:
     """A row for every kernel that any of the calls launches."""
     with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
-        found = pool.map(compile_for, *zip(*itertools.product(targets, channels, [variants]), strict=True))
+        found = pool.map(
+            compile_for, *zip(*itertools.product(targets, channels, [variants], [SIZE], [precisions]), strict=True)
+        )
         return [row for rows in found for row in rows]
 
 
@@ -301,9 +334,12 @@ def main() -> None:
     parser.add_argument("--targets", type=int, nargs="+", default=TARGETS, help="compute capabilities, such as 90")
     parser.add_argument("--channels", type=int, nargs="+", default=CHANNELS)
     parser.add_argument("--variants", choices=VARIANTS, default="every", help="directions, layouts and dtypes of the calls")
+    parser.add_argument(
+        "--convolutions", choices=PRECISIONS, nargs="+", default=(), help="at these precisions, in place of all else"
+    )
     parser.add_argument("--json", action="store_true", help="every call, as a list of rows")
     options = parser.parse_args()
-    rows = report(options.targets, options.channels, VARIANTS[options.variants])
+    rows = report(options.targets, options.channels, VARIANTS[options.variants], options.convolutions)
     print(json.dumps([asdict(row) for row in rows]) if options.json else table(worst(rows)))
 
 

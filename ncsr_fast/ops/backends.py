@@ -6,7 +6,7 @@ import functools
 import importlib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -110,6 +110,8 @@ class Kernels(Protocol):
         dweight: Tensor | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]: ...
 
+    def conv3x3_weights(self, weights: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]: ...
+
     def step_network_forward(
         self,
         z1: Tensor | None,
@@ -163,6 +165,8 @@ COVERAGE: dict[str, dict[str, Coverage]] = {
         "gaussian_split": Coverage(("cpu", "cuda"), _NARROW),
         "flow_step": Coverage(("cpu", "cuda"), _NARROW),
         "inverse_logdet": Coverage(("cpu", "cuda"), _FLOATS),
+        "conv3x3": Coverage(("cpu", "cuda"), _NARROW),
+        "conv3x3_weights": Coverage(("cpu", "cuda"), _NARROW),
     },
 }
 

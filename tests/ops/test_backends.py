@@ -12,7 +12,7 @@ import torch
 from operator_cases import cells
 
 from ncsr_fast import ops
-from ncsr_fast.ops.backends import BACKENDS, COVERAGE, Kernels, _not_covered, covering_backend, kernels
+from ncsr_fast.ops.backends import BACKENDS, COVERAGE, Kernels, _best, _not_covered, covering_backend, kernels
 
 FUNCTIONS = {
     "affine": ("affine_forward", "affine_backward"),
@@ -21,6 +21,7 @@ FUNCTIONS = {
     "inverse_logdet": ("inverse_logdet",),
     "fold": ("fold_forward", "fold_backward"),
     "conv3x3": ("conv3x3_forward", "conv3x3_backward"),
+    "conv3x3_weights": ("conv3x3_weights",),
     "step_network": ("step_network_forward", "step_network_layers"),
 }
 KERNEL_OF = {"affine_injector": "affine", "affine_coupling": "affine", "actnorm_invconv": "flow_step"}
@@ -101,15 +102,23 @@ def test_auto_is_a_backend_that_claims_the_operator():
         assert ops.resolve_backend(operator, "auto", torch.empty(1, device="meta")) == "reference"
 
 
+@pytest.mark.skipif(not installation.expects("triton"), reason="the Triton backend is not among the cells")
+def test_auto_leaves_out_what_was_not_measured():
+    """A kernel that a backend has, for tensors of a GPU, which may be absent."""
+    assert {"conv3x3", "affine"} <= COVERAGE["triton"].keys()
+    assert _best("conv3x3", "cuda", "torch.float32") == _best("conv3x3", "cuda", "torch.bfloat16") == "reference"
+    assert _best("affine", "cuda", "torch.float32") == "triton"
+
+
 def test_the_advice_names_a_backend_that_has_the_operator():
     """Whichever device; of a kernel that others have in that dtype, all of them."""
     assert _not_covered("native", "fold", "cuda", "torch.float32") == (
         "its fold runs on cpu tensors, not on cuda ones; use backend='reference'"
     )
-    assert _not_covered("triton", "conv3x3", "cuda", "torch.float32") == "it has no conv3x3; use backend='reference'"
+    assert _not_covered("triton", "fold", "cuda", "torch.float32") == "it has no fold; use backend='reference'"
     assert _not_covered("triton", "affine", "cuda", "torch.float64") == (
         "its affine does not compute in float64; use backend='reference' or 'native'"
     )
     assert _not_covered("native", "conv3x3", "cpu", "torch.bfloat16") == (
-        "its conv3x3 does not compute in bfloat16; use backend='reference'"
+        "its conv3x3 does not compute in bfloat16; use backend='reference' or 'triton'"
     )
