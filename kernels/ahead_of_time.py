@@ -236,11 +236,15 @@ def _compiling(target: int) -> _CompilingDriver:
 
 
 def compile_for(
-    target: int, channels: int, variants: Sequence[Variant] = EVERY_VARIANT, size: tuple[int, int, int] = SIZE
+    target: int,
+    channels: int,
+    variants: Sequence[Variant] = EVERY_VARIANT,
+    called: Callable = calls,
+    size: tuple[int, int, int] = SIZE,
 ) -> list[Row]:
-    """The rows of one target, number of channels and size."""
+    """The rows of one target, number of channels and size, of the variants of `calls`, or of a function like it."""
     compiling, rows = _compiling(target), []
-    for operator, call, body in calls(channels, size, variants):
+    for operator, call, body in called(channels, size, variants):
         compiling.launched.clear()
         body()
         rows += [Row(target, channels, operator, call=call, **needs, **rest) for needs, rest in compiling.launched]
