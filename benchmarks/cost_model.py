@@ -16,6 +16,7 @@ The reference beside a kernel is the same function in PyTorch's operators, by by
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import re
 import sys
@@ -89,7 +90,7 @@ TRIPS: dict[str, Callable[[dict[str, int]], tuple[int, ...]]] = {
 
 @dataclass(frozen=True)
 class Task:
-    """Calls at the shapes of a pass through the ×4 model, in the engine's layout; `backward`: of the backward pass too."""
+    """A pass through the ×4 model: a name in `registry.USES`, its batch and direction, and whether it goes backward too."""
 
     what: str
     use: str
@@ -97,10 +98,9 @@ class Task:
     direction: str
     backward: bool
 
-    @property
-    def variants(self) -> list[tuple[str, str, str]]:
-        """The direction, layout and dtype of the calls."""
-        return [(self.direction, "nhwc", dtype) for dtype in ("float32", "bfloat16")]
+    def levels(self) -> list[tuple[int, tuple[int, int, int]]]:
+        """The channels of each level, and its batch, height and width."""
+        return [(channels, (self.batch, *size)) for _, channels, *size in (shape.size for shape in level_shapes(self.use))]
 
 
 TASKS = {
@@ -109,6 +109,12 @@ TASKS = {
 }
 
 
+# Functions of `ahead_of_time` that yield calls as `calls` does, with the variants of theirs that a task has
+CALLS: dict[str, Callable[[Task], Sequence[Any]]] = {
+    "calls": lambda task: [(task.direction, "nhwc", dtype) for dtype in ("float32", "bfloat16")],
+}
+# Words in the names of calls, and the dtype that decides between backends
+DTYPES = {"float32": "float32", "fp32": "float32", "tf32": "float32", "bfloat16": "bfloat16", "bf16": "bfloat16"}
 Key = tuple[int, str, str, str]  # channels, operator, call and host function
 
 
@@ -173,11 +179,14 @@ def per_warp(row: Any, by_depth: Sequence[int]) -> int:
 
 def rows_of(task: Task) -> list[Any]:
     """A row for every launch of the task's calls, at every level."""
-    from ncsr_fast.kernels.ahead_of_time import compile_for
+    from ncsr_fast.kernels import ahead_of_time
 
-    sizes = [(channels, (task.batch, *size)) for _, channels, *size in (shape.size for shape in level_shapes(task.use))]
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:  # the compiler keeps the target of its process
-        jobs = [pool.submit(compile_for, 90, channels, task.variants, size) for channels, size in sizes]
+        jobs = [
+            pool.submit(ahead_of_time.compile_for, 90, channels, variants(task), getattr(ahead_of_time, name), size)
+            for name, variants in CALLS.items()
+            for channels, size in task.levels()
+        ]
         rows = [row for job in jobs for row in job.result()]
     return [row for row in rows if task.backward or not row.function.endswith("_backward")]
 
@@ -223,28 +232,27 @@ def reference_seconds(task: Task, gpu: Gpu) -> dict[Key, float]:
 
     found = {}
     with fake_cuda():
-        for _, channels, *size in (shape.size for shape in level_shapes(task.use)):
+        for (name, variants), (channels, size) in itertools.product(CALLS.items(), task.levels()):
             timed = _Reference(gpu)
             with mock.patch.object(ahead_of_time, "kernels", timed):
-                for operator, call, body in ahead_of_time.calls(channels, (task.batch, *size), task.variants):
+                for operator, call, body in getattr(ahead_of_time, name)(channels, size, variants(task)):
                     timed.seconds.clear()
                     body()
-                    found |= {(channels, operator, call, name): seconds for name, seconds in timed.seconds.items()}
+                    found |= {(channels, operator, call, each): seconds for each, seconds in timed.seconds.items()}
     return found
 
 
 def gains(rows: Iterable[Any], reference_times: dict[Key, float], gpu: Gpu) -> dict[tuple[str, str], float]:
-    """The predicted gain of Triton over the reference by operator and dtype, over all functions, calls and levels.
+    """The predicted gain of Triton over the reference by operator and precision, over all functions, calls and levels.
 
-    The dtype is the one in the name of a call, or "any".
+    The precision is the word of `DTYPES` in the name of a call, or "any".
     """
     ours: dict[Key, float] = defaultdict(float)
     for row in rows:
         ours[row.channels, row.operator, row.call, row.function] += predict(row, gpu).seconds
     sums: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0.0, 0.0])
     for key, seconds in ours.items():
-        dtype = re.search(r"(bfloat|float)\d+", key[2])
-        total = sums[key[1], dtype[0] if dtype else "any"]
+        total = sums[key[1], next((word for word in re.split(r"\W", key[2]) if word in DTYPES), "any")]
         total[0] += reference_times[key]
         total[1] += seconds
     return {key: theirs / mine for key, (theirs, mine) in sums.items()}
@@ -269,14 +277,18 @@ def table(rows: Iterable[Any], gpus: Sequence[str]) -> str:
 
 
 def predicted_table(gpu: Gpu, predicted: dict[tuple[str, str], float], folder: Path) -> tuning.Table:
-    """The package's table of a GPU, with the gains of the kernels that its table for any GPU calls unmeasured."""
+    """The package's table of a GPU, with the gains of the kernels that its table for any GPU calls unmeasured.
+
+    Of the precisions of a dtype the least gain: float32 tensors are what TF32 convolves too.
+    """
     waiting = {choice.kernel for choice in tuning.read(tuning.PACKAGED / "default.json").backends if not choice.used}
     provenance = {"kind": "predicted", "model": "ncsr_fast.benchmarks.cost_model", "gpu": gpu.name, "torch": torch.__version__}
-    choices = tuple(
-        tuning.Choice(operator, None if dtype == "any" else dtype, "triton", round(gain, 2), provenance)
-        for (operator, dtype), gain in sorted(predicted.items())
-        if operator in waiting
-    )
+    least: dict[tuple[str, str | None], float] = {}
+    for (operator, precision), gain in sorted(predicted.items()):
+        if operator in waiting:
+            key = operator, DTYPES.get(precision)
+            least[key] = min(gain, least.get(key, gain))
+    choices = tuple(tuning.Choice(*key, "triton", round(gain, 2), provenance) for key, gain in least.items())
     return tuning.Table(folder / tuning.file_name(gpu.name), gpu.name, gpu.capability, choices, ())
 
 

@@ -264,13 +264,12 @@ def compile_for(
     target: int,
     channels: int,
     variants: Sequence[Variant] = EVERY_VARIANT,
+    called: Callable = calls,
     size: tuple[int, int, int] = SIZE,
-    precisions: Sequence[str] = (),
 ) -> list[Row]:
-    """The rows of one target, number of channels and size: of the flow's operators, or of convolutions at some precisions."""
+    """The rows of one target, number of channels and size, of the variants of `calls`, or of a function like it."""
     compiling, rows = _compiling(target), []
-    of_convolutions = (call for precision in precisions for call in convolution_calls(channels, precision))
-    for operator, call, body in of_convolutions if precisions else calls(channels, size, variants):
+    for operator, call, body in called(channels, size, variants):
         compiling.launched.clear()
         body()
         rows += [Row(target, channels, operator, call=call, **needs, **rest) for needs, rest in compiling.launched]

@@ -94,17 +94,19 @@ def test_gains_are_of_all_launches_of_an_operator():
         row(bytes=10**7, channels=24),  # 10 µs
         row(bytes=10**7, call="forward nhwc h=bfloat16"),
         row(bytes=10**7, call="any", operator="other"),
+        row(bytes=10**7, call="coupling bf16", operator="other"),
     ]
     first = ("op", "forward nhwc h=float32", "op_forward")
     reference_times = {
         (12, *first): 8e-6, (24, *first): 40e-6, (12, "op", "forward nhwc h=bfloat16", "op_forward"): 5e-6,
-        (12, "other", "any", "op_forward"): 10e-6,
+        (12, "other", "any", "op_forward"): 10e-6, (12, "other", "coupling bf16", "op_forward"): 20e-6,
     }  # fmt: skip
     found = gains(rows, reference_times, ROUND)
     assert found == {
         ("op", "float32"): pytest.approx(48 / 16),
         ("op", "bfloat16"): pytest.approx(0.5),
         ("other", "any"): pytest.approx(1.0),
+        ("other", "bf16"): pytest.approx(2.0),
     }
 
 
@@ -121,7 +123,8 @@ def test_predicted_gains_are_of_kernels_that_wait_for_one(tmp_path):
     gpu = replace(ROUND, name="Acme A1")
     predicted = {
         ("conv3x3", "bfloat16"): 1.456,
-        ("conv3x3", "float32"): 0.9,
+        ("conv3x3", "fp32"): 0.9,
+        ("conv3x3", "tf32"): 1.7,
         ("affine", "float32"): 0.5,
         ("step_network", "any"): 2,
     }
