@@ -4,6 +4,7 @@ from ncsr_fast.kernels.affine import affine_backward, affine_forward
 from ncsr_fast.kernels.flow_step import flow_step_backward, flow_step_forward
 from ncsr_fast.kernels.gaussian_split import gaussian_split_backward, gaussian_split_forward
 from ncsr_fast.kernels.inverse_logdet import inverse_logdet
+from ncsr_fast.kernels.step_network import step_network_forward, step_network_layers
 
 __all__ = [
     "affine_backward",
@@ -13,4 +14,6 @@ __all__ = [
     "gaussian_split_backward",
     "gaussian_split_forward",
     "inverse_logdet",
+    "step_network_forward",
+    "step_network_layers",
 ]

@@ -156,9 +156,11 @@ def extent(*images: Tensor | None) -> dict[str, int | bool]:
     }
 
 
-def check_dtype(x: Tensor) -> None:
+def check_dtype(x: Tensor, name: str = "x") -> None:
     if x.dtype == torch.float64:
-        raise TypeError("x must be float32, float16 or bfloat16: the Triton kernels compute in float32, not torch.float64")
+        raise TypeError(
+            f"{name} must be float32, float16 or bfloat16: the Triton kernels compute in float32, not torch.float64"
+        )
 
 
 def launch(kernel, programs: int, device: torch.device, **arguments) -> None:

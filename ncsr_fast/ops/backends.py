@@ -160,9 +160,11 @@ COVERAGE: dict[str, dict[str, Coverage]] = {
         "gaussian_split": Coverage(("cpu", "cuda"), _NARROW),
         "flow_step": Coverage(("cpu", "cuda"), _NARROW),
         "inverse_logdet": Coverage(("cpu", "cuda"), _FLOATS),
+        "step_network": Coverage(("cpu", "cuda"), _NARROW),
     },
 }
-
+# (backend, kernel) that "auto" leaves out: that they are faster than what there is was measured on no GPU. By name they run.
+UNMEASURED: frozenset[tuple[str, str]] = frozenset({("triton", "step_network")})
 
 # of operators that share a kernel; all others have one of their name
 _KERNELS = {"affine_injector": "affine", "affine_coupling": "affine", "actnorm_invconv": "flow_step"}
@@ -260,7 +262,8 @@ def _constant(function: Callable[..., str]) -> Callable[..., str]:
 
 @_constant
 def _best(kernel: str, kind: str, dtype: str) -> str:
-    return next((name for name in _PREFERRED.get(kind, ()) if not _missing(name, kernel, kind, dtype)), "reference")
+    measured = (name for name in _PREFERRED.get(kind, ()) if (name, kernel) not in UNMEASURED)
+    return next((name for name in measured if not _missing(name, kernel, kind, dtype)), "reference")
 
 
 @_constant
