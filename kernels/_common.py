@@ -1,4 +1,4 @@
-"""What the kernels share: how they address images of any strides, and the launch.
+"""Functions that the kernels share: how they address images of any strides, and the launch.
 
 A kernel takes an image (B, C, H, W) as a tuple of its pointer and strides. A program works on a tile of pixels × channels
 of one sample. Lanes run along the channels where the compiler sees that they are adjacent, that is where their stride is 1,

@@ -1,7 +1,7 @@
 """Registers, shared memory, spills and widths of loads of every kernel, compiled for GPUs that need not be there.
 
-`python -m ncsr_fast.kernels.ahead_of_time [--targets 80 90 100] [--channels 12 24 48 96 192] [--json]` prints, for each
-kernel, target and number of channels, the most that any call needs; `report` returns every call, and `compiled_kernels`
+`python -m ncsr_fast.kernels.ahead_of_time [--targets 80 90 100] [--channels 12 24 48 96 192] [--pairs] [--json]` prints, for
+each kernel, target and number of channels, the most that any call needs; `report` returns every call, and `compiled_kernels`
 the number of kernels that are compiled for images of several sizes. The host functions are called on meta tensors, under a
 driver that compiles as a GPU's driver would, reads the binary instead of loading it, and launches nothing: what is compiled
 is what a launch would run. Written for Triton 3.6; TRITON_INTERPRET unset.
@@ -31,6 +31,17 @@ from ncsr_fast import kernels
 
 TARGETS = (80, 90, 100)  # A100, H100 and H200, B200
 CHANNELS = (12, 24, 48, 96, 192)  # of the published models
+LAYOUTS = {"nhwc": torch.channels_last, "nchw": torch.contiguous_format}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # of h
+Variant = tuple[str, str, str]  # direction, layout and dtype of a call
+EVERY_VARIANT: tuple[Variant, ...] = tuple(itertools.product(("forward", "inverse"), LAYOUTS, DTYPES))
+# every pair of a direction, layout and dtype is in one of them
+PAIRS: tuple[Variant, ...] = (
+    ("forward", "nhwc", "float32"),
+    ("forward", "nchw", "bfloat16"),
+    ("inverse", "nhwc", "bfloat16"),
+    ("inverse", "nchw", "float32"),
+)
 SIZE = (18, 80, 80)  # batch, height and width of the calls, as in training: the weight gradient loops over many tiles
 SIZES = (SIZE, (1, 40, 36), (16, 79, 77), (10, 510, 4), (3, 6, 6))  # pixels that 16 divides, or nothing, or 8, or 4
 _OPCODE = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P[T0-9]+\s+)?([A-Z0-9_.]+)", re.MULTILINE)  # of a line of SASS
@@ -66,7 +77,7 @@ class Row:
 
 
 class _CompilingDriver:
-    """What Triton asks of the driver of a GPU, answered for a target without one. `launched` collects the kernels."""
+    """The driver of a GPU as Triton asks it, answered for a target without one. `launched` collects the kernels."""
 
     def __init__(self, target: int):
         self.target = target
@@ -125,20 +136,20 @@ def _width(opcode: str) -> int:
     return next((size // 8 for size in (256, 128, 64) if str(size) in parts), 2 if {"U16", "16"} & {*parts} else 4)
 
 
-def calls(channels: int, size: tuple[int, int, int] = SIZE) -> Iterator[tuple[str, str, Callable]]:
-    """Operator, name and body of calls of every host function: both directions, layouts and dtypes of h."""
-    layouts = {"nhwc": torch.channels_last, "nchw": torch.contiguous_format}
-    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-    for direction, layout, dtype in itertools.product(("forward", "inverse"), layouts, dtypes):
+def calls(
+    channels: int, size: tuple[int, int, int] = SIZE, variants: Sequence[Variant] = EVERY_VARIANT
+) -> Iterator[tuple[str, str, Callable]]:
+    """Operator, name and body of calls of every host function."""
+    for direction, layout, dtype in variants:
         inverse = direction == "inverse"
 
         def empty(c: int, dtype: torch.dtype = torch.float32, layout: str = layout) -> Tensor:
             batch, height, width = size
-            return torch.empty(batch, c, height, width, dtype=dtype, device="meta", memory_format=layouts[layout])
+            return torch.empty(batch, c, height, width, dtype=dtype, device="meta", memory_format=LAYOUTS[layout])
 
         x, mix, dlogdet = empty(channels), torch.empty(channels, channels, device="meta"), torch.empty(size[0], device="meta")
         half = channels // 2
-        whole, changed = empty(2 * channels, dtypes[dtype]), empty(2 * (channels - half), dtypes[dtype])
+        whole, changed = empty(2 * channels, DTYPES[dtype]), empty(2 * (channels - half), DTYPES[dtype])
         name = f"{direction} {layout} h={dtype}"
         yield (
             "affine",
@@ -183,41 +194,42 @@ def _compiling(target: int) -> _CompilingDriver:
     return compiling
 
 
-def compile_for(target: int, channels: int) -> list[Row]:
+def compile_for(target: int, channels: int, variants: Sequence[Variant] = EVERY_VARIANT) -> list[Row]:
     """The rows of one target and number of channels."""
     compiling, rows = _compiling(target), []
-    for operator, call, body in calls(channels):
+    for operator, call, body in calls(channels, variants=variants):
         compiling.launched.clear()
         body()
         rows += [Row(target, channels, operator, call=call, **needs) for needs in compiling.launched]
     return rows
 
 
-def report(targets: Sequence[int] = TARGETS, channels: Sequence[int] = CHANNELS, processes: int | None = None) -> list[Row]:
+def report(
+    targets: Sequence[int] = TARGETS,
+    channels: Sequence[int] = CHANNELS,
+    variants: Sequence[Variant] = EVERY_VARIANT,
+    processes: int | None = None,
+) -> list[Row]:
     """A row for every kernel that any of the calls launches."""
     with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
-        found = pool.map(compile_for, *zip(*itertools.product(targets, channels), strict=True))
+        found = pool.map(compile_for, *zip(*itertools.product(targets, channels, [variants]), strict=True))
         return [row for rows in found for row in rows]
 
 
-def compiled_kernels(target: int, channels: int, sizes: Sequence[tuple[int, int, int]] = SIZES) -> dict[str, int]:
-    """How many kernels are compiled where one size would compile one, for images of these sizes, by layout; the most of any.
+def compiled_kernels(target: int, channels: int, layout: str, sizes: Sequence[tuple[int, int, int]] = SIZES) -> int:
+    """The most kernels that are compiled, where one size would compile one, for images of these sizes in a layout.
 
     Of forward calls with float32 h: direction and dtype do not change what depends on the size.
     """
     compiling, found = _compiling(target), {}
     for size in sizes:
-        for operator, call, body in calls(channels, size):
-            if call in ("forward nhwc h=float32", "forward nchw h=float32"):
-                layout = call.split()[1]
+        for operator, call, body in calls(channels, size, [("forward", layout, "float32")]):
+            if call != "any":  # of matrices, which have no other sizes
                 compiling.launched.clear()
                 body()
                 for i, launched in enumerate(compiling.launched):  # one object for each kernel that was compiled
-                    found.setdefault((layout, operator, i), {})[id(launched)] = launched
-    most = {}
-    for (layout, *_), kernels_of_call in found.items():
-        most[layout] = max(most.get(layout, 0), len(kernels_of_call))
-    return most
+                    found.setdefault((operator, i), {})[id(launched)] = launched
+    return max(map(len, found.values()))
 
 
 def worst(rows: Sequence[Row]) -> list[Row]:
@@ -245,9 +257,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--targets", type=int, nargs="+", default=TARGETS, help="compute capabilities, such as 90")
     parser.add_argument("--channels", type=int, nargs="+", default=CHANNELS)
+    parser.add_argument(
+        "--pairs", action="store_true", help="only calls in which each two of direction, layout and dtype are once"
+    )
     parser.add_argument("--json", action="store_true", help="every call, as a list of rows")
     options = parser.parse_args()
-    rows = report(options.targets, options.channels)
+    rows = report(options.targets, options.channels, PAIRS if options.pairs else EVERY_VARIANT)
     print(json.dumps([asdict(row) for row in rows]) if options.json else table(worst(rows)))
 
 

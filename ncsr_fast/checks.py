@@ -1,4 +1,4 @@
-"""What images, noise and latents must be, said in errors that name the argument, what it was and should be."""
+"""Checks of images, noise and latents, whose errors name the argument, what it was and what it should be."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def bytes_range(image: Tensor) -> str | None:
     Far above 1 and hardly below 0, that is: an image that was decoded from a state that blew up is as far below.
     Waits for the device.
     """
-    darkest, brightest = (value.item() for value in image.detach().aminmax())
+    darkest, brightest = map(float, image.detach().aminmax())
     return f"from {darkest:g} to {brightest:g}" if brightest > _BRIGHTEST and darkest >= _DARKEST else None
 
 

@@ -17,14 +17,17 @@ class FrozenError(RuntimeError):
 
 
 class Freezer:
-    """Whether a model is frozen, and what it was like before. A copy or a pickle of a frozen model is not frozen."""
+    """The promise that a model's weights stay as they are, and the modes of the model before it.
+
+    A copy or a pickle of a frozen model is not frozen.
+    """
 
     def __init__(self) -> None:
         self._record: _Record | None = None
 
     @property
     def frozen(self) -> bool:
-        """Whether the model is frozen."""
+        """True while the promise holds."""
         return self._record is not None
 
     def freeze(self, model: nn.Module, caches: Sequence[Cache], fold: Callable[[], None]) -> None:

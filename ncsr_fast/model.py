@@ -259,7 +259,7 @@ class NCSR(nn.Module):
 
     @property
     def frozen(self) -> bool:
-        """Whether `freeze_for_inference` was called, and `unfreeze` not since."""
+        """True from `freeze_for_inference` to `unfreeze`."""
         return self._freezer.frozen
 
     def freeze_for_inference(self) -> NCSR:

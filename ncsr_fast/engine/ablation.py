@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 
 class Ablation(NamedTuple):
-    """What the engine does where it can.
+    """The parts of the engine that can be switched off.
 
     Args:
         subpixel: Convolve upsampled features at the resolution they had before.

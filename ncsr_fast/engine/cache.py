@@ -1,4 +1,4 @@
-"""What is computed from the weights, kept while they stay as they are."""
+"""Values computed from the weights, stored while the weights stay as they are."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ class Cache:
 
 
 def _is_tracked(weight: Tensor) -> bool:
-    """Whether it has memory, and a count of the operations on it."""
+    """True for a weight with memory and a count of the operations on it."""
     return has_memory(weight) and not weight.is_inference()
 
 
@@ -106,7 +106,7 @@ def place(weight: Tensor) -> tuple[Any, ...]:
 
 
 def fingerprint(weights: Iterable[Tensor]) -> tuple[list[tuple[Any, ...]], int]:
-    """What equals that of another time only when none of the weights, all on one device, changed between, by whatever way.
+    """A fingerprint of weights on one device, equal to that of another time only if none of them changed, by whatever way.
 
     Besides `place`, it is a hash of their bits: exact integers, the same whatever the order of summation. A change, be it a
     permutation, flipped signs or one whose parts cancel in a sum, goes unnoticed with a probability below 2⁻²⁸. Waits for

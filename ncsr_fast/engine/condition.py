@@ -1,4 +1,4 @@
-"""What a flow is conditioned on: the encoder's features of every level, and the noise."""
+"""The condition of a flow: the encoder's features of every level, and the noise."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Features(NamedTuple):
 
     @property
     def upsampled(self) -> bool:
-        """Whether the level is larger than LR, so that the stacked features are upsampled."""
+        """True for a level larger than LR, whose stacked features are upsampled."""
         return self.stacked is not None and self.own.shape[2] > self.stacked.shape[2]
 
     def sample(self, index: int) -> Features:
@@ -42,7 +42,7 @@ class Features(NamedTuple):
 
 
 class Condition(NamedTuple):
-    """What an encoder makes of an LR image.
+    """The condition that an encoder makes of an LR image.
 
     Args:
         features: Of every level, from the HR side.

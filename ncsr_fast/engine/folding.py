@@ -5,6 +5,7 @@ All of it is differentiable: autograd carries the gradients to the parameters.
 
 from __future__ import annotations
 
+import itertools
 from typing import NamedTuple, Protocol
 
 import torch
@@ -42,8 +43,8 @@ class Networks(NamedTuple):
 
     def unbind(self) -> list[StepNetwork]:
         """The networks one by one."""
-        count = len(self.w2)
-        return [StepNetwork(*weights) for weights in zip(*([None] * count if t is None else t.unbind() for t in self))]
+        w1 = itertools.repeat(None) if self.w1 is None else self.w1.unbind()
+        return list(map(StepNetwork, w1, self.w2.unbind(), self.b2.unbind(), self.w3.unbind(), self.b3.unbind()))
 
 
 class Hoisted(NamedTuple):

@@ -195,7 +195,7 @@ class _Cells:
         return [list(range(self.factor)), [0], [self.factor - 1]][i]
 
     def difference(self, i: int, j: int) -> Tensor:
-        """What product (i, j) multiplies: b, a - b or c - b along the rows, and the same of that along the columns."""
+        """The factor of product (i, j): b, a - b or c - b along the rows, and the same of that along the columns."""
         return _difference(_difference(self._stacked, i, 2), j, 3)
 
 

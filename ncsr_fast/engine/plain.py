@@ -15,15 +15,15 @@ class DefinedLevel(Level, Protocol):
     """A level with its definition, as `ncsr_fast.flow.level.FlowLevel` has it."""
 
     noise_channels: int
-
-    @property
-    def has_kernels(self) -> bool: ...
+    has_kernels: bool
 
     def encode(
         self, z: Tensor, u: Tensor, v: Tensor | None, initialize: bool, backend: str
     ) -> tuple[Tensor, Tensor | None, Tensor]: ...
 
-    def decode(self, z: Tensor, latent: Tensor | None, u: Tensor, v: Tensor | None, backend: str) -> tuple[Tensor, Tensor]: ...
+    def decode(
+        self, z: Tensor, latent: Tensor | None, u: Tensor, v: Tensor | None, backend: str, peaks: list[Tensor] | None
+    ) -> tuple[Tensor, Tensor]: ...
 
 
 class PlainLevel:
@@ -46,8 +46,8 @@ class PlainLevel:
     def decode(
         self, z: Tensor, latent: Tensor | None, noise: Tensor | None = None, peaks: list[Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
-        """As `LevelPlan.decode`, without peaks."""
-        return self.level.decode(z, latent, self._u(z), self.noise(noise, z), self.backend)
+        """As `LevelPlan.decode`."""
+        return self.level.decode(z, latent, self._u(z), self.noise(noise, z), self.backend, peaks)
 
     def noise(self, noise: Tensor | None, z: Tensor) -> Tensor | None:
         """The noise condition v of the level, zeros where noise is None; None for a level that has none."""

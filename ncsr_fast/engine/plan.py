@@ -8,6 +8,7 @@ fills in. Where they are not, the outputs of the injectors are computed here as 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import NamedTuple, Protocol
 
 import torch
@@ -30,7 +31,7 @@ from ncsr_fast.engine.folding import (
 from ncsr_fast.engine.gradient import level_pass
 from ncsr_fast.engine.hoisting import HoistedWeight, algorithm, hoisted_convolution, prepared
 from ncsr_fast.engine.options import EngineOptions
-from ncsr_fast.engine.program import BranchProgram, Place, Program, stages
+from ncsr_fast.engine.program import Head, Program, stages
 from ncsr_fast.engine.walk import LevelTensors
 from ncsr_fast.layout import laid_out
 from ncsr_fast.ops.backends import covering_backend
@@ -42,7 +43,7 @@ _AT_ONCE = 256 * 2**20
 
 
 class Level(Protocol):
-    """What the engine reads of `ncsr_fast.flow.level.FlowLevel`."""
+    """The attributes of `ncsr_fast.flow.level.FlowLevel` that the engine reads."""
 
     transition_steps: int
     steps: int
@@ -94,17 +95,23 @@ class FoldedLevel(NamedTuple):
 
 
 class PreActivations:
-    """Pre-activations of a level's networks and where each of them is, and outputs that need no state."""
+    """Pre-activations of a level's networks and where each of them is, and outputs that need no state.
+
+    Args:
+        sources: Tensors of pre-activations.
+        places: By branch, of each of its networks, which of the sources has its pre-activation and the first of the channels.
+        outputs: By branch, those of all its networks, or None.
+    """
 
     def __init__(self, branches: int) -> None:
         self.sources: list[Tensor] = []
-        self.places: list[list[Place]] = [[] for _ in range(branches)]
-        self.outputs: list[list[Tensor] | None] = [None] * branches
+        self.places: list[list[tuple[int, int]]] = [[] for _ in range(branches)]
+        self.outputs: list[tuple[Tensor, ...] | None] = [None] * branches
 
     def add(self, source: Tensor, places: list[tuple[int, int]]) -> None:
         """Add a tensor of pre-activations that holds those of branches, each (branch, first channel), in this order."""
         for branch, channel in places:
-            self.places[branch].append(Place(len(self.sources), channel))
+            self.places[branch].append((len(self.sources), channel))
         self.sources.append(source)
 
 
@@ -115,17 +122,21 @@ class LevelPlan:
         level: The level.
         features: Its condition, of a batch or of one image whose samples share it.
         options: Of the engine.
-        inverse: Whether states are decoded.
+        inverse: True for decoding.
     """
 
     def __init__(self, level: Level, features: Features, options: EngineOptions, inverse: bool) -> None:
         self.level, self.features, self.options, self.inverse = level, features, options, inverse
         self.recorded = _recorded(level, features)
-        self._group = {condition: self._branches_of(condition) for condition in ("features", "noise", None)}
+        self._group: dict[str | None, list[int]] = {"features": [], "noise": [], None: []}  # branches by condition
+        for index, branch in enumerate(level.branches):
+            self._group[branch.condition].append(index)
+        self._network_backend = covering_backend("step_network", options.backend, features.own)
         with without_autocast(features.own.device.type):
             self.mixing, self.folded = self._folded_mixing(), self._folded_networks()
             self._split = folded_split(level) if level.split_channels else None
-            self._known = self._pre_activations()
+            self._known = PreActivations(len(level.branches))
+            self._add_known()
             self.program = self._make_program()
 
     def encode(self, z: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -169,57 +180,46 @@ class LevelPlan:
         sources = [*self._known.sources, *self._noise_source(noise)]
         # autograd sums the gradients of what samples share
         sources = [source.expand(x.shape[0], -1, -1, -1) if source.requires_grad else source for source in sources]
-        outputs = tuple(None if known is None else tuple(known) for known in self._known.outputs)
-        tensors = LevelTensors(self.mixing.mix, self.mixing.offset, self.folded.networks, tuple(sources), outputs)
+        networks, outputs = self.folded.networks, tuple(self._known.outputs)
+        tensors = LevelTensors(self.mixing.mix, self.mixing.offset, networks, tuple(sources), outputs)
         y, logdet = level_pass(x, tensors, self.program, self.options.checkpoint, peaks)
         return y, logdet + self.mixing.logdet * (x.shape[2] * x.shape[3])
-
-    def _branches_of(self, condition: str | None) -> list[int]:
-        """The numbers of the branches with a condition."""
-        return [index for index, branch in enumerate(self.level.branches) if branch.condition == condition]
 
     def _folded_mixing(self) -> Mixing:
         level = self.level
         weights = level.actnorm_bias, level.actnorm_logs, level.invconv
-
-        def fold() -> Mixing:
-            return fold_mixing(*weights, level.transition_steps, self.inverse, self.options.backend)
-
+        fold = partial(fold_mixing, *weights, level.transition_steps, self.inverse, self.options.backend)
         return fold() if self.recorded else level.cache.get(("mixing", self.inverse), weights, fold)
 
     def _folded_networks(self) -> FoldedLevel:
-        level, features, method = self.level, self.features, self.options.method
+        level = self.level
         dtype = self.options.network_dtype(level.actnorm_bias.dtype)
-        rows = sum(level.networks(level.branches[index]).norm1_bias.numel() for index in self._group["features"])
-        chosen = algorithm(features, rows, dtype, method)
-
-        def fold() -> FoldedLevel:
-            return self._fold(dtype, chosen)
-
+        rows = sum([level.networks(level.branches[index]).norm1_bias.numel() for index in self._group["features"]])
+        chosen = algorithm(self.features, rows, dtype, self.options.method)
+        fold = partial(self._fold, dtype, chosen)
         return fold() if self.recorded else level.cache.get(("networks", dtype, chosen), level.parameters(), fold)
 
     def _fold(self, dtype: torch.dtype, algorithm: str) -> FoldedLevel:
-        level, pairs = self.level, []
+        level, found = self.level, []
+        hoisted: dict[str | None, list[Hoisted]] = {}
         for branch in level.branches:
             state_channels = 0 if branch.changes_all else level.pass_through
-            pairs.append(fold_networks(level.networks(branch), state_channels, dtype))
-        hoisted = {
-            condition: _stacked([pairs[index][1] for index in group]) for condition, group in self._group.items() if group
-        }
+            networks, rest = fold_networks(level.networks(branch), state_channels, dtype)
+            found.append(networks)
+            hoisted.setdefault(branch.condition, []).append(rest)
+        stacked = {condition: _stacked(parts) for condition, parts in hoisted.items()}
         weight, own_channels = None, self.features.own.shape[1]
-        if "features" in hoisted:
-            weight = prepared(hoisted["features"].weight, own_channels, algorithm, not self.recorded)
-        return FoldedLevel(tuple(networks for networks, _ in pairs), hoisted, weight)
+        if "features" in stacked:
+            weight = prepared(stacked["features"].weight, own_channels, algorithm, not self.recorded)
+        return FoldedLevel(tuple(found), stacked, weight)
 
-    def _pre_activations(self) -> PreActivations:
-        """Those of the features and of branches without a condition."""
-        known, own = PreActivations(len(self.level.branches)), self.features.own
+    def _add_known(self) -> None:
+        """Compute the pre-activations of the features and of branches without a condition."""
         if self._group["features"]:
-            self._add_features(known)
+            self._add_features()
         if self._group[None]:
-            bias = self.folded.hoisted[None].bias
-            known.add(bias[None, :, None, None].expand(1, -1, *own.shape[2:]), self._places(None))
-        return known
+            bias, size = self.folded.hoisted[None].bias, self.features.own.shape[2:]
+            self._known.add(bias[None, :, None, None].expand(1, -1, *size), self._places(None))
 
     def _places(self, condition: str | None) -> list[tuple[int, int]]:
         """Branch and first channel of the pre-activations of a condition, as the hoisted convolution puts them out."""
@@ -231,18 +231,18 @@ class LevelPlan:
                 channel = channel + networks.w2.shape[1]  # a tensor where torch.jit.trace runs, which += would change
         return found
 
-    def _add_features(self, known: PreActivations) -> None:
-        places, bias = self._places("features"), self.folded.hoisted["features"].bias
+    def _add_features(self) -> None:
+        places, bias, weight = self._places("features"), self.folded.hoisted["features"].bias, self.folded.weight
+        assert weight is not None
         if self.recorded:
-            known.add(hoisted_convolution(self.features, self._weight, bias, self.options.method), places)
+            self._known.add(hoisted_convolution(self.features, weight, bias, self.options.method), places)
             return
         for index in self._group["features"]:
-            self._add_branch(known, index, [channel for branch, channel in places if branch == index])
+            self._add_branch(index, [channel for branch, channel in places if branch == index], weight, bias)
 
-    def _add_branch(self, known: PreActivations, index: int, channels: list[int]) -> None:
+    def _add_branch(self, index: int, channels: list[int], weight: HoistedWeight, bias: Tensor) -> None:
         """Add a branch, some networks at a time: their outputs if they read the features alone, else their pre-activations."""
         networks, method, own = self.folded.networks[index].unbind(), self.options.method, self.features.own
-        weight, bias = self._weight, self.folded.hoisted["features"].bias
         hidden, changes_all = networks[0].w2.shape[0], self.level.branches[index].changes_all
         size = own[:, :1].numel() * hidden * own.element_size()
         # torch.export knows no sizes
@@ -256,14 +256,9 @@ class LevelPlan:
                 if changes_all:
                     outputs.append(evaluate_network(network, None, own_pre, method.tf32, self._network_backend))
                 else:  # dense: read for every sample, and the pixels of a slice lie pages apart
-                    known.add(laid_out(own_pre, self.options.memory_format), [(index, 0)])
+                    self._known.add(laid_out(own_pre, self.options.memory_format), [(index, 0)])
         if changes_all:
-            known.outputs[index] = outputs
-
-    @property
-    def _weight(self) -> HoistedWeight:
-        assert self.folded.weight is not None, "no branch reads the features"
-        return self.folded.weight
+            self._known.outputs[index] = tuple(outputs)
 
     def _noise_source(self, noise: Tensor | None) -> list[Tensor]:
         """The pre-activations of the branches whose condition is the noise, if there are any."""
@@ -275,28 +270,25 @@ class LevelPlan:
         v = laid_out(resized_noise(noise, own.shape[2:]).to(own.dtype), self.options.memory_format)
         return [convolution(v, weight, bias, self.options.method)]
 
-    @property
-    def _network_backend(self) -> str:
-        return covering_backend("step_network", self.options.backend, self.features.own)
-
     def _make_program(self) -> Program:
-        level, known, branches = self.level, self._known, []
-        noise = dict.fromkeys(self._group["noise"], len(known.sources))
+        level, places, options = self.level, self._known.places, self.options
+        for index, channel in self._places("noise"):  # computed by each call, behind the sources that are known
+            places[index].append((len(self._known.sources), channel))
+        heads = []
         for index, (branch, networks) in enumerate(zip(level.branches, self.folded.networks)):
-            places = known.places[index]
-            if index in noise:
-                places = [Place(noise[index], channel) for number, channel in self._places("noise") if number == index]
-            count, hidden = len(networks.w2), networks.w2.shape[1]
-            branches.append(BranchProgram(count, branch.changes_all, hidden, tuple(places)))
-        backend = ops.resolve_backend("flow_step", self.options.backend, level.actnorm_bias)
+            pass_through, hidden = 0 if branch.changes_all else level.pass_through, networks.w2.shape[1]
+            known = places[index] or [(0, 0)] * len(networks.w2)  # where outputs are known, none is read
+            numbered = enumerate(known)
+            heads.append(tuple([Head(index, number, pass_through, *place, hidden) for number, place in numbered]))
+        backend = ops.resolve_backend("flow_step", options.backend, level.actnorm_bias)
         return Program(
-            stages(branches, level.steps, self.inverse),
-            tuple(branches),
+            stages(heads, level.steps, self.inverse),
+            tuple(heads),
             level.eps,
             self.inverse,
             backend,
             self._network_backend,
-            self.options.method,
+            options.method,
         )
 
 
@@ -311,7 +303,7 @@ def split_prior(split: tuple[Tensor, Tensor], z1: Tensor) -> Tensor:
 
 
 def _recorded(level: Level, features: Features) -> bool:
-    """Whether autograd records what the level's parameters and the features decide."""
+    """True where autograd records the level's parameters or the features."""
     if not torch.is_grad_enabled():
         return False
     tensors = (*level.parameters(), *(tensor for tensor in features if tensor is not None))

@@ -15,62 +15,51 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from ncsr_fast.ops.contract import pass_through_channels
 from ncsr_fast.ops.conv3x3 import ConvolutionMethod
 
 
-class Place(NamedTuple):
-    """Where the pre-activation of a network is: which tensor of pre-activations, and the first of its channels."""
-
-    source: int
-    channel: int
-
-
-class BranchProgram(NamedTuple):
-    """A branch of the last steps of a level.
+class Head(NamedTuple):
+    """The affine map of a branch at one step, and the network that computes its shift and scale.
 
     Args:
-        steps: How many of the last steps have it, which is the number of its networks.
-        changes_all: True: it changes all channels, and its networks read the condition alone (injector). False: it changes
-            the second half of the channels, and its networks read the first half too (coupling).
-        hidden: Channels of a pre-activation.
-        places: Where the pre-activation of each network is.
+        branch: Number of the branch.
+        network: Number of the network among the branch's.
+        pass_through: The first channels of the state, which the map leaves unchanged and the network reads (coupling); 0: it
+            changes all channels, and its network reads the condition alone (injector).
+        source: Which tensor of pre-activations has the network's.
+        channel: The first of its channels.
+        hidden: Their number.
     """
-
-    steps: int
-    changes_all: bool
-    hidden: int
-    places: tuple[Place, ...]
-
-
-class Head(NamedTuple):
-    """The affine map of a branch at one step: the branch's number, and that of the network among the branch's."""
 
     branch: int
     network: int
+    pass_through: int
+    source: int
+    channel: int
+    hidden: int
 
 
 class Stage(NamedTuple):
-    """Actnorm and 1×1 convolution of a step with the affines fused to it, then branches.
+    """Actnorm and 1×1 convolution of a step with the affines fused to it, then branches, whose networks read the state.
 
     Args:
         mix: Number of the step, or None: branches alone.
         before: Affine fused ahead of the mix, or None.
         after: Affine fused behind it, or None.
-        heads: Branches whose networks read the state behind the mix, in the order in which they are applied.
-        deferred: Whether the last of the heads is applied by the next stage, as its `before`.
+        heads: Branches, in the order in which they are applied.
+        deferred: The branch behind them that the next stage applies, as its `before`; or None.
     """
 
     mix: int | None
     before: Head | None
     after: Head | None
     heads: tuple[Head, ...]
-    deferred: bool
+    deferred: Head | None
 
     @property
-    def applied(self) -> tuple[Head, ...]:
-        """The heads that this stage applies."""
-        return self.heads[:-1] if self.deferred else self.heads
+    def evaluated(self) -> tuple[Head, ...]:
+        """The heads whose networks this stage evaluates."""
+        return self.heads if self.deferred is None else (*self.heads, self.deferred)
 
 
 class Program(NamedTuple):
@@ -78,7 +67,7 @@ class Program(NamedTuple):
 
     Args:
         stages: What is applied, first to last.
-        branches: By number.
+        heads: Of every branch, those of its networks.
         eps: Lower bound of the scales.
         inverse: The affines are inverse maps: decoding.
         backend: Of the maps, resolved.
@@ -87,52 +76,42 @@ class Program(NamedTuple):
     """
 
     stages: tuple[Stage, ...]
-    branches: tuple[BranchProgram, ...]
+    heads: tuple[tuple[Head, ...], ...]
     eps: float
     inverse: bool
     backend: str
     network_backend: str
     method: ConvolutionMethod
 
-    def pass_through(self, head: Head, channels: int) -> int:
-        """The number of first channels of the state that a head leaves unchanged."""
-        return pass_through_channels(channels) if self.reads_state(head) else 0
 
-    def reads_state(self, head: Head) -> bool:
-        """Whether the network of a head reads the pass-through channels, besides its condition."""
-        return not self.branches[head.branch].changes_all
-
-
-def stages(branches: Sequence[BranchProgram], steps: int, inverse: bool) -> tuple[Stage, ...]:
-    """The stages of a level of so many conditional steps, whose branches are given in encoding order."""
-    heads = [
-        [Head(b, k - steps + branch.steps) for b, branch in enumerate(branches) if k >= steps - branch.steps]
-        for k in range(steps)
-    ]
-    return _decoding(branches, heads) if inverse else _encoding(branches, heads)
+def stages(branches: Sequence[Sequence[Head]], steps: int, inverse: bool) -> tuple[Stage, ...]:
+    """The stages of a level of so many conditional steps; its branches in encoding order, each with the heads of its steps."""
+    heads: list[list[Head]] = [[] for _ in range(steps)]
+    for branch in branches:
+        for step, head in enumerate(branch, steps - len(branch)):  # the last steps have it
+            heads[step].append(head)
+    return _decoding(heads) if inverse else _encoding(heads)
 
 
-def _encoding(branches: Sequence[BranchProgram], heads: list[list[Head]]) -> tuple[Stage, ...]:
-    found, before = [], None
+def _encoding(heads: list[list[Head]]) -> tuple[Stage, ...]:
+    found: list[Stage] = []
+    before = None
     for k, own in enumerate(heads):
-        after, others = _split_first(branches, own)
-        deferred = k < len(heads) - 1 and bool(others) and not branches[others[-1].branch].changes_all
+        after, others = _split_first(own)
+        deferred = others.pop() if k < len(heads) - 1 and others and others[-1].pass_through else None
         found.append(Stage(k, before, after, tuple(others), deferred))
-        before = others[-1] if deferred else None
+        before = deferred
     return tuple(found)
 
 
-def _decoding(branches: Sequence[BranchProgram], heads: list[list[Head]]) -> tuple[Stage, ...]:
-    fused = [_split_first(branches, own) for own in heads]
-    others = [tuple(reversed(rest)) for _, rest in fused]
-    found = [Stage(None, None, None, others[-1], False)]
+def _decoding(heads: list[list[Head]]) -> tuple[Stage, ...]:
+    fused, others = zip(*map(_split_first, heads))
+    found = [Stage(None, None, None, tuple(reversed(others[-1])), None)]
     for k in reversed(range(len(heads))):
-        found.append(Stage(k, fused[k][0], None, others[k - 1] if k else (), False))
+        found.append(Stage(k, fused[k], None, tuple(reversed(others[k - 1])) if k else (), None))
     return tuple(found)
 
 
-def _split_first(branches: Sequence[BranchProgram], heads: list[Head]) -> tuple[Head | None, list[Head]]:
+def _split_first(heads: list[Head]) -> tuple[Head | None, list[Head]]:
     """The first head of a step if it changes all channels, and the others."""
-    if heads and branches[heads[0].branch].changes_all:
-        return heads[0], heads[1:]
-    return None, heads
+    return (heads[0], heads[1:]) if heads and not heads[0].pass_through else (None, heads[:])

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from ncsr_fast.engine.folding import Networks
-from ncsr_fast.engine.program import Head, Program, Stage
-from ncsr_fast.ops.affine import affine
-from ncsr_fast.ops.flow_step import folded_step
-from ncsr_fast.ops.step_network import Layers, StepNetwork, evaluate_network, network_layers
+from ncsr_fast.engine.program import Head, Program
+from ncsr_fast.ops.backends import Kernels, kernels
+from ncsr_fast.ops.recorded import RecordedKernels
+from ncsr_fast.ops.step_network import Layers, NetworkTensors, StepNetwork
 
 
 class LevelTensors(NamedTuple):
@@ -21,7 +21,7 @@ class LevelTensors(NamedTuple):
         mix: (K, C, C) of every step; of the inverse maps when decoding.
         offset: (K, C), likewise.
         networks: Folded, of every branch.
-        sources: Pre-activations (B, n·hidden, h, w) or (1, n·hidden, h, w), where `BranchProgram.places` finds them.
+        sources: Pre-activations (B, n·hidden, h, w) or (1, n·hidden, h, w), where the heads find them.
         outputs: Of every branch the outputs of all its networks, where they are known already; else None.
     """
 
@@ -33,130 +33,117 @@ class LevelTensors(NamedTuple):
 
 
 class Record(NamedTuple):
-    """What a walk leaves for the backward pass and for those who watch.
+    """The tensors that a walk leaves for the backward pass and for those who watch.
 
     Args:
-        states: The state behind the mix of every stage, which its networks read.
+        states: The state behind the mix of every stage, which its networks read; None: not wanted.
         peaks: The largest magnitude (B,) of the state behind every mix, NaN where it holds one; None: not wanted.
-        layers: Hidden layers and output of the networks of every stage's heads; None: not wanted, they are recomputed.
+        layers: Hidden layers and output of the networks that every stage evaluates; None: not wanted.
     """
 
-    states: list[Tensor]
+    states: list[Tensor] | None = None
     peaks: list[Tensor] | None = None
     layers: list[list[Layers]] | None = None
 
 
 class Walk:
-    """A level's program with its tensors."""
+    """A level's program with its tensors.
 
-    def __init__(self, program: Program, tensors: LevelTensors) -> None:
+    Args:
+        program: The program.
+        tensors: Its tensors; conditions of one sample are shared by all samples of the state.
+        recorded: True: autograd, or a graph that is traced, records what kernels do. False: they are called on memory.
+    """
+
+    def __init__(self, program: Program, tensors: LevelTensors, recorded: bool) -> None:
         self.program, self.tensors, self.outputs = program, tensors, list(tensors.outputs)
-        self.networks = [networks.unbind() for networks in tensors.networks]
-
-    def evaluate_free(self, layers: list[list[Layers]] | None = None) -> None:
-        """Evaluate the networks that read the condition alone and whose outputs are not known; they are from now on.
-
-        Args:
-            layers: Is appended, for every branch of such networks, their hidden layers and outputs, without autograd.
-        """
-        for index in free_branches(self.program, self.tensors):
-            heads = [Head(index, network) for network in range(self.program.branches[index].steps)]
-            if layers is None:
-                self.outputs[index] = tuple(self._evaluated(head, None) for head in heads)
-            else:
-                layers.append([self.layers(head, None) for head in heads])
-                self.outputs[index] = tuple(h for _, _, h in layers[-1])
+        called = RecordedKernels if recorded else kernels
+        self._maps: Kernels | RecordedKernels = called(program.backend)
+        self._networks: Kernels | RecordedKernels = called(program.network_backend)
+        self._weights = [networks.unbind() for networks in tensors.networks]
+        heads = zip(program.heads, self.outputs)
+        # branches that read the condition alone and whose outputs are not known
+        self.free = [branch for branch, (own, known) in enumerate(heads) if known is None and not own[0].pass_through]
 
     def run(self, x: Tensor, record: Record | None = None) -> tuple[Tensor, Tensor]:
-        """The state after the program (B, C, h, w), and the log|det| (B,) of all affines.
-
-        Conditions of one sample are shared by all of x.
-        """
-        logdets, deferred = [], None
-        for stage in self.program.stages:
+        """The state after the program (B, C, h, w), and the log|det| (B,) of all affines."""
+        program, (mix, offset, *_) = self.program, self.tensors
+        logdets: list[Tensor] = []
+        deferred = None
+        for stage in program.stages:
             if stage.mix is not None:
-                x, logdet = self.mix(stage, x, deferred)
+                before, after = self.fused(stage.before, x, deferred), self.fused(stage.after, x)
+                x, logdet = self._maps.flow_step_forward(
+                    x, mix[stage.mix], offset[stage.mix], before, after, program.eps, program.inverse
+                )
                 logdets.append(logdet)
-            x, found, deferred = self._heads(stage, x, record)
-            logdets += found
+            if record is not None:
+                _enter(record, x, stage.mix is not None)
+            for head in stage.heads:
+                h = self.output(head, x, record)
+                x, logdet = self._maps.affine_forward(x, h, head.pass_through, program.eps, program.inverse)
+                logdets.append(logdet)
+            deferred = None if stage.deferred is None else self.output(stage.deferred, x, record)
         return x, torch.stack(logdets).sum(dim=0)
 
-    def mix(self, stage: Stage, x: Tensor, deferred: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The mix of a stage with the affines fused to it; `deferred` is the output that the stage before left."""
-        tensors, program = self.tensors, self.program
-        before = deferred if deferred is not None else self.known_output(stage.before, x)
-        after = self.known_output(stage.after, x)
-        mix, offset = tensors.mix[stage.mix], tensors.offset[stage.mix]
-        return folded_step(x, mix, offset, before, after, program.eps, program.inverse, program.backend)
+    def evaluate_free(self, layers: list[list[Layers]] | None = None) -> None:
+        """Evaluate the networks of the branches `free`; their outputs are known from now on.
 
-    def _heads(self, stage: Stage, x: Tensor, record: Record | None) -> tuple[Tensor, list[Tensor], Tensor | None]:
-        """The state after a stage's heads, their log-dets, and the output that is left to the next stage."""
-        if record is not None:
-            record.states.append(x)
-            if record.peaks is not None and stage.mix is not None:
-                record.peaks.append(x.abs().amax(dim=(1, 2, 3)))
-            if record.layers is not None:
-                record.layers.append([])
-        logdets: list[Tensor] = []
-        for position, head in enumerate(stage.heads):
-            h = self.output(head, x, record)
-            if position == len(stage.applied):
-                return x, logdets, h
-            x, logdet = self.apply(head, x, h)
-            logdets.append(logdet)
-        return x, logdets, None
-
-    def apply(self, head: Head, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-        """The affine map of a head, and its log-det."""
-        program = self.program
-        return affine(x, h, program.pass_through(head, x.shape[1]), program.eps, program.inverse, program.backend)
+        Args:
+            layers: Is appended, for every such branch, the hidden layers and outputs of its networks.
+        """
+        for branch in self.free:
+            heads = self.program.heads[branch]
+            if layers is None:
+                self.outputs[branch] = tuple(self._evaluated(head, None) for head in heads)
+            else:
+                layers.append([self.layers(head, None) for head in heads])
+                self.outputs[branch] = tuple(h for _, _, h in layers[-1])
 
     def output(self, head: Head, x: Tensor, record: Record | None = None) -> Tensor:
-        """What the network of a head shifts and scales by; its layers are appended to the record if that wants them."""
-        known = self.known_output(head, x)
+        """The output of a head's network for all samples of x; its layers are appended to a record that wants them."""
+        known = self.outputs[head.branch]
         if known is not None:
-            return known
-        if record is not None and record.layers is not None:
-            record.layers[-1].append(self.layers(head, x))
-            return record.layers[-1][-1][2]
-        return self._evaluated(head, x)
+            return known[head.network].expand(x.shape[0], -1, -1, -1)
+        if record is None or record.layers is None:
+            return self._evaluated(head, x)
+        layers = self.layers(head, x)
+        record.layers[-1].append(layers)
+        return layers[2]
 
-    def _evaluated(self, head: Head, x: Tensor | None) -> Tensor:
-        """The output of a head's network; x None for one that reads the condition alone."""
-        tf32, backend = self.program.method.tf32, self.program.network_backend
-        return evaluate_network(self.network(head), self.read(head, x), self.pre(head), tf32, backend)
+    def fused(self, head: Head | None, x: Tensor, deferred: Tensor | None = None) -> Tensor | None:
+        """The output for an affine fused to a mix: `deferred` by the stage before, or known; None without a head."""
+        return deferred if head is None or deferred is not None else self.output(head, x)
 
     def layers(self, head: Head, x: Tensor | None) -> Layers:
-        """Hidden layers and output of a head's network, without gradients; x as for its output."""
-        tf32, backend = self.program.method.tf32, self.program.network_backend
-        return network_layers(self.network(head), self.read(head, x), self.pre(head), tf32, backend)
+        """Hidden layers and output of a head's network, where nothing is recorded; x None for one of a `free` branch."""
+        program = self.program
+        return kernels(program.network_backend).step_network_layers(*self._arguments(head, x), tf32=program.method.tf32)
+
+    def _evaluated(self, head: Head, x: Tensor | None) -> Tensor:
+        return self._networks.step_network_forward(*self._arguments(head, x), tf32=self.program.method.tf32)
+
+    def _arguments(self, head: Head, x: Tensor | None) -> NetworkTensors:
+        """The pass-through channels, for a network that reads them, the pre-activation, of as many samples, and the weights."""
+        network, pre = self.network(head), self.pre_activation(self.tensors.sources[head.source], head)
+        if x is None or not head.pass_through:
+            return (None, pre, *network)
+        return (x[:, : head.pass_through], pre.expand(x.shape[0], -1, -1, -1), *network)
 
     def network(self, head: Head) -> StepNetwork:
         """The weights of a head's network."""
-        return self.networks[head.branch][head.network]
-
-    def pre(self, head: Head) -> Tensor:
-        """The pre-activation of a head's network."""
-        place = self.program.branches[head.branch].places[head.network]
-        return self.pre_activation(self.tensors.sources[place.source], head)
+        return self._weights[head.branch][head.network]
 
     def pre_activation(self, source: Tensor, head: Head) -> Tensor:
         """That part of its source, or of the gradient, which is the pre-activation of a head's network: a view."""
-        branch = self.program.branches[head.branch]
-        place = branch.places[head.network]
-        return source if source.shape[1] == branch.hidden else source[:, place.channel : place.channel + branch.hidden]
-
-    def read(self, head: Head, x: Tensor | None) -> Tensor | None:
-        """The pass-through channels of the state, for a network that reads them; else None."""
-        pass_through = 0 if x is None else self.program.pass_through(head, x.shape[1])
-        return x[:, :pass_through] if x is not None and pass_through else None
-
-    def known_output(self, head: Head | None, x: Tensor) -> Tensor | None:
-        """The output of a head's network that is known already, for all samples of x."""
-        outputs = None if head is None else self.outputs[head.branch]
-        return None if head is None or outputs is None else outputs[head.network].expand(x.shape[0], -1, -1, -1)
+        return source if source.shape[1] == head.hidden else source[:, head.channel : head.channel + head.hidden]
 
 
-def free_branches(program: Program, tensors: LevelTensors) -> list[int]:
-    """The numbers of the branches that read the condition alone and whose outputs are not known."""
-    return [index for index, branch in enumerate(program.branches) if branch.changes_all and tensors.outputs[index] is None]
+def _enter(record: Record, x: Tensor, mixed: bool) -> None:
+    """Add the state behind the mix of a stage."""
+    if record.states is not None:
+        record.states.append(x)
+    if record.peaks is not None and mixed:
+        record.peaks.append(x.abs().amax(dim=(1, 2, 3)))
+    if record.layers is not None:
+        record.layers.append([])

@@ -157,7 +157,7 @@ class Levels:
         return max(1, spare_bytes(own.device) // (channels * own.shape[2] * own.shape[3] * own.element_size()))
 
     def _fit(self) -> bool:
-        """Whether what the plans hold is little enough to be kept."""
+        """True where the plans take little enough memory to be stored."""
         count = 0
         for level, features in zip(self.levels, self.condition.features):
             elements = 2 * level.channels + self.config.hidden_channels

@@ -13,7 +13,7 @@ from ncsr_fast.config import FlowConfig
 
 
 class Inputs:
-    """What images, noise and latents of a flow must be.
+    """Checks, padding and cropping of the images, noise and latents of a flow.
 
     Args:
         flow: The flow.

@@ -88,6 +88,8 @@ class FlowLevel(nn.Module):
             inputs = widths[branch.condition] + (0 if branch.changes_all else self.pass_through)
             outputs = 2 * (channels if branch.changes_all else channels - self.pass_through)
             setattr(self, branch.name, NETWORKS[branch.network](branch.steps, inputs, hidden_channels, outputs))
+        # True where the engine knows all networks
+        self.has_kernels = all([isinstance(self.networks(branch), StackedNetworks) for branch in self.branches])
         if self.split_channels:
             left = channels - self.split_channels
             self.split_weight = nn.Parameter(torch.zeros(2 * self.split_channels, left, 3, 3))
@@ -103,11 +105,6 @@ class FlowLevel(nn.Module):
     def networks(self, branch: Branch) -> Any:
         """The networks of a branch: `StackedNetworks`, or a module of another kind."""
         return getattr(self, branch.name)
-
-    @property
-    def has_kernels(self) -> bool:
-        """Whether the engine knows all networks of the level."""
-        return all(isinstance(self.networks(branch), StackedNetworks) for branch in self.branches)
 
     def encode(
         self, z: Tensor, u: Tensor, v: Tensor | None, initialize: bool = False, backend: str = "auto"
@@ -129,16 +126,28 @@ class FlowLevel(nn.Module):
         return z, latent, torch.stack(logdets).sum(dim=0)
 
     def decode(
-        self, z: Tensor, latent: Tensor | None, u: Tensor, v: Tensor | None, backend: str = "auto"
+        self,
+        z: Tensor,
+        latent: Tensor | None,
+        u: Tensor,
+        v: Tensor | None,
+        backend: str = "auto",
+        peaks: list[Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """The inverse of `encode`: state of the next level and the split's latent → z and logdet (B,)."""
+        """The inverse of `encode`: state of the next level and the split's latent → z and logdet (B,).
+
+        `peaks` is appended the largest magnitude (B,) of the state after each conditional step; of the last one decoded, after
+        the transition steps.
+        """
         logdets = []
         if latent is not None:
             z, logdet = self.undo_split(z, latent, backend)
             logdets.append(logdet)
-        for step in reversed(self.unbind()):
+        for index, step in reversed(list(enumerate(self.unbind()))):
             z, logdet = self.decode_step(step, z, u, v, backend)
             logdets.append(logdet)
+            if peaks is not None and (index > self.transition_steps or index == 0):
+                peaks.append(z.detach().abs().amax(dim=(1, 2, 3)))
         return self.unsqueezed(z), torch.stack(logdets).sum(dim=0)
 
     def squeezed(self, z: Tensor) -> Tensor:

@@ -196,10 +196,10 @@ def draw_latents(
 ) -> list[Tensor]:
     """Latents (batch, n, *shape) ~ N(0, temperature²), drawn sample by sample: the first m do not depend on n."""
 
-    def normal(shape: tuple[int, int, int]) -> Tensor:
-        return torch.randn((batch, *shape), generator=generator, dtype=like.dtype, device=like.device)
-
-    draws = [[normal(shape) for shape in shapes] for _ in range(n)]
+    draws = []
+    for _ in range(n):
+        own = [torch.randn((batch, *shape), generator=generator, dtype=like.dtype, device=like.device) for shape in shapes]
+        draws.append(own)
     return [temperature * torch.stack(latents, dim=1) for latents in zip(*draws)]
 
 
@@ -209,50 +209,51 @@ def decode_samples(levels: Levels, latents: Sequence[Tensor], watch: bool) -> tu
     If n is 1, the images are decoded as one batch. Otherwise the samples of each image form a batch and share its condition.
     Never synchronizes with the host.
     """
-    with levels.held():
-        images, peaks = _decode_all(levels, latents, watch)
-        return images, _first_bad(levels, images, peaks) if watch else None
-
-
-def _decode_all(levels: Levels, latents: Sequence[Tensor], watch: bool) -> tuple[Tensor, list[Tensor]]:
     batch, n = latents[0].shape[:2]
-    if n == 1:
-        images, peaks = _decode_group(levels, [latent[:, 0] for latent in latents], watch)
-        return images[:, None], [peak[:, None] for peak in peaks]
-    groups = [_decode_group(levels.image(index), [latent[index] for latent in latents], watch) for index in range(batch)]
-    images = torch.stack([images for images, _ in groups])
-    return images, [torch.stack(peak) for peak in zip(*(peaks for _, peaks in groups))]
-
-
-def _decode_group(levels: Levels, latents: list[Tensor], watch: bool) -> tuple[Tensor, list[Tensor]]:
-    """Images (N, 3, sH, sW) and the peak (N,) of every state on the way to them."""
-    peaks: list[Tensor] | None = [] if watch else None
-    images, _ = levels.decode(latents, None, peaks)
-    return images, peaks or []
-
-
-def _stations(levels: Levels) -> list[Origin]:
-    """The steps in the order they are decoded in."""
-    numbered = reversed(list(enumerate(levels.levels)))
-    return [Origin(index, step) for index, level in numbered for step in reversed(range(level.steps))]
+    images, first_bad = [], []
+    with levels.held():
+        for index in range(1 if n == 1 else batch):
+            group = levels if n == 1 else levels.image(index)
+            own = [latent[:, 0] if n == 1 else latent[index] for latent in latents]
+            peaks: list[Tensor] = []
+            x, _ = group.decode(own, None, peaks if watch else None)
+            images.append(x)
+            if watch:
+                first_bad.append(_first_bad(levels, x, peaks))
+    dim = 1 if n == 1 else 0
+    return torch.stack(images, dim), torch.stack(first_bad, dim) if watch else None
 
 
 def _first_bad(levels: Levels, images: Tensor, peaks: list[Tensor]) -> Tensor:
-    """For each sample (B, n) the number of the station whose state was the first beyond the bound or not finite.
+    """For each sample (N,) the number of the station whose state was the first beyond the bound or not finite.
 
     The number after the last station's is the image's own, and the next one means none.
+
+    Args:
+        levels: Of the flow.
+        images: (N, 3, sH, sW).
+        peaks: The largest magnitude (N,) of the state at each station, or none where states were not watched.
     """
-    image_bad = ~images.detach().isfinite().flatten(2).all(dim=2)
-    bad = [~(peak <= STATE_BOUND) for peak in peaks]  # NaN included
-    bad += [torch.zeros_like(image_bad)] * (len(_stations(levels)) - len(bad))  # of states that were not watched
-    return torch.stack([*bad, image_bad, torch.ones_like(image_bad)]).to(torch.int8).argmax(dim=0)
+    stations = sum([level.steps for level in levels.levels])
+    finite = images.detach().isfinite().flatten(1).all(dim=1)
+    number = stations + finite.to(torch.int64)
+    if len(peaks) != stations:
+        return number
+    bad = ~(torch.stack(peaks) <= STATE_BOUND)  # NaN included
+    return torch.where(bad.any(dim=0), bad.to(torch.int8).argmax(dim=0), number)
 
 
 def _origins(levels: Levels, first_bad: Tensor) -> dict[tuple[int, int], Origin]:
-    """Of every (image, sample) that blew up, where. Waits for the device."""
-    order = [*_stations(levels), Origin(0, 0)]
-    numbered = ((image, i, number) for image, row in enumerate(first_bad.tolist()) for i, number in enumerate(row))
-    return {(image, i): order[number] for image, i, number in numbered if number < len(order)}
+    """The origin of every (image, sample) that blew up. Waits for the device."""
+    found, order = {}, []
+    for index, level in reversed(list(enumerate(levels.levels))):  # the stations, in the order of decoding
+        order += [Origin(index, step) for step in reversed(range(level.steps))]
+    order.append(Origin(0, 0))
+    for image, row in enumerate(first_bad.tolist()):
+        for i, number in enumerate(row):
+            if number < len(order):
+                found[image, i] = order[number]
+    return found
 
 
 def _explained(found: dict[tuple[int, int], Origin], total: int, temperature: float, why: str) -> str:

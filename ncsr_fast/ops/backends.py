@@ -22,7 +22,7 @@ _PREFERRED = {"cpu": ("native",), "cuda": ("triton", "native")}  # what "auto" t
 
 
 class Kernels(Protocol):
-    """What a backend provides: functions of checked tensors without autograd, each documented in `ncsr_fast.ops.reference`.
+    """The functions of a backend, of checked tensors and without autograd, each documented in `ncsr_fast.ops.reference`.
 
     The reference has all of them; what the others have, on which devices and in which dtypes, says `COVERAGE`.
     """
@@ -176,7 +176,7 @@ class BackendUnavailable(RuntimeError):
 
 @dataclass(frozen=True)
 class Backend:
-    """Whether a backend can be used, and why not."""
+    """A backend by name: `available` where it can be used, else with the reason why not."""
 
     name: str
     available: bool
@@ -277,7 +277,7 @@ def _missing(name: str, kernel: str, kind: str, dtype: str) -> str:
 
 
 def _not_covered(name: str, kernel: str, kind: str, dtype: str) -> str:
-    """What a backend that is here lacks, or nothing."""
+    """The reason why a backend that is here cannot run a kernel, or nothing."""
     coverage = COVERAGE[name].get(kernel)
     if coverage is None:
         return f"it has no {kernel}; use backend='reference'"

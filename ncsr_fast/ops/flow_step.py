@@ -1,4 +1,4 @@
-"""What lies between two coupling networks of a flow, fused: coupling, actnorm, 1×1 convolution, injector."""
+"""The maps between two coupling networks of a flow, fused: coupling, actnorm, 1×1 convolution, injector."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Calls of the compiled module: tensors as addresses and strides, outputs allocated, nothing else.
 
-Shapes have been checked. Every tensor goes through `_read`, `_dense`, `_weight` or `_parameter`, and every output through one
-of the `…written` functions: these alone take an address, of what a kernel can read. Any memory layout is right, dtypes are
-converted, and a tensor without memory or on another device than the first one raises.
+Shapes have been checked. `_image`, `_dense`, `_weight`, `_per_sample` and `_parameter` say how a kernel reads or writes a
+tensor, and `_run` alone takes its address. Any memory layout is right, dtypes are converted, and a tensor without memory or on
+another device than the first one raises. Tensors of the caller's that a kernel writes to go through `_check_writable`.
 """
 
 from __future__ import annotations
@@ -21,45 +21,32 @@ _DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16:
 
 
 class _Passed(NamedTuple):
-    """An argument as C++ reads it, and the tensor whose memory it is, alive until the call is over."""
+    """A tensor whose memory a kernel reads or writes, None for one that is not given.
 
-    value: Any
+    Args:
+        tensor: Alive until the call is over.
+        layout: Its dtype and strides, which C++ reads behind the address; None: the address alone.
+    """
+
     tensor: Tensor | None
+    layout: tuple[int, ...] | None
 
 
-_NO_IMAGE = _Passed((0, 0, 0, 0, 0, 0), None)
-_NO_ADDRESS = _Passed(0, None)
+_NO_IMAGE = _Passed(None, (0, 0, 0, 0, 0))
+_NO_ADDRESS = _Passed(None, None)
 
 
-def _read(x: Tensor | None, dtype: torch.dtype | None = None) -> _Passed:
-    """A tensor (B, C, H, W), read as it lies, in `dtype` where the kernel reads no other."""
+def _image(x: Tensor | None, dtype: torch.dtype | None = None) -> _Passed:
+    """A tensor (B, C, H, W) as it lies, in `dtype` where the kernel reads no other."""
     if x is None:
         return _NO_IMAGE
     x = in_memory(x) if dtype is None else in_memory(x).to(dtype)
-    return _Passed((_address(x), _DTYPES[x.dtype], *x.stride()), x)
+    return _Passed(x, (_DTYPES[x.dtype], *x.stride()))
 
 
-def _written(y: Tensor | None, dtype: torch.dtype | None = None) -> _Passed:
-    """A tensor (B, C, H, W), written as it lies, in `dtype` where the kernel writes no other."""
-    if y is None:
-        return _NO_IMAGE
-    _check_writable(y, dtype)
-    return _Passed((_address(y), _DTYPES[y.dtype], *y.stride()), y)
-
-
-def _dense(x: Tensor | None, dtype: torch.dtype) -> _Passed:
-    """A tensor that the kernel reads from the first element to the last."""
-    if x is None:
-        return _NO_ADDRESS
-    x = in_memory(x).to(dtype).contiguous()
-    return _Passed(_address(x), x)
-
-
-def _dense_written(y: Tensor) -> _Passed:
-    _check_writable(y)
-    if not y.is_contiguous():
-        raise ValueError(f"an output of a kernel must be contiguous, not of strides {y.stride()} for shape {tuple(y.shape)}")
-    return _Passed(_address(y), y)
+def _dense(x: Tensor | None, dtype: torch.dtype | None = None) -> _Passed:
+    """A tensor from its first element to the last, in `dtype` where it is read and may have another."""
+    return _NO_ADDRESS if x is None else _Passed(in_memory(x).to(dtype or x.dtype).contiguous(), None)
 
 
 def _weight(weight: Tensor, dtype: torch.dtype, transposed: bool = False) -> tuple[_Passed, tuple[int, int]]:
@@ -68,81 +55,53 @@ def _weight(weight: Tensor, dtype: torch.dtype, transposed: bool = False) -> tup
     if weight.stride()[2:] != (3, 1):
         weight = weight.contiguous()
     by_output, by_input = weight.stride()[:2]
-    return _Passed(_address(weight), weight), (by_input, by_output) if transposed else (by_output, by_input)
-
-
-def _weight_written(weight: Tensor, dtype: torch.dtype) -> tuple[_Passed, tuple[int, int]]:
-    _check_writable(weight, dtype)
-    if weight.stride()[2:] != (3, 1):
-        raise ValueError(f"the gradient of a weight must have dense 3×3, not strides {weight.stride()}")
-    by_output, by_input = weight.stride()[:2]
-    return _Passed(_address(weight), weight), (by_output, by_input)
+    return _Passed(weight, None), (by_input, by_output) if transposed else (by_output, by_input)
 
 
 def _per_sample(x: Tensor, dtype: torch.dtype) -> _Passed:
     """One number a sample, of any stride."""
     x = in_memory(x).to(dtype)
-    return _Passed((_address(x), _DTYPES[x.dtype], x.stride(0), 0, 0, 0), x)
+    return _Passed(x, (_DTYPES[x.dtype], x.stride(0), 0, 0, 0))
 
 
 def _parameter(x: Tensor, dims: int) -> _Passed:
-    """A tensor of `dims` ≤ 2 dimensions, or a stack of them, of any strides and dtype, which the folding reads."""
+    """A tensor of `dims` ≤ 2 dimensions, or a stack of them, of any strides and dtype, which the folding reads or writes."""
     x = in_memory(x)
-    return _map(x, dims)
-
-
-def _parameter_written(x: Tensor, dims: int) -> _Passed:
-    _check_writable(x)
-    return _map(x, dims)
-
-
-def _map(x: Tensor, dims: int) -> _Passed:
     strides = x.stride()
     item = strides[0] if len(strides) > dims else 0
     row, column = (0, 0, *strides)[-2:] if dims == 2 else (0, strides[-1] if dims else 0)
-    return _Passed((_address(x), _DTYPES[x.dtype], item, 0, row, column), x)
+    return _Passed(x, (_DTYPES[x.dtype], item, 0, row, column))
 
 
-def _address(x: Tensor) -> int:
-    """Where the values of a tensor that `in_memory` returned begin."""
-    if not (x.is_cpu or x.is_cuda):
-        raise TypeError(f"a kernel reads memory of the CPU or of a GPU, and this tensor is on {x.device}")
-    return x.data_ptr()
-
-
-def _check_writable(y: Tensor, dtype: torch.dtype | None = None) -> None:
+def _check_writable(y: Tensor, dtype: torch.dtype) -> None:
     if in_memory(y) is not y:
         raise TypeError("a kernel cannot write to a tensor with a negative bit, or to one that is known to be zero")
-    if dtype is not None and y.dtype != dtype:
+    if y.dtype != dtype:
         raise TypeError(f"a kernel writes {dtype} here, and this tensor is {y.dtype}")
 
 
 def _run(call: Callable[..., Any], x: Tensor, workspace: Callable[[], int], *arguments: object) -> Any:
-    """Call a compiled function where x is; every tensor among the arguments is a `_Passed`."""
-    device, values = x.device, []
+    """Call a compiled function where x is: on the CPU with torch's number of threads, or on a GPU on torch's current stream."""
+    device, float64, values = x.device, x.dtype == torch.float64, []
     for argument in arguments:
-        if type(argument) is _Passed:
-            value, tensor = argument
-            if tensor is not None and tensor.device != device:
-                raise ValueError(f"a tensor is on {tensor.device}, but the state is on {device}")
-            values.append(value)
-        else:
+        if type(argument) is not _Passed:
             values.append(argument)
-    return _launch(call, x, workspace, *values)
-
-
-def _launch(call: Callable[..., Any], x: Tensor, workspace: Callable[[], int], *values: object) -> Any:
-    """Run on the CPU with torch's number of threads, or on a GPU, of this ordinal, with torch's current stream there."""
-    float64, device = x.dtype == torch.float64, x.device
+            continue
+        tensor, layout = argument
+        address = 0
+        if tensor is not None:
+            if not (tensor.is_cpu or tensor.is_cuda):
+                raise TypeError(f"a kernel reads memory of the CPU or of a GPU, and this tensor is on {tensor.device}")
+            if tensor.device != device:
+                raise ValueError(f"a tensor is on {tensor.device}, but the state is on {device}")
+            address = tensor.data_ptr()
+        values.append(address if layout is None else (address, *layout))
     if device.type == "cpu":
         return call(*values, float64, (0, torch.get_num_threads(), 0, 0))
     memory = torch.empty(workspace(), dtype=torch.uint8, device=device)  # of torch's allocator, which minds the stream
     with torch.cuda.device(device):
-        return call(*values, float64, (1, device.index, torch.cuda.current_stream(device).cuda_stream, _address(memory)))
-
-
-def _logdet(x: Tensor) -> Tensor:
-    return torch.empty(x.shape[0], dtype=compute_dtype(x), device=x.device)
+        stream = torch.cuda.current_stream(device).cuda_stream
+        return call(*values, float64, (1, device.index, stream, memory.data_ptr()))
 
 
 def affine_forward(x: Tensor, h: Tensor, pass_through: int, eps: float, inverse: bool) -> tuple[Tensor, Tensor]:
@@ -164,10 +123,10 @@ def gaussian_split_backward(dy: Tensor, dlogdet: Tensor, x: Tensor, h: Tensor, i
 
 
 def _elementwise_forward(map: Any, x: Tensor, h: Tensor, pass_through: int, eps: float, inverse: bool) -> tuple[Tensor, Tensor]:
-    y, logdet = empty_like(x), _logdet(x)
+    y, logdet = empty_like(x), x.new_empty(x.shape[0], dtype=compute_dtype(x))
     _run(
         native.elementwise_forward, x, lambda: native.elementwise_workspace(x.shape),
-        map, x.shape, pass_through, eps, inverse, _read(x), _read(h), _written(y), _dense_written(logdet),
+        map, x.shape, pass_through, eps, inverse, _image(x), _image(h), _image(y), _dense(logdet),
     )  # fmt: skip
     return y, logdet
 
@@ -178,7 +137,7 @@ def _elementwise_backward(
     dx, dh = empty_like(x), empty_like(h)
     _run(
         native.elementwise_backward, x, lambda: 0, map, x.shape, pass_through, eps, inverse,
-        _read(dy), _per_sample(dlogdet, compute_dtype(x)), _read(x), _read(h), _written(dx), _written(dh),
+        _image(dy), _per_sample(dlogdet, compute_dtype(x)), _image(x), _image(h), _image(dx), _image(dh),
     )  # fmt: skip
     return dx, dh
 
@@ -186,11 +145,12 @@ def _elementwise_backward(
 def flow_step_forward(
     x: Tensor, mix: Tensor, offset: Tensor, h_before: Tensor | None, h_after: Tensor | None, eps: float, inverse: bool
 ) -> tuple[Tensor, Tensor]:
-    y, logdet, dtype = empty_like(x), _logdet(x), compute_dtype(x)
+    dtype = compute_dtype(x)
+    y, logdet = empty_like(x), x.new_empty(x.shape[0], dtype=dtype)
     _run(
         native.flow_step_forward, x, lambda: native.flow_step_workspace(x.shape, x.dtype == torch.float64, False),
-        x.shape, eps, inverse, _read(x), _dense(mix, dtype), _dense(offset, dtype), _read(h_before), _read(h_after),
-        _written(y), _dense_written(logdet),
+        x.shape, eps, inverse, _image(x), _dense(mix, dtype), _dense(offset, dtype), _image(h_before), _image(h_after),
+        _image(y), _dense(logdet),
     )  # fmt: skip
     return y, logdet
 
@@ -212,8 +172,8 @@ def flow_step_backward(
     dh_after = None if h_after is None else empty_like(h_after)
     _run(
         native.flow_step_backward, x, lambda: native.flow_step_workspace(x.shape, x.dtype == torch.float64, True),
-        x.shape, eps, inverse, _read(dy), _per_sample(dlogdet, dtype), _read(x), _read(y), _dense(mix, dtype), _read(h_before),
-        _read(h_after), _written(dx), _dense_written(dmix), _dense_written(doffset), _written(dh_before), _written(dh_after),
+        x.shape, eps, inverse, _image(dy), _per_sample(dlogdet, dtype), _image(x), _image(y), _dense(mix, dtype),
+        _image(h_before), _image(h_after), _image(dx), _dense(dmix), _dense(doffset), _image(dh_before), _image(dh_after),
     )  # fmt: skip
     return dx, dmix.to(mix.dtype), doffset.to(mix.dtype), dh_before, dh_after
 
@@ -248,15 +208,23 @@ def step_network_layers(
 
 
 def _step_network(
-    h1: Tensor | None, h2: Tensor | None, z1: Tensor | None, pre: Tensor, w1: Tensor | None, *weights: Tensor
+    h1: Tensor | None,
+    h2: Tensor | None,
+    z1: Tensor | None,
+    pre: Tensor,
+    w1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor,
+    w3: Tensor,
+    b3: Tensor,
 ) -> Tensor:
     """The output, channels-last; the hidden layers are written to h1 and h2 where they are given."""
-    (batch, width, rows, columns), outputs = pre.shape, weights[-1].shape[0]
+    (batch, width, rows, columns), outputs, dtype = pre.shape, w3.shape[0], pre.dtype
     y = _channels_last((batch, outputs, rows, columns), pre)
     sizes = (batch, rows, columns, 0 if z1 is None else z1.shape[1], width, outputs)
     _run(
-        native.step_network_forward, pre, lambda: 0, sizes, _read(z1, pre.dtype), _read(pre),
-        *(_dense(weight, pre.dtype) for weight in (w1, *weights)), _written(h1), _written(h2), _written(y),
+        native.step_network_forward, pre, lambda: 0, sizes, _image(z1, dtype), _image(pre), _dense(w1, dtype),
+        _dense(w2, dtype), _dense(b2, dtype), _dense(w3, dtype), _dense(b3, dtype), _image(h1), _image(h2), _image(y),
     )  # fmt: skip
     return y
 
@@ -300,9 +268,13 @@ def _conv3x3_backward_weight(dy: Tensor, x: Tensor, upsample2x: bool, out: Tenso
     """Gradients of weight and bias."""
     outputs, inputs = dy.shape[1], x.shape[1]
     dweight, dbias = dy.new_empty((outputs, inputs, 3, 3)) if out is None else out, dy.new_empty(outputs)
+    if out is not None:
+        _check_writable(out, dy.dtype)
+        if out.stride()[2:] != (3, 1):
+            raise ValueError(f"the gradient of a weight must have dense 3×3, not strides {out.stride()}")
     _run(
-        native.conv3x3_gradient, dy, lambda: 0, (*_sizes(x, dy), inputs, outputs), upsample2x, _read(x, dy.dtype), _read(dy),
-        *_weight_written(dweight, dy.dtype), _dense_written(dbias),
+        native.conv3x3_gradient, dy, lambda: 0, (len(x), *x.shape[2:], *dy.shape[2:], inputs, outputs), upsample2x,
+        _image(x, dy.dtype), _image(dy), *_weight(dweight, dy.dtype), _dense(dbias),
     )  # fmt: skip
     return dweight, dbias
 
@@ -327,21 +299,18 @@ def _conv3x3(
         out = _channels_last((batch, outputs, rows, columns), x)
         if accumulate:
             out.zero_()
+    else:
+        _check_writable(out, x.dtype)
     _run(
-        native.conv3x3_forward, x, lambda: 0, (*_sizes(x, out), inputs, outputs), upsample2x, _read(x),
-        *_weight(weight, x.dtype, transposed), _dense(bias, x.dtype), slope, _read(relu_output, x.dtype),
-        0 if relu_output is None else relu_output.shape[1], transposed, accumulate, _written(out, x.dtype),
+        native.conv3x3_forward, x, lambda: 0, (batch, *x.shape[2:], *out.shape[2:], inputs, outputs), upsample2x, _image(x),
+        *_weight(weight, x.dtype, transposed), _dense(bias, x.dtype), slope, _image(relu_output, x.dtype),
+        0 if relu_output is None else relu_output.shape[1], transposed, accumulate, _image(out),
     )  # fmt: skip
     return out
 
 
 def _channels_last(shape: tuple[int, ...], like: Tensor) -> Tensor:
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
-
-
-def _sizes(x: Tensor, y: Tensor) -> tuple[int, int, int, int, int]:
-    """Of a convolution: the batch, and the rows and columns of both."""
-    return (x.shape[0], *x.shape[2:], *y.shape[2:])
 
 
 def inverse_logdet(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -351,7 +320,7 @@ def inverse_logdet(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     logdet, condition = weight.new_empty((2, count), dtype=torch.float64).unbind()
     _run(
         native.inverse_logdet, weight, lambda: native.inverse_logdet_workspace(count, channels), count, channels,
-        _dense(weight, torch.float64), _dense_written(inverse), _dense_written(logdet), _dense_written(condition),
+        _dense(weight, torch.float64), _dense(inverse), _dense(logdet), _dense(condition),
     )  # fmt: skip
     return inverse, logdet, condition
 
@@ -370,8 +339,8 @@ def fold_forward(
     logdet = weight.new_empty(bias.shape[:-1], dtype=torch.float64)
     conditions = _run(
         native.fold_forward, weight, lambda: 0, count, channels, inverse, needs_logdet, _parameter(bias, 1),
-        _parameter(logs, 1), _parameter(weight, 2), _parameter_written(mix, 2), _parameter_written(offset, 1),
-        _parameter_written(logdet, 0),
+        _parameter(logs, 1), _parameter(weight, 2), _parameter(mix, 2), _parameter(offset, 1),
+        _parameter(logdet, 0),
     )  # fmt: skip
     if inverse:
         check_conditions(name, conditions, channels)
@@ -386,6 +355,6 @@ def fold_backward(
     _run(
         native.fold_backward, weight, lambda: 0, count, channels, inverse, _parameter(bias, 1), _parameter(logs, 1),
         _parameter(weight, 2), _parameter(dmix, 2), _parameter(doffset, 1), _parameter(dlogdet.double(), 0),
-        _parameter_written(dbias, 1), _parameter_written(dlogs, 1), _parameter_written(dweight, 2),
+        _parameter(dbias, 1), _parameter(dlogs, 1), _parameter(dweight, 2),
     )  # fmt: skip
     return dbias.to(bias.dtype), dlogs.to(logs.dtype), dweight.to(weight.dtype)

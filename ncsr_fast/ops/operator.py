@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ncsr_fast.autocast import without_autocast
-from ncsr_fast.layout import has_memory, is_eager, traced, transformed
+from ncsr_fast.layout import has_memory, readable, transformed
 from ncsr_fast.ops.registration import Registered, Signature
 
 Tensors = tuple[Tensor | None, ...]
@@ -55,25 +55,19 @@ class Operator:
 
     def __call__(self, tensors: Tensors, *settings: Any) -> Outputs:
         given = [tensor for tensor in tensors if tensor is not None]
+        # made of what PyTorch and other operators do
+        by_pytorch = self._registered is None or settings[-1] == "reference"
         with without_autocast(given[0].device.type):
-            return self._compute(tensors, given, settings)
-
-    def _compute(self, tensors: Tensors, given: list[Tensor], settings: tuple[Any, ...]) -> Outputs:
-        if self._by_pytorch(settings):
-            if self._autograd_of_reference or traced() or not all(map(is_eager, given)):
+            if by_pytorch and self._autograd_of_reference:
                 return self.reference(*tensors, *settings)
-        elif not torch.compiler.is_compiling() and transformed():
-            return self.reference(*tensors, *settings)
-        elif self._registered is not None and (traced() or not all(map(has_memory, given))):
-            return self._registered(tensors, settings)
-        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given):
-            outputs: Outputs = self._function.apply(len(tensors), *tensors, *settings)
-            return outputs
-        return self.forward(tensors, *settings)[0]
-
-    def _by_pytorch(self, settings: tuple[Any, ...]) -> bool:
-        """Whether `forward` and `backward` are made of what PyTorch and other operators do, and reach no kernel themselves."""
-        return self._registered is None or settings[-1] == "reference"
+            if not readable(given):
+                if self._registered is None or by_pytorch or (transformed() and not torch.compiler.is_compiling()):
+                    return self.reference(*tensors, *settings)
+                return self._registered(tensors, settings)
+            if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given):
+                outputs: Outputs = self._function.apply(len(tensors), *tensors, *settings)
+                return outputs
+            return self.forward(tensors, *settings)[0]
 
     def _make_function(self, name: str) -> type[torch.autograd.Function]:
         def forward(ctx: Any, count: int, *arguments: Any) -> Outputs:  # a setup_context would cost 25 µs a call
@@ -86,8 +80,8 @@ class Operator:
         def gradient(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
             saved = ctx.saved_tensors  # once: torch.utils.checkpoint recomputes them for it
             needed = ctx.needs_input_grad[1 : ctx.count + 1]
-            readable = is_eager if self._by_pytorch(ctx.settings) else has_memory
-            found = self.gradients(grads, saved[: ctx.count], saved[ctx.count :], needed, ctx.settings, self.backward, readable)
+            inputs, others = saved[: ctx.count], saved[ctx.count :]
+            found = self.gradients(grads, inputs, others, needed, ctx.settings, self.backward, has_memory)
             return None, *found, *([None] * len(ctx.settings))
 
         methods: dict[str, Callable[..., Any]] = {"forward": forward, "backward": gradient}
@@ -101,13 +95,13 @@ class Operator:
         needed: tuple[bool, ...],
         settings: tuple[Any, ...],
         backward: Callable[..., Tensors],
-        readable: Callable[[Tensor], bool],
+        accepted: Callable[[Tensor], bool],
     ) -> Tensors:
         """The gradient of every input, None where it is not needed: by `backward`, or by autograd on the reference where a
-        gradient of it is wanted (create_graph=True) or `backward` cannot read one of `grads`."""
+        gradient of it is wanted (create_graph=True) or one of `grads` is not `accepted`."""
         given = [grad for grad in grads if grad is not None]
         with without_autocast(given[0].device.type):
-            if torch.is_grad_enabled() or not all(map(readable, given)):
+            if torch.is_grad_enabled() or not all(map(accepted, given)):
                 return self._gradients_of_reference(grads, inputs, needed, settings)
             found = backward(grads, inputs, saved, needed, *settings)
         return tuple(gradient if wanted else None for gradient, wanted in zip(found, needed))

@@ -65,5 +65,5 @@ def convolve_as_recorded(x: Tensor, weight: Tensor, bias: Tensor | None, tf32: b
 
 
 def _padding(weight: Tensor) -> list[int]:
-    """Of both axes: torch.jit.trace of torch 2.4 takes a number made of sizes for no number of both."""
+    """The padding of both axes: torch.jit.trace of torch 2.4 takes a number made of sizes for no number of both."""
     return [weight.shape[-1] // 2] * 2

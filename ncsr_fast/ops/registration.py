@@ -23,7 +23,7 @@ def state_and_logdet(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 
 
 class Signature(NamedTuple):
-    """What `torch.library` is told of an operator.
+    """The description of an operator for `torch.library`.
 
     Args:
         tensors: Their types and names, as in a schema: "Tensor z, Tensor? h".

@@ -94,13 +94,6 @@ def evaluate_network(network: StepNetwork, z1: Tensor | None, pre: Tensor, tf32:
     return _step_network((z1, pre, *network), tf32, backend)[0]
 
 
-def network_layers(network: StepNetwork, z1: Tensor | None, pre: Tensor, tf32: bool, backend: str) -> Layers:
-    """h1, h2 and h, without autograd."""
-    if z1 is not None:
-        pre = pre.expand(z1.shape[0], -1, -1, -1)
-    return kernels(backend).step_network_layers(z1, pre, *network, tf32=tf32)
-
-
 def network_gradients(
     network: StepNetwork,
     z1: Tensor | None,

@@ -9,6 +9,7 @@ from support import image, tiny_model
 
 from ncsr_fast import NCSR
 from ncsr_fast.engine.ablation import ablated
+from ncsr_fast.engine.walk import Walk
 
 VARIANTS = {
     "noise": {"steps": 3, "noise_steps": (0, 2, 3), "transition_steps": 2},
@@ -107,6 +108,17 @@ def test_frozen_parts_get_no_gradient():
             name for name in whole if name.startswith(f"gradient of {frozen}.")
         }
         assert_same(part, {name: whole[name] for name in part})
+
+
+def test_a_pass_without_gradients_saves_no_layers(monkeypatch):
+    """Neither of images nor of weights: hidden layers of all steps would be as much memory as training takes."""
+    model = tiny_model(**VARIANTS["noise"])
+    model.checkpoint = False
+    hr, lr, noise = inputs(model)
+    expected = model.nll(hr, lr, noise)
+    monkeypatch.setattr(Walk, "layers", lambda *arguments: pytest.fail("layers are saved"))
+    with torch.no_grad():
+        assert torch.equal(model.nll(hr, lr, noise), expected)
 
 
 def test_gradients_of_gradients():

@@ -137,6 +137,28 @@ def test_a_kind_of_networks_without_kernels_runs_by_its_definition_and_the_other
     assert_same(found, expected)
 
 
+def test_states_are_watched_at_every_step_whatever_evaluates_a_level(monkeypatch):
+    monkeypatch.setitem(NETWORKS, "own", lambda *sizes: OwnNetworks(StackedNetworks(*sizes)))
+
+    def with_own(index: int) -> FlowConfig:
+        branches = tuple(replace(branch, network="own") for branch in FLOW.levels[index].branches)
+        changed = replace(FLOW.levels[index], branches=branches)
+        return replace(FLOW, levels=tuple(changed if i == index else level for i, level in enumerate(FLOW.levels)))
+
+    models = [model_of(), model_of(), model_of(with_own(0)), model_of(with_own(1))]
+    models[1].engine = "plain"
+    found = []
+    for model in models:
+        _, lr, _ = images()
+        latents = [torch.ones(len(lr), *shape, dtype=lr.dtype) for shape in model.latent_shapes(*lr.shape[2:])]
+        found.append([])
+        with torch.no_grad():
+            model.conditioned_levels(model.padded(lr)).decode(latents, None, found[-1])
+    for peaks in found:
+        assert len(peaks) == sum(level.steps for level in FLOW.levels)
+        assert torch.allclose(torch.stack(peaks), torch.stack(found[0]), rtol=1e-10, atol=0)
+
+
 @pytest.mark.parametrize(
     "change, message",
     [

@@ -31,22 +31,25 @@ EVERY_CELL = [(target, channels) for channels in CHANNELS for target in (80, 90,
 # for a few registers: its products, of float32, are not of tensor cores, in which the targets differ. The rest with
 # `make test-all`.
 IN_EVERY_RUN = {(90, 12), (90, 192)}
-CELLS = [pytest.param(*cell, marks=() if cell in IN_EVERY_RUN else pytest.mark.exhaustive) for cell in EVERY_CELL]
+CELLS = [pytest.param(*cell, "pairs", marks=() if cell in IN_EVERY_RUN else pytest.mark.exhaustive) for cell in EVERY_CELL]
+CELLS += [pytest.param(*cell, "every", marks=pytest.mark.exhaustive) for cell in EVERY_CELL]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target, channels", CELLS)
-def test_what_every_kernel_needs(pytestconfig, target, channels):
+@pytest.mark.parametrize("target, channels, variants", CELLS)
+def test_what_every_kernel_needs(pytestconfig, target, channels, variants):
     from ncsr_fast.kernels.ahead_of_time import TARGETS, Row, table, worst
 
     arguments = ["-m", "ncsr_fast.kernels.ahead_of_time", "--json", "--targets", str(target), "--channels", str(channels)]
-    rows = [Row(**row) for row in printed(pytestconfig, f"ahead_of_time-{target}-{channels}", arguments)]
+    arguments += ["--pairs"] if variants == "pairs" else []
+    rows = [Row(**row) for row in printed(pytestconfig, f"ahead_of_time-{target}-{channels}-{variants}", arguments)]
     print(table(worst(rows)))
     calls = Counter((row.target, row.channels) for row in rows)
-    # two directions and layouts of: affine, gaussian_split (3 kernels), flow_step (5) with two dtypes of h, and without h (5);
-    # and one of matrices
+    # of each variant affine, gaussian_split (3 kernels) and flow_step (5), of half of them flow_step without h (5); and one of
+    # matrices
+    count = 4 if variants == "pairs" else 8
     assert {cell[0] for cell in EVERY_CELL} == set(TARGETS)
-    assert calls == {(target, channels): 4 * (2 * (3 + 3 + 5) + 5) + 1}
+    assert calls == {(target, channels): count * (3 + 3 + 5) + count // 2 * 5 + 1}
     assert [row for row in rows if row.spills] == []
     assert [row for row in rows if row.shared > SHARED] == []
     assert [row for row in rows if row.tf32] == []
@@ -58,11 +61,11 @@ def test_what_every_kernel_needs(pytestconfig, target, channels):
 
 
 @pytest.mark.slow
-def test_images_of_other_sizes_compile_no_other_kernels(pytestconfig):
+@pytest.mark.parametrize("layout, most", [("nhwc", 1), pytest.param("nchw", 3, marks=pytest.mark.exhaustive)])
+def test_images_of_other_sizes_compile_no_other_kernels(pytestconfig, layout, most):
     """In the engine's layout. In the other there are 3: 16 divides the strides of channels and samples, of samples, or none."""
-    code = "import json; from ncsr_fast.kernels import ahead_of_time as a; print(json.dumps(a.compiled_kernels(90, 12)))"
-    most = printed(pytestconfig, "compiled_kernels", ["-c", code])
-    assert most == {"nhwc": 1, "nchw": 3}
+    code = f"from ncsr_fast.kernels import ahead_of_time as a; print(a.compiled_kernels(90, 12, {layout!r}))"
+    assert printed(pytestconfig, f"compiled_kernels-{layout}", ["-c", code]) == most
 
 
 def printed(pytestconfig: pytest.Config, name: str, arguments: list[str]) -> Any:

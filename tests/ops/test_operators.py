@@ -71,7 +71,8 @@ def test_values(name, device, backend, inverse, dtype, channels):
 @cells
 @directions
 @possible
-@marked("exhaustive", wide)
+# the step's two tiles of 96 channels are in test_memory.test_larger_than_any_tile, gradients included
+@marked("exhaustive", lambda channels, backend: interpreted(backend) and channels >= 96)
 @marked("slow", lambda channels, backend: interpreted(backend) and channels != 5)
 @pytest.mark.parametrize("channels", CHANNELS)
 def test_gradients(name, device, backend, inverse, channels):
