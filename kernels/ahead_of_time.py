@@ -1,10 +1,10 @@
 """Registers, shared memory, spills and widths of loads of every kernel, compiled for GPUs that need not be there.
 
 `python -m ncsr_fast.kernels.ahead_of_time [--targets 80 90 100] [--channels 12 24 48 96 192] [--pairs] [--json]` prints, for
-each kernel, target and number of channels, the most that any call needs; `report` returns every call, and `compiled_kernels`
-the number of kernels that are compiled for images of several sizes. The host functions are called on meta tensors, under a
-driver that compiles as a GPU's driver would, reads the binary instead of loading it, and launches nothing: what is compiled
-is what a launch would run. Written for Triton 3.6; TRITON_INTERPRET unset.
+each kernel, target and number of channels, the most that any call needs, with `--networks` of the networks of the steps;
+`report` returns every call, and `compiled_kernels` the number of kernels that are compiled for images of several sizes. The
+host functions are called on meta tensors, under a driver that compiles as a GPU's driver would, reads the binary instead of
+loading it, and launches nothing: what is compiled is what a launch would run. Written for Triton 3.6; TRITON_INTERPRET unset.
 """
 
 from __future__ import annotations
@@ -42,6 +42,8 @@ PAIRS: tuple[Variant, ...] = (
     ("inverse", "nhwc", "bfloat16"),
     ("inverse", "nchw", "float32"),
 )
+PRECISIONS = {"bf16": (torch.bfloat16, False), "tf32": (torch.float32, True), "fp32": (torch.float32, False)}  # of networks
+HIDDEN = 64  # channels of the hidden layers of the published networks
 SIZE = (18, 80, 80)  # batch, height and width of the calls, as in training: the weight gradient loops over many tiles
 SIZES = (SIZE, (1, 40, 36), (16, 79, 77), (10, 510, 4), (3, 6, 6))  # pixels that 16 divides, or nothing, or 8, or 4
 _OPCODE = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P[T0-9]+\s+)?([A-Z0-9_.]+)", re.MULTILINE)  # of a line of SASS
@@ -184,6 +186,30 @@ def calls(
     yield "inverse_logdet", "any", lambda: kernels.inverse_logdet(weight)
 
 
+def network_calls(
+    channels: int, size: tuple[int, int, int] = SIZE, precisions: Sequence[str] = tuple(PRECISIONS)
+) -> Iterator[tuple[str, str, Callable]]:
+    """The same of `step_network` as the engine calls it: z1 is some channels of the state, pre of all pre-activations."""
+    batch, height, width = size
+    for precision in precisions:
+        dtype, tf32 = PRECISIONS[precision]
+
+        def image(c: int, dtype: torch.dtype = dtype, batch: int = batch) -> Tensor:
+            shape = batch, c, height, width
+            return torch.empty(shape, dtype=dtype, device="meta", memory_format=torch.channels_last)
+
+        def network(inputs: int, outputs: int, dtype: torch.dtype = dtype) -> list[Tensor | None]:
+            shapes = (HIDDEN, inputs, 3, 3), (HIDDEN, HIDDEN, 1, 1), (HIDDEN,), (outputs, HIDDEN, 3, 3), (outputs,)
+            return [torch.empty(shape, dtype=dtype, device="meta") if all(shape) else None for shape in shapes]
+
+        z1 = image(channels, torch.float32)[:, : channels // 2]
+        own, one = (image(4 * HIDDEN, batch=count)[:, HIDDEN : 2 * HIDDEN] for count in (batch, 1))
+        shared, coupling, injector = one.expand(batch, -1, -1, -1), network(channels // 2, channels), network(0, 2 * channels)
+        yield "step_network", f"coupling {precision}", lambda: kernels.step_network_forward(z1, own, *coupling, tf32=tf32)
+        yield "step_network", f"shared {precision}", lambda: kernels.step_network_layers(z1, shared, *coupling, tf32=tf32)
+        yield "step_network", f"injector {precision}", lambda: kernels.step_network_forward(None, own, *injector, tf32=tf32)
+
+
 def _compiling(target: int) -> _CompilingDriver:
     """The driver of a target, which is left behind, so it wants a process of its own."""
     if triton.knobs.runtime.interpret:
@@ -194,10 +220,12 @@ def _compiling(target: int) -> _CompilingDriver:
     return compiling
 
 
-def compile_for(target: int, channels: int, variants: Sequence[Variant] = EVERY_VARIANT) -> list[Row]:
-    """The rows of one target and number of channels."""
+def compile_for(
+    target: int, channels: int, variants: Sequence[Variant] | Sequence[str] = EVERY_VARIANT, called: Callable = calls
+) -> list[Row]:
+    """The rows of one target and number of channels, of the variants of `calls` or `network_calls`."""
     compiling, rows = _compiling(target), []
-    for operator, call, body in calls(channels, variants=variants):
+    for operator, call, body in called(channels, SIZE, variants):
         compiling.launched.clear()
         body()
         rows += [Row(target, channels, operator, call=call, **needs) for needs in compiling.launched]
@@ -207,28 +235,32 @@ def compile_for(target: int, channels: int, variants: Sequence[Variant] = EVERY_
 def report(
     targets: Sequence[int] = TARGETS,
     channels: Sequence[int] = CHANNELS,
-    variants: Sequence[Variant] = EVERY_VARIANT,
+    variants: Sequence[Variant] | Sequence[str] = EVERY_VARIANT,
+    called: Callable = calls,
     processes: int | None = None,
 ) -> list[Row]:
     """A row for every kernel that any of the calls launches."""
     with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
-        found = pool.map(compile_for, *zip(*itertools.product(targets, channels, [variants]), strict=True))
+        found = pool.map(compile_for, *zip(*itertools.product(targets, channels, [variants], [called]), strict=True))
         return [row for rows in found for row in rows]
 
 
-def compiled_kernels(target: int, channels: int, layout: str, sizes: Sequence[tuple[int, int, int]] = SIZES) -> int:
-    """The most kernels that are compiled, where one size would compile one, for images of these sizes in a layout.
+def compiled_kernels(
+    target: int, channels: int, variant: Variant | str, called: Callable = calls, sizes: Sequence[tuple[int, int, int]] = SIZES
+) -> int:
+    """The most kernels that are compiled, where one size would compile one, for images of these sizes.
 
-    Of forward calls with float32 h: direction and dtype do not change what depends on the size.
+    Of one variant: direction, dtype and precision do not change what depends on the size.
     """
     compiling, found = _compiling(target), {}
     for size in sizes:
-        for operator, call, body in calls(channels, size, [("forward", layout, "float32")]):
-            if call != "any":  # of matrices, which have no other sizes
+        for operator, call, body in called(channels, size, [variant]):
+            # matrices have no other sizes, and a batch of 1 shares nothing
+            if call != "any" and not call.startswith("shared"):
                 compiling.launched.clear()
                 body()
                 for i, launched in enumerate(compiling.launched):  # one object for each kernel that was compiled
-                    found.setdefault((operator, i), {})[id(launched)] = launched
+                    found.setdefault((operator, call, i), {})[id(launched)] = launched
     return max(map(len, found.values()))
 
 
@@ -260,9 +292,11 @@ def main() -> None:
     parser.add_argument(
         "--pairs", action="store_true", help="only calls in which each two of direction, layout and dtype are once"
     )
+    parser.add_argument("--networks", action="store_true", help="the networks of the steps, in each precision")
     parser.add_argument("--json", action="store_true", help="every call, as a list of rows")
     options = parser.parse_args()
-    rows = report(options.targets, options.channels, PAIRS if options.pairs else EVERY_VARIANT)
+    variants = (tuple(PRECISIONS), network_calls) if options.networks else (PAIRS if options.pairs else EVERY_VARIANT, calls)
+    rows = report(options.targets, options.channels, *variants)
     print(json.dumps([asdict(row) for row in rows]) if options.json else table(worst(rows)))
 
 

@@ -34,12 +34,12 @@ from ncsr_fast.layout import in_memory
 COLUMNS = 16  # of a tile of pixels
 PIXELS = 128  # of a tile, at most
 INPUTS = 16  # of z1 at once; 32 and 64 need more instructions for 48
-HIDDEN = 64  # of h2 at once, in the product with w2
+HIDDEN = 64  # of h2 computed at once, in the product with w2
+HIDDEN_READ = 32  # of h2 at once, by `output`; 64 need more registers and instructions
 OUTPUTS = 128  # of a program, at most
 PACKED = 1024  # weights that a program packs, 8 a thread
 # By how numbers are multiplied
 SUMS = {"half": 8192, "tf32": 8192, "ieee": 4096}  # of a program at most, pixels × channels; twice as many spill
-HIDDEN_READ = {"half": 64, "tf32": 32, "ieee": 32}  # of h2 at once, by `output`
 OPTIONS = {"half": {"num_warps": 4}, "tf32": {"num_warps": 8}, "ieee": {"num_warps": 8, "num_stages": 1}}
 
 
@@ -85,23 +85,25 @@ def pack_network_kernel(
 
 @triton.jit
 def rectangle(i_b, i_p, height, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Tile i_p of a sample, of ROWS × COLUMNS pixels, as `pixel_tile` has them; rows and columns are int32, offsets int64."""
+    """Tile i_p of a sample, of ROWS × COLUMNS pixels, as `pixel_tile` has them."""
     across = tl.cdiv(width, COLUMNS)
     o = tl.arange(0, ROWS * COLUMNS)[:, None]
     o_row = (i_p // across * ROWS).to(tl.int32) + o // COLUMNS
     o_column = (i_p % across * COLUMNS).to(tl.int32) + o % COLUMNS
-    o_p = o_row.to(tl.int64) * width + o_column
-    return i_b, o_row, o_column, (o_row < height) & (o_column < width), o_p, i_b * height * width + o_p
+    m = (o_row < height) & (o_column < width)
+    o_row, o_column = o_row.to(tl.int64), o_column.to(tl.int64)
+    o_p = o_row * width + o_column
+    return i_b, o_row, o_column, m, o_p, i_b * height * width + o_p
 
 
 @triton.jit
 def moved(pixel, i_tap, height, width):
-    """The pixels a tap away, 0 to 8 row by row; those outside the image are masked."""
+    """The pixels a tap away, 0 to 8 row by row; those outside the image are masked, by comparisons of 32 bits."""
     down, right = i_tap // 3 - 1, i_tap % 3 - 1
-    o_row, o_column = pixel[1] + down, pixel[2] + right
+    o_row, o_column = pixel[1].to(tl.int32) + down, pixel[2].to(tl.int32) + right
     m = pixel[3] & (o_row >= 0) & (o_row < height) & (o_column >= 0) & (o_column < width)
     further = down * width + right
-    return pixel[0], o_row, o_column, m, pixel[4] + further, pixel[5] + further
+    return pixel[0], o_row.to(tl.int64), o_column.to(tl.int64), m, pixel[4] + further, pixel[5] + further
 
 
 @triton.jit
@@ -335,7 +337,7 @@ def _launch_hidden(
 def _launch_output(h2: Tensor, p_w3: Tensor, b3: Tensor, h: Tensor, kind: str) -> None:
     """Write h."""
     batch, outputs, height, width = h.shape
-    block_n, block_k = min(OUTPUTS, _block(outputs)), min(HIDDEN_READ[kind], p_w3.shape[1])
+    block_n, block_k = min(OUTPUTS, _block(outputs)), min(HIDDEN_READ, p_w3.shape[1])
     tiles, options = _options(kind, height, width, block_n)
     launch(
         output_kernel,
