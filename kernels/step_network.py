@@ -46,10 +46,9 @@ OPTIONS = {"half": {"num_warps": 4}, "tf32": {"num_warps": 8}, "ieee": {"num_war
 @triton.jit
 def pack(weight, p_packed, i, inputs, outputs, TAPS: tl.constexpr, INS: tl.constexpr, OUTS: tl.constexpr, BLOCK: tl.constexpr):
     """Block i of a weight as (tap, in, out), with zeros from `inputs` to INS and from `outputs` to OUTS."""
-    o = i * BLOCK + tl.arange(0, BLOCK)
+    o = (i * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
     o_out, o_in, o_tap = o % OUTS, o // OUTS % INS, o // (OUTS * INS)
-    o_row, o_column = o_tap // 3, o_tap % 3
-    p = weight[0] + o_out.to(tl.int64) * weight[1] + o_in.to(tl.int64) * weight[2] + o_row * weight[3] + o_column * weight[4]
+    p = weight[0] + o_out * weight[1] + o_in * weight[2] + o_tap // 3 * weight[3] + o_tap % 3 * weight[4]
     b = tl.load(p, mask=(o_out < outputs) & (o_in < inputs) & (o_tap < TAPS), other=0.0)
     tl.store(p_packed + o, b.to(p_packed.dtype.element_ty), mask=o_tap < TAPS)
 

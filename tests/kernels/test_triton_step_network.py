@@ -189,24 +189,32 @@ def test_same_bits_every_time_and_in_every_batch(dtype):
 @in_float32_too
 @pytest.mark.parametrize("hidden", [16, 17])
 def test_what_is_not_finite_stays_where_it_is(dtype, hidden):
-    """A NaN reaches the pixels around it, and infinity becomes NaN only where the formula has one."""
-    tensors = network(6, hidden, 4, (8, 9), dtype=dtype)
-    expected = kernels.step_network_forward(*tensors)
-    for index, value in ((0, torch.nan), (1, torch.nan), (0, torch.inf), (1, torch.inf)):
+    """A NaN reaches the pixels around it, and infinity becomes NaN only where the formula has one: not by positive weights."""
+    signed = network(6, hidden, 4, (8, 9), dtype=dtype)
+    positive = [*signed[:2], *(x.abs() for x in signed[2:])]
+    for tensors, index, value in (
+        *((signed, index, value) for index in (0, 1) for value in (torch.nan, torch.inf)),
+        (positive, 0, torch.inf),
+    ):
+        expected = kernels.step_network_forward(*tensors)
         broken = [x if place != index else x.clone() for place, x in enumerate(tensors)]
         broken[index][0, 2, 4, 5] = value
         found, right = kernels.step_network_forward(*broken), formula(*broken)[2]
         assert torch.equal(found.isnan(), right.isnan())
+        assert right.isnan().any() == (tensors is signed)
         touched = ~right.isfinite().all(dim=1, keepdim=True).expand_as(right)
         assert touched[0].any() and torch.equal(found[~touched], expected[~touched])
 
 
 @pytest.mark.parametrize("shape", [(0, 5, 7), (2, 0, 7), (2, 5, 0)], ids=str)
 @pytest.mark.parametrize("channels", [6, 0])
-def test_empty(shape, channels):
+def test_empty(shape, channels, monkeypatch):
+    """Nothing is launched: a GPU refuses a grid of no programs."""
     batch, *size = shape
+    launched = []
+    monkeypatch.setattr(triton_network, "launch", lambda *a, **k: launched.append(a))
     h1, h2, h = kernels.step_network_layers(*network(channels, 32, 12, size, batch))
-    assert h1.shape == h2.shape == (batch, 32, *size) and h.shape == (batch, 12, *size)
+    assert h1.shape == h2.shape == (batch, 32, *size) and h.shape == (batch, 12, *size) and not launched
 
 
 def far_apart(x: Tensor, dimension: int) -> Tensor:
@@ -219,9 +227,9 @@ def far_apart(x: Tensor, dimension: int) -> Tensor:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dimension", [0, 1, 2, 3])
-@pytest.mark.parametrize("index", [0, 1], ids=["z1", "pre"])
+@pytest.mark.parametrize("index", [0, 1, 2], ids=["z1", "pre", "w1"])
 def test_offsets_beyond_32_bits(index, dimension):
-    """Three samples, channels, rows or columns 2³⁰ elements apart."""
+    """Three samples, outputs, channels, rows or columns 2³⁰ elements apart."""
     tensors = network(3, 3, 2, (3, 3), 3, HALF)
     tensors[0] = tensors[0].half()
     expected = kernels.step_network_forward(*tensors)

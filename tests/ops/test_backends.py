@@ -12,7 +12,7 @@ import torch
 from operator_cases import cells
 
 from ncsr_fast import ops
-from ncsr_fast.ops.backends import BACKENDS, COVERAGE, Kernels, _not_covered, covering_backend, kernels
+from ncsr_fast.ops.backends import BACKENDS, COVERAGE, UNMEASURED, Kernels, _best, _not_covered, covering_backend, kernels
 
 FUNCTIONS = {
     "affine": ("affine_forward", "affine_backward"),
@@ -99,6 +99,14 @@ def test_auto_is_a_backend_that_claims_the_operator():
             can = states["native"].available and claimed("native", operator, "cpu", dtype)
             assert best == ("native" if can else "reference"), (operator, dtype)
         assert ops.resolve_backend(operator, "auto", torch.empty(1, device="meta")) == "reference"
+
+
+@pytest.mark.skipif(not installation.expects("triton"), reason="the Triton backend is not among the cells")
+def test_auto_leaves_out_what_was_measured_on_no_gpu():
+    """On CUDA tensors, with a GPU or without one; of a backend that would be the first choice."""
+    assert _best("affine", "cuda", "torch.float32") == "triton"
+    for backend, kernel in UNMEASURED:
+        assert [_best(kernel, "cuda", str(dtype)) for dtype in COVERAGE[backend][kernel].dtypes] == ["reference"] * 3
 
 
 def test_the_advice_names_a_backend_that_has_the_operator():
