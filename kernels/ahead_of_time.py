@@ -292,11 +292,15 @@ def main() -> None:
     parser.add_argument(
         "--pairs", action="store_true", help="only calls in which each two of direction, layout and dtype are once"
     )
-    parser.add_argument("--networks", action="store_true", help="the networks of the steps, in each precision")
+    parser.add_argument(
+        "--networks", nargs="*", choices=PRECISIONS, help="the networks of the steps, in these precisions, or all"
+    )
     parser.add_argument("--json", action="store_true", help="every call, as a list of rows")
     options = parser.parse_args()
-    variants = (tuple(PRECISIONS), network_calls) if options.networks else (PAIRS if options.pairs else EVERY_VARIANT, calls)
-    rows = report(options.targets, options.channels, *variants)
+    if options.networks is None:
+        rows = report(options.targets, options.channels, PAIRS if options.pairs else EVERY_VARIANT)
+    else:
+        rows = report(options.targets, options.channels, options.networks or tuple(PRECISIONS), network_calls)
     print(json.dumps([asdict(row) for row in rows]) if options.json else table(worst(rows)))
 
 
