@@ -1,9 +1,9 @@
 """Registers, shared memory, spills and widths of loads of every kernel, compiled for GPUs that need not be there.
 
-`python -m ncsr_fast.kernels.ahead_of_time [--targets 80 90 100] [--channels 12 24 48 96 192] [--pairs] [--json]` prints, for
-each kernel, target and number of channels, the most that any call needs, with `--networks` of the networks of the steps;
-`report` returns every call, and `compiled_kernels` the number of kernels that are compiled for images of several sizes. The
-host functions are called on meta tensors, under a driver that compiles as a GPU's driver would, reads the binary instead of
+`python -m ncsr_fast.kernels.ahead_of_time [--targets 80 90 100] [--channels 12 24 48 96 192] [--variants every] [--json]`
+prints, for each kernel, target and number of channels, the most that any call needs, with `--networks` of the networks of the
+steps; `report` returns every call, and `compiled_kernels` the number of kernels that are compiled for images of several sizes.
+The host functions are called on meta tensors, under a driver that compiles as a GPU's driver would, reads the binary instead of
 loading it, and launches nothing: what is compiled is what a launch would run. Written for Triton 3.6; TRITON_INTERPRET unset.
 """
 
@@ -35,13 +35,14 @@ LAYOUTS = {"nhwc": torch.channels_last, "nchw": torch.contiguous_format}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # of h
 Variant = tuple[str, str, str]  # direction, layout and dtype of a call
 EVERY_VARIANT: tuple[Variant, ...] = tuple(itertools.product(("forward", "inverse"), LAYOUTS, DTYPES))
-# every pair of a direction, layout and dtype is in one of them
+# "pairs": each two of a direction, layout and dtype are in one of them; "engine": those in the engine's layout
 PAIRS: tuple[Variant, ...] = (
     ("forward", "nhwc", "float32"),
-    ("forward", "nchw", "bfloat16"),
     ("inverse", "nhwc", "bfloat16"),
+    ("forward", "nchw", "bfloat16"),
     ("inverse", "nchw", "float32"),
 )
+VARIANTS = {"every": EVERY_VARIANT, "pairs": PAIRS, "engine": PAIRS[:2]}
 PRECISIONS = {"bf16": (torch.bfloat16, False), "tf32": (torch.float32, True), "fp32": (torch.float32, False)}  # of networks
 HIDDEN = 64  # channels of the hidden layers of the published networks
 SIZE = (18, 80, 80)  # batch, height and width of the calls, as in training: the weight gradient loops over many tiles
@@ -289,16 +290,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--targets", type=int, nargs="+", default=TARGETS, help="compute capabilities, such as 90")
     parser.add_argument("--channels", type=int, nargs="+", default=CHANNELS)
-    parser.add_argument(
-        "--pairs", action="store_true", help="only calls in which each two of direction, layout and dtype are once"
-    )
+    parser.add_argument("--variants", choices=VARIANTS, default="every", help="directions, layouts and dtypes of the calls")
     parser.add_argument(
         "--networks", nargs="*", choices=PRECISIONS, help="the networks of the steps, in these precisions, or all"
     )
     parser.add_argument("--json", action="store_true", help="every call, as a list of rows")
     options = parser.parse_args()
     if options.networks is None:
-        rows = report(options.targets, options.channels, PAIRS if options.pairs else EVERY_VARIANT)
+        rows = report(options.targets, options.channels, VARIANTS[options.variants])
     else:
         rows = report(options.targets, options.channels, options.networks or tuple(PRECISIONS), network_calls)
     print(json.dumps([asdict(row) for row in rows]) if options.json else table(worst(rows)))
