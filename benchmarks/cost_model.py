@@ -84,8 +84,18 @@ TRIPS: dict[str, Callable[[dict[str, int]], tuple[int, ...]]] = {
     "flow_step_forward_kernel": lambda given: (given["BLOCKS_K"],),
     "flow_step_backward_kernel": lambda given: (given["BLOCKS_K"],),
     "flow_step_backward_weight_kernel": lambda given: (given["tiles"],),
+    "hidden_kernel": lambda given: (9 * given["BLOCKS_K"],),
+    "output_kernel": lambda given: (9 * given["BLOCKS_K"],),
+    "conv3x3_kernel": lambda given: (_taps(given) * math.ceil(given["inputs"] / given["BLOCK_K"]),),
+    "conv3x3_weight_kernel": lambda given: (given["tiles"],),
+    "sum_weight_partials_kernel": lambda given: (math.ceil(given["parts"] / given["BLOCK_PARTS"]),),
     "inverse_logdet_kernel": lambda given: (given["channels"], math.ceil(given["channels"] / given["ROWS"])),
 }
+
+
+def _taps(given: dict[str, int]) -> int:
+    """Pixels that a convolution reads for one that it writes; the gradient of an upsampled input reads four times as many."""
+    return 36 if given["UPSAMPLE2X"] and given["TRANSPOSED"] else 9
 
 
 @dataclass(frozen=True)
@@ -109,9 +119,10 @@ TASKS = {
 }
 
 
-# Functions of `ahead_of_time` that yield calls as `calls` does, with the variants of theirs that a task has
+# Functions of `ncsr_fast.kernels.calls` by name, with the variants of theirs that a task has
 CALLS: dict[str, Callable[[Task], Sequence[Any]]] = {
-    "calls": lambda task: [(task.direction, "nhwc", dtype) for dtype in ("float32", "bfloat16")],
+    "flow_calls": lambda task: [(task.direction, "nhwc", dtype) for dtype in ("float32", "bfloat16")],
+    "network_calls": lambda task: ["bf16", "tf32", "fp32"],
 }
 # Words in the names of calls, and the dtype that decides between backends
 DTYPES = {"float32": "float32", "fp32": "float32", "tf32": "float32", "bfloat16": "bfloat16", "bf16": "bfloat16"}
@@ -179,11 +190,11 @@ def per_warp(row: Any, by_depth: Sequence[int]) -> int:
 
 def rows_of(task: Task) -> list[Any]:
     """A row for every launch of the task's calls, at every level."""
-    from ncsr_fast.kernels import ahead_of_time
+    from ncsr_fast.kernels import ahead_of_time, calls
 
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:  # the compiler keeps the target of its process
         jobs = [
-            pool.submit(ahead_of_time.compile_for, 90, channels, variants(task), getattr(ahead_of_time, name), size)
+            pool.submit(ahead_of_time.compile_for, 90, channels, variants(task), getattr(calls, name), size)
             for name, variants in CALLS.items()
             for channels, size in task.levels()
         ]
@@ -228,14 +239,14 @@ class _TimedCounter(LaunchCounter):
 
 def reference_seconds(task: Task, gpu: Gpu) -> dict[Key, float]:
     """The predicted seconds of the reference."""
-    from ncsr_fast.kernels import ahead_of_time
+    from ncsr_fast.kernels import calls
 
     found = {}
     with fake_cuda():
         for (name, variants), (channels, size) in itertools.product(CALLS.items(), task.levels()):
             timed = _Reference(gpu)
-            with mock.patch.object(ahead_of_time, "kernels", timed):
-                for operator, call, body in getattr(ahead_of_time, name)(channels, size, variants(task)):
+            with mock.patch.object(calls, "kernels", timed):
+                for operator, call, body in getattr(calls, name)(channels, size, variants(task)):
                     timed.seconds.clear()
                     body()
                     found |= {(channels, operator, call, each): seconds for each, seconds in timed.seconds.items()}

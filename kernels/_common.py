@@ -165,9 +165,11 @@ def tuned(device: torch.device, kernel: str, channels: int, sizes: dict[str, int
     return {**sizes, **tiles(kernel, channels)} if device.type == "cuda" else sizes
 
 
-def check_dtype(x: Tensor) -> None:
+def check_dtype(x: Tensor, name: str = "x") -> None:
     if x.dtype == torch.float64:
-        raise TypeError("x must be float32, float16 or bfloat16: the Triton kernels compute in float32, not torch.float64")
+        raise TypeError(
+            f"{name} must be float32, float16 or bfloat16: the Triton kernels compute in float32, not torch.float64"
+        )
 
 
 class KernelFailure(Exception):

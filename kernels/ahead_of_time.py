@@ -1,11 +1,11 @@
 """Registers, shared memory, spills and widths of loads of every kernel, compiled for GPUs that need not be there.
 
 `python -m ncsr_fast.kernels.ahead_of_time [--targets 80 90 100] [--channels 12 24 48 96 192] [--variants every] [--json]`
-prints, for each kernel, target and number of channels, the most that any call needs, or with `--convolutions` of a convolution
-of so many channels at each of the precisions named (float32 tf32 bfloat16); `report` returns every call, and
-`compiled_kernels` the number of kernels that are compiled for images of several sizes. The host functions are called on meta
-tensors, under a driver that compiles as a GPU's driver would, reads the binary instead of loading it, and launches nothing:
-what is compiled is what a launch would run. Written for Triton 3.6; TRITON_INTERPRET unset.
+prints, for each kernel, target and number of channels, the most that any call needs; with `--networks bf16 tf32 fp32` or
+`--convolutions …` of the networks of the steps, or of convolutions of so many channels, in the precisions named. `report`
+returns every call, and `compiled_kernels` the number of kernels that are compiled for images of several sizes. The host
+functions are called on meta tensors, under a driver that compiles as a GPU's driver would, reads the binary instead of loading
+it, and launches nothing: what is compiled is what a launch would run. Written for Triton 3.6; TRITON_INTERPRET unset.
 """
 
 from __future__ import annotations
@@ -24,37 +24,32 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import torch
 import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from ncsr_fast import kernels
+from ncsr_fast.kernels.calls import (
+    EVERY_VARIANT,
+    PRECISIONS,
+    SIZE,
+    VARIANTS,
+    Variant,
+    convolution_calls,
+    flow_calls,
+    network_calls,
+)
 from ncsr_fast.kernels.disassembly import width, work
 
 TARGETS = (80, 90, 100)  # A100, H100 and H200, B200
 CHANNELS = (12, 24, 48, 96, 192)  # of the published models
-LAYOUTS = {"nhwc": torch.channels_last, "nchw": torch.contiguous_format}
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # of h
-Variant = tuple[str, str, str]  # direction, layout and dtype of a call
-EVERY_VARIANT: tuple[Variant, ...] = tuple(itertools.product(("forward", "inverse"), LAYOUTS, DTYPES))
-# "pairs": each two of a direction, layout and dtype are in one of them; "engine": those in the engine's layout
-PAIRS: tuple[Variant, ...] = (
-    ("forward", "nhwc", "float32"),
-    ("inverse", "nhwc", "bfloat16"),
-    ("forward", "nchw", "bfloat16"),
-    ("inverse", "nchw", "float32"),
-)
-VARIANTS = {"every": EVERY_VARIANT, "pairs": PAIRS, "engine": PAIRS[:2]}
-CONVOLUTIONS = ((32, False), (64, False), (64, True))  # of the encoder: outputs, and whether the input is read upsampled
-PRECISIONS = {"float32": (torch.float32, False), "tf32": (torch.float32, True), "bfloat16": (torch.bfloat16, False)}
-SIZE = (18, 80, 80)  # batch, height and width of the calls, as in training: the weight gradient loops over many tiles
+Calls = Callable[..., Iterator[tuple[str, str, Callable]]]  # (channels, size, variants), as those of `kernels.calls`
+PRODUCTS: dict[str, Calls] = {"networks": network_calls, "convolutions": convolution_calls}  # of tensor cores
 SIZES = (SIZE, (1, 40, 36), (16, 79, 77), (10, 510, 4), (3, 6, 6))  # pixels that 16 divides, or nothing, or 8, or 4
 _OPCODE = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P[T0-9]+\s+)?([A-Z0-9_.]+)", re.MULTILINE)  # of a line of SASS
 _TENSOR_CORES = re.compile(r"(UTC)?[A-Z]G?MMA\b")  # HMMA of sm_80, HGMMA of sm_90, UTCHMMA of sm_100; not HFMA2.MMA
 _ACCESS = re.compile(r"(LDG|STG|LDGSTS)\.")  # to global memory
-_KERNELS = kernels.__name__ + "."
+_KERNELS = __package__ + "."
 
 
 @dataclass(frozen=True)
@@ -155,7 +150,8 @@ def _host_function() -> str:
     """The function of the kernels that was called from outside them."""
     frame, found = sys._getframe(1), ""
     while frame is not None:
-        if frame.f_globals["__name__"].startswith(_KERNELS) and frame.f_globals["__name__"] != __name__:
+        module = frame.f_globals["__name__"]
+        if module.startswith(_KERNELS) and module not in (__name__, flow_calls.__module__):
             found = frame.f_code.co_name
         frame = frame.f_back
     return found
@@ -180,76 +176,6 @@ def instructions(sass: str) -> dict[str, int | float]:
     return {"instructions": len(opcodes), "wide": shares[16], "middling": shares[8], "tensor_cores": tensor_cores}
 
 
-def calls(
-    channels: int, size: tuple[int, int, int] = SIZE, variants: Sequence[Variant] = EVERY_VARIANT
-) -> Iterator[tuple[str, str, Callable]]:
-    """Operator, name and body of calls of every host function."""
-    for direction, layout, dtype in variants:
-        inverse = direction == "inverse"
-
-        def empty(c: int, dtype: torch.dtype = torch.float32, layout: str = layout) -> Tensor:
-            batch, height, width = size
-            return torch.empty(batch, c, height, width, dtype=dtype, device="meta", memory_format=LAYOUTS[layout])
-
-        x, mix, dlogdet = empty(channels), torch.empty(channels, channels, device="meta"), torch.empty(size[0], device="meta")
-        half = channels // 2
-        whole, changed = empty(2 * channels, DTYPES[dtype]), empty(2 * (channels - half), DTYPES[dtype])
-        name = f"{direction} {layout} h={dtype}"
-        yield (
-            "affine",
-            name,
-            lambda: (
-                kernels.affine_forward(x, changed, half, 1e-4, inverse),
-                kernels.affine_backward(x, dlogdet, x, changed, half, 1e-4, inverse),
-            ),
-        )
-        yield (
-            "gaussian_split",
-            name,
-            lambda: (
-                kernels.gaussian_split_forward(x, changed, inverse),
-                kernels.gaussian_split_backward(x, dlogdet, x, changed, inverse),
-            ),
-        )
-        steps = {"flow_step": (whole, changed) if inverse else (changed, whole)}
-        if dtype == "float32":  # there is no h in it
-            steps["flow_step without h"] = (None, None)
-        for operator, h in steps.items():
-            yield (
-                operator,
-                name,
-                lambda: (
-                    kernels.flow_step_forward(x, mix, mix[0], *h, 1e-4, inverse),
-                    kernels.flow_step_backward(x, dlogdet, x, x, mix, *h, 1e-4, inverse),
-                ),
-            )
-
-    weight = torch.empty(18, channels, channels, dtype=torch.float64, device="meta")
-    yield "inverse_logdet", "any", lambda: kernels.inverse_logdet(weight)
-
-
-def convolution_calls(channels: int, precision: str) -> Iterator[tuple[str, str, Callable]]:
-    """Likewise of convolutions of so many channels of a wider buffer, forward and backward."""
-    (batch, height, width), (dtype, tf32) = SIZE, PRECISIONS[precision]
-    for outputs, upsample2x in CONVOLUTIONS:
-
-        def empty(c: int, factor: int = 1) -> Tensor:
-            shape = batch, channels + 64, factor * height, factor * width
-            return torch.empty(shape, dtype=dtype, device="meta", memory_format=torch.channels_last)[:, :c]
-
-        x, y, options = empty(channels), empty(outputs, 2 if upsample2x else 1), {"upsample2x": upsample2x, "tf32": tf32}
-        weight, bias = torch.empty(outputs, channels, 3, 3, device="meta"), torch.empty(outputs, device="meta")
-        relu, needed = (x[:, channels // 2 :], 0.2), (True, True, True)
-        yield (
-            "conv3x3",
-            f"{outputs} outputs {precision}{' upsample2x' * upsample2x}",
-            lambda: (
-                kernels.conv3x3_forward(x, weight, bias, slope=0.2, out=y, **options),
-                kernels.conv3x3_backward(y, x, weight, needed, relu=relu, dx=x, **options),
-            ),
-        )
-
-
 def _compiling(target: int) -> _CompilingDriver:
     """The driver of a target, which is left behind, so it wants a process of its own."""
     if triton.knobs.runtime.interpret:
@@ -263,11 +189,11 @@ def _compiling(target: int) -> _CompilingDriver:
 def compile_for(
     target: int,
     channels: int,
-    variants: Sequence[Variant] = EVERY_VARIANT,
-    called: Callable = calls,
+    variants: Sequence[Variant] | Sequence[str] = EVERY_VARIANT,
+    called: Calls = flow_calls,
     size: tuple[int, int, int] = SIZE,
 ) -> list[Row]:
-    """The rows of one target, number of channels and size, of the variants of `calls`, or of a function like it."""
+    """The rows of one target, number of channels and size, of some variants of `called`."""
     compiling, rows = _compiling(target), []
     for operator, call, body in called(channels, size, variants):
         compiling.launched.clear()
@@ -279,31 +205,36 @@ def compile_for(
 def report(
     targets: Sequence[int] = TARGETS,
     channels: Sequence[int] = CHANNELS,
-    variants: Sequence[Variant] = EVERY_VARIANT,
-    precisions: Sequence[str] = (),
+    variants: Sequence[Variant] | Sequence[str] = EVERY_VARIANT,
+    called: Calls = flow_calls,
     processes: int | None = None,
 ) -> list[Row]:
     """A row for every kernel that any of the calls launches."""
     with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
-        found = pool.map(
-            compile_for, *zip(*itertools.product(targets, channels, [variants], [SIZE], [precisions]), strict=True)
-        )
+        found = pool.map(compile_for, *zip(*itertools.product(targets, channels, [variants], [called]), strict=True))
         return [row for rows in found for row in rows]
 
 
-def compiled_kernels(target: int, channels: int, layout: str, sizes: Sequence[tuple[int, int, int]] = SIZES) -> int:
-    """The most kernels that are compiled, where one size would compile one, for images of these sizes in a layout.
+def compiled_kernels(
+    target: int,
+    channels: int,
+    variant: Variant | str,
+    called: Calls = flow_calls,
+    sizes: Sequence[tuple[int, int, int]] = SIZES,
+) -> int:
+    """The most kernels that are compiled, where one size would compile one, for images of these sizes.
 
-    Of forward calls with float32 h: direction and dtype do not change what depends on the size.
+    Of one variant: direction, dtype and precision do not change what depends on the size.
     """
     compiling, found = _compiling(target), {}
     for size in sizes:
-        for operator, call, body in calls(channels, size, [("forward", layout, "float32")]):
-            if call != "any":  # of matrices, which have no other sizes
+        for operator, call, body in called(channels, size, [variant]):
+            # matrices have no other sizes, and a batch of 1 shares nothing
+            if call != "any" and not call.startswith("shared"):
                 compiling.launched.clear()
                 body()
                 for i, (launched, _) in enumerate(compiling.launched):  # one object for each kernel that was compiled
-                    found.setdefault((operator, i), {})[id(launched)] = launched
+                    found.setdefault((operator, call, i), {})[id(launched)] = launched
     return max(map(len, found.values()))
 
 
@@ -333,12 +264,14 @@ def main() -> None:
     parser.add_argument("--targets", type=int, nargs="+", default=TARGETS, help="compute capabilities, such as 90")
     parser.add_argument("--channels", type=int, nargs="+", default=CHANNELS)
     parser.add_argument("--variants", choices=VARIANTS, default="every", help="directions, layouts and dtypes of the calls")
-    parser.add_argument(
-        "--convolutions", choices=PRECISIONS, nargs="+", default=(), help="at these precisions, in place of all else"
-    )
+    for name in PRODUCTS:
+        parser.add_argument(f"--{name}", choices=PRECISIONS, nargs="+", help=f"the {name} alone, in these precisions")
     parser.add_argument("--json", action="store_true", help="every call, as a list of rows")
     options = parser.parse_args()
-    rows = report(options.targets, options.channels, VARIANTS[options.variants], options.convolutions)
+    jobs = [(getattr(options, name), called) for name, called in PRODUCTS.items() if getattr(options, name)]
+    rows = []
+    for variants, called in jobs or [(VARIANTS[options.variants], flow_calls)]:
+        rows += report(options.targets, options.channels, variants, called)
     print(json.dumps([asdict(row) for row in rows]) if options.json else table(worst(rows)))
 
 

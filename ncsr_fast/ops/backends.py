@@ -167,6 +167,7 @@ COVERAGE: dict[str, dict[str, Coverage]] = {
         "inverse_logdet": Coverage(("cpu", "cuda"), _FLOATS),
         "conv3x3": Coverage(("cpu", "cuda"), _NARROW),
         "conv3x3_weights": Coverage(("cpu", "cuda"), _NARROW),
+        "step_network": Coverage(("cpu", "cuda"), _NARROW),
     },
 }
 

@@ -1,4 +1,4 @@
-"""The small network of an injector or a coupling: three convolutions 3×3 → 1×1 → 3×3, in one kernel where a backend has it.
+"""The small network of an injector or a coupling: three convolutions 3×3 → 1×1 → 3×3, in one or two kernels of a backend.
 
     h1 = relu(w1 ∗ z1 + pre),   h2 = relu(w2 · h1 + b2),   h = w3 ∗ h2 + b3
 
@@ -58,8 +58,9 @@ def step_network(
         b2: (hidden,).
         w3: (outputs, hidden, 3, 3).
         b3: (outputs,).
-        tf32: Permit TF32 on a GPU, where PyTorch's flags do not forbid it.
-        backend: "auto", "reference", or "native" for float32 and float64 tensors on the CPU.
+        tf32: Permit TF32 on a GPU; PyTorch's flags may forbid it to the reference.
+        backend: "auto", "reference", "native" for float32 and float64 tensors on the CPU, or "triton" for CUDA tensors that
+            are not float64, which "auto" does not take before it has been measured on a GPU.
 
     Returns:
         h (B, outputs, H, W).

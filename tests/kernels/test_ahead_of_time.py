@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import os
 import shutil
@@ -32,6 +33,12 @@ EVERY_CELL = [(target, channels) for channels in CHANNELS for target in (80, 90,
 # `make test-all`.
 CELLS = [(90, 12, "engine"), (90, 192, "pairs")]
 CELLS += [pytest.param(*cell, "every", marks=pytest.mark.exhaustive) for cell in EVERY_CELL]
+# of the networks' kernels, whose products are of tensor cores, in which targets differ; a target and number takes half a minute
+NETWORKS_IN_EVERY_RUN = {(90, 12, "bf16")}
+NETWORKS = [
+    pytest.param(*cell, marks=() if cell in NETWORKS_IN_EVERY_RUN else pytest.mark.exhaustive)
+    for cell in itertools.product((80, 90, 100), (12, 24, 48, 96, 192), ("bf16", "tf32", "fp32"))
+]
 
 
 @pytest.mark.slow
@@ -78,7 +85,8 @@ CONVOLUTION_CELLS = [
 @pytest.mark.parametrize("target, channels, precision", CONVOLUTION_CELLS)
 def test_what_a_convolution_needs(pytestconfig, target, channels, precision):
     """No spills; products on tensor cores but in float32, in TF32 where it is asked for alone; 16 bytes at once."""
-    from ncsr_fast.kernels.ahead_of_time import CONVOLUTIONS, Row, table, worst
+    from ncsr_fast.kernels.ahead_of_time import Row, table, worst
+    from ncsr_fast.kernels.calls import CONVOLUTIONS
 
     arguments = ["-m", "ncsr_fast.kernels.ahead_of_time", "--json", "--targets", str(target), "--channels", str(channels)]
     arguments += ["--convolutions", precision]
@@ -88,7 +96,7 @@ def test_what_a_convolution_needs(pytestconfig, target, channels, precision):
     assert Counter(row.kernel for row in rows) == {name: count * len(CONVOLUTIONS) for name, count in passes.items()}
     assert [row for row in rows if row.spills] == []
     assert [row for row in rows if row.shared > SHARED] == []
-    assert {row.kernel for row in rows if row.tensor_cores} == (set() if precision == "float32" else PRODUCTS)
+    assert {row.kernel for row in rows if row.tensor_cores} == (set() if precision == "fp32" else PRODUCTS)
     assert {row.kernel for row in rows if row.tf32} == (PRODUCTS if precision == "tf32" else set())
     # In TF32 a transposed operand goes to shared memory number by number: dy in the weight gradient, a third of what it reads.
     images = [row for row in rows if row.kernel in PRODUCTS and channels % 16 == 0]
@@ -99,7 +107,8 @@ def test_what_a_convolution_needs(pytestconfig, target, channels, precision):
 @pytest.mark.parametrize("layout, most", [("nhwc", 1), pytest.param("nchw", 3, marks=pytest.mark.exhaustive)])
 def test_images_of_other_sizes_compile_no_other_kernels(pytestconfig, layout, most):
     """In the engine's layout. In the other there are 3: 16 divides the strides of channels and samples, of samples, or none."""
-    code = f"from ncsr_fast.kernels import ahead_of_time as a; print(a.compiled_kernels(90, 12, {layout!r}))"
+    variant = ("forward", layout, "float32")
+    code = f"from ncsr_fast.kernels import ahead_of_time as a; print(a.compiled_kernels(90, 12, {variant!r}))"
     assert printed(pytestconfig, f"compiled_kernels-{layout}", ["-c", code]) == most
 
 
@@ -124,6 +133,34 @@ print(*found)
     runs = [subprocess.run([sys.executable, "-W", "ignore", "-c", code], **options) for _ in range(2)]
     assert [run.returncode for run in runs] == [0, 0], runs[0].stderr
     assert [run.stdout.strip() for run in runs] == ["False", "True"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target, channels, precision", NETWORKS)
+def test_what_the_networks_of_the_steps_need(pytestconfig, target, channels, precision):
+    """Products are of tensor cores in bf16 and TF32, and of numbers rounded to TF32 in the latter alone."""
+    from ncsr_fast.kernels.ahead_of_time import Row, table, worst
+
+    arguments = ["-m", "ncsr_fast.kernels.ahead_of_time", "--networks", precision, "--json"]
+    arguments += ["--targets", str(target), "--channels", str(channels)]
+    rows = [Row(**row) for row in printed(pytestconfig, f"ahead_of_time-networks-{target}-{channels}-{precision}", arguments)]
+    print(table(worst(rows)))
+    called = itertools.product(("coupling", "shared", "injector"), ("pack_network_kernel", "hidden_kernel", "output_kernel"))
+    assert sorted((row.call, row.kernel) for row in rows) == sorted((f"{name} {precision}", kernel) for name, kernel in called)
+    assert [row for row in rows if row.spills] == []
+    assert [row for row in rows if row.shared > SHARED] == []
+    products = [row for row in rows if row.kernel != "pack_network_kernel"]
+    assert all((row.tensor_cores > 0) == (precision != "fp32") for row in products)
+    assert all(row.tf32 == (precision == "tf32") for row in products)
+    # Loads of 16 bytes, but of 6 channels of the state, which are 8 bytes and a third of them masked
+    least = 0.4 if channels == 12 else 0.85
+    assert [row for row in products if row.wide < least or row.middling < 0.85] == []
+
+
+@pytest.mark.exhaustive
+def test_networks_of_images_of_other_sizes_compile_no_other_kernels(pytestconfig):
+    code = "from ncsr_fast.kernels import ahead_of_time as a; print(a.compiled_kernels(90, 12, 'bf16', a.network_calls))"
+    assert printed(pytestconfig, "compiled_kernels-networks", ["-c", code]) == 1
 
 
 def printed(pytestconfig: pytest.Config, name: str, arguments: list[str]) -> Any:
