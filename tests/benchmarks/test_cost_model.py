@@ -154,5 +154,6 @@ def test_the_reference_is_predicted_operator_by_operator():
     assert counter.seconds == pytest.approx(8e-6 + LAUNCH + 408e-6)
     found = cost_model.reference_seconds(replace(cost_model.TASKS["train"], batch=1, use="quick"), ROUND)
     assert {key[3] for key in found} >= {"affine_forward", "affine_backward", "flow_step_backward", "inverse_logdet"}
-    assert {key[2] for key in found} == {"any", "forward nhwc h=float32", "forward nhwc h=bfloat16"}
+    named = {key[2] for key in found}
+    assert named >= {"any", "forward nhwc h=float32", "forward nhwc h=bfloat16", "shared bf16", "injector fp32"}
     assert all(seconds >= LAUNCH for seconds in found.values())
