@@ -22,7 +22,9 @@ PYTHONS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 DEV := .venv-dev
-PYTEST_FLAGS := -n auto --maxprocesses 4 --dist worksteal
+# one process more than cores, up to four: some tests wait for processes of their own
+WORKERS := $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n < 3 ? n + 1 : 4)))
+PYTEST_FLAGS := -n $(WORKERS) --dist worksteal
 # what [build-system] in pyproject.toml requires, for builds that find their objects of the last time
 BUILD := 'setuptools>=68' 'pybind11>=2.13' ninja
 

@@ -31,13 +31,10 @@ PARTS: dict[str, dict[str, str]] = {
     "ncsr_fast.engine.folding": {"fold_zeros_convolution": "split", "*": "fold"},
     "ncsr_fast.engine.hoisting": {"prepared": "fold", "*": "hoist"},
     "ncsr_fast.engine.plan": {
-        "_folded_mixing": "fold", "_fold": "fold", "_stacked": "fold", "_pre_activations": "hoist", "_add_features": "hoist",
+        "_folded_mixing": "fold", "_fold": "fold", "_stacked": "fold", "_add_known": "hoist", "_add_features": "hoist",
         "_add_branch": "hoist", "_noise_source": "hoist", "folded_split": "split", "split_prior": "split",
     },
-    # what `_heads` does itself is to look for the largest magnitudes; its networks and maps are other functions
-    "ncsr_fast.engine.walk": {
-        "run": "steps", "mix": "steps", "output": "steps", "apply": "steps", "evaluate_free": "injectors", "_heads": "watch",
-    },
+    "ncsr_fast.engine.walk": {"run": "steps", "output": "steps", "evaluate_free": "injectors", "_enter": "watch"},
     "ncsr_fast.engine.gradient": {
         "_free_backward": "injectors", "_forward": "steps", "_backward": "steps",
     },

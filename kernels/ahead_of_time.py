@@ -1,11 +1,11 @@
 """Registers, shared memory, spills and widths of loads of every kernel, compiled for GPUs that need not be there.
 
-`python -m ncsr_fast.kernels.ahead_of_time [--targets 80 90 100] [--channels 12 24 48 96 192] [--pairs] [--json]` prints, for
-each kernel, target and number of channels, the most that any call needs, or with `--convolutions` of a convolution of so many
-channels at each of the precisions named (float32 tf32 bfloat16); `report` returns every call, and `compiled_kernels`
-the number of kernels that are compiled for images of several sizes. The host functions are called on meta tensors, under a
-driver that compiles as a GPU's driver would, reads the binary instead of loading it, and launches nothing: what is compiled
-is what a launch would run. Written for Triton 3.6; TRITON_INTERPRET unset.
+`python -m ncsr_fast.kernels.ahead_of_time [--targets 80 90 100] [--channels 12 24 48 96 192] [--variants every] [--json]`
+prints, for each kernel, target and number of channels, the most that any call needs, with `--convolutions float32 tf32 bfloat16`
+those of a convolution at these precisions; `report` returns every call, and `compiled_kernels` the number of kernels that are
+compiled for images of several sizes. The host functions are called on meta tensors, under a driver that compiles as a GPU's
+driver would, reads the binary instead of loading it, and launches nothing: what is compiled is what a launch would run. Written
+for Triton 3.6; TRITON_INTERPRET unset.
 """
 
 from __future__ import annotations
@@ -36,13 +36,14 @@ LAYOUTS = {"nhwc": torch.channels_last, "nchw": torch.contiguous_format}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # of h
 Variant = tuple[str, str, str]  # direction, layout and dtype of a call
 EVERY_VARIANT: tuple[Variant, ...] = tuple(itertools.product(("forward", "inverse"), LAYOUTS, DTYPES))
-# every pair of a direction, layout and dtype is in one of them
+# "pairs": each two of a direction, layout and dtype are in one of them; "engine": those in the engine's layout
 PAIRS: tuple[Variant, ...] = (
     ("forward", "nhwc", "float32"),
-    ("forward", "nchw", "bfloat16"),
     ("inverse", "nhwc", "bfloat16"),
+    ("forward", "nchw", "bfloat16"),
     ("inverse", "nchw", "float32"),
 )
+VARIANTS = {"every": EVERY_VARIANT, "pairs": PAIRS, "engine": PAIRS[:2]}
 CONVOLUTIONS = ((32, False), (64, False), (64, True))  # of the encoder: outputs, and whether the input is read upsampled
 PRECISIONS = {"float32": (torch.float32, False), "tf32": (torch.float32, True), "bfloat16": (torch.bfloat16, False)}
 SIZE = (18, 80, 80)  # batch, height and width of the calls, as in training: the weight gradient loops over many tiles
@@ -286,15 +287,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--targets", type=int, nargs="+", default=TARGETS, help="compute capabilities, such as 90")
     parser.add_argument("--channels", type=int, nargs="+", default=CHANNELS)
-    parser.add_argument(
-        "--pairs", action="store_true", help="only calls in which each two of direction, layout and dtype are once"
-    )
+    parser.add_argument("--variants", choices=VARIANTS, default="every", help="directions, layouts and dtypes of the calls")
     parser.add_argument(
         "--convolutions", choices=PRECISIONS, nargs="+", default=(), help="at these precisions, in place of all else"
     )
     parser.add_argument("--json", action="store_true", help="every call, as a list of rows")
     options = parser.parse_args()
-    rows = report(options.targets, options.channels, PAIRS if options.pairs else EVERY_VARIANT, options.convolutions)
+    rows = report(options.targets, options.channels, VARIANTS[options.variants], options.convolutions)
     print(json.dumps([asdict(row) for row in rows]) if options.json else table(worst(rows)))
 
 

@@ -10,15 +10,25 @@ from torch import Tensor
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
-def readable(tensors: Iterable[Tensor]) -> bool:
-    """True where kernels may be called on these tensors: their values lie in memory, and nothing but autograd looks on."""
-    return not traced() and all(map(has_memory, tensors))
+def readable(tensors: Iterable[Tensor], by_pytorch: bool = False) -> bool:
+    """True where kernels may be called on these tensors: their values lie in memory, and nothing but autograd looks on.
+
+    Args:
+        tensors: Of one call.
+        by_pytorch: PyTorch's operators, which take tensors on the meta device as well, stand for the kernels.
+    """
+    return not traced() and all(map(is_eager if by_pytorch else has_memory, tensors))
+
+
+def is_eager(x: Tensor) -> bool:
+    """True for a plain tensor, one on the meta device included: no fake one, no other subclass that says what operators do to
+    it (DTensor …), none that a transform of `torch.func` or a batched gradient wraps."""
+    return _is_plain(x) and not is_wrapped(x)
 
 
 def has_memory(x: Tensor) -> bool:
-    """True for a plain tensor whose values lie in memory of its own: no fake or meta one, no other subclass that says what
-    operators do to it (DTensor …), none that a transform of `torch.func` or a batched gradient wraps."""
-    return _is_plain(x) and not is_wrapped(x) and not x.is_meta
+    """True for an eager tensor whose values lie in memory of its own."""
+    return is_eager(x) and not x.is_meta
 
 
 def is_wrapped(x: Tensor) -> bool:

@@ -45,7 +45,7 @@ def level_pass(
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given):
         y, logdet = _level_pass(tuple(flat), spec, program, checkpoint)
         return y, logdet
-    return _run(x, tensors, program, not readable(given), None if peaks is None else Record(peaks=peaks))
+    return _run(x, tensors, program, not readable(given, by_pytorch=True), None if peaks is None else Record(peaks=peaks))
 
 
 def _run(x: Tensor, tensors: LevelTensors, program: Program, recorded: bool, record: Record | None) -> Pair:

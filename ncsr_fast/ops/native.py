@@ -81,8 +81,8 @@ def _check_writable(y: Tensor, dtype: torch.dtype) -> None:
 
 
 def _run(call: Callable[..., Any], x: Tensor, workspace: Callable[[], int], *arguments: object) -> Any:
-    """Call a compiled function where x is: on the CPU with torch's number of threads, or on a GPU on torch's current stream."""
-    device, float64, values = x.device, x.dtype == torch.float64, []
+    """Call a compiled function where x is, on whose device every tensor must be."""
+    device, values = x.device, []
     for argument in arguments:
         if type(argument) is not _Passed:
             values.append(argument)
@@ -96,6 +96,12 @@ def _run(call: Callable[..., Any], x: Tensor, workspace: Callable[[], int], *arg
                 raise ValueError(f"a tensor is on {tensor.device}, but the state is on {device}")
             address = tensor.data_ptr()
         values.append(address if layout is None else (address, *layout))
+    return _launch(call, x, workspace, *values)
+
+
+def _launch(call: Callable[..., Any], x: Tensor, workspace: Callable[[], int], *values: object) -> Any:
+    """Run on the CPU with torch's number of threads, or on a GPU, of this ordinal, with torch's current stream there."""
+    float64, device = x.dtype == torch.float64, x.device
     if device.type == "cpu":
         return call(*values, float64, (0, torch.get_num_threads(), 0, 0))
     memory = torch.empty(workspace(), dtype=torch.uint8, device=device)  # of torch's allocator, which minds the stream

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ncsr_fast.autocast import without_autocast
-from ncsr_fast.layout import has_memory, readable, transformed
+from ncsr_fast.layout import has_memory, is_eager, readable, transformed
 from ncsr_fast.ops.registration import Registered, Signature
 
 Tensors = tuple[Tensor | None, ...]
@@ -54,13 +54,11 @@ class Operator:
         self._function = self._make_function(name)
 
     def __call__(self, tensors: Tensors, *settings: Any) -> Outputs:
-        given = [tensor for tensor in tensors if tensor is not None]
-        # made of what PyTorch and other operators do
-        by_pytorch = self._registered is None or settings[-1] == "reference"
+        given, by_pytorch = [tensor for tensor in tensors if tensor is not None], self._by_pytorch(settings)
         with without_autocast(given[0].device.type):
             if by_pytorch and self._autograd_of_reference:
                 return self.reference(*tensors, *settings)
-            if not readable(given):
+            if not readable(given, by_pytorch):
                 if self._registered is None or by_pytorch or (transformed() and not torch.compiler.is_compiling()):
                     return self.reference(*tensors, *settings)
                 return self._registered(tensors, settings)
@@ -68,6 +66,10 @@ class Operator:
                 outputs: Outputs = self._function.apply(len(tensors), *tensors, *settings)
                 return outputs
             return self.forward(tensors, *settings)[0]
+
+    def _by_pytorch(self, settings: tuple[Any, ...]) -> bool:
+        """True where `forward` and `backward` are made of what PyTorch and other operators do."""
+        return self._registered is None or settings[-1] == "reference"
 
     def _make_function(self, name: str) -> type[torch.autograd.Function]:
         def forward(ctx: Any, count: int, *arguments: Any) -> Outputs:  # a setup_context would cost 25 µs a call
@@ -81,7 +83,8 @@ class Operator:
             saved = ctx.saved_tensors  # once: torch.utils.checkpoint recomputes them for it
             needed = ctx.needs_input_grad[1 : ctx.count + 1]
             inputs, others = saved[: ctx.count], saved[ctx.count :]
-            found = self.gradients(grads, inputs, others, needed, ctx.settings, self.backward, has_memory)
+            accepted = is_eager if self._by_pytorch(ctx.settings) else has_memory
+            found = self.gradients(grads, inputs, others, needed, ctx.settings, self.backward, accepted)
             return None, *found, *([None] * len(ctx.settings))
 
         methods: dict[str, Callable[..., Any]] = {"forward": forward, "backward": gradient}

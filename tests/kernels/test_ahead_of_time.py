@@ -30,24 +30,23 @@ EVERY_CELL = [(target, channels) for channels in CHANNELS for target in (80, 90,
 # The largest tile needs most, and 12 channels are aligned the least; and what a kernel needs it needs on all targets, but
 # for a few registers: its products, of float32, are not of tensor cores, in which the targets differ. The rest with
 # `make test-all`.
-IN_EVERY_RUN = {(90, 12), (90, 192)}
-CELLS = [pytest.param(*cell, "pairs", marks=() if cell in IN_EVERY_RUN else pytest.mark.exhaustive) for cell in EVERY_CELL]
+CELLS = [(90, 12, "engine"), (90, 192, "pairs")]
 CELLS += [pytest.param(*cell, "every", marks=pytest.mark.exhaustive) for cell in EVERY_CELL]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target, channels, variants", CELLS)
 def test_what_every_kernel_needs(pytestconfig, target, channels, variants):
-    from ncsr_fast.kernels.ahead_of_time import TARGETS, Row, table, worst
+    from ncsr_fast.kernels.ahead_of_time import TARGETS, VARIANTS, Row, table, worst
 
     arguments = ["-m", "ncsr_fast.kernels.ahead_of_time", "--json", "--targets", str(target), "--channels", str(channels)]
-    arguments += ["--pairs"] if variants == "pairs" else []
+    arguments += ["--variants", variants]
     rows = [Row(**row) for row in printed(pytestconfig, f"ahead_of_time-{target}-{channels}-{variants}", arguments)]
     print(table(worst(rows)))
     calls = Counter((row.target, row.channels) for row in rows)
     # of each variant affine, gaussian_split (3 kernels) and flow_step (5), of half of them flow_step without h (5); and one of
     # matrices
-    count = 4 if variants == "pairs" else 8
+    count = len(VARIANTS[variants])
     assert {cell[0] for cell in EVERY_CELL} == set(TARGETS)
     assert calls == {(target, channels): count * (3 + 3 + 5) + count // 2 * 5 + 1}
     assert [row for row in rows if row.spills] == []

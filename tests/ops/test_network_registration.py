@@ -210,7 +210,7 @@ def test_transforms_take_the_reference(name, device, backend, monkeypatch):
     if backend == "native":
         from ncsr_fast.ops import native as calls_of_kernels
 
-        monkeypatch.setattr(calls_of_kernels, "_run", forbidden)
+        monkeypatch.setattr(calls_of_kernels, "_launch", forbidden)
 
     def of_first(x: Tensor) -> tuple[Tensor, ...]:
         return run(name, *tensors[:place], x, *tensors[place + 1 :], backend=backend)
