@@ -31,7 +31,7 @@ from torch.utils._pytree import tree_map_only
 
 from ncsr_fast import tuning
 from ncsr_fast.ops import backends
-from ncsr_fast.ops.backends import forget
+from ncsr_fast.ops.backend import forget
 
 from .waiting import HostWaits, on_gpu, tensors_in
 

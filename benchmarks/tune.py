@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from ncsr_fast import ops, tuning
-from ncsr_fast.ops.backends import BACKENDS, forget, kernel_of
+from ncsr_fast.ops.backend import BACKENDS, forget, kernel_of
 
 from .harness import REFERENCE, Case, Function, fault, measure
 from .provenance import installed_version

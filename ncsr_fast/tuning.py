@@ -1,6 +1,6 @@
 """Tables of GPUs: which backend runs each kernel, and in which tiles, with where every entry comes from.
 
-A table is a JSON file. Its entries say of a kernel, as `ncsr_fast.ops.backends.COVERAGE` names it, how many times faster than
+A table is a JSON file. Its entries say of a kernel, as `ncsr_fast.ops.backend.COVERAGE` names it, how many times faster than
 the reference a backend is, and of a Triton kernel and a bucket of channels which tiles it runs in. The package's tables lie in
 `ncsr_fast/gpus`; `ncsr-fast tune` writes the user's, which come first. The entry of a backend is that of the first table that
 has one, of: this GPU's, the user's before the package's; those of other GPUs of its compute capability; that of any GPU. The

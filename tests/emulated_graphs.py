@@ -66,6 +66,6 @@ def emulated_graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     captures.clear()
     monkeypatch.setattr(graphs, "capture", capture)
     monkeypatch.setattr(graphs, "_check_on_gpu", lambda model: None)
-    monkeypatch.setattr(sys.modules["ncsr_fast.ops.backends"], "_best", lambda kernel, kind, dtype: "reference")
+    monkeypatch.setattr(sys.modules["ncsr_fast.ops.backend"], "_best", lambda kernel, kind, dtype: "reference")
     with no_reading():
         yield captures

@@ -11,7 +11,7 @@ import torch
 from ncsr_fast.benchmarks.harness import Case, measure, rounded
 from ncsr_fast.benchmarks.provenance import provenance
 from ncsr_fast.benchmarks.registry import OPERATORS, Draw, Shape, level_shapes
-from ncsr_fast.ops.backends import kernels, resolve_backend
+from ncsr_fast.ops.backend import kernels, resolve_backend
 
 from .session import Session
 

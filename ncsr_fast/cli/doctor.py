@@ -84,7 +84,7 @@ def report() -> dict[str, dict[str, str]]:
 def _choice(operator: str) -> str:
     """The backend of an operator, of float32 tensors and of others where that differs, and on a GPU the reason."""
     from ncsr_fast import ops, tuning
-    from ncsr_fast.ops.backends import kernel_of
+    from ncsr_fast.ops.backend import kernel_of
 
     if not torch.cuda.is_available():
         return ops.resolve_backend(operator)

@@ -21,7 +21,7 @@ from ncsr_fast.engine.folding import Networks
 from ncsr_fast.engine.program import Head, Program, Stage
 from ncsr_fast.engine.walk import LevelTensors, Record, Walk
 from ncsr_fast.layout import readable
-from ncsr_fast.ops.backends import kernels
+from ncsr_fast.ops.backend import kernels
 from ncsr_fast.ops.conv3x3 import convolution_forward
 from ncsr_fast.ops.operator import Operator, Outputs, Pair, Tensors
 from ncsr_fast.ops.step_network import Layers, network_gradients

@@ -23,7 +23,7 @@ from torch import Tensor
 from ncsr_fast.engine.ablation import ablation
 from ncsr_fast.engine.condition import Features
 from ncsr_fast.layout import traced
-from ncsr_fast.ops.backends import kernels
+from ncsr_fast.ops.backend import kernels
 from ncsr_fast.ops.conv3x3 import (
     ConvolutionMethod,
     backend_for,

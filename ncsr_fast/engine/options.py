@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ncsr_fast.autocast import autocast_dtype
 from ncsr_fast.engine.ablation import ablation
-from ncsr_fast.ops.backends import BACKENDS
+from ncsr_fast.ops.backend import BACKENDS
 from ncsr_fast.ops.conv3x3 import ConvolutionMethod
 
 ENGINES = ("fused", "plain")

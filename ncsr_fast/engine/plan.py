@@ -34,7 +34,7 @@ from ncsr_fast.engine.options import EngineOptions
 from ncsr_fast.engine.program import Head, Program, stages
 from ncsr_fast.engine.walk import LevelTensors
 from ncsr_fast.layout import laid_out
-from ncsr_fast.ops.backends import covering_backend
+from ncsr_fast.ops.backend import covering_backend
 from ncsr_fast.ops.conv3x3 import ConvolutionMethod, convolution
 from ncsr_fast.ops.step_network import evaluate_network
 

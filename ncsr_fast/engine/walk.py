@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ncsr_fast.engine.folding import Networks
 from ncsr_fast.engine.program import Head, Program
-from ncsr_fast.ops.backends import Kernels, kernels
+from ncsr_fast.ops.backend import Kernels, kernels
 from ncsr_fast.ops.recorded import RecordedKernels
 from ncsr_fast.ops.step_network import Layers, NetworkTensors, StepNetwork
 

@@ -8,7 +8,7 @@ convolutions. `backends()` tells which implementations there are and why the oth
 
 from ncsr_fast.ops.actnorm_invconv import actnorm_invconv
 from ncsr_fast.ops.affine import affine_coupling, affine_injector
-from ncsr_fast.ops.backends import Backend, BackendUnavailable, backends, resolve_backend
+from ncsr_fast.ops.backend import Backend, BackendUnavailable, backends, resolve_backend
 from ncsr_fast.ops.conv3x3 import conv3x3
 from ncsr_fast.ops.flow_step import flow_step
 from ncsr_fast.ops.fold import fold

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ncsr_fast.ops.backends import resolve_backend
+from ncsr_fast.ops.backend import resolve_backend
 from ncsr_fast.ops.contract import check_state, check_tensors
 from ncsr_fast.ops.flow_step import parameters, step
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ncsr_fast.ops.backends import kernels, resolve_backend
+from ncsr_fast.ops.backend import kernels, resolve_backend
 from ncsr_fast.ops.contract import check_eps, check_state, check_tensors, pass_through_channels
 from ncsr_fast.ops.operator import Operator, Pair, Tensors
 from ncsr_fast.ops.reference import affine_forward

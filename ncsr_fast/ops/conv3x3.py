@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ncsr_fast.autocast import autocast
 from ncsr_fast.layout import is_channels_last
-from ncsr_fast.ops.backends import covering_backend, kernels, resolve_backend
+from ncsr_fast.ops.backend import covering_backend, kernels, resolve_backend
 from ncsr_fast.ops.contract import check_image, check_tensors
 from ncsr_fast.ops.operator import Operator, Outputs, Tensors
 from ncsr_fast.ops.plain_convolution import Gradients, Needed, convolve, convolve_as_recorded, convolve_backward

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ncsr_fast.ops.backends import covering_backend, kernels, resolve_backend
+from ncsr_fast.ops.backend import covering_backend, kernels, resolve_backend
 from ncsr_fast.ops.contract import check_matrices, check_tensors
 from ncsr_fast.ops.operator import Operator, Tensors
 from ncsr_fast.ops.reference import fold_forward

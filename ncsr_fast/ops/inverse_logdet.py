@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ncsr_fast.ops import plain_inverse
-from ncsr_fast.ops.backends import kernels, resolve_backend
+from ncsr_fast.ops.backend import kernels, resolve_backend
 from ncsr_fast.ops.contract import check_conditions, check_matrices, largest_condition
 from ncsr_fast.ops.operator import Operator, Pair, Tensors
 from ncsr_fast.ops.registration import Signature

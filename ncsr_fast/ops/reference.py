@@ -8,7 +8,7 @@
     conv3x3          zero-padded 3×3 convolution, of an upsampled input, added to an output, through the mask of a leaky ReLU
     step_network     w3 ∗ relu(w2 · relu(w1 ∗ z1 + pre) + b2) + b3
 
-`ncsr_fast.ops.backends.Kernels` has their signatures.
+`ncsr_fast.ops.backend.Kernels` has their signatures.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ncsr_fast.ops.backends import kernels, resolve_backend
+from ncsr_fast.ops.backend import kernels, resolve_backend
 from ncsr_fast.ops.contract import check_image, check_tensors
 from ncsr_fast.ops.conv3x3 import ConvolutionMethod, convolution, convolution_backward
 from ncsr_fast.ops.operator import Operator, Tensors

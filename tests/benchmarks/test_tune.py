@@ -12,7 +12,7 @@ from ncsr_fast import ops, tuning
 from ncsr_fast.benchmarks import tune
 from ncsr_fast.benchmarks.harness import Case
 from ncsr_fast.benchmarks.registry import OPERATORS, level_shapes
-from ncsr_fast.ops.backends import COVERAGE, forget
+from ncsr_fast.ops.backend import COVERAGE, forget
 
 GPU = tuning.Gpu("Acme A1", "9.9")
 QUICK = ("quick",)  # levels of 12, 24 and 96 channels

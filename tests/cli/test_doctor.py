@@ -11,7 +11,7 @@ import torch
 
 from ncsr_fast.cli import doctor
 from ncsr_fast.cli.main import main
-from ncsr_fast.ops.backends import _native_mend, _triton_missing
+from ncsr_fast.ops.backend import _native_mend, _triton_missing
 
 
 def test_doctor(capsys):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib
 from types import SimpleNamespace
 
 import pytest
@@ -13,8 +12,8 @@ from ncsr_fast import tuning
 from ncsr_fast.benchmarks import tune
 from ncsr_fast.cli import doctor
 from ncsr_fast.cli.main import main
+from ncsr_fast.ops import backend as backends
 
-backends = importlib.import_module("ncsr_fast.ops.backends")  # the package has a function of that name
 GPU = tuning.Gpu("Acme A1", "9.9")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import warnings
 from types import SimpleNamespace
 
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ncsr_fast import ops
+from ncsr_fast.ops import backend as backends
 from ncsr_fast.ops import reference
 from ncsr_fast.ops.fallback import Guarded
 
@@ -25,7 +25,6 @@ import triton.language as tl  # noqa: E402
 from ncsr_fast import kernels as triton_kernels  # noqa: E402
 from ncsr_fast.kernels import _common, _elementwise  # noqa: E402
 
-backends = importlib.import_module("ncsr_fast.ops.backends")  # the package has a function of that name
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 

@@ -23,7 +23,7 @@ from operator_cases import (
 )
 
 from ncsr_fast import layout, ops
-from ncsr_fast.ops.backends import kernels
+from ncsr_fast.ops.backend import kernels
 
 
 def assert_like_the_reference(name: str, tensors: list[torch.Tensor], backend: str, inverse: bool = False) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,8 +11,8 @@ import torch
 from support import fresh_process
 
 from ncsr_fast import ops, tuning
+from ncsr_fast.ops import backend as backends
 
-backends = importlib.import_module("ncsr_fast.ops.backends")  # the package has a function of that name
 COVERAGE = backends.COVERAGE
 HERE = tuning.Gpu("Acme A1", "9.0")
 KERNELS = {  # what "auto" tries on any GPU before the reference: as before there were tables

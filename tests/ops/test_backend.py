@@ -12,7 +12,7 @@ import torch
 from operator_cases import cells
 
 from ncsr_fast import ops
-from ncsr_fast.ops.backends import BACKENDS, COVERAGE, Kernels, _best, _not_covered, covering_backend, kernels
+from ncsr_fast.ops.backend import BACKENDS, COVERAGE, Kernels, _best, _not_covered, covering_backend, kernels
 
 FUNCTIONS = {
     "affine": ("affine_forward", "affine_backward"),
