@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ncsr_fast.autocast import autocast
 from ncsr_fast.layout import is_channels_last
-from ncsr_fast.ops.backend import covering_backend, kernels, resolve_backend
+from ncsr_fast.ops.backend import COVERAGE, covering_backend, kernels, resolve_backend
 from ncsr_fast.ops.contract import check_image, check_tensors
 from ncsr_fast.ops.operator import Operator, Outputs, Tensors
 from ncsr_fast.ops.plain_convolution import Gradients, Needed, convolve, convolve_as_recorded, convolve_backward
@@ -108,7 +108,8 @@ def backend_for(x: Tensor, shape: tuple[int, ...], dtype: torch.dtype, method: C
 def convolution_weights(weights: Sequence[Tensor], x: Tensor, method: ConvolutionMethod) -> list[Tensor]:
     """The weights as the backend that convolves x with the first of them reads them best; for all of them at once."""
     backend = convolution_backend(x, weights[0], method)
-    return kernels(covering_backend("conv3x3_weights", backend, x)).conv3x3_weights(weights, x.dtype)
+    own = "conv3x3_weights" in COVERAGE.get(backend, {})
+    return kernels(backend if own else "reference").conv3x3_weights(weights, x.dtype)
 
 
 def convolution_forward(x: Tensor, weight: Tensor, bias: Tensor | None, method: ConvolutionMethod) -> Tensor:

@@ -55,6 +55,8 @@ def test_every_kernel_and_dtype_has_an_entry_of_every_backend():
     expected = set()
     for backend in COVERAGE:
         for kernel, coverage in COVERAGE[backend].items():
+            if kernel == "conv3x3_weights":  # of the backend that convolves
+                continue
             one_dtype = kernel in ("fold", "inverse_logdet")
             if "cpu" in coverage.devices and ops.backends("cpu")[backend].available:
                 expected |= {(kernel, None if one_dtype else str(each)[6:], backend) for each in coverage.dtypes}

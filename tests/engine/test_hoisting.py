@@ -11,6 +11,7 @@ from support import image
 from ncsr_fast.engine.ablation import ablated
 from ncsr_fast.engine.condition import Features
 from ncsr_fast.engine.hoisting import algorithm, hoisted_convolution, prepared
+from ncsr_fast.ops.backend import kernels
 from ncsr_fast.ops.conv3x3 import ConvolutionMethod
 
 METHOD = ConvolutionMethod()
@@ -63,12 +64,10 @@ def test_wide_enough_for_winograd(factor):
 def test_triton_by_name_convolves_both_parts_as_they_are_asked_to_be(monkeypatch):
     """A kernel reads the stacked features upsampled and adds to the other part; TF32, which the interpreter has not, is passed
     on in both directions."""
-    from ncsr_fast import kernels
-
-    asked = []
+    asked, triton = [], kernels("triton")
     for name in ("conv3x3_forward", "conv3x3_backward"):
-        function = getattr(kernels, name)
-        monkeypatch.setattr(kernels, name, lambda *a, call=function, **named: asked.append(named["tf32"]) or call(*a, **named))
+        function = getattr(triton, name)
+        monkeypatch.setattr(triton, name, lambda *a, call=function, **named: asked.append(named["tf32"]) or call(*a, **named))
     own, stacked = (image(1, *shape, seed=1).float() for shape in ((3, 2, 4), (5, 1, 2)))
     weight, bias = image(4, 8, 3, 3, seed=3).float() - 0.5, image(4, seed=4).float()
     leaves = [x.contiguous(memory_format=torch.channels_last).requires_grad_() for x in (own, stacked)]
