@@ -1,8 +1,8 @@
 """Registers, shared memory, spills and widths of loads of every kernel, compiled for GPUs that need not be there.
 
 `python -m ncsr_fast.kernels.ahead_of_time [--targets 80 90 100] [--channels 12 24 48 96 192] [--variants every] [--json]`
-prints, for each kernel, target and number of channels, the most that any call needs, with `--convolutions float32 tf32 bfloat16`
-those of a convolution at these precisions; `report` returns every call, and `compiled_kernels` the number of kernels that are
+prints, for each kernel, target and number of channels, the most that any call needs; with `--convolutions float32 tf32` it does
+so of a convolution at these precisions. `report` returns every call, and `compiled_kernels` the number of kernels that are
 compiled for images of several sizes. The host functions are called on meta tensors, under a driver that compiles as a GPU's
 driver would, reads the binary instead of loading it, and launches nothing: what is compiled is what a launch would run. Written
 for Triton 3.6; TRITON_INTERPRET unset.
