@@ -1,9 +1,10 @@
 """Registers, shared memory, spills and widths of loads of every kernel, compiled for GPUs that need not be there.
 
 `python -m ncsr_fast.kernels.ahead_of_time [--targets 80 90 100] [--channels 12 24 48 96 192] [--variants every] [--json]`
-prints, for each kernel, target and number of channels, the most that any call needs, with `--networks` of the networks of the
-steps; `report` returns every call, and `compiled_kernels` the number of kernels that are compiled for images of several sizes.
-The host functions are called on meta tensors, under a driver that compiles as a GPU's driver would, reads the binary instead of
+prints, for each kernel, target and number of channels, the most that any call needs, or with `--networks` or `--convolutions`
+of the networks of the steps, or of convolutions of so many channels, at each of the precisions named (float32 tf32 bfloat16);
+`report` returns every call, and `compiled_kernels` the number of kernels that are compiled for images of several sizes. The
+host functions are called on meta tensors, under a driver that compiles as a GPU's driver would, reads the binary instead of
 loading it, and launches nothing: what is compiled is what a launch would run. Written for Triton 3.6; TRITON_INTERPRET unset.
 """
 
@@ -43,8 +44,9 @@ PAIRS: tuple[Variant, ...] = (
     ("inverse", "nchw", "float32"),
 )
 VARIANTS = {"every": EVERY_VARIANT, "pairs": PAIRS, "engine": PAIRS[:2]}
-PRECISIONS = {"bf16": (torch.bfloat16, False), "tf32": (torch.float32, True), "fp32": (torch.float32, False)}  # of networks
+CONVOLUTIONS = ((32, False), (64, False), (64, True))  # of the encoder: outputs, and whether the input is read upsampled
 HIDDEN = 64  # channels of the hidden layers of the published networks
+PRECISIONS = {"float32": (torch.float32, False), "tf32": (torch.float32, True), "bfloat16": (torch.bfloat16, False)}
 SIZE = (18, 80, 80)  # batch, height and width of the calls, as in training: the weight gradient loops over many tiles
 SIZES = (SIZE, (1, 40, 36), (16, 79, 77), (10, 510, 4), (3, 6, 6))  # pixels that 16 divides, or nothing, or 8, or 4
 _OPCODE = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P[T0-9]+\s+)?([A-Z0-9_.]+)", re.MULTILINE)  # of a line of SASS
@@ -211,6 +213,31 @@ def network_calls(
         yield "step_network", f"injector {precision}", lambda: kernels.step_network_forward(None, own, *injector, tf32=tf32)
 
 
+def convolution_calls(
+    channels: int, size: tuple[int, int, int] = SIZE, precisions: Sequence[str] = tuple(PRECISIONS)
+) -> Iterator[tuple[str, str, Callable]]:
+    """Likewise of convolutions of so many channels of a wider buffer, forward and backward."""
+    batch, height, width = size
+    for precision, (outputs, upsample2x) in itertools.product(precisions, CONVOLUTIONS):
+        dtype, tf32 = PRECISIONS[precision]
+
+        def empty(c: int, factor: int = 1, dtype: torch.dtype = dtype) -> Tensor:
+            shape = batch, channels + 64, factor * height, factor * width
+            return torch.empty(shape, dtype=dtype, device="meta", memory_format=torch.channels_last)[:, :c]
+
+        x, y, options = empty(channels), empty(outputs, 2 if upsample2x else 1), {"upsample2x": upsample2x, "tf32": tf32}
+        weight, bias = torch.empty(outputs, channels, 3, 3, device="meta"), torch.empty(outputs, device="meta")
+        relu, needed = (x[:, channels // 2 :], 0.2), (True, True, True)
+        yield (
+            "conv3x3",
+            f"{outputs} outputs {precision}{' upsample2x' * upsample2x}",
+            lambda: (
+                kernels.conv3x3_forward(x, weight, bias, slope=0.2, out=y, **options),
+                kernels.conv3x3_backward(y, x, weight, needed, relu=relu, dx=x, **options),
+            ),
+        )
+
+
 def _compiling(target: int) -> _CompilingDriver:
     """The driver of a target, which is left behind, so it wants a process of its own."""
     if triton.knobs.runtime.interpret:
@@ -224,7 +251,7 @@ def _compiling(target: int) -> _CompilingDriver:
 def compile_for(
     target: int, channels: int, variants: Sequence[Variant] | Sequence[str] = EVERY_VARIANT, called: Callable = calls
 ) -> list[Row]:
-    """The rows of one target and number of channels, of the variants of `calls` or `network_calls`."""
+    """The rows of one target and number of channels, of the variants of `calls`, or precisions of the others."""
     compiling, rows = _compiling(target), []
     for operator, call, body in called(channels, SIZE, variants):
         compiling.launched.clear()
@@ -291,15 +318,14 @@ def main() -> None:
     parser.add_argument("--targets", type=int, nargs="+", default=TARGETS, help="compute capabilities, such as 90")
     parser.add_argument("--channels", type=int, nargs="+", default=CHANNELS)
     parser.add_argument("--variants", choices=VARIANTS, default="every", help="directions, layouts and dtypes of the calls")
-    parser.add_argument(
-        "--networks", nargs="*", choices=PRECISIONS, help="the networks of the steps, in these precisions, or all"
-    )
+    for name in ("--networks", "--convolutions"):
+        parser.add_argument(name, choices=PRECISIONS, nargs="+", help="at these precisions, in place of all else")
     parser.add_argument("--json", action="store_true", help="every call, as a list of rows")
     options = parser.parse_args()
-    if options.networks is None:
-        rows = report(options.targets, options.channels, VARIANTS[options.variants])
-    else:
-        rows = report(options.targets, options.channels, options.networks or tuple(PRECISIONS), network_calls)
+    called, variants = calls, VARIANTS[options.variants]
+    if options.networks or options.convolutions:
+        called, variants = (network_calls, options.networks) if options.networks else (convolution_calls, options.convolutions)
+    rows = report(options.targets, options.channels, variants, called)
     print(json.dumps([asdict(row) for row in rows]) if options.json else table(worst(rows)))
 
 

@@ -9,19 +9,13 @@ import installation
 import pytest
 import torch
 import torch.nn.functional as F
-from operator_cases import ROUNDING
+from operator_cases import ROUNDING, interpreted, marked, where
 from torch import Tensor
 
 from ncsr_fast import ops
 
 Tensors = list[Tensor | None]
 Outputs = tuple[Tensor, ...]
-CELLS = [
-    pytest.param(*cell, id="-".join(cell))
-    for cell in installation.cells()
-    if cell[1] == "reference" or cell == ("cpu", "native")
-]
-cells = pytest.mark.parametrize("device, backend", CELLS)
 
 
 @dataclass(frozen=True)
@@ -115,6 +109,34 @@ CALLS = {
     "fold-inverse": Call(*_FOLD, {"inverse": True}),
 }
 calls = pytest.mark.parametrize("name", CALLS)
+
+
+# written out: a backend that loses an operator must be missed
+HAVE = {
+    "conv3x3": {("cpu", "native"), ("cpu", "triton"), ("cuda", "triton")},
+    "step_network": {("cpu", "native"), ("cpu", "triton"), ("cuda", "triton")},
+    "fold": {("cpu", "native")},
+}
+
+
+def has(operator: str, device: str, backend: str) -> bool:
+    """Whether a backend has an operator on a device, the reference all of them."""
+    return backend == "reference" or (device, backend) in HAVE[operator]
+
+
+def cells_of(operator: str) -> pytest.MarkDecorator:
+    """Decorator of a test of an operator on all devices and backends that have it."""
+    of_it = [cell for cell in installation.cells() if has(operator, *cell)]
+    return pytest.mark.parametrize("device, backend", [pytest.param(*cell, id="-".join(cell)) for cell in of_it])
+
+
+def cells(test: Callable) -> Callable:
+    """Decorator of a test of a call of `CALLS`, its argument `name`, on all devices and backends that have the operator."""
+    every = [pytest.param(*cell, id="-".join(cell)) for cell in installation.cells()]
+    there = where(lambda name, device, backend: has(CALLS[name].operator, device, backend))
+    # in the interpreter, slowly: the call of each operator without options, which runs the same kernel
+    chosen = marked("exhaustive", lambda name, backend: interpreted(backend) and name != CALLS[name].operator)
+    return chosen(there(pytest.mark.parametrize("device, backend", every)(test)))
 
 
 def arguments(

@@ -23,6 +23,7 @@ from ncsr_fast.ops.conv3x3 import (
     convolution_backward,
     convolution_forward,
     convolution_into,
+    convolution_weights,
 )
 from ncsr_fast.ops.operator import Operator, Outputs, Tensors
 
@@ -51,10 +52,11 @@ def _forward(tensors: Outputs, slope: float, residual: float, method: Convolutio
     channels = pairs[-1][0].shape[1]
     buffer = torch.empty((x.shape[0], channels, *x.shape[2:]), dtype=x.dtype, device=x.device, memory_format=layout)
     buffer[:, : x.shape[1]] = x
-    for weight, bias in pairs[:-1]:
+    *weights, last = convolution_weights([weight for weight, _ in pairs], x, method)
+    for weight, (_, bias) in zip(weights, pairs):
         read, added = weight.shape[1], weight.shape[0]
         convolution_into(buffer[:, read : read + added], buffer[:, :read], weight, bias, slope, method)
-    y = convolution_forward(buffer, *pairs[-1], method)
+    y = convolution_forward(buffer, last, pairs[-1][1], method)
     return (torch.add(x, y, alpha=residual),), (buffer,)
 
 
@@ -68,10 +70,11 @@ def _backward(
     method: ConvolutionMethod,
 ) -> Tensors:
     (dy,), (buffer,), pairs = grads, saved, _pairs(inputs)
+    weights = convolution_weights([weight for weight, _ in pairs], buffer, method)
     found: list[Tensor | None] = []
     dbuffer: Tensor | None = None
     for index in reversed(range(len(pairs))):
-        weight, bias = pairs[index]
+        weight, (parameter, bias) = weights[index], pairs[index]
         read, added = weight.shape[1], weight.shape[0]
         gradient = dy * residual if dbuffer is None else dbuffer[:, read : read + added]
         wanted = (index > 0 or needed[0], needed[1 + 2 * index], needed[2 + 2 * index])
@@ -79,7 +82,7 @@ def _backward(
         # what convolution index - 1 added is read by none before this: the gradient is complete there, but for its lrelu
         relu = (buffer[:, pairs[index - 1][0].shape[1] : read], slope) if index else None
         dread, dweight, dbias = convolution_backward(gradient, buffer[:, :read], weight, wanted, method, before, relu)
-        found = [None if d is None else d.to(p.dtype) for d, p in ((dweight, weight), (dbias, bias))] + found
+        found = [None if d is None else d.to(p.dtype) for d, p in ((dweight, parameter), (dbias, bias))] + found
         dbuffer = dread if dbuffer is None else dbuffer
     dx = dbuffer[:, : inputs[0].shape[1]] + dy if dbuffer is not None and needed[0] else None
     return dx, *found

@@ -122,7 +122,8 @@ def _upsampled_forward(
     y = convolution_forward(own, weight[:, :split], bias, method)
     if algorithm == "kernel":
         backend = convolution_backend(stacked, weight[:, split:], method)
-        return kernels(backend).conv3x3_forward(stacked, weight[:, split:], None, upsample2x=True, out=y, accumulate=True)
+        forward = kernels(backend).conv3x3_forward
+        return forward(stacked, weight[:, split:], None, upsample2x=True, tf32=method.tf32, out=y, accumulate=True)
     rows = rows or products_of(weight[:, split:])
     cells = _Cells(own, stacked)
     # along a row first: what is added to the first, the inner and the last columns of a cell
@@ -153,7 +154,8 @@ def _backward(
     last_needed = needed[1], needed[2], False
     if algorithm == "kernel":
         backward = kernels(convolution_backend(stacked, stacked_weight, method)).conv3x3_backward
-        dstacked, _, _ = backward(dy, stacked, stacked_weight, last_needed, upsample2x=True, dweight=dlast)
+        options = {"upsample2x": True, "tf32": method.tf32}
+        dstacked, _, _ = backward(dy, stacked, stacked_weight, last_needed, dweight=dlast, **options)
     else:
         dstacked, dproducts = _products_backward(dy, own, stacked, products_of(stacked_weight), last_needed, method)
         if dlast is not None:

@@ -53,8 +53,8 @@ class EngineOptions:
     @property
     def method(self) -> ConvolutionMethod:
         """How networks are convolved."""
-        by_kernel = ablation().winograd and self.backend in ("auto", "native")
-        return ConvolutionMethod(self.precision == "tf32", "auto" if by_kernel else "reference")
+        backend = "auto" if self.backend == "native" else self.backend
+        return ConvolutionMethod(self.precision == "tf32", backend if ablation().winograd else "reference")
 
     @property
     def memory_format(self) -> torch.memory_format:

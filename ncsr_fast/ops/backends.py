@@ -6,7 +6,7 @@ import functools
 import importlib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -107,6 +107,8 @@ class Kernels(Protocol):
         dweight: Tensor | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]: ...
 
+    def conv3x3_weights(self, weights: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]: ...
+
     def step_network_forward(
         self,
         z1: Tensor | None,
@@ -160,11 +162,16 @@ COVERAGE: dict[str, dict[str, Coverage]] = {
         "gaussian_split": Coverage(("cpu", "cuda"), _NARROW),
         "flow_step": Coverage(("cpu", "cuda"), _NARROW),
         "inverse_logdet": Coverage(("cpu", "cuda"), _FLOATS),
+        "conv3x3": Coverage(("cpu", "cuda"), _NARROW),
+        "conv3x3_weights": Coverage(("cpu", "cuda"), _NARROW),
         "step_network": Coverage(("cpu", "cuda"), _NARROW),
     },
 }
 # (backend, kernel) that "auto" leaves out: that they are faster than what there is was measured on no GPU. By name they run.
-UNMEASURED: frozenset[tuple[str, str]] = frozenset({("triton", "step_network")})
+UNMEASURED: frozenset[tuple[str, str]] = frozenset(
+    {("triton", "conv3x3"), ("triton", "conv3x3_weights"), ("triton", "step_network")}
+)
+
 
 # of operators that share a kernel; all others have one of their name
 _KERNELS = {"affine_injector": "affine", "affine_coupling": "affine", "actnorm_invconv": "flow_step"}

@@ -1,7 +1,8 @@
-"""Convolutions at a stated precision, forward and backward: 3×3 ones by Winograd's algorithm where a backend has it."""
+"""Convolutions at a stated precision, forward and backward: 3×3 ones by the kernels of backends, on a CPU Winograd's."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -41,7 +42,9 @@ def conv3x3(
 
     True float32 whatever PyTorch's global flags say, unless `tf32` permits a GPU to round operands. "native" computes by
     Winograd's algorithm on the CPU, F(4×4, 3×3) and F(2×2, 3×3) (Lavin & Gray 2016): a NaN or an infinity may reach three
-    pixels further. "auto" takes it for channels-last x of 12 channels or more. Differentiable with respect to every tensor.
+    pixels further. "auto" takes it for channels-last x of 12 channels or more. "triton" multiplies on tensor cores where x is
+    of half precision or `tf32` permits it; "auto" does not take it before it is measured. Differentiable with respect to every
+    tensor.
 
     Args:
         x: (B, C, H, W), float32, float64 or a half-precision dtype.
@@ -49,7 +52,8 @@ def conv3x3(
         bias: (N,), or None.
         upsample2x: Read x with nearest-neighbour upsampling ×2: y is (B, N, 2H, 2W).
         tf32: Permit TF32 on a GPU, where PyTorch's flags do not forbid it.
-        backend: "auto", "reference", or "native" for float32 and float64 tensors on the CPU.
+        backend: "auto"; "reference"; "native" for float32 and float64 tensors on the CPU; "triton" for CUDA tensors of any
+            dtype but float64.
 
     Returns:
         y (B, N, H, W).
@@ -85,17 +89,26 @@ _PYTORCH = ConvolutionMethod(backend="reference")
 
 
 def convolution_backend(x: Tensor, weight: Tensor, method: ConvolutionMethod) -> str:
-    """The backend for a convolution of x: a kernel where it pays, by layout and numbers of channels, else "reference"."""
+    """The backend for a convolution of x: a kernel where it pays, by layout and numbers of channels, else "reference".
+
+    "triton" by name is taken for all 3×3 ones: it reads images as they lie, and weights of any dtype.
+    """
     return backend_for(x, tuple(weight.shape), weight.dtype, method)
 
 
 def backend_for(x: Tensor, shape: tuple[int, ...], dtype: torch.dtype, method: ConvolutionMethod) -> str:
     """`convolution_backend` of a weight of this shape and dtype."""
-    if method.backend == "reference" or shape[-1] != 3 or min(shape[:2]) < _WORTH_IT:
+    if method.backend == "reference" or shape[-1] != 3:
         return "reference"
-    if x.dtype != dtype or not is_channels_last(x):
+    if method.backend != "triton" and (min(shape[:2]) < _WORTH_IT or x.dtype != dtype or not is_channels_last(x)):
         return "reference"
     return covering_backend("conv3x3", method.backend, x)
+
+
+def convolution_weights(weights: Sequence[Tensor], x: Tensor, method: ConvolutionMethod) -> list[Tensor]:
+    """The weights as the backend that convolves x with the first of them reads them best; for all of them at once."""
+    backend = convolution_backend(x, weights[0], method)
+    return kernels(covering_backend("conv3x3_weights", backend, x)).conv3x3_weights(weights, x.dtype)
 
 
 def convolution_forward(x: Tensor, weight: Tensor, bias: Tensor | None, method: ConvolutionMethod) -> Tensor:

@@ -14,6 +14,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -268,7 +269,9 @@ def conv3x3_backward(
     dx: Tensor | None = None,
     dweight: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of x, weight and bias of `conv3x3_forward` without its leaky ReLU, in the dtype of x, those that are `needed`.
+    """Gradients of x, weight and bias of `conv3x3_forward` without its leaky ReLU, those that are `needed`.
+
+    In the dtype of x; those of weight and bias may be in the one in which a backend sums.
 
     Args:
         dy: Gradient of the output.
@@ -291,6 +294,11 @@ def conv3x3_backward(
             last = dx[:, -relu[0].shape[1] :]
             torch.ops.aten.leaky_relu_backward.grad_input(last, *relu, True, grad_input=last)
     return dx, dfound if dweight is None or dfound is None else dweight.copy_(dfound), dbias
+
+
+def conv3x3_weights(weights: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """The weights as the backend reads them best, for convolutions in this dtype that share the work: here as they are."""
+    return [*weights]
 
 
 def _upsampled(x: Tensor) -> Tensor:

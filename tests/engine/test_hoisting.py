@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import installation
 import pytest
 import torch
 import torch.nn.functional as F
@@ -56,6 +57,29 @@ def test_wide_enough_for_winograd(factor):
         results.append([y.detach(), *torch.autograd.grad(y.sin().sum(), leaves)])
     for found, expected in zip(*results):
         assert torch.allclose(found, expected, rtol=0, atol=1e-11 * float(expected.abs().max()))
+
+
+@pytest.mark.skipif(("cpu", "triton") not in installation.cells(), reason="Triton's interpreter is not among the cells")
+def test_triton_by_name_convolves_both_parts_as_they_are_asked_to_be(monkeypatch):
+    """A kernel reads the stacked features upsampled and adds to the other part; TF32, which the interpreter has not, is passed
+    on in both directions."""
+    from ncsr_fast import kernels
+
+    asked = []
+    for name in ("conv3x3_forward", "conv3x3_backward"):
+        function = getattr(kernels, name)
+        monkeypatch.setattr(kernels, name, lambda *a, call=function, **named: asked.append(named["tf32"]) or call(*a, **named))
+    own, stacked = (image(1, *shape, seed=1).float() for shape in ((3, 2, 4), (5, 1, 2)))
+    weight, bias = image(4, 8, 3, 3, seed=3).float() - 0.5, image(4, seed=4).float()
+    leaves = [x.contiguous(memory_format=torch.channels_last).requires_grad_() for x in (own, stacked)]
+    leaves += [weight.requires_grad_(), bias.requires_grad_()]
+    results = []
+    for method in (ConvolutionMethod(tf32=True, backend="triton"), ConvolutionMethod(backend="reference")):
+        y = hoisted(*leaves, method)
+        results.append([y, *torch.autograd.grad(y.sin().sum(), leaves)])
+        assert asked == [True] * 4
+    for found, expected in zip(*results):  # of sums of up to 72 products in float32, rounded by 4 eps, and their sines
+        assert torch.allclose(found, expected, rtol=0, atol=1e-6 * float(expected.detach().abs().max()))
 
 
 def test_float32_is_as_exact_as_the_convolution_it_replaces():

@@ -9,6 +9,7 @@ from support import image, tiny_model
 from ncsr_fast import NCSR
 from ncsr_fast.encoder.rrdb import DenseBlock
 from ncsr_fast.engine.folding import fold_mixing
+from ncsr_fast.engine.options import EngineOptions
 from ncsr_fast.ops.conv3x3 import ConvolutionMethod
 from ncsr_fast.ops.fold import folded
 
@@ -72,6 +73,13 @@ def test_a_dense_block_is_its_definition(channels, growth, layout):
         results_of.append([y.detach(), *torch.autograd.grad(y.sin().sum(), [x, *block.parameters()])])
     for found, expected in zip(*results_of):
         assert torch.allclose(found, expected, rtol=0, atol=1e-12 * float(expected.abs().max()))
+
+
+def test_convolutions_are_those_of_the_backend():
+    """Triton's by its name alone; "native" takes what pays on a CPU, as "auto" does."""
+    chosen = {backend: EngineOptions(backend=backend).method.backend for backend in ("auto", "native", "triton", "reference")}
+    assert chosen == {"auto": "auto", "native": "auto", "triton": "triton", "reference": "reference"}
+    assert EngineOptions(backend="triton", precision="tf32").method.tf32
 
 
 def test_one_elimination_a_level(monkeypatch):

@@ -21,6 +21,7 @@ FUNCTIONS = {
     "inverse_logdet": ("inverse_logdet",),
     "fold": ("fold_forward", "fold_backward"),
     "conv3x3": ("conv3x3_forward", "conv3x3_backward"),
+    "conv3x3_weights": ("conv3x3_weights",),
     "step_network": ("step_network_forward", "step_network_layers"),
 }
 KERNEL_OF = {"affine_injector": "affine", "affine_coupling": "affine", "actnorm_invconv": "flow_step"}
@@ -104,6 +105,7 @@ def test_auto_is_a_backend_that_claims_the_operator():
 @pytest.mark.skipif(not installation.expects("triton"), reason="the Triton backend is not among the cells")
 def test_auto_leaves_out_what_was_measured_on_no_gpu():
     """On CUDA tensors, with a GPU or without one; of a backend that would be the first choice."""
+    assert ("triton", "conv3x3") in UNMEASURED
     assert _best("affine", "cuda", "torch.float32") == "triton"
     for backend, kernel in UNMEASURED:
         assert [_best(kernel, "cuda", str(dtype)) for dtype in COVERAGE[backend][kernel].dtypes] == ["reference"] * 3
@@ -114,10 +116,10 @@ def test_the_advice_names_a_backend_that_has_the_operator():
     assert _not_covered("native", "fold", "cuda", "torch.float32") == (
         "its fold runs on cpu tensors, not on cuda ones; use backend='reference'"
     )
-    assert _not_covered("triton", "conv3x3", "cuda", "torch.float32") == "it has no conv3x3; use backend='reference'"
+    assert _not_covered("triton", "fold", "cuda", "torch.float32") == "it has no fold; use backend='reference'"
     assert _not_covered("triton", "affine", "cuda", "torch.float64") == (
         "its affine does not compute in float64; use backend='reference' or 'native'"
     )
     assert _not_covered("native", "conv3x3", "cpu", "torch.bfloat16") == (
-        "its conv3x3 does not compute in bfloat16; use backend='reference'"
+        "its conv3x3 does not compute in bfloat16; use backend='reference' or 'triton'"
     )

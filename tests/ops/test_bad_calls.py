@@ -110,7 +110,7 @@ def test_every_argument_of_a_network_or_a_folding(name, device, backend, bad):
             network_cases.run(name, *spoilt, backend=backend)
 
 
-@network_cases.cells
+@network_cases.cells_of("step_network")
 def test_sizes_of_a_network_that_do_not_fit(device, backend):
     z1, pre, w1, w2, b2, w3, b3 = network_cases.arguments("step_network", dtype=torch.float32, device=device)
     for tensors, message in (
@@ -125,7 +125,7 @@ def test_sizes_of_a_network_that_do_not_fit(device, backend):
             ops.step_network(*tensors, backend=backend)
 
 
-@network_cases.cells
+@network_cases.cells_of("conv3x3")
 def test_sizes_of_a_convolution_that_do_not_fit(device, backend):
     x, weight, bias = network_cases.arguments("conv3x3", dtype=torch.float32, device=device)
     for tensors, message in (
@@ -138,7 +138,7 @@ def test_sizes_of_a_convolution_that_do_not_fit(device, backend):
             ops.conv3x3(*tensors, backend=backend)
 
 
-@network_cases.cells
+@network_cases.cells_of("fold")
 def test_sizes_of_a_folding_that_do_not_fit(device, backend):
     bias, logs, weight = network_cases.arguments("fold", dtype=torch.float32, device=device)
     for tensors, message in (

