@@ -5,19 +5,20 @@
     dw[n, c, d] = Σ_p dy[p, n] · x[p + d, c],    dbias[n] = Σ_p dy[p, n]
 
 The first two are one kernel: dx is the convolution of dy with the transposed weight, its taps in reverse. No window is laid
-out in memory: a program of 128 pixels reads them once for every tap, the neighbours' rows being those of other pixels. It
-adds the bias and applies σ, or in the backward pass the derivative of the σ before, to the sum that it holds in registers,
-so that a dense block is a launch a convolution: each reads a prefix of the channels of one buffer, and writes the next ones.
+out in memory: a program reads its pixels, moved by a tap, once for every tap. It adds the bias and applies σ, or in the
+backward pass the derivative of the σ before, to the sum that it holds in registers, so that a dense block is a launch a
+convolution: each reads a prefix of the channels of one buffer, and writes the next ones.
 With nearest-neighbour upsampling, x at p + d is its pixel (p + d)/2 rounded down, and dx the sum over the four copies of a
 pixel, 36 taps; nothing is upsampled in memory.
 
 Products are of tensor cores: of float16 and bfloat16 with sums in float32, and of float32 in TF32 where the caller permits
 it; otherwise float32 is multiplied as such. Fewer channels than a tile has are filled up with zeros by masks.
 
-A weight is read where it lies if its inputs are adjacent, as in a channels-last weight of the dtype of x, or some inputs of
-one: then lanes read 16 bytes of inputs at once, forward (along the sums) and backward (along the results). Of PyTorch's
-own order a lane would read one number from every 9, and nine times over the lines of a cache, more than x itself. So such a
-weight, or one of another dtype, is laid out anew, by one small kernel.
+A weight is read where it lies if its inputs are adjacent and its dtype is that of x, as a channels-last one or some inputs of
+one: then lanes read 16 bytes of inputs at once, forward (along the sums) and backward (along the results). From a weight in
+PyTorch's own order lanes would read single numbers, nine apart, and a program all lines of the cache that hold them nine times,
+more bytes than of x. So such a weight, or one of another dtype, is copied by one small kernel first: `conv3x3_weights`, which
+copies those of several convolutions at once.
 """
 
 from __future__ import annotations

@@ -154,8 +154,7 @@ def _backward(
     last_needed = needed[1], needed[2], False
     if algorithm == "kernel":
         backward = kernels(convolution_backend(stacked, stacked_weight, method)).conv3x3_backward
-        options = {"upsample2x": True, "tf32": method.tf32}
-        dstacked, _, _ = backward(dy, stacked, stacked_weight, last_needed, dweight=dlast, **options)
+        dstacked, _, _ = backward(dy, stacked, stacked_weight, last_needed, upsample2x=True, tf32=method.tf32, dweight=dlast)
     else:
         dstacked, dproducts = _products_backward(dy, own, stacked, products_of(stacked_weight), last_needed, method)
         if dlast is not None:

@@ -167,7 +167,7 @@ COVERAGE: dict[str, dict[str, Coverage]] = {
         "step_network": Coverage(("cpu", "cuda"), _NARROW),
     },
 }
-# (backend, kernel) that "auto" leaves out: that they are faster than what there is was measured on no GPU. By name they run.
+# (backend, kernel) that "auto" leaves out, because no GPU has measured them faster than the reference; by name they run
 UNMEASURED: frozenset[tuple[str, str]] = frozenset(
     {("triton", "conv3x3"), ("triton", "conv3x3_weights"), ("triton", "step_network")}
 )

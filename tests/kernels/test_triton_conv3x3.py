@@ -49,10 +49,6 @@ def normal(*shape: int, seed: int = 0, dtype: torch.dtype = SINGLE) -> Tensor:
     return torch.randn(shape, generator=generator, dtype=torch.float64).to(DEVICE, dtype)
 
 
-def channels_of(wide: Tensor, first: int, count: int) -> Tensor:
-    return wide[:, first : first + count]
-
-
 def oracle(x: Tensor, weight: Tensor, bias: Tensor | None, upsample2x: bool) -> Tensor:
     """The convolution, differentiable, in float64."""
     x = x.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3) if upsample2x else x
