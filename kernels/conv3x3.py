@@ -5,9 +5,9 @@
     dw[n, c, d] = Σ_p dy[p, n] · x[p + d, c],    dbias[n] = Σ_p dy[p, n]
 
 The first two are one kernel: dx is the convolution of dy with the transposed weight, its taps in reverse. No window is laid
-out in memory: a program reads its pixels, moved by a tap, once for every tap. It adds the bias and applies σ, or in the backward
-pass the derivative of the σ before, to the sum that it holds in registers, so that a dense block is a launch a convolution: each
-reads a prefix of the channels of one buffer, and writes the next ones.
+out in memory: a program reads its pixels, moved by a tap, once for every tap. It adds the bias and applies σ, or in the
+backward pass the derivative of the σ before, to the sum that it holds in registers, so that a dense block is a launch a
+convolution: each reads a prefix of the channels of one buffer, and writes the next ones.
 With nearest-neighbour upsampling, x at p + d is its pixel (p + d)/2 rounded down, and dx the sum over the four copies of a
 pixel, 36 taps; nothing is upsampled in memory.
 

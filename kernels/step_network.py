@@ -39,7 +39,7 @@ HIDDEN_READ = 32  # of h2 at once, by `output`; 64 need more registers and instr
 OUTPUTS = 128  # of a program, at most
 PACKED = 1024  # weights that a program packs, 8 a thread
 # By how numbers are multiplied
-SUMS = {"half": 8192, "tf32": 8192, "ieee": 4096}  # of a program at most, pixels × channels; twice as many spill
+SUMS = {"half": 8192, "tf32": 8192, "ieee": 4096}  # of a program at most, pixels × channels; half and ieee spill twice as many
 OPTIONS = {"half": {"num_warps": 4}, "tf32": {"num_warps": 8}, "ieee": {"num_warps": 8, "num_stages": 1}}
 
 

@@ -91,6 +91,7 @@ def test_gradcheck(name, device, backend):
 
 @calls
 @cells
+@marked("exhaustive", lambda name, backend: interpreted(backend) and CALLS[name].operator == "step_network")  # seven calls
 def test_only_what_needs_a_gradient_gets_one(name, device, backend):
     """Each tensor alone: its gradient is that of all of them together, and without one nothing is recorded."""
     tensors = arguments(name, dtype=exact_dtype(backend), device=device)
@@ -112,6 +113,7 @@ def test_only_what_needs_a_gradient_gets_one(name, device, backend):
 @pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout != "contiguous"])
 @marked("slow", interpreted)
 @marked("exhaustive", lambda backend, layout: interpreted(backend) and layout != "channels of channels_last")
+@marked("exhaustive", lambda name, backend: interpreted(backend) and CALLS[name].operator == "step_network")  # eight calls
 def test_layouts(name, device, backend, layout):
     """All tensors and gradients of the outputs in one layout, and each of the tensors alone."""
     dtype, cases = exact_dtype(backend), ((5, 4, (3, 4)), (1, 1, (1, 4)), (12, 16, (5, 6)))
