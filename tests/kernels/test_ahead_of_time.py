@@ -71,13 +71,13 @@ def test_what_every_kernel_needs(pytestconfig, target, channels, variants):
 PRODUCTS = {"conv3x3_kernel", "conv3x3_weight_kernel"}
 EVERY_CONVOLUTION = [
     (target, channels, precision)
-    for precision in ("bfloat16", "tf32", "float32")
+    for precision in ("bf16", "tf32", "fp32")
     for channels in (3, 64, 160, 192)
     for target in (80, 90, 100)
 ]
 # The widest needs most; in bfloat16 shared memory, as in TF32, and the most registers.
 CONVOLUTION_CELLS = [
-    pytest.param(*cell, marks=() if cell == (90, 192, "bfloat16") else pytest.mark.exhaustive) for cell in EVERY_CONVOLUTION
+    pytest.param(*cell, marks=() if cell == (90, 192, "bf16") else pytest.mark.exhaustive) for cell in EVERY_CONVOLUTION
 ]
 
 
