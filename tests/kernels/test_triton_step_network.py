@@ -17,6 +17,7 @@ if not installation.expects("triton"):
 from ncsr_fast import kernels, ops  # noqa: E402
 from ncsr_fast.engine import plan  # noqa: E402
 from ncsr_fast.kernels import step_network as triton_network  # noqa: E402
+from ncsr_fast.ops.backend import kernels as functions_of  # noqa: E402
 from ncsr_fast.ops.step_network import StepNetwork, evaluate_network  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -294,11 +295,11 @@ def test_the_engine_walks_by_it(everything, checkpoint, monkeypatch):
     Values are as far off as float32 is, amplified by scales of about 1; of float32 gradients of flows 1e-2 is right, for ReLUs
     near zero (docs/architecture.md). Gradients of one network are compared more closely above.
     """
-    called = set()
+    called, triton = set(), functions_of("triton")
     for name in ("step_network_forward", "step_network_layers"):
-        function = getattr(kernels, name)
+        function = getattr(triton, name)
         monkeypatch.setattr(
-            kernels, name, lambda z1, *a, f=function, **k: called.add((f.__name__, z1 is None)) or f(z1, *a, **k)
+            triton, name, lambda z1, *a, f=function, **k: called.add((f.__name__, z1 is None)) or f(z1, *a, **k)
         )
     lr, hr = image(1, 3, 2, 2, dtype=SINGLE).to(DEVICE), image(1, 3, 8, 8, dtype=SINGLE).to(DEVICE)
     found = []

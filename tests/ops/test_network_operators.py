@@ -231,15 +231,17 @@ def test_parameters_of_another_dtype(device, backend, upsample2x):
 @cells_of("step_network")
 def test_a_network_in_the_dtype_of_its_pre_activation(device, backend):
     """Whatever the dtypes of the state and the weights, whose gradients are in their own."""
-    z1, pre, *weights = differentiable(arguments("step_network", 6, 8, device=device))
-    state, weights = differentiable([z1.float()])[0], differentiable([weight.float() for weight in weights])
-    h = ops.step_network(state, pre, *weights, backend=backend)
-    (expected,) = formula("step_network", state, pre, *weights)
-    assert h.dtype == DOUBLE
-    assert_close(h, expected, tolerance("step_network", DOUBLE), "h")
-    leaves = [state, pre, *weights]
+    dtype = exact_dtype(backend)
+    z1, pre, *weights = arguments("step_network", 6, 8, dtype=dtype, device=device)
+    narrow = SINGLE if dtype == DOUBLE else torch.float16
+    leaves = differentiable([z1.to(narrow), pre, *(weight.to(narrow) for weight in weights)])
+    h = ops.step_network(*leaves, backend=backend)
+    doubles = differentiable([leaf.double() for leaf in leaves])
+    (expected,) = formula("step_network", *doubles)
+    assert h.dtype == dtype
+    assert_close(h, expected, tolerance("step_network", dtype), "h")
     for grad, right, leaf in zip(
-        torch.autograd.grad(h.sin().sum(), leaves), torch.autograd.grad(expected.sin().sum(), leaves), leaves
+        torch.autograd.grad(h.sin().sum(), leaves), torch.autograd.grad(expected.sin().sum(), doubles), leaves
     ):
         assert grad.dtype == leaf.dtype
         assert_close(grad, right, 20 * ROUNDING[leaf.dtype], "gradient")
