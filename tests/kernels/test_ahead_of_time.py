@@ -31,14 +31,10 @@ EVERY_CELL = [(target, channels) for channels in CHANNELS for target in (80, 90,
 # The largest tile needs most, and 12 channels are aligned the least; and what a kernel needs it needs on all targets, but
 # for a few registers: its products, of float32, are not of tensor cores, in which the targets differ. The rest with
 # `make test-all`.
-CELLS = [(90, 12, "engine"), (90, 192, "pairs")]
+CELLS = [(90, 12, "engine"), (90, 192, "engine")]
 CELLS += [pytest.param(*cell, "every", marks=pytest.mark.exhaustive) for cell in EVERY_CELL]
-# of the networks' kernels, whose products are of tensor cores, in which targets differ; a target and number takes half a minute
-NETWORKS_IN_EVERY_RUN = {(90, 12, "bf16")}
-NETWORKS = [
-    pytest.param(*cell, marks=() if cell in NETWORKS_IN_EVERY_RUN else pytest.mark.exhaustive)
-    for cell in itertools.product((80, 90, 100), (12, 24, 48, 96, 192), ("bf16", "tf32", "fp32"))
-]
+# of kernels that "auto" does not take, on tensor cores, in which targets differ; half a minute each
+NETWORKS = list(itertools.product((80, 90, 100), (12, 24, 48, 96, 192), ("bf16", "tf32", "fp32")))
 
 
 @pytest.mark.slow
@@ -75,14 +71,10 @@ EVERY_CONVOLUTION = [
     for channels in (3, 64, 160, 192)
     for target in (80, 90, 100)
 ]
-# The widest needs most; in bfloat16 shared memory, as in TF32, and the most registers.
-CONVOLUTION_CELLS = [
-    pytest.param(*cell, marks=() if cell == (90, 192, "bf16") else pytest.mark.exhaustive) for cell in EVERY_CONVOLUTION
-]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("target, channels, precision", CONVOLUTION_CELLS)
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("target, channels, precision", EVERY_CONVOLUTION)
 def test_what_a_convolution_needs(pytestconfig, target, channels, precision):
     """No spills; products on tensor cores but in float32, in TF32 where it is asked for alone; 16 bytes at once."""
     from ncsr_fast.kernels.ahead_of_time import Row, table, worst
@@ -112,7 +104,7 @@ def test_images_of_other_sizes_compile_no_other_kernels(pytestconfig, layout, mo
     assert printed(pytestconfig, f"compiled_kernels-{layout}", ["-c", code]) == most
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_compiled_kernels_are_kept_for_other_processes(tmp_path):
     """By Triton, in the folder TRITON_CACHE_DIR: what a second process starts is not compiled again."""
     code = """
@@ -135,7 +127,7 @@ print(*found)
     assert [run.stdout.strip() for run in runs] == ["False", "True"]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("target, channels, precision", NETWORKS)
 def test_what_the_networks_of_the_steps_need(pytestconfig, target, channels, precision):
     """Products are of tensor cores in bf16 and TF32, and of numbers rounded to TF32 in the latter alone."""

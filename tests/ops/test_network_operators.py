@@ -91,7 +91,7 @@ def test_gradcheck(name, device, backend):
 
 @calls
 @cells
-@marked("exhaustive", lambda name, backend: interpreted(backend) and CALLS[name].operator == "step_network")  # seven calls
+@marked("exhaustive", interpreted)  # up to seven calls
 def test_only_what_needs_a_gradient_gets_one(name, device, backend):
     """Each tensor alone: its gradient is that of all of them together, and without one nothing is recorded."""
     tensors = arguments(name, dtype=exact_dtype(backend), device=device)
@@ -111,9 +111,7 @@ def test_only_what_needs_a_gradient_gets_one(name, device, backend):
 @calls
 @cells
 @pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout != "contiguous"])
-@marked("slow", interpreted)
-@marked("exhaustive", lambda backend, layout: interpreted(backend) and layout != "channels of channels_last")
-@marked("exhaustive", lambda name, backend: interpreted(backend) and CALLS[name].operator == "step_network")  # eight calls
+@marked("exhaustive", interpreted)  # up to eight calls; layouts are in the kernels' own tests too
 def test_layouts(name, device, backend, layout):
     """All tensors and gradients of the outputs in one layout, and each of the tensors alone."""
     dtype, cases = exact_dtype(backend), ((5, 4, (3, 4)), (1, 1, (1, 4)), (12, 16, (5, 6)))
