@@ -22,9 +22,9 @@ PYTHONS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 DEV := .venv-dev
-# one process more than cores, up to four: some tests wait for processes of their own
-WORKERS := $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n < 3 ? n + 1 : 4)))
-PYTEST_FLAGS := -n $(WORKERS) --dist worksteal
+PYTEST_FLAGS := -n auto --maxprocesses 4 --dist worksteal
+# of slow tests some wait for processes of their own: one process more than cores, up to four
+PYTEST_FLAGS_SLOW := -n $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n < 3 ? n + 1 : 4))) --dist worksteal
 # what [build-system] in pyproject.toml requires, for builds that find their objects of the last time
 BUILD := 'setuptools>=68' 'pybind11>=2.13' ninja
 
@@ -50,12 +50,12 @@ test: export TORCH_CUDA_ARCH_LIST ?= 8.0+PTX
 test: $(BIN)/python
 	$(call install_copy,dev)
 	$(call lint_with,$(BIN))
-	$(BIN)/pytest $(PYTEST_FLAGS) -m 'not exhaustive'
+	$(BIN)/pytest $(PYTEST_FLAGS_SLOW) -m 'not exhaustive'
 
 test-all: $(BIN)/python
 	$(call install_copy,dev)
 	$(call lint_with,$(BIN))
-	$(BIN)/pytest $(PYTEST_FLAGS)
+	$(BIN)/pytest $(PYTEST_FLAGS_SLOW)
 
 matrix:
 	$(PYTHON) .ci/matrix.py --torch '$(TORCH)'

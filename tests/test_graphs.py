@@ -64,6 +64,7 @@ class Twins:
         assert torch.equal(self.steps[0].counters, self.steps[1].counters)
 
 
+@pytest.mark.slow
 def test_steps_are_replayed(model, emulated_graphs):  # noqa: F811
     twins = Twins(model)
     for seed in range(3):
@@ -102,6 +103,7 @@ CHANGES = {
 
 @marked("slow", lambda change: change not in ("moved", "weight decay"))
 @pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.slow
 def test_a_change_is_captured(model, change, emulated_graphs):  # noqa: F811
     twins = Twins(model)
     twins.check(*batch())
@@ -121,6 +123,7 @@ def test_what_changes_nothing_is_not_captured_again(model, emulated_graphs):  # 
     assert len(emulated_graphs) == 1
 
 
+@pytest.mark.slow
 def test_an_encoder_that_is_trained_from_the_middle(model):
     """Its parameters come first in the optimizer, whose state they enter last."""
 
@@ -141,6 +144,7 @@ def test_inputs_of_another_dtype_are_captured(model, emulated_graphs):  # noqa: 
     assert len(emulated_graphs) == 2
 
 
+@pytest.mark.slow
 def test_ddp_is_warmed_up_longer(model, monkeypatch, emulated_graphs):  # noqa: F811
     monkeypatch.setattr(graphs, "DistributedDataParallel", NCSR)
     graphs.TrainingStep(model, adam(model))(*batch())

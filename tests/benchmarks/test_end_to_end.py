@@ -134,6 +134,7 @@ def test_the_published_program_does_every_task(monkeypatch):
 
 
 @pytest.mark.parametrize("what", ["images", "loss", "gradient"])
+@pytest.mark.slow
 def test_an_arm_whose_results_differ_has_its_error_for_figures(what):
     class Wrong(arms.Ours):
         def decode(self, latents, lr):

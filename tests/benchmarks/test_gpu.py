@@ -99,6 +99,7 @@ def test_an_item_that_hangs_is_killed_with_all_it_started(tmp_path):
     assert not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z"
 
 
+@pytest.mark.slow
 def test_what_no_longer_fits_is_skipped(tmp_path):
     rows = rows_of(tmp_path, 0.5, passing=1, late=600, failing=5)
     assert rows["late", None]["ok"] is None and ("late", "late") not in rows
@@ -302,6 +303,7 @@ def test_variants_of_a_step_are_measured_without_a_part_of_the_engine(at_work, m
     ]
 
 
+@pytest.mark.slow
 def test_a_replay_that_is_off_fails(at_work, monkeypatch):
     """The parts of `capture` compare steps and samples, each of them moved a little here."""
 

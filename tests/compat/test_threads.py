@@ -85,6 +85,7 @@ def assert_right(found: torch.Tensor, expected: torch.Tensor) -> None:
 @pytest.mark.parametrize("meanwhile", CALLS, ids=lambda call: call.__name__)
 @marked("slow", lambda call: call not in (likelihood, sampled))
 @pytest.mark.parametrize("call", CALLS, ids=lambda call: call.__name__)
+@pytest.mark.slow
 def test_a_call_during_another(pair, call, meanwhile):
     """The other begins and ends while the first is about to run its encoder, and again after it has run it."""
     net, untouched = pair

@@ -89,6 +89,7 @@ FEW = ("channels_last", "sliced", "strange single")
 @marked("slow", lambda options, layout: options != "recomputed" or layout not in FEW)
 @pytest.mark.parametrize("options", OPTIONS)
 @layouts
+@pytest.mark.slow
 def test_models(options, layout, expected):
     model = model_of(**OPTIONS[options])
     lay_out(model, layout)

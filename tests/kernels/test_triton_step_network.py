@@ -20,6 +20,7 @@ from ncsr_fast.kernels import step_network as triton_network  # noqa: E402
 from ncsr_fast.ops.backend import kernels as functions_of  # noqa: E402
 from ncsr_fast.ops.step_network import StepNetwork, evaluate_network  # noqa: E402
 
+pytestmark = pytest.mark.slow  # in `make check` the tests of the operators run these kernels
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LAST = torch.channels_last
 SINGLE, HALF = torch.float32, torch.float16

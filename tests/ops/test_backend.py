@@ -9,7 +9,7 @@ import network_cases
 import operator_cases
 import pytest
 import torch
-from operator_cases import cells
+from operator_cases import cells, interpreted, marked
 
 from ncsr_fast import ops
 from ncsr_fast.ops.backend import BACKENDS, COVERAGE, Kernels, _best, _not_covered, covering_backend, kernels
@@ -70,6 +70,7 @@ def test_a_backend_has_the_functions_it_claims_and_no_others(backend, kernel):
 @cells
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("operator", OPERATORS)
+@marked("slow", interpreted)
 def test_a_named_backend_runs_what_it_claims_and_refuses_the_rest(device, backend, operator, dtype):
     if claimed(backend, operator, device, dtype):
         call(operator, device, dtype, backend)

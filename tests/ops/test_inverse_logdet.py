@@ -41,6 +41,7 @@ def assert_inverse(inverse: Tensor, weight: Tensor) -> None:
 @cells
 @marked("exhaustive", lambda backend, channels: interpreted(backend) and channels > 24)  # which has several tiles
 @pytest.mark.parametrize("channels", CHANNELS)
+@marked("slow", interpreted)
 def test_values(device, backend, channels):
     weight = matrices(channels, count=1 if interpreted(backend) and channels > 24 else 3, device=device)
     inverse, logdet = ops.inverse_logdet(weight, backend=backend)

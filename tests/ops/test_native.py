@@ -98,6 +98,7 @@ print(alone, threads() - before)
     assert fresh_process(code, tmp_path).split() in (["0", "2"], ["0", "0"])  # none at all in a build without OpenMP
 
 
+@pytest.mark.slow
 def test_the_cpu_backend_does_not_ask_for_a_gpu(tmp_path):
     """The question would initialise CUDA, which a child forked afterwards, a worker of a loader, could not use then."""
     code = """

@@ -130,6 +130,7 @@ def test_layouts(name, device, backend, layout):
 
 @calls
 @cells
+@marked("slow", interpreted)
 def test_shared_memory(name, device, backend):
     """Expanded tensors and gradients: all samples, pixels and numbers of a batch in the same memory."""
     tensors = [
@@ -160,6 +161,7 @@ def shared(tensor: Tensor) -> Tensor:
 )
 @marked("exhaustive", lambda backend, size: interpreted(backend) and size not in ((5, 3), (2, 2)))
 @where(lambda backend, size: not (interpreted(backend) and size == (37, 45)))  # minutes
+@marked("slow", interpreted)
 def test_sizes(name, device, backend, size, batch):
     """An empty batch too, and stacks of no, one and many maps."""
     dtype = exact_dtype(backend)
@@ -173,6 +175,7 @@ def test_sizes(name, device, backend, size, batch):
 
 @calls
 @cells
+@marked("slow", interpreted)
 def test_every_element_is_written(name, device, backend, monkeypatch):
     """Whatever torch hands out uninitialised is NaN here."""
     tensors = differentiable(arguments(name, 12, 12, (5, 7), dtype=SINGLE, device=device))

@@ -60,6 +60,7 @@ def lying(name: str, layout: str, device: str, channels: int = 6) -> Tensors:
 @layouts
 @pytest.mark.parametrize("channels", [1, 6])
 @marked("exhaustive", lambda backend, layout, channels: interpreted(backend) and (layout, channels) != ("channels_last", 6))
+@marked("slow", interpreted)
 def test_opcheck(name, device, backend, layout, channels):
     """Nothing is written into arguments, and fake tensors have the shapes, dtypes and strides of the real ones."""
     arguments_of_call = (*lying(name, layout, device, channels), *settings(name, backend))
@@ -98,6 +99,7 @@ def test_opcheck_of_the_backward(name, device, backend, layout, channels):
 
 @cells_of("step_network")
 @registered
+@marked("slow", interpreted)
 def test_opcheck_of_a_state_of_another_dtype(device, backend):
     """Its gradient comes in its dtype."""
     state, *rest = [x.detach() for x in lying("step_network", "contiguous", device)]
@@ -241,6 +243,7 @@ def forbidden(*_: object) -> None:
 
 @calls
 @cells
+@marked("slow", interpreted)
 def test_batched_gradients(name, device, backend):
     """A Jacobian whose rows are computed at once is that of one row after the other."""
     dtype = exact_dtype(backend)

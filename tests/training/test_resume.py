@@ -62,6 +62,7 @@ class Interrupted(Exception):
         pytest.param(FlowObjective, 5, marks=pytest.mark.exhaustive),  # (FlowObjective, 3) too is one step after a checkpoint
     ],
 )
+@pytest.mark.slow
 def test_stopped_between_checkpoints(settings, whole, tmp_path, monkeypatch, objective, at):
     """The steps since the last one are done again, and come out the same."""
     original, calls = objective.forward, []
