@@ -109,6 +109,11 @@ def arithmetic(x: Tensor, tf32: bool) -> str:
     return "half" if x.dtype != torch.float32 else "tf32" if tf32 else "ieee"
 
 
+def in_runs(x: Tensor) -> bool:
+    """True where all channels of a pixel are read or written 8 at once."""
+    return x.stride(1) == 1 and x.stride(3) % 8 == x.shape[1] % 8 == 0
+
+
 def conv3x3_weights(weights: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     """The weights (outputs, inputs, 3, 3) as the kernels read them: in this dtype, with the inputs adjacent.
 

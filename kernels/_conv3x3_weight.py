@@ -15,14 +15,15 @@ import triton.language as tl
 from torch import Tensor
 
 from ncsr_fast.kernels._common import at, channel_tile, image, launch, load
-from ncsr_fast.kernels._conv3x3 import arithmetic, cell_tile, distance, inside, pixel_of, step
+from ncsr_fast.kernels._conv3x3 import arithmetic, cell_tile, distance, in_runs, inside, pixel_of, step
 
 # Sizes of tiles: outputs and inputs (at most), pixels added at once, and stages of loads on their way; by how numbers are
-# multiplied. Chosen for registers and shared memory by the ahead-of-time report, never timed: no GPU yet.
+# multiplied. Chosen for registers and shared memory by the ahead-of-time report, never timed: no GPU yet. Unless told how many
+# registers a thread may have, ptxas spills a few bytes of images that are read number by number, to fit another program.
 OPTIONS = {
     "half": {"BLOCK_N": 64, "BLOCK_C": 64, "BLOCK_P": 64, "num_warps": 4, "num_stages": 3},
-    "tf32": {"BLOCK_N": 32, "BLOCK_C": 64, "BLOCK_P": 32, "num_warps": 4, "num_stages": 3},
-    "ieee": {"BLOCK_N": 32, "BLOCK_C": 32, "BLOCK_P": 32, "num_warps": 4, "num_stages": 2},
+    "tf32": {"BLOCK_N": 32, "BLOCK_C": 64, "BLOCK_P": 32, "num_warps": 4, "num_stages": 3, "maxnreg": 168},
+    "ieee": {"BLOCK_N": 32, "BLOCK_C": 32, "BLOCK_P": 32, "num_warps": 4, "num_stages": 2, "maxnreg": 255},
 }
 PROGRAMS = 512  # about: two rounds of 132 multiprocessors, whose partial sums are a few MB
 SUM_OUTPUTS, SUM_PARTS = 128, 16  # of a program of the second kernel, at once: 512 bytes of every part
@@ -117,7 +118,7 @@ def backward_weight(dy: Tensor, x: Tensor, dweight: Tensor, dbias: Tensor, *, up
     """Write the gradients of the weight (outputs, inputs, 3, 3), at any strides, and of the bias, contiguous, in any dtypes."""
     batch, inputs, height, width = x.shape
     outputs, kind, side = dy.shape[1], arithmetic(dy, tf32), 2 if upsample2x else 1
-    options = dict(OPTIONS[kind])
+    options = OPTIONS[kind] | ({} if in_runs(x) and in_runs(dy) else {"num_warps": 8})
     for name, channels in (("BLOCK_N", outputs), ("BLOCK_C", inputs)):
         options[name] = min(options[name], max(16, triton.next_power_of_2(channels)))
     blocks = 9 * triton.cdiv(outputs, options["BLOCK_N"]) * triton.cdiv(inputs, options["BLOCK_C"])

@@ -35,6 +35,7 @@ from ncsr_fast.kernels._conv3x3 import (
     channels_at,
     conv3x3_weights,
     distance,
+    in_runs,
     inside,
     pixel_of,
     step,
@@ -178,7 +179,7 @@ def _convolve(
     by_output, by_input, _, by_tap = weight.stride()
     strides = (by_output, by_input, by_tap) if transposed else (by_input, by_output, by_tap)
     inputs, outputs, kind = x.shape[1], y.shape[1], arithmetic(x, tf32)
-    options = _options(kind, inputs, outputs, all(map(_in_runs, (x, y) if relu is None else (x, y, relu))))
+    options = _options(kind, inputs, outputs, all(map(in_runs, (x, y) if relu is None else (x, y, relu))))
     cells = min(x.shape[2], y.shape[2]), min(x.shape[3], y.shape[3])
     phases = 4 if upsample2x and not transposed else 1
     tiles = phases * triton.cdiv(cells[0] * cells[1], options["BLOCK_P"]) * triton.cdiv(outputs, options["BLOCK_N"])
@@ -206,17 +207,15 @@ def _convolve(
     )
 
 
-def _in_runs(x: Tensor) -> bool:
-    """True where all channels of a pixel are read or written 8 at once."""
-    return x.stride(1) == 1 and x.stride(3) % 8 == x.shape[1] % 8 == 0
-
-
-def _options(kind: str, inputs: int, outputs: int, in_runs: bool) -> dict[str, int]:
+def _options(kind: str, inputs: int, outputs: int, runs: bool) -> dict[str, int]:
     """Sizes of the tiles: no wider than the channels, and if possible inputs at once that divide their number.
 
-    A tile that is read or written number by number, each with an address, is divided among 8 warps: 4 spill.
+    Without `runs` of 16 bytes, every number with an address of its own, tiles are smaller and divided among more warps, and a
+    thread may have all registers: else some spill.
     """
-    options = OPTIONS[kind] | ({} if in_runs else {"num_warps": 8})
+    options = dict(OPTIONS[kind])
+    if not runs:
+        options |= {"BLOCK_P": 64, "BLOCK_K": min(32, options["BLOCK_K"]), "num_warps": 8, "maxnreg": 255}
     options["BLOCK_N"] = min(options["BLOCK_N"], max(16, triton.next_power_of_2(outputs)))
     widths = [width for width in (64, 32, 16) if width <= options["BLOCK_K"]]
     options["BLOCK_K"] = next((width for width in widths if inputs % width == 0), widths[0])

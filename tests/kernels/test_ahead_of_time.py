@@ -68,7 +68,7 @@ PRODUCTS = {"conv3x3_kernel", "conv3x3_weight_kernel"}
 EVERY_CONVOLUTION = [
     (target, channels, precision)
     for precision in ("bf16", "tf32", "fp32")
-    for channels in (3, 64, 160, 192)
+    for channels in (3, 33, 64, 160, 192)
     for target in (80, 90, 100)
 ]
 
