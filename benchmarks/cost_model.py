@@ -53,7 +53,7 @@ WARP = 32  # threads
 
 @dataclass(frozen=True)
 class Gpu:
-    """What limits a kernel on a GPU: rates by its data sheet, times the share that programs reach."""
+    """The limits of a kernel on a GPU: rates by its data sheet, times the share that programs reach."""
 
     name: str  # PyTorch's
     capability: str
@@ -174,7 +174,7 @@ def resident(row: Any) -> int:
 
 
 def per_warp(row: Any, by_depth: Sequence[int]) -> int:
-    """What a warp does of something that a row has by the number of loops around it."""
+    """The amount that a warp does, of an amount that a row has by the number of loops around it."""
     trips: tuple[int, ...] = ()
     if len(by_depth) > 1:
         if row.kernel not in TRIPS:

@@ -232,7 +232,7 @@ def _written(operator: Any, args: tuple, result: Any) -> list[Tensor]:
 
 
 def _bytes(*tensors: Tensor) -> int:
-    """Of the different elements of GPU tensors."""
+    """The bytes of the different elements of GPU tensors."""
     return sum(_elements(tensor) * tensor.element_size() for tensor in tensors if on_gpu(tensor))
 
 

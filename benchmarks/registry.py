@@ -1,4 +1,4 @@
-"""What is measured: every operator, on the inputs it has in a model, at the shapes it has there."""
+"""The cases that are measured: every operator, on the inputs it has in a model, at the shapes it has there."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ class Draw:
         return self._image(self.channels).to(self._state_dtype)
 
     def network(self, channels: int) -> Tensor:
-        """What a network says of `channels` channels: interleaved pairs, of a magnitude it has in a trained model."""
+        """The output of a network for `channels` channels: interleaved pairs, of a magnitude it has in a trained model."""
         return (0.5 * self._image(2 * channels)).to(self._network_dtype)
 
     def features(self, channels: int, factor: int = 1) -> Tensor:
@@ -103,7 +103,7 @@ class Draw:
         return self._image(channels, factor).to(self._network_dtype)
 
     def weight(self, outputs: int, inputs: int, side: int) -> Tensor:
-        """Of a k×k convolution, whose results are as large as what it reads."""
+        """The weight of a k×k convolution whose results are as large as its inputs."""
         return (self._normal(outputs, inputs, side, side) / (side * inputs**0.5)).to(self._device)
 
     def bias(self, outputs: int) -> Tensor:
@@ -208,7 +208,7 @@ def _by_elimination(shape: Shape) -> float:
 
 
 def _convolution(inputs: int, outputs: int, **options: bool) -> Operator:
-    """Of LR images."""
+    """The entry of a convolution of LR images."""
     factor = 2 if options else 1
     return Operator(
         lambda draw: {"x": draw.features(inputs), "weight": draw.weight(outputs, inputs, 3), "bias": draw.bias(outputs)},
@@ -223,7 +223,7 @@ def _convolution(inputs: int, outputs: int, **options: bool) -> Operator:
 
 
 def _network_inputs(draw: Draw) -> dict[str, Tensor]:
-    """Of a coupling's network, which reads the pass-through channels and has an output pair for each of the others."""
+    """The inputs of a coupling's network: it reads the pass-through channels and has an output pair for each of the others."""
     outputs = 2 * _coupled(draw.channels)
     return {
         "z1": draw.state()[:, : draw.channels // 2], "pre": draw.features(HIDDEN),

@@ -42,7 +42,7 @@ class Tiling:
 
     Attributes:
         operators: Those that run it, of which the first with a shape is measured.
-        backward: Whether it is of the backward pass.
+        backward: True for one of the backward pass.
         candidates: Sizes; those that a candidate lacks are the kernel's own, and what does not compile is out.
     """
 

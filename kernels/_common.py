@@ -165,6 +165,11 @@ def tuned(device: torch.device, kernel: str, channels: int, sizes: dict[str, int
     return {**sizes, **tiles(kernel, channels)} if device.type == "cuda" else sizes
 
 
+def arithmetic(x: Tensor, tf32: bool) -> str:
+    """How numbers like those of x are multiplied: "half", in float16 or bfloat16, "tf32" or "ieee"."""
+    return "half" if x.dtype != torch.float32 else "tf32" if tf32 else "ieee"
+
+
 def check_dtype(x: Tensor, name: str = "x") -> None:
     if x.dtype == torch.float64:
         raise TypeError(

@@ -1,4 +1,4 @@
-"""What the kernels of a convolution share: how they address pixels and their neighbours, and read weights.
+"""Functions that the kernels of a convolution share: how they address pixels and their neighbours, and read weights.
 
 A program works on a tile of cells, the pixels of the smaller image. With upsampling ×2 a cell is 2×2 pixels of the larger one,
 its phases, otherwise a pixel. What a tap reads is then equally far from every cell of a tile, so a lane computes pointers to
@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ncsr_fast.kernels._common import launch
-from ncsr_fast.layout import in_memory
+from ncsr_fast.layout import empty_channels_last, in_memory
 
 COPIED = 1024  # numbers that a program of `copy_weights_kernel` copies, 8 a thread
 
@@ -104,11 +104,6 @@ def copy_weights_kernel(weights, BLOCK: tl.constexpr):
         i -= blocks
 
 
-def arithmetic(x: Tensor, tf32: bool) -> str:
-    """How numbers like those of x are multiplied: "half", in float16 or bfloat16, "tf32" or "ieee"."""
-    return "half" if x.dtype != torch.float32 else "tf32" if tf32 else "ieee"
-
-
 def in_runs(x: Tensor) -> bool:
     """True where all channels of a pixel are read or written 8 at once."""
     return x.stride(1) == 1 and x.stride(3) % 8 == x.shape[1] % 8 == 0
@@ -139,4 +134,4 @@ def _is_readable(weight: Tensor, dtype: torch.dtype) -> bool:
 
 
 def _like(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.empty(weight.shape, dtype=dtype, device=weight.device, memory_format=torch.channels_last)
+    return empty_channels_last(weight.shape, weight, dtype)

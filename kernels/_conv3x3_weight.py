@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ncsr_fast.kernels._common import at, channel_tile, image, launch, load
-from ncsr_fast.kernels._conv3x3 import arithmetic, cell_tile, distance, in_runs, inside, pixel_of, step
+from ncsr_fast.kernels._common import arithmetic, at, channel_tile, image, launch, load
+from ncsr_fast.kernels._conv3x3 import cell_tile, distance, in_runs, inside, pixel_of, step
 
 # Sizes of tiles: outputs and inputs (at most), pixels added at once, and stages of loads on their way; by how numbers are
 # multiplied. Chosen for registers and shared memory by the ahead-of-time report, never timed: no GPU yet. Unless told how many

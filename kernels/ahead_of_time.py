@@ -39,16 +39,13 @@ from ncsr_fast.kernels.calls import (
     flow_calls,
     network_calls,
 )
-from ncsr_fast.kernels.disassembly import width, work
+from ncsr_fast.kernels.disassembly import instructions, work
 
 TARGETS = (80, 90, 100)  # A100, H100 and H200, B200
 CHANNELS = (12, 24, 48, 96, 192)  # of the published models
 Calls = Callable[..., Iterator[tuple[str, str, Callable]]]  # (channels, size, variants), as those of `kernels.calls`
 PRODUCTS: dict[str, Calls] = {"networks": network_calls, "convolutions": convolution_calls}  # of tensor cores
 SIZES = (SIZE, (1, 40, 36), (16, 79, 77), (10, 510, 4), (3, 6, 6))  # pixels that 16 divides, or nothing, or 8, or 4
-_OPCODE = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P[T0-9]+\s+)?([A-Z0-9_.]+)", re.MULTILINE)  # of a line of SASS
-_TENSOR_CORES = re.compile(r"(UTC)?[A-Z]G?MMA\b")  # HMMA of sm_80, HGMMA of sm_90, UTCHMMA of sm_100; not HFMA2.MMA
-_ACCESS = re.compile(r"(LDG|STG|LDGSTS)\.")  # to global memory
 _KERNELS = __package__ + "."
 
 
@@ -165,15 +162,6 @@ def _bytes(arguments: Iterable[Any]) -> int:
 
 def _output_of(*command: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
-
-
-def instructions(sass: str) -> dict[str, int | float]:
-    """The fields of a row that the disassembly of a kernel tells."""
-    opcodes = _OPCODE.findall(sass)
-    widths = [width(opcode) for opcode in opcodes if _ACCESS.match(opcode)]
-    shares = {least: sum(w for w in widths if w >= least) / max(1, sum(widths)) for least in (16, 8)}
-    tensor_cores = sum(_TENSOR_CORES.match(opcode) is not None for opcode in opcodes)
-    return {"instructions": len(opcodes), "wide": shares[16], "middling": shares[8], "tensor_cores": tensor_cores}
 
 
 def _compiling(target: int) -> _CompilingDriver:

@@ -28,9 +28,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ncsr_fast.kernels._common import at, channel_tile, check_dtype, dense, image, launch, load, program, store
+from ncsr_fast.kernels._common import arithmetic, at, channel_tile, check_dtype, dense, image, launch, load, program, store
 from ncsr_fast.kernels._conv3x3 import (
-    arithmetic,
     cell_tile,
     channels_at,
     conv3x3_weights,
@@ -41,7 +40,7 @@ from ncsr_fast.kernels._conv3x3 import (
     step,
 )
 from ncsr_fast.kernels._conv3x3_weight import backward_weight
-from ncsr_fast.layout import in_memory
+from ncsr_fast.layout import empty_channels_last, writable
 
 # Sizes of tiles: pixels, outputs and inputs (at most), and stages of loads on their way; by how numbers are multiplied. Chosen
 # for instructions, registers and shared memory by the ahead-of-time report (ncsr_fast.kernels.ahead_of_time), never timed: no
@@ -124,7 +123,8 @@ def conv3x3_forward(
     """As the reference's; best where channels are adjacent, in multiples of 16, and `weight` is of `conv3x3_weights`."""
     if out is None:
         side = 2 if upsample2x else 1
-        out, accumulate = _empty(x, weight.shape[0], x.shape[2] * side, x.shape[3] * side), False
+        shape = x.shape[0], weight.shape[0], x.shape[2] * side, x.shape[3] * side
+        out, accumulate = empty_channels_last(shape, x), False
     _convolve(x, weight, bias, out, slope, None, accumulate=accumulate, transposed=False, upsample2x=upsample2x, tf32=tf32)
     return out
 
@@ -144,7 +144,7 @@ def conv3x3_backward(
     """As the reference's, but that the gradients of weight and bias are float32 unless `dweight` is another."""
     if needed[0]:
         output, slope = relu or (None, 1.0)
-        accumulate, dx = dx is not None, _empty(dy, *x.shape[1:]) if dx is None else dx
+        accumulate, dx = dx is not None, empty_channels_last((len(dy), *x.shape[1:]), dy) if dx is None else dx
         _convolve(dy, weight, None, dx, slope, output, accumulate=accumulate, transposed=True, upsample2x=upsample2x, tf32=tf32)
     if not (needed[1] or needed[2]):
         return dx, None, None
@@ -154,7 +154,7 @@ def conv3x3_backward(
     dbias = torch.empty(weight.shape[0], dtype=torch.float32, device=x.device)
     if x.numel() == 0:
         return dx, dweight.zero_(), dbias.zero_()
-    backward_weight(dy, x, _writable(dweight), dbias, upsample2x=upsample2x, tf32=tf32)
+    backward_weight(dy, x, writable(dweight), dbias, upsample2x=upsample2x, tf32=tf32)
     return dx, dweight, dbias
 
 
@@ -191,7 +191,7 @@ def _convolve(
         weight=(weight, *map(tl.constexpr, strides)),
         p_bias=None if bias is None else dense(bias),
         relu=image(relu),
-        y=image(_writable(y)),
+        y=image(writable(y)),
         slope=float(slope),
         inputs=inputs,
         outputs=outputs,
@@ -221,14 +221,3 @@ def _options(kind: str, inputs: int, outputs: int, runs: bool) -> dict[str, int]
     options["BLOCK_K"] = next((width for width in widths if inputs % width == 0), widths[0])
     options["BLOCK_K"] = min(options["BLOCK_K"], max(16, triton.next_power_of_2(inputs)))
     return options
-
-
-def _empty(like: Tensor, channels: int, height: int, width: int) -> Tensor:
-    shape = like.shape[0], channels, height, width
-    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
-
-
-def _writable(y: Tensor) -> Tensor:
-    if in_memory(y) is not y:
-        raise TypeError("a kernel cannot write to a tensor with a negative bit, or to one that is known to be zero")
-    return y

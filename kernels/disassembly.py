@@ -10,12 +10,23 @@ import re
 from itertools import accumulate
 
 _LINE = re.compile(r"^\s*(?:(\.L_\w+):|/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P[T0-9]+\s+)?([A-Z][A-Za-z0-9_.]*)(.*))", re.MULTILINE)
+_OPCODE = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P[T0-9]+\s+)?([A-Z0-9_.]+)", re.MULTILINE)  # of a line of SASS
+_TENSOR_CORES = re.compile(r"(UTC)?[A-Z]G?MMA\b")  # HMMA of sm_80, HGMMA of sm_90, UTCHMMA of sm_100; not HFMA2.MMA
 _TARGET = re.compile(r"`\((\.L_\w+)\)")
 _ACCESS = re.compile(r"(LDG|STG|LDGSTS)\.")  # to global memory
 _GROUP_PRODUCT = re.compile(r"[A-Z]*GMMA\.(\d+)x(\d+)x(\d+)")  # of 4 warps together: sm_90
 _WARP_PRODUCT = re.compile(r"[A-Z]*MMA\.(16)(8)(\d+)\b")  # of a warp
 _FP32 = {"FFMA": 2, "FADD": 1, "FMUL": 1}  # operations of a thread
 _WARP = 32  # threads
+
+
+def instructions(sass: str) -> dict[str, int | float]:
+    """The fields of a row that the disassembly of a kernel tells."""
+    opcodes = _OPCODE.findall(sass)
+    widths = [width(opcode) for opcode in opcodes if _ACCESS.match(opcode)]
+    shares = {least: sum(w for w in widths if w >= least) / max(1, sum(widths)) for least in (16, 8)}
+    tensor_cores = sum(_TENSOR_CORES.match(opcode) is not None for opcode in opcodes)
+    return {"instructions": len(opcodes), "wide": shares[16], "middling": shares[8], "tensor_cores": tensor_cores}
 
 
 def work(sass: str) -> dict[str, list[int]]:

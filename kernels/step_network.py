@@ -26,8 +26,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ncsr_fast.kernels._common import at, channel_tile, check_dtype, dense, image, launch, load, program, store
-from ncsr_fast.layout import in_memory
+from ncsr_fast.kernels._common import arithmetic, at, channel_tile, check_dtype, dense, image, launch, load, program, store
+from ncsr_fast.layout import empty_channels_last, in_memory
 
 # Sizes of the tiles. Chosen for instructions a pixel, registers and spills by the ahead-of-time report
 # (ncsr_fast.kernels.ahead_of_time), never timed: no GPU yet.
@@ -272,7 +272,7 @@ def _layers(
     check_dtype(pre, "pre")
     h2, h = _empty(pre, pre.shape[1]), _empty(pre, w3.shape[0])
     if h2.numel():
-        kind = "half" if pre.dtype != torch.float32 else "tf32" if tf32 else "ieee"
+        kind = arithmetic(pre, tf32)
         p_w1, p_w2, p_w3 = _packed(w1, w2, w3, pre.dtype)
         _launch_hidden(z1, pre, p_w1, p_w2, b2, h1, h2, kind)
         _launch_output(h2, p_w3, b3, h, kind)
@@ -373,5 +373,4 @@ def _block(channels: int) -> int:
 
 def _empty(pre: Tensor, channels: int) -> Tensor:
     """A channels-last image like pre of so many channels."""
-    shape = pre.shape[0], channels, *pre.shape[2:]
-    return torch.empty(shape, dtype=pre.dtype, device=pre.device, memory_format=torch.channels_last)
+    return empty_channels_last((pre.shape[0], channels, *pre.shape[2:]), pre)

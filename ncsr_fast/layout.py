@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -69,6 +69,13 @@ def in_memory(x: Tensor) -> Tensor:
     return x
 
 
+def writable(y: Tensor) -> Tensor:
+    """y, whose memory a kernel may write to. Raises TypeError where that memory does not hold its values, or there is none."""
+    if in_memory(y) is not y:
+        raise TypeError("a kernel cannot write to a tensor with a negative bit, or to one that is known to be zero")
+    return y
+
+
 def _is_plain(x: Tensor) -> bool:
     return type(x) in _PLAIN or type(x).__torch_dispatch__ is torch._C._disabled_torch_dispatch_impl
 
@@ -85,6 +92,11 @@ def empty_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     `torch.empty_like` would copy the strides of a permuted or sliced x instead.
     """
     return torch.empty_like(x, dtype=dtype, memory_format=dense_format(x))
+
+
+def empty_channels_last(shape: Sequence[int], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """An uninitialised image (B, C, H, W) with the channels of a pixel adjacent, on the device and in the dtype of `like`."""
+    return torch.empty(shape, dtype=dtype or like.dtype, device=like.device, memory_format=torch.channels_last)
 
 
 def dense_format(x: Tensor) -> torch.memory_format:

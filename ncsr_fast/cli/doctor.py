@@ -20,7 +20,6 @@ EXAMPLE = """\
 example:
   ncsr-fast doctor"""
 
-_OTHERS = ("conv3x3", "step_network", "fold", "inverse_logdet")  # beside the maps of the state
 _PACKAGES = {
     "numpy": "",
     "pillow": "",
@@ -72,13 +71,21 @@ def report() -> dict[str, dict[str, str]]:
             "nvcc": _tool("nvcc"),
         },
         "packages": {name: _package(name, purpose) for name, purpose in _PACKAGES.items()},
-        "operators (backend='auto')": {name: _choice(name) for name in (*ops.OPERATORS, *_OTHERS)},
+        "operators (backend='auto')": {name: _choice(name) for name in _operators()},
         "tables of GPUs": _tables(),
         "backends": {
             backend.name: ("available: " if backend.available else "not available: ") + backend.reason
             for backend in ops.backends().values()
         },
     }
+
+
+def _operators() -> list[str]:
+    """The maps of the state, and the operators that have a kernel of their own."""
+    from ncsr_fast import ops
+    from ncsr_fast.ops.backend import COVERAGE, kernel_of
+
+    return [*ops.OPERATORS, *(kernel for kernel in COVERAGE["native"] if kernel not in map(kernel_of, ops.OPERATORS))]
 
 
 def _choice(operator: str) -> str:

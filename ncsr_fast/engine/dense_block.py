@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ncsr_fast.autocast import autocast
-from ncsr_fast.layout import is_channels_last
+from ncsr_fast.layout import dense_format
 from ncsr_fast.ops.conv3x3 import (
     ConvolutionMethod,
     convolution,
@@ -48,9 +48,8 @@ def dense_block(
 
 def _forward(tensors: Outputs, slope: float, residual: float, method: ConvolutionMethod) -> tuple[Outputs, Tensors]:
     x, pairs = tensors[0], _pairs(tensors)
-    layout = torch.channels_last if is_channels_last(x) else torch.contiguous_format
     channels = pairs[-1][0].shape[1]
-    buffer = torch.empty((x.shape[0], channels, *x.shape[2:]), dtype=x.dtype, device=x.device, memory_format=layout)
+    buffer = torch.empty((x.shape[0], channels, *x.shape[2:]), dtype=x.dtype, device=x.device, memory_format=dense_format(x))
     buffer[:, : x.shape[1]] = x
     *weights, last = convolution_weights([weight for weight, _ in pairs], x, method)
     for weight, (_, bias) in zip(weights, pairs):

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import sys
-import warnings
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -16,6 +13,7 @@ from ncsr_fast.checks import check_count, check_temperature
 from ncsr_fast.flow.conditioned import Encoded, Levels
 from ncsr_fast.flow.inputs import Inputs
 from ncsr_fast.layout import has_memory, traced
+from ncsr_fast.warn import warn_caller
 
 ON_NONFINITE = ("warn", "raise", "ignore", "retry")
 STATE_BOUND = 1e4  # actnorms keep a healthy state near unit variance: within ±10
@@ -132,7 +130,7 @@ class ConditionedFlow:
             raise NonFiniteSamples(message)
         if on_nonfinite == "retry":
             return self._drawn_again(images, found, temperature, generator, message)
-        _warn(message)
+        warn_caller(message)
         return images
 
     def _drawn_again(
@@ -160,7 +158,7 @@ class ConditionedFlow:
             f"all were drawn again, the last at temperature {temperature:g}" if not left else f"{len(left)} still did after"
         )
         tail = "." if not left else f" {RETRIES} more draws, the last at temperature {temperature:g}."
-        _warn(f"{message} With on_nonfinite='retry' {outcome}{tail}")
+        warn_caller(f"{message} With on_nonfinite='retry' {outcome}{tail}")
         return images
 
     def _version(self) -> list[int]:
@@ -210,17 +208,18 @@ def decode_samples(levels: Levels, latents: Sequence[Tensor], watch: bool) -> tu
     Never synchronizes with the host.
     """
     batch, n = latents[0].shape[:2]
+    if n == 1:
+        groups, dim = [(levels, [latent[:, 0] for latent in latents])], 1
+    else:
+        groups, dim = [(levels.image(index), [latent[index] for latent in latents]) for index in range(batch)], 0
     images, first_bad = [], []
     with levels.held():
-        for index in range(1 if n == 1 else batch):
-            group = levels if n == 1 else levels.image(index)
-            own = [latent[:, 0] if n == 1 else latent[index] for latent in latents]
+        for group, own in groups:
             peaks: list[Tensor] = []
             x, _ = group.decode(own, None, peaks if watch else None)
             images.append(x)
             if watch:
                 first_bad.append(_first_bad(levels, x, peaks))
-    dim = 1 if n == 1 else 0
     return torch.stack(images, dim), torch.stack(first_bad, dim) if watch else None
 
 
@@ -262,11 +261,3 @@ def _explained(found: dict[tuple[int, int], Origin], total: int, temperature: fl
         f"{len(found)} of {total} samples at temperature {temperature:g} blew up: their state is not finite or beyond "
         f"±{STATE_BOUND:g}, first in {origin} (image {image}, sample {i}). {why}"
     )
-
-
-def _warn(message: str) -> None:
-    """Warn at the line that called the package."""
-    package, frame, level = str(Path(__file__).parents[1]), sys._getframe(1), 2
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(package):
-        frame, level = frame.f_back, level + 1
-    warnings.warn(message, RuntimeWarning, stacklevel=level)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ncsr_fast.autocast import autocast
-from ncsr_fast.layout import is_channels_last
+from ncsr_fast.layout import empty_channels_last, is_channels_last
 from ncsr_fast.ops.backend import COVERAGE, covering_backend, kernels, resolve_backend
 from ncsr_fast.ops.contract import check_image, check_tensors
 from ncsr_fast.ops.operator import Operator, Outputs, Tensors
@@ -181,7 +181,7 @@ def _fake(x: Tensor, weight: Tensor, _: Tensor | None, upsample2x: bool, *__: ob
     """The backend with a kernel writes channels-last whatever x is."""
     factor = 2 if upsample2x else 1
     shape = x.shape[0], weight.shape[0], x.shape[2] * factor, x.shape[3] * factor
-    return (torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last),)
+    return (empty_channels_last(shape, x),)
 
 
 _conv3x3 = Operator(

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import functools
-import sys
-import warnings
 from collections.abc import Callable
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from torch import Tensor
 
+from ncsr_fast.warn import warn_caller
+
 Instead = Callable[[str, str, Tensor], "tuple[str, Callable[..., Any]] | None"]
-_PACKAGE = str(Path(__file__).parents[1])
 
 
 class Guarded:
@@ -64,18 +62,10 @@ class Guarded:
         if found is None:
             raise error.__cause__
         backend, function = found
-        _warn(f"the kernel {error.kernel} of {name} failed: {error}; from now on the backend {backend!r} runs instead")
+        warn_caller(f"the kernel {error.kernel} of {name} failed: {error}; from now on the backend {backend!r} runs instead")
         return function
 
 
 def _kernel(function: str) -> str:
     """The kernel, as `COVERAGE` names it, that a function belongs to."""
     return function.removesuffix("_forward").removesuffix("_backward").removesuffix("_layers")
-
-
-def _warn(message: str) -> None:
-    """Warn at the line that called the package."""
-    frame, level = sys._getframe(1), 2
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
-        frame, level = frame.f_back, level + 1
-    warnings.warn(message, RuntimeWarning, stacklevel=level)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ncsr_fast import _native as native
-from ncsr_fast.layout import empty_like, in_memory
+from ncsr_fast.layout import empty_channels_last, empty_like, in_memory, writable
 from ncsr_fast.ops.contract import check_conditions, compute_dtype
 
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}  # csrc/core/tensor.h
@@ -74,9 +74,7 @@ def _parameter(x: Tensor, dims: int) -> _Passed:
 
 
 def _check_writable(y: Tensor, dtype: torch.dtype) -> None:
-    if in_memory(y) is not y:
-        raise TypeError("a kernel cannot write to a tensor with a negative bit, or to one that is known to be zero")
-    if y.dtype != dtype:
+    if writable(y).dtype != dtype:
         raise TypeError(f"a kernel writes {dtype} here, and this tensor is {y.dtype}")
 
 
@@ -226,7 +224,7 @@ def _step_network(
 ) -> Tensor:
     """The output, channels-last; the hidden layers are written to h1 and h2 where they are given."""
     (batch, width, rows, columns), outputs, dtype = pre.shape, w3.shape[0], pre.dtype
-    y = _channels_last((batch, outputs, rows, columns), pre)
+    y = empty_channels_last((batch, outputs, rows, columns), pre)
     sizes = (batch, rows, columns, 0 if z1 is None else z1.shape[1], width, outputs)
     _run(
         native.step_network_forward, pre, lambda: 0, sizes, _image(z1, dtype), _image(pre), _dense(w1, dtype),
@@ -302,7 +300,7 @@ def _conv3x3(
     if out is None:
         if upsample2x:
             rows, columns = (rows // 2, columns // 2) if transposed else (2 * rows, 2 * columns)
-        out = _channels_last((batch, outputs, rows, columns), x)
+        out = empty_channels_last((batch, outputs, rows, columns), x)
         if accumulate:
             out.zero_()
     else:
@@ -313,10 +311,6 @@ def _conv3x3(
         0 if relu_output is None else relu_output.shape[1], transposed, accumulate, _image(out),
     )  # fmt: skip
     return out
-
-
-def _channels_last(shape: tuple[int, ...], like: Tensor) -> Tensor:
-    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
 
 
 def inverse_logdet(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:

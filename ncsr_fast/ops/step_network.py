@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ncsr_fast.layout import empty_channels_last
 from ncsr_fast.ops.backend import kernels, resolve_backend
 from ncsr_fast.ops.contract import check_image, check_tensors
 from ncsr_fast.ops.conv3x3 import ConvolutionMethod, convolution, convolution_backward
@@ -147,7 +148,7 @@ def _reference(
 
 def _fake(_: Tensor | None, pre: Tensor, *rest: Tensor) -> tuple[Tensor]:
     shape = pre.shape[0], rest[4].shape[0], *pre.shape[2:]
-    return (torch.empty(shape, dtype=pre.dtype, device=pre.device, memory_format=torch.channels_last),)
+    return (empty_channels_last(shape, pre),)
 
 
 _step_network = Operator(
