@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ncsr_fast.cli._common import add_device, add_model, check_folder, count, path, pick_device, seed, temperature
+from ncsr_fast.cli._common import add_device, add_model, add_to_8bit, check_folder, count, path, pick_device, seed, temperature
 
 HELP = "super-resolve three photographs and write a contact sheet"
 EXAMPLE = """\
@@ -28,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--n", type=count, default=10, help="samples of each photograph, at least 3 (default: %(default)s)")
     parser.add_argument("--temperature", type=temperature, default=_TEMPERATURE, help="of the samples (default: %(default)s)")
     parser.add_argument("--seed", type=seed, default=0, help="of the samples (default: %(default)s)")
+    add_to_8bit(parser)
     add_device(parser)
 
 
@@ -44,7 +45,7 @@ def run(args: argparse.Namespace) -> None:
     from ncsr_fast.evaluation import timed_samples
     from ncsr_fast.figures import contact_sheet, heat_map
     from ncsr_fast.files import atomic_write
-    from ncsr_fast.metrics import diversity_score, error_maps, imresize, lr_psnr, psnr
+    from ncsr_fast.metrics import diversity_score, error_maps, imresize, lr_psnr, psnr, to_uint8
     from ncsr_fast.model import NCSR
     from ncsr_fast.places import check_apart, files_of_model
 
@@ -56,7 +57,10 @@ def run(args: argparse.Namespace) -> None:
     model = NCSR.from_pretrained(args.model).to(device).eval()
     scale = model.config.scale
     rows, deviations = [], []
-    print(f"{args.model} on {device}: ×{scale}, {args.n} samples of each photograph at temperature {args.temperature:g}")
+    print(
+        f"{args.model} on {device}: ×{scale}, {args.n} samples of each photograph at temperature {args.temperature:g}, "
+        f"8 bits: {args.to_8bit}"
+    )
     print(f"{'':12}{'PSNR bicubic':>14}{'PSNR T=0':>10}{'LR-PSNR T=0':>13}{'LR-PSNR':>9}{'diversity':>11}{'s/sample':>10}")
     for name, (top, left) in _PHOTOGRAPHS.items():
         image = crop_to_multiple(torch.from_numpy(getattr(data, name)()).permute(2, 0, 1), 8).to(device)
@@ -64,6 +68,7 @@ def run(args: argparse.Namespace) -> None:
         hr, lr = to_float(image), to_float(lr8)[None]
         likely, _ = timed_samples(model, lr8, 1, 0.0, args.seed)
         samples, seconds = timed_samples(model, lr8, args.n, args.temperature, args.seed)
+        likely, samples = (to_float(to_uint8(images, args.to_8bit)) for images in (likely, samples))
         bicubic = to_float(imresize(lr8, scale))
         consistency = lr_psnr(samples, lr.expand(args.n, -1, -1, -1), scale).mean()
         print(

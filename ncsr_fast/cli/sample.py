@@ -14,6 +14,7 @@ from ncsr_fast.cli._common import (
     ImageFile,
     add_device,
     add_model,
+    add_to_8bit,
     check_folder,
     count,
     image_files,
@@ -72,6 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--names", choices=("ntire", "source"), default="ntire", help="how to name the files (default: %(default)s)"
     )
+    add_to_8bit(parser)
     add_device(parser)
 
 
@@ -102,7 +104,7 @@ def run(args: argparse.Namespace) -> None:
             try:
                 samples, problem = _sampled(model, file.path, args)
                 for target, sample in zip(_targets(out, stem, args.n), samples):
-                    write_image(target, sample)
+                    write_image(target, sample, args.to_8bit)
                     written.append(target)
             except (ImageError, FileNotFoundError, NonFiniteSamples) as error:
                 problem = f"{str(file.path)!r}: {error}" if isinstance(error, NonFiniteSamples) else str(error)
@@ -116,7 +118,7 @@ def run(args: argparse.Namespace) -> None:
                 problem = too_large(file.path, args.n)
             problems += [problem] if problem else []
     share = "" if len(written) == args.n * len(files) else f" of {len(files)}"
-    print(f"{len(written) // args.n}{share} images × {args.n} samples → {args.out}")
+    print(f"{len(written) // args.n}{share} images × {args.n} samples → {args.out} (8 bits: {args.to_8bit})")
     _name_earlier(sorted(earlier - set(written)))
     raise_problems(problems, len(files), "sampled as asked")
 

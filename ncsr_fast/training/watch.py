@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 import torch
 from torch import Tensor
 
@@ -17,15 +15,14 @@ _EXAMINED = 32  # side of the LR image looked at step by step
 def sample_metrics(
     model: NCSR, hr: Tensor, lr: Tensor, temperature: float, generator: torch.Generator
 ) -> tuple[dict[str, float], Tensor]:
-    """Of one sample of an image (1, 3, H, W): psnr, lr_psnr and, with scikit-image, ssim; shares of its pixels that are
+    """Of one sample of an image (1, 3, H, W): psnr, lr_psnr, ssim; shares of its pixels that are
     nonfinite, and saturated: beyond [0, 1] before they are clipped. And the sample (3, sH, sW)."""
     padded = model.padded(lr)
     levels = model.conditioned_levels(padded)
     images, _ = decode_samples(levels, draw(levels, padded, 1, temperature, generator), watch=False)
     raw, sr = images[:, 0, :, : hr.shape[2], : hr.shape[3]], model.inputs.shown(images[:, 0], lr)
     metrics = {"psnr": float(psnr(sr, hr)), "lr_psnr": float(lr_psnr(sr, lr, model.config.scale))}
-    if importlib.util.find_spec("skimage"):
-        metrics["ssim"] = float(ssim(sr, hr))
+    metrics["ssim"] = float(ssim(sr, hr))
     finite = raw.isfinite()
     metrics["nonfinite"] = float((~finite).double().mean())
     metrics["saturated"] = float((finite & ((raw < 0) | (raw > 1))).double().mean())
