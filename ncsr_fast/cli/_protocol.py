@@ -57,7 +57,6 @@ def run_protocol(args: argparse.Namespace, temperatures: list[float] | None) -> 
                 network=network,
                 device=device,
                 lr_images=lr_images,
-                to_8bit=args.to_8bit or (None if args.samples is not None else "round"),
                 progress=progress,
             )
     print(report.table())
@@ -82,7 +81,7 @@ def _inputs(
             raise ValueError(f"--{given[0].replace('_', '-')} belongs to a model, and --samples are files: give one of the two")
         scale = args.scale or _SCALE
         files = find_samples(args.samples, originals, args.n, scale)
-        return Folder(args.samples, files[: args.limit]), originals.first(args.limit), scale, None
+        return Folder(args.samples, files[: args.limit], args.to_8bit), originals.first(args.limit), scale, None
     if temperatures is not None and len(temperatures) > 1:
         raise ValueError("--protocol measures one temperature at a time: give one")
     method, scale = load_method(

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from ncsr_fast.evaluation.temperatures import Evaluation, Scores
 
 _MULTIPLE = 8  # of which the sides of HR images are, whatever the scale
+_N = 10  # the challenge's
 _TEMPERATURES = [0.0, 0.5, 0.8]
 HELP = "measure a model or a folder of samples on HR images"
 EXAMPLE = """\
@@ -57,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lr-images", type=path, help="folder of their LR images (default: MATLAB bicubic)")
     add_model(parser)
     parser.set_defaults(model=None)
-    parser.add_argument("--n", type=count, default=10, help="samples of each image above temperature 0 (default: %(default)s)")
+    parser.add_argument("--n", type=count, help=f"samples of each image above temperature 0 (default: {_N})")
     parser.add_argument(
         "--temperatures",
         type=temperature,
@@ -66,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=_TEMPERATURES,
         help="of the samples (default: 0 0.5 0.8; with --protocol one, 0.9)",
     )
-    parser.add_argument("--seed", type=seed, default=0, help="of the latents of each image (default: %(default)s)")
+    parser.add_argument("--seed", type=seed, help="of the latents of each image (default: 0)")
     parser.add_argument("--limit", type=count, help="use only the first so many images")
     parser.add_argument("--json", type=path, help="also write the means and every image's values to this file")
     parser.add_argument("--csv", type=path, help="also write a line for each image to this file")
@@ -95,7 +96,8 @@ def run(args: argparse.Namespace) -> None:
     if args.table is not None:
         from ncsr_fast.cli._tables import run_table
 
-        return run_table(args)
+        return run_table(args, {name for name in vars(args) if getattr(args, name) not in (None, False, _TEMPERATURES)})
+    args.n, args.seed = args.n or _N, args.seed or 0
     for option in ("config", "out"):
         if getattr(args, option) is not None:
             raise ValueError(f"--{option} belongs to --table")

@@ -27,6 +27,7 @@ class Method(Protocol):
     """What makes samples of LR images, or has them."""
 
     n: int  # samples of each image
+    to_8bit: str | None  # how they became 8 bits, for reports: "round" or "truncate"; None where that is not known
 
     def samples(self, place: int, lr: Tensor) -> Iterator[Tensor]:
         """The n samples uint8 (3, H, W) of the LR image uint8 (3, h, w) of the original at `place`, one after the other."""
@@ -47,10 +48,13 @@ class _Unlikely:
 
 
 class Folder(_Unlikely):
-    """Samples that another program wrote: from `find_samples`. The next file is decoded while one is measured."""
+    """Samples that another program wrote: from `find_samples`. The next file is decoded while one is measured.
 
-    def __init__(self, folder: str | os.PathLike, files: Sequence[Sequence[Path]]) -> None:
-        self.folder, self._files, self.n = Path(folder), files, len(files[0])
+    `to_8bit` is how that program made 8 bits, where it is known; files do not say it.
+    """
+
+    def __init__(self, folder: str | os.PathLike, files: Sequence[Sequence[Path]], to_8bit: str | None = None) -> None:
+        self.folder, self._files, self.n, self.to_8bit = Path(folder), files, len(files[0]), to_8bit
 
     def samples(self, place: int, lr: Tensor) -> Iterator[Tensor]:
         with ThreadPoolExecutor(max_workers=1) as reader:
@@ -67,9 +71,9 @@ class Folder(_Unlikely):
 
 
 class Bicubic(_Unlikely):
-    """MATLAB's bicubic enlargement: one sample."""
+    """MATLAB's bicubic enlargement: one sample, which `imresize` rounds."""
 
-    n = 1
+    n, to_8bit = 1, "round"
 
     def __init__(self, scale: int) -> None:
         self._scale = scale
@@ -95,7 +99,7 @@ class Generator(_Unlikely):
     def __init__(self, model: RRDB, path: str, n: int = 1, seed: int = 0, to_8bit: str = "round") -> None:
         check_to_8bit(to_8bit)
         self.noise = model.training_noise
-        self._model, self._path, self._seed, self._to_8bit = model.train(self.noise != "none"), path, seed, to_8bit
+        self._model, self._path, self._seed, self.to_8bit = model.train(self.noise != "none"), path, seed, to_8bit
         self.n = n if self.noise != "none" else 1
 
     @torch.no_grad()
@@ -106,7 +110,7 @@ class Generator(_Unlikely):
             if isinstance(module, ResidualNoise):
                 module.draw = lambda y: torch.randn(y.shape, generator=generator, dtype=y.dtype, device=y.device)
         for _ in range(self.n):
-            yield to_uint8(_finite(self._model(to_float(lr)[None].to(like))[0]), self._to_8bit)
+            yield to_uint8(_finite(self._model(to_float(lr)[None].to(like))[0]), self.to_8bit)
 
     def description(self) -> dict[str, Any]:
         return {"kind": "generator", "path": self._path, "network": self._model.describe(), "noise": self.noise}
@@ -137,7 +141,7 @@ class Flow:
     ) -> None:
         check_to_8bit(to_8bit)
         self._model, self._path, self.n = model, path, n if temperature > 0 else 1
-        self._temperature, self._seed, self._to_8bit, self._likelihood = temperature, seed, to_8bit, likelihood
+        self._temperature, self._seed, self.to_8bit, self._likelihood = temperature, seed, to_8bit, likelihood
 
     @torch.no_grad()
     def samples(self, place: int, lr: Tensor) -> Iterator[Tensor]:
@@ -145,7 +149,7 @@ class Flow:
         generator = torch.Generator(like.device).manual_seed(self._seed)
         small = to_float(lr)[None].to(like)
         for sample in self._model.sample(small, self.n, self._temperature, generator, on_nonfinite="raise")[0]:
-            yield to_uint8(sample, self._to_8bit)
+            yield to_uint8(sample, self.to_8bit)
 
     @torch.no_grad()
     def likelihood(self, hr: Tensor, lr: Tensor) -> dict[str, float]:

@@ -167,7 +167,6 @@ def evaluate_method(
     network: Any = None,
     device: torch.device | str = "cpu",
     lr_images: Sequence[Path] | None = None,
-    to_8bit: str | None = None,
     progress: Callable[[str], None] = lambda line: None,
 ) -> tuple[Report, list[str]]:
     """Measure the samples of every original by the protocol.
@@ -179,7 +178,6 @@ def evaluate_method(
         network: From `metrics.lpips_model`, on `device`; None to leave LPIPS out, which the report says.
         device: That measures.
         lr_images: The LR image of each original, that models are given; None for MATLAB bicubic of its crop.
-        to_8bit: How samples became 8 bits, for the report: "round", "truncate", or None where that is not known.
         progress: Is told of each image.
 
     Returns:
@@ -223,7 +221,7 @@ def evaluate_method(
         protocol=originals.protocol.name,
         scale=scale,
         n=method.n,
-        to_8bit=to_8bit,
+        to_8bit=method.to_8bit,
         method=method.description(),
         lpips=lpips_digest(network),
         notes=notes,

@@ -35,7 +35,7 @@ from ncsr_fast.training.settings import TrainSettings
 # settings that may differ when a run is resumed: where the same files lie now, how they are read, what is reported when
 _FREE = (
     "images", "lr_images", "validation", "validation_lr", "workers", "cache_gib", "graph", "max_skipped", "log_every",
-    "validate_every", "save_every", "keep", "validation_images", "validation_size", "temperatures", "tensorboard",
+    "validate_every", "save_every", "keep", "validation_images", "validation_size", "temperatures", "to_8bit", "tensorboard",
 )  # fmt: skip
 _FILES = ("settings.json", "data.json", "log.jsonl", "lock", "published_options.txt")
 _FOLDERS = ("checkpoints", "samples", "best", "encoder", "model", "tensorboard", "cache")

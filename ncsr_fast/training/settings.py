@@ -11,6 +11,7 @@ from typing import Any
 
 from ncsr_fast.config import NCSRConfig
 from ncsr_fast.engine.options import PRECISIONS
+from ncsr_fast.metrics.fidelity import check_to_8bit
 
 _AT_LEAST_ONE = (
     "batch", "log_every", "validate_every", "save_every", "keep", "validation_images", "validation_size", "max_skipped",
@@ -77,6 +78,7 @@ class TrainSettings:
     keep               checkpoints kept of each stage
     validation_images  how many of the validation folder are used, each cut to its middle of validation_size pixels a side
     temperatures       of the samples drawn at each validation
+    to_8bit            how their floats become 8 bits: "round", or "truncate" as in the published test programs
     tensorboard        write scalars and samples to RUN/tensorboard
     """
 
@@ -122,6 +124,7 @@ class TrainSettings:
     validation_images: int = 8
     validation_size: int = 512
     temperatures: tuple[float, ...] = (0.0, 0.8)
+    to_8bit: str = "round"
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
@@ -150,6 +153,7 @@ class TrainSettings:
                     raise ValueError(f"{name} must be {what}, not {value!r}")
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, not {self.precision!r}")
+        check_to_8bit(self.to_8bit)
         if self.backoff > 1:
             raise ValueError(f"backoff must be at most 1, not {self.backoff!r}")
         if self.crop < 1 or self.crop % (2 * self.model.scale):

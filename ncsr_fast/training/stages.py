@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ncsr_fast.data.perturb import perturb
-from ncsr_fast.metrics.fidelity import psnr
+from ncsr_fast.metrics.fidelity import psnr, to_uint8
 from ncsr_fast.model import NCSR
 from ncsr_fast.training.batch import Draws, prepare
 from ncsr_fast.training.diagnose import first_nonfinite
@@ -72,7 +72,7 @@ class EncoderStage:
 
     def validate(self, hr: Tensor, lr: Tensor, generator: torch.Generator) -> tuple[dict[str, float], list[Tensor]]:
         sr = self.model.encoder(lr).clamp(0, 1)
-        return {"l1": float((sr - hr).abs().mean()), "psnr": float(psnr(sr, hr))}, [sr[0]]
+        return {"l1": float((sr - hr).abs().mean()), "psnr": float(psnr(to_uint8(sr, self.settings.to_8bit), hr))}, [sr[0]]
 
     def examine(self, hr: Tensor, lr: Tensor, generator: torch.Generator) -> dict[str, float]:
         return {}
@@ -133,7 +133,7 @@ class FlowStage:
         noisy = perturb(hr, lr, self.settings.max_std, generator, noise_channels=channels)
         metrics, images = {"nll": float(self.model.nll(*noisy))}, []
         for temperature in self.settings.temperatures:
-            found, sr = sample_metrics(self.model, hr, lr, temperature, generator)
+            found, sr = sample_metrics(self.model, hr, lr, temperature, generator, self.settings.to_8bit)
             metrics |= {f"{name}@{temperature:g}": value for name, value in found.items()}
             images.append(sr)
         return metrics, images

@@ -82,7 +82,7 @@ class Validation:
 
     def _report(self, stage: str, step: int, means: dict[str, float]) -> None:
         images = "validation" if self.run.settings.validation else "training"
-        self.run.log(stage, step, images=images, validation=means)
+        self.run.log(stage, step, images=images, to_8bit=self.run.settings.to_8bit, validation=means)
         if self.processes.first:
             tqdm.write(f"{stage} {step}: " + ", ".join(f"{key} {value:.4g}" for key, value in means.items()))
         if self.processes.first and any(value > 0 for key, value in means.items() if key.startswith("nonfinite")):

@@ -6,23 +6,24 @@ import torch
 from torch import Tensor
 
 from ncsr_fast.flow.samples import decode_samples, draw
-from ncsr_fast.metrics.fidelity import lr_psnr, psnr, ssim
+from ncsr_fast.metrics.fidelity import lr_psnr, psnr, ssim, to_uint8
 from ncsr_fast.model import NCSR
 
 _EXAMINED = 32  # side of the LR image looked at step by step
 
 
 def sample_metrics(
-    model: NCSR, hr: Tensor, lr: Tensor, temperature: float, generator: torch.Generator
+    model: NCSR, hr: Tensor, lr: Tensor, temperature: float, generator: torch.Generator, to_8bit: str = "round"
 ) -> tuple[dict[str, float], Tensor]:
     """Of one sample of an image (1, 3, H, W): psnr, lr_psnr, ssim; shares of its pixels that are
-    nonfinite, and saturated: beyond [0, 1] before they are clipped. And the sample (3, sH, sW)."""
+    nonfinite, and saturated: beyond [0, 1] before they are clipped. And the sample (3, sH, sW). `to_8bit` as for `to_uint8`."""
     padded = model.padded(lr)
     levels = model.conditioned_levels(padded)
     images, _ = decode_samples(levels, draw(levels, padded, 1, temperature, generator), watch=False)
     raw, sr = images[:, 0, :, : hr.shape[2], : hr.shape[3]], model.inputs.shown(images[:, 0], lr)
-    metrics = {"psnr": float(psnr(sr, hr)), "lr_psnr": float(lr_psnr(sr, lr, model.config.scale))}
-    metrics["ssim"] = float(ssim(sr, hr))
+    seen = to_uint8(sr, to_8bit)
+    metrics = {"psnr": float(psnr(seen, hr)), "lr_psnr": float(lr_psnr(seen, lr, model.config.scale))}
+    metrics["ssim"] = float(ssim(seen, hr))
     finite = raw.isfinite()
     metrics["nonfinite"] = float((~finite).double().mean())
     metrics["saturated"] = float((finite & ((raw < 0) | (raw > 1))).double().mean())
