@@ -54,7 +54,7 @@ class ImageMeasurement:
         """Measure samples, uint8 (3, H, W), a batch at a time; their top left of the original's size is used."""
         height, width = self.hr.shape[1:]
         cropped = (sample[:, :height, :width].to(self.hr.device) for sample in samples)
-        pixels = _BATCH_PIXELS.get(self.hr.device.type, _BATCH_PIXELS["cuda"])
+        pixels = _BATCH_PIXELS[self.hr.device.type]
         for group in _groups(cropped, max(1, pixels // (height * width))):
             self._add(torch.stack(group))
 

@@ -143,7 +143,7 @@ def make_table(
     problems: list[str] = []
     for name, source in measured.items():
         for temperature in _temperatures(source):
-            label = f"{name}, temperature {temperature:g}" if source.temperatures else name
+            label = f"{name}@{temperature:g}" if source.temperatures else name
             progress(label)
             if source.samples:
                 method, own = folders[name], scale or _SCALE
@@ -203,4 +203,4 @@ def _notes(number: int, known: Mapping[str, Any], configuration: TableConfigurat
 
 
 def _file_name(name: str) -> str:
-    return "".join(letter if letter.isalnum() or letter in "-_., " else f"%{ord(letter):02x}" for letter in name)
+    return "".join(letter if letter.isalnum() or letter in "-_.@" else f"%{ord(letter):02x}" for letter in name)

@@ -62,7 +62,7 @@ def lpips_model(network: str = "alex", device: torch.device | str = "cpu"):
     raises  LPIPSUnavailable when the package, torchvision or the backbone's weights (a download) are missing
     """
     try:
-        package = _lpips_package()
+        package = lpips_package()
     except ImportError as error:
         raise LPIPSUnavailable(f"LPIPS needs the lpips package: pip install 'ncsr_fast[eval]' ({error})") from error
     except RuntimeError as error:
@@ -75,7 +75,7 @@ def lpips_model(network: str = "alex", device: torch.device | str = "cpu"):
         raise LPIPSUnavailable(f"LPIPS could not download the weights of {network!r}: {error}") from error
 
 
-def _lpips_package() -> ModuleType:
+def lpips_package() -> ModuleType:
     """The package. It imports torchvision, of which it uses networks that are plain PyTorch.
 
     Where the compiled operators of torchvision do not fit this torch, "operator torchvision::nms does not exist" ends its
