@@ -92,5 +92,5 @@ def _warnings(first: Report, second: Report) -> list[str]:
         warnings.append(f"A has {first.n} samples of each image and B {second.n}: {' and '.join(_OF_N)} are left out")
     if first.to_8bit != second.to_8bit:
         a, b = (report.to_8bit or "not known" for report in (first, second))
-        warnings.append(f"8 bits are made otherwise, {a} in A and {b} in B: that alone is 2 dB of LR-PSNR at 50 dB")
+        warnings.append(f"8 bits are made otherwise, {a} in A and {b} in B: that alone moves LR-PSNR by 2 dB at 50 dB")
     return warnings
