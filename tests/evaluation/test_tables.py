@@ -40,7 +40,7 @@ def configured(tmp_path, number: int = 1, rows=None, printed=None, **common) -> 
 def test_a_table(folders, model, tmp_path):
     hr, sr = folders
     rows = {
-        "NCSR": {"model": model, "n": 3, "temperature": 0.6, "temperatures": [0, 0.3]},
+        "NCSR": {"model": model, "n": 3, "temperature": 0.6, "temperatures": [0, 0.9]},
         "folder": {"samples": str(sr)},
         "bicubic": {"model": "bicubic"},
         "SRFlow": {"model": str(tmp_path / "srflow.pth")},
@@ -51,7 +51,7 @@ def test_a_table(folders, model, tmp_path):
     assert [row.name for row in table.rows] == [*printed_numbers()["tables"]["1"]["rows"], "folder", "bicubic"]
     by_name = {row.name: row for row in table.rows}
     ours = by_name["NCSR"]
-    assert sorted(ours.sweep) == [0, 0.3, 0.6] and ours.report is ours.sweep[0.6]
+    assert sorted(ours.sweep) == [0, 0.6, 0.9] and ours.report is ours.sweep[0.6]
     assert ours.report.n == 3 and ours.report.to_8bit == "truncate" and ours.printed["lr_psnr"] == 50.75
     assert by_name["folder"].report.n == 2 and by_name["folder"].report.to_8bit is None
     assert "is not there" in by_name["SRFlow"].absent and by_name["RRDB"].absent == "no trained model"
@@ -61,7 +61,7 @@ def test_a_table(folders, model, tmp_path):
     assert "| RRDB | no trained model | 0.253 | – | 0.00 | – | 49.20 |" in text
     assert "- 8 bits by truncate: NCSR." in text and "- 2 originals, fewer than" in text
     names = {file.name for file in (tmp_path / "reports").iterdir()}
-    assert names == {f"table1-{name}.json" for name in ("NCSR@0", "NCSR@0.3", "NCSR@0.6", "bicubic", "folder")}
+    assert names == {f"table1-{name}.json" for name in ("NCSR@0", "NCSR@0.6", "NCSR@0.9", "bicubic", "folder")}
     table.write(tmp_path)
     with open(tmp_path / "table1.csv", newline="") as file:
         lines = {line["model"]: line for line in csv.DictReader(file)}
