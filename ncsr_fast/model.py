@@ -358,7 +358,10 @@ class NCSR(nn.Module):
             path: A directory; a published .pth or .safetensors, or a checkpoint of `ncsr-fast train`; the name of the shipped
                 model, "ncsr-compact-x4"; or a repository "user/name" of the Hub. `ncsr_fast.hub.find_model` has the rules.
             config: Of a file; None finds the preset whose tensors have the file's names and shapes, or a training run's own.
-            revision: As cache_dir, token and local_files_only for the Hub, see `huggingface_hub.snapshot_download`.
+            revision: Of the Hub, as `huggingface_hub.snapshot_download` has it; so are the following.
+            cache_dir: Likewise.
+            token: Likewise.
+            local_files_only: Likewise.
             options: Of `EngineOptions`.
 
         Raises:

@@ -31,7 +31,7 @@ def ablation() -> Ablation:
 
 @contextlib.contextmanager
 def ablated(**switches: bool) -> Iterator[None]:
-    """Set switches inside, for the whole process: `with ablated(winograd=False): ...`."""
+    """Set switches for the whole process inside a `with` statement, as in `with ablated(winograd=False): …`."""
     global _current
     before, _current = _current, _current._replace(**switches)
     try:

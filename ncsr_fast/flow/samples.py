@@ -193,7 +193,6 @@ def draw_latents(
     generator: torch.Generator | None,
 ) -> list[Tensor]:
     """Latents (batch, n, *shape) ~ N(0, temperature²), drawn sample by sample: the first m do not depend on n."""
-
     draws = []
     for _ in range(n):
         own = [torch.randn((batch, *shape), generator=generator, dtype=like.dtype, device=like.device) for shape in shapes]
