@@ -7,6 +7,7 @@
 #   make test      what CI runs: lint, and every test but those marked exhaustive, against an installed copy
 #   make test-all  the exhaustive ones too
 #   make matrix    the fast tests with other versions of Python and torch, and on lesser CPUs
+#   make docs      the pages of docs/ and the API as a site in build/site, with what `make dev` installed
 #   make wheel-gpu wheels with CUDA kernels in wheels/, for benchmarks/gpu.sh on a machine with a GPU; minutes for each Python
 #
 # Two environments, which never touch each other. $(VENV) has a copy of the package, as users get it: `demo` and `test`
@@ -28,7 +29,7 @@ PYTEST_FLAGS_SLOW := -n $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n < 3 
 # what [build-system] in pyproject.toml requires, for builds that find their objects of the last time
 BUILD := 'setuptools>=68' 'pybind11>=2.13' ninja
 
-.PHONY: demo dev check lint test test-all matrix wheel-gpu clean
+.PHONY: demo dev check lint test test-all matrix docs wheel-gpu clean
 
 demo: $(BIN)/python
 	$(call install_copy,demo)
@@ -59,6 +60,9 @@ test-all: $(BIN)/python
 
 matrix:
 	$(PYTHON) .ci/matrix.py --torch '$(TORCH)'
+
+docs: $(DEV)/bin/ruff
+	$(DEV)/bin/python -m sphinx --fail-on-warning --keep-going --quiet docs build/site
 
 wheel-gpu:
 	$(PYTHON) .ci/wheels.py $(PYTHONS)

@@ -11,7 +11,7 @@ source_suffix = {".md": "markdown"}
 myst_heading_anchors = 3
 html_theme = "furo"
 html_title = f"ncsr_fast {release}"
-html_static_path: list[str] = []
+html_show_copyright = False
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"

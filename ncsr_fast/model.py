@@ -77,8 +77,8 @@ class NCSR(nn.Module):
         self.unused_published: dict[str, Tensor] = {}  # tensors of a published file that no computation reads
         self._freezer = Freezer()
 
-    engine = _option("engine", 'The evaluation of the model: "fused", or "plain", step by step as it is defined.')
-    precision = _option("precision", 'The precision of the networks: "fp32", "tf32" or "bf16".')
+    engine = _option("engine", 'Evaluation of the model, "fused" or "plain", the reference, which goes step by step.')
+    precision = _option("precision", 'Precision of the networks, "fp32", "tf32" or "bf16".')
     checkpoint = _option("checkpoint", "True if the backward pass recomputes hidden layers instead of saving them.")
 
     @property

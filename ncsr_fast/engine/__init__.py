@@ -1,6 +1,6 @@
 """The fast evaluation of a flow: everything that does not depend on the state z is computed once.
 
-Hoisting, fused steps and one gradient a level make it so. The engine works on tensors; the modules that hold the parameters are in
+By hoisting, fused steps, and one gradient a level. The engine works on tensors; the modules that hold the parameters are in
 `ncsr_fast.flow`.
 """
 
