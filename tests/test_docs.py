@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import importlib.util
 import re
 import shlex
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from ncsr_fast import NCSR, ops
 from ncsr_fast.cli.main import build_parser
 
 ROOT = Path(__file__).parent.parent
@@ -91,6 +93,35 @@ def test_links_lead_somewhere(page):
         assert file.exists(), f"{page.name} links to {target}"
         if anchor:
             assert anchor[1:] in anchors(file), f"{page.name} links to {target}{anchor}"
+
+
+MODULES = ["ncsr_fast.model", "ncsr_fast.data.perturb", "ncsr_fast.metrics.imresize"] + [
+    f"ncsr_fast.ops.{name}"
+    for name in (
+        "actnorm_invconv",
+        "affine",
+        "conv3x3",
+        "flow_step",
+        "fold",
+        "gaussian_split",
+        "inverse_logdet",
+        "step_network",
+    )
+]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples_of_docstrings_run(name):
+    """With what a reader has by then: torch, the operators and, for the model's, a model, an image and a target."""
+    names = {"torch": torch, "ops": ops}
+    if name == "ncsr_fast.model":
+        lr = torch.linspace(0, 1, 8).expand(1, 3, 8, 8)
+        names |= {"model": NCSR.from_pretrained("ncsr-compact-x4"), "lr": lr, "target": torch.rand(1, 3, 32, 32)}
+    module = importlib.import_module(name)
+    examples = [test for test in doctest.DocTestFinder().find(module, extraglobs=names) if test.examples]
+    assert examples
+    for example in examples:
+        assert doctest.DocTestRunner().run(example).failed == 0, example.name
 
 
 def test_the_readme_is_short():

@@ -41,6 +41,10 @@ def perturb(
 
     Raises:
         ValueError: A pair whose sizes are no integer scale apart, or a negative max_std.
+
+    Example:
+        >>> hr, lr = torch.rand(2, 3, 32, 32), torch.rand(2, 3, 8, 8)
+        >>> noisy_hr, noisy_lr, noise = perturb(hr, lr, max_std=0.05)
     """
     if not max_std >= 0:
         raise ValueError(f"max_std must not be negative, not {max_std!r}")

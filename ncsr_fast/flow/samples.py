@@ -73,9 +73,13 @@ class ConditionedFlow:
         *,
         on_nonfinite: str = "warn",
     ) -> Tensor:
-        """n images (B, n, 3, sH, sW) of each LR image, clipped to [0, 1]: as `NCSR.sample`, which documents the arguments.
+        """n images (B, n, 3, sH, sW) of each LR image, clipped to [0, 1].
 
         Args:
+            n: As for `NCSR.sample`; so are temperature and generator.
+            temperature: Standard deviation of the latents.
+            generator: Of the model's device; None is torch's default one.
+            on_nonfinite: As for `NCSR.sample`.
             latents: The images' latents (B, n, …), in the order of `encode`, in place of drawn ones.
 
         Raises:

@@ -17,7 +17,8 @@ def psnr(image: Tensor, target: Tensor) -> Tensor:
     """Peak signal-to-noise ratio (B,) in dB of 8-bit images, `10 log10(255² / MSE)` over all channels.
 
     Args:
-        image, target: (B, 3, H, W), uint8, or floats in [0, 1], which are rounded to 8 bits first.
+        image: (B, 3, H, W), uint8, or floats in [0, 1], which are rounded to 8 bits first.
+        target: Likewise.
 
     Returns:
         (B,) float64; infinite for equal images.

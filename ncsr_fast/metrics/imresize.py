@@ -26,6 +26,10 @@ def imresize(x: Tensor, scale: float) -> Tensor:
 
     Returns:
         (…, ⌈scale·H⌉, ⌈scale·W⌉) on the device and in the dtype of x.
+
+    Example:
+        >>> tuple(imresize(torch.rand(3, 64, 48), 1 / 4).shape)
+        (3, 16, 12)
     """
     if not scale > 0:
         raise ValueError(f"scale must be positive, not {scale!r}")

@@ -67,6 +67,8 @@ def lpips(samples: Tensor, target: Tensor, model) -> Tensor:
     """LPIPS maps (n, H, W) of `samples` (n, 3, H, W) against `target` (3, H, W), floats in [0, 1].
 
     Args:
+        samples: (n, 3, H, W).
+        target: (3, H, W).
         model: From `lpips_model`; the mean of a map is the LPIPS distance of that sample.
 
     Raises:
