@@ -33,8 +33,10 @@ class Method(Protocol):
         """The n samples uint8 (3, H, W) of the LR image uint8 (3, h, w) of the original at `place`, one after the other."""
 
     def likelihood(self, hr: Tensor, lr: Tensor) -> dict[str, float]:
-        """Further values of an original uint8 (3, H, W) and its LR image: nll and bits_per_dim of a flow that is asked for
-        them, else none."""
+        """Further values of an original uint8 (3, H, W) and its LR image.
+
+        nll and bits_per_dim of a flow that is asked for them, else none.
+        """
 
     def description(self) -> dict[str, Any]:
         """What it is, for reports."""
@@ -44,6 +46,7 @@ class _Unlikely:
     """A method without a likelihood."""
 
     def likelihood(self, hr: Tensor, lr: Tensor) -> dict[str, float]:
+        """No further values."""
         return {}
 
 
@@ -57,6 +60,7 @@ class Folder(_Unlikely):
         self.folder, self._files, self.n, self.to_8bit = Path(folder), files, len(files[0]), to_8bit
 
     def samples(self, place: int, lr: Tensor) -> Iterator[Tensor]:
+        """The samples of an LR image, as `Method` has it."""
         with ThreadPoolExecutor(max_workers=1) as reader:
             waiting = None
             for file in self._files[place]:
@@ -67,6 +71,7 @@ class Folder(_Unlikely):
             yield waiting.result()
 
     def description(self) -> dict[str, Any]:
+        """What it is, for reports."""
         return {"kind": "folder", "path": str(self.folder)}
 
 
@@ -79,9 +84,11 @@ class Bicubic(_Unlikely):
         self._scale = scale
 
     def samples(self, place: int, lr: Tensor) -> Iterator[Tensor]:
+        """The samples of an LR image, as `Method` has it."""
         yield imresize(lr, self._scale)
 
     def description(self) -> dict[str, Any]:
+        """What it is, for reports."""
         return {"kind": BICUBIC}
 
 
@@ -104,6 +111,7 @@ class Generator(_Unlikely):
 
     @torch.no_grad()
     def samples(self, place: int, lr: Tensor) -> Iterator[Tensor]:
+        """The samples of an LR image, as `Method` has it."""
         like = next(self._model.parameters())
         generator = torch.Generator(like.device).manual_seed(self._seed)
         for module in self._model.modules():
@@ -113,6 +121,7 @@ class Generator(_Unlikely):
             yield to_uint8(_finite(self._model(to_float(lr)[None].to(like))[0]), self.to_8bit)
 
     def description(self) -> dict[str, Any]:
+        """What it is, for reports."""
         return {"kind": "generator", "path": self._path, "network": self._model.describe(), "noise": self.noise}
 
 
@@ -145,6 +154,7 @@ class Flow:
 
     @torch.no_grad()
     def samples(self, place: int, lr: Tensor) -> Iterator[Tensor]:
+        """The samples of an LR image, as `Method` has it."""
         like = next(self._model.parameters())
         generator = torch.Generator(like.device).manual_seed(self._seed)
         small = to_float(lr)[None].to(like)
@@ -153,8 +163,11 @@ class Flow:
 
     @torch.no_grad()
     def likelihood(self, hr: Tensor, lr: Tensor) -> dict[str, float]:
-        """nll, the published unit: bits per HR pixel position, of values in [0, 1] without added noise; and bits_per_dim, the
-        same divided by the channels."""
+        """The values nll and bits_per_dim of an original uint8 (3, H, W) and its LR image, where they are asked for.
+
+        nll has the published unit: bits per HR pixel position, of values in [0, 1] without added noise; bits_per_dim is the same
+        divided by the channels.
+        """
         if not self._likelihood:
             return {}
         like = next(self._model.parameters())
@@ -162,6 +175,7 @@ class Flow:
         return {"nll": bits, "bits_per_dim": bits / len(hr)}
 
     def description(self) -> dict[str, Any]:
+        """What it is, for reports."""
         return {"kind": "flow", "path": self._path, "temperature": self._temperature, "seed": self._seed}
 
 
