@@ -165,8 +165,8 @@ class Flow:
     def likelihood(self, hr: Tensor, lr: Tensor) -> dict[str, float]:
         """The values nll and bits_per_dim of an original uint8 (3, H, W) and its LR image, where they are asked for.
 
-        nll has the published unit: bits per HR pixel position, of values in [0, 1] without added noise; bits_per_dim is the same
-        divided by the channels.
+        nll has the published unit: bits per HR pixel position, of values in [0, 1] without added noise; bits_per_dim is the
+        same divided by the channels.
         """
         if not self._likelihood:
             return {}
