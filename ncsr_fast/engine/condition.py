@@ -24,6 +24,30 @@ class Features(NamedTuple):
     stacked: Tensor | None = None
 
     @property
+    def batch(self) -> int:
+        """The number of images."""
+        return self.own.shape[0]
+
+    @property
+    def size(self) -> torch.Size:
+        """(h, w) of the level."""
+        return self.own.shape[2:]
+
+    @property
+    def multiple(self) -> int:
+        """Of which the borders of a `region` must be multiples: f where the stacked features are upsampled, else 1."""
+        return self.own.shape[2] // self.stacked.shape[2] if self.stacked is not None and self.upsampled else 1
+
+    @property
+    def whole(self) -> Features:
+        """The features themselves; of those of a level that are made where they are wanted, all of them."""
+        return self
+
+    def region(self, rows: slice, columns: slice) -> Features:
+        """The features of some rows and columns of the level."""
+        return Features(self.own[..., rows, columns], stacked_region(self.stacked, self.size, rows, columns))
+
+    @property
     def joined(self) -> Tensor:
         """u as one tensor (B, c + s, h, w)."""
         if self.stacked is None:
@@ -41,6 +65,37 @@ class Features(NamedTuple):
         return Features(self.own[image], None if self.stacked is None else self.stacked[image])
 
 
+def stacked_region(stacked: Tensor | None, size: Sequence[int], rows: slice, columns: slice) -> Tensor | None:
+    """The part of stacked features that belongs to some rows and columns of a level of a size (h, w)."""
+    if stacked is None:
+        return None
+    edges = [
+        slice(edge.start * below // own, edge.stop * below // own)
+        for edge, below, own in zip((rows, columns), stacked.shape[2:], size)
+    ]
+    return stacked[..., edges[0], edges[1]]
+
+
+class LevelFeatures(Protocol):
+    """The features of a level, which are there, or made where they are wanted."""
+
+    @property
+    def batch(self) -> int: ...
+
+    @property
+    def size(self) -> torch.Size: ...
+
+    @property
+    def multiple(self) -> int: ...
+
+    @property
+    def whole(self) -> Features: ...
+
+    def region(self, rows: slice, columns: slice) -> Features: ...
+
+    def sample(self, index: int) -> LevelFeatures: ...
+
+
 class Condition(NamedTuple):
     """The condition that an encoder makes of an LR image.
 
@@ -49,7 +104,7 @@ class Condition(NamedTuple):
         prior_mean: Mean of the prior of the top latent, of its shape; None is zero.
     """
 
-    features: Sequence[Features]
+    features: Sequence[LevelFeatures]
     prior_mean: Tensor | None = None
 
     def sample(self, index: int) -> Condition:

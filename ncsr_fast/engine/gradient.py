@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ncsr_fast.engine.folding import Networks
+from ncsr_fast.engine.peaks import Peaks
 from ncsr_fast.engine.program import Head, Program, Stage
 from ncsr_fast.engine.walk import LevelTensors, Record, Walk
 from ncsr_fast.layout import readable
@@ -28,7 +29,7 @@ from ncsr_fast.ops.step_network import Layers, network_gradients
 
 
 def level_pass(
-    x: Tensor, tensors: LevelTensors, program: Program, checkpoint: bool, peaks: list[Tensor] | None = None
+    x: Tensor, tensors: LevelTensors, program: Program, checkpoint: bool, peaks: Peaks | None = None
 ) -> tuple[Tensor, Tensor]:
     """The state after a program, and the log|det| (B,) of its affines. Differentiable.
 
@@ -37,8 +38,7 @@ def level_pass(
         tensors: Of the program; those of one sample are shared by all of x.
         program: The program.
         checkpoint: False: the hidden layers of the networks are saved, not recomputed in the backward pass.
-        peaks: Is appended the largest magnitude (B,) of the state behind every mix, NaN where it holds one; only by a pass
-            that records no gradients.
+        peaks: Are added those of the state behind every mix; only by a pass that records no gradients.
     """
     flat, spec = pytree.tree_flatten((x, tensors))
     given = [tensor for tensor in flat if tensor is not None]

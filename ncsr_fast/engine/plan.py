@@ -31,6 +31,7 @@ from ncsr_fast.engine.folding import (
 from ncsr_fast.engine.gradient import level_pass
 from ncsr_fast.engine.hoisting import HoistedWeight, algorithm, hoisted_convolution, prepared
 from ncsr_fast.engine.options import EngineOptions
+from ncsr_fast.engine.peaks import Peaks
 from ncsr_fast.engine.program import Head, Program, stages
 from ncsr_fast.engine.walk import LevelTensors
 from ncsr_fast.layout import laid_out
@@ -156,7 +157,7 @@ class LevelPlan:
             return z[:, : -level.split_channels], z[:, -level.split_channels :], logdet + density
 
     def decode(
-        self, z: Tensor, latent: Tensor | None, noise: Tensor | None = None, peaks: list[Tensor] | None = None
+        self, z: Tensor, latent: Tensor | None, noise: Tensor | None = None, peaks: Peaks | None = None
     ) -> tuple[Tensor, Tensor]:
         """The inverse of `encode`: z and logdet (B,).
 
@@ -164,8 +165,7 @@ class LevelPlan:
             z: State of the next level, or the top latent; more samples than the features have share a batch of 1.
             latent: Of the split, None without one.
             noise: As the model has it, or None for zero.
-            peaks: Is appended the largest magnitude (B,) of the state after each step decoded, NaN where it holds one; not
-                where gradients are recorded.
+            peaks: Are added those of the state after each step decoded; not where gradients are recorded.
         """
         logdets, options = [], self.options
         with without_autocast(z.device.type):
@@ -176,7 +176,7 @@ class LevelPlan:
             z, logdet = self._steps(laid_out(z, options.memory_format), noise, peaks)
             return self.level.unsqueezed(z), torch.stack([logdet, *logdets]).sum(dim=0)
 
-    def _steps(self, x: Tensor, noise: Tensor | None, peaks: list[Tensor] | None) -> tuple[Tensor, Tensor]:
+    def _steps(self, x: Tensor, noise: Tensor | None, peaks: Peaks | None) -> tuple[Tensor, Tensor]:
         sources = [*self._known.sources, *self._noise_source(noise)]
         # autograd sums the gradients of what samples share
         sources = [source.expand(x.shape[0], -1, -1, -1) if source.requires_grad else source for source in sources]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ncsr_fast.engine.folding import Networks
+from ncsr_fast.engine.peaks import Peaks
 from ncsr_fast.engine.program import Head, Program
 from ncsr_fast.ops.backend import Kernels, kernels
 from ncsr_fast.ops.recorded import RecordedKernels
@@ -37,12 +38,12 @@ class Record(NamedTuple):
 
     Args:
         states: The state behind the mix of every stage, which its networks read; None: not wanted.
-        peaks: The largest magnitude (B,) of the state behind every mix, NaN where it holds one; None: not wanted.
+        peaks: Of the state behind every mix; None: not wanted.
         layers: Hidden layers and output of the networks that every stage evaluates; None: not wanted.
     """
 
     states: list[Tensor] | None = None
-    peaks: list[Tensor] | None = None
+    peaks: Peaks | None = None
     layers: list[list[Layers]] | None = None
 
 
@@ -144,6 +145,6 @@ def _enter(record: Record, x: Tensor, mixed: bool) -> None:
     if record.states is not None:
         record.states.append(x)
     if record.peaks is not None and mixed:
-        record.peaks.append(x.abs().amax(dim=(1, 2, 3)))
+        record.peaks.add(x)
     if record.layers is not None:
         record.layers.append([])

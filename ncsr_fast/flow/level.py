@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ncsr_fast import ops
 from ncsr_fast.config import CONDITIONS, Branch, LevelConfig
 from ncsr_fast.engine.cache import Cache
+from ncsr_fast.engine.peaks import Peaks
 from ncsr_fast.flow.actnorm import initialize_actnorm
 from ncsr_fast.flow.networks import NETWORKS, Network, StackedNetworks, zeros_conv
 from ncsr_fast.ops.contract import pass_through_channels
@@ -132,12 +133,11 @@ class FlowLevel(nn.Module):
         u: Tensor,
         v: Tensor | None,
         backend: str = "auto",
-        peaks: list[Tensor] | None = None,
+        peaks: Peaks | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The inverse of `encode`: state of the next level and the split's latent → z and logdet (B,).
 
-        `peaks` is appended the largest magnitude (B,) of the state after each conditional step; of the last one decoded, after
-        the transition steps.
+        `peaks` are added those of the state after each conditional step; of the last one decoded, after the transition steps.
         """
         logdets = []
         if latent is not None:
@@ -147,7 +147,7 @@ class FlowLevel(nn.Module):
             z, logdet = self.decode_step(step, z, u, v, backend)
             logdets.append(logdet)
             if peaks is not None and (index > self.transition_steps or index == 0):
-                peaks.append(z.detach().abs().amax(dim=(1, 2, 3)))
+                peaks.add(z)
         return self.unsqueezed(z), torch.stack(logdets).sum(dim=0)
 
     def squeezed(self, z: Tensor) -> Tensor:

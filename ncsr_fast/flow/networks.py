@@ -41,9 +41,11 @@ class StackedNetworks(nn.Module):
 
     Each is conv3×3 → actnorm → ReLU → conv1×1 → actnorm → ReLU → (conv3×3 + bias) · exp(3 logs), the first
     two convolutions without bias. The last one starts at zero, so that every coupling starts as nearly the
-    identity. Parameters are stacked because that makes folding them, convolving for all steps at once and
+    identity. Its output depends on no pixel farther than `radius`. Parameters are stacked because that makes folding them, convolving for all steps at once and
     optimising them one operation each.
     """
+
+    radius = 2  # two 3×3 convolutions
 
     def __init__(self, count: int, inputs: int, hidden: int, outputs: int) -> None:
         super().__init__()
@@ -89,5 +91,6 @@ def _conv_actnorm_relu(x: Tensor, weight: Tensor, bias: Tensor, logs: Tensor, in
 
 
 # By kind: a module (count, inputs, hidden, outputs) whose `unbind` returns the networks one by one, each a function of
-# (x, initialize). The engine has kernels for StackedNetworks; a level with another kind runs by its definition.
+# (x, initialize); its `radius`, without which a level cannot be tiled, is how far in pixels an output depends on the input.
+# The engine has kernels for StackedNetworks; a level with another kind runs by its definition.
 NETWORKS: dict[str, Callable[..., nn.Module]] = {"glow": StackedNetworks}
