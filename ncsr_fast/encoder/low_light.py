@@ -22,8 +22,8 @@ _DARKEST = 1e-4  # added to the sum of an image's channels, which the colour map
 class LowLightEncoder(nn.Module):
     """The encoder of LLFlow (`ConEncoder1`), which reads six channels: `ncsr_fast.data.low_light_input`.
 
-    The features of three levels have H/2, H/4 and H/8, and the prior of the top latent is N(mean, 1), where the mean is a map of
-    the scene's colours, squeezed.
+    The features of the three levels have H/2, H/4 and H/8, and the prior of the top latent is N(mean, 1), where the mean is a
+    map of the scene's colours, squeezed.
 
     Args:
         channels: Width of the features.
@@ -74,8 +74,8 @@ class LowLightEncoder(nn.Module):
             method: As for `ncsr_fast.ops.conv3x3.convolution`.
 
         Returns:
-            Features at H/2, H/4 (after its LeakyReLU, which the published encoder applies in place) and H/8; and the mean of the
-            prior, the squeezed `color_map`, (B, 192, H/8, W/8).
+            Features at H/2, H/4 (after its LeakyReLU, which the published encoder applies in place) and H/8; and the mean of
+            the prior, the squeezed `color_map`, (B, 192, H/8, W/8).
         """
         half, stacked = self._trunk(lr, method)
         quarter = F.leaky_relu(convolved(F.avg_pool2d(half, 2), self.downconv1, method), SLOPE)
@@ -89,7 +89,7 @@ class LowLightEncoder(nn.Module):
 
     @staticmethod
     def reference_prior_mean(hr: Tensor) -> Tensor:
-        """The mean of the prior, (B, 192, H/8, W/8), from the colours of the reference image hr (B, 3, H, W). Differentiable."""
+        """The prior's mean, (B, 192, H/8, W/8), from the colours of the reference image hr (B, 3, H, W). Differentiable."""
         return F.pixel_unshuffle(color_shares(hr), _SQUEEZE)
 
     def layout(self) -> Iterator[Entry]:
