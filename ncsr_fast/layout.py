@@ -47,6 +47,11 @@ def traced() -> bool:
     return watched or transformed() or torch._C._get_tracing_state() is not None
 
 
+def in_a_graph() -> bool:
+    """True where what is computed now is repeated without Python: where it is `traced`, or captured in a CUDA graph."""
+    return traced() or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
+
+
 def transformed() -> bool:
     """True inside transforms of `torch.func` and forward-mode differentiation, which plain PyTorch operators alone know."""
     return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,10 @@ from ncsr_fast import files
 from ncsr_fast.autocast import without_autocast
 from ncsr_fast.checkpoints import models, published
 from ncsr_fast.checkpoints.state_dicts import read_state_dict
-from ncsr_fast.checks import check_temperature
+from ncsr_fast.checks import check_temperature, check_tile
 from ncsr_fast.config import FlowConfig, NCSRConfig
 from ncsr_fast.encoder.rrdb import RRDB
+from ncsr_fast.encoder.tiled import condition
 from ncsr_fast.engine.condition import Condition
 from ncsr_fast.engine.options import EngineOptions
 from ncsr_fast.flow.conditioned import Encoded, Levels
@@ -162,22 +163,27 @@ class NCSR(nn.Module):
         self.actnorm_initialized.fill_(True)
         return _bits(encoded, inputs.padded_pixels(lr))
 
-    def decode(self, latents: Sequence[Tensor], lr: Tensor, noise: Tensor | None = None) -> Tensor:
-        """The inverse of `encode`: latents → hr (B, 3, sH, sW), not clipped to [0, 1].
+    def decode(
+        self, latents: Sequence[Tensor], lr: Tensor, noise: Tensor | None = None, *, tile: int | str | None = None
+    ) -> Tensor:
+        """The inverse of `encode`: latents → hr (B, 3, sH, sW), not clipped to [0, 1]; `tile` as for `sample`.
 
         Raises:
             ValueError: The latents are not those of an image of this size (`latent_shapes`).
         """
-        return self._condition(lr).decode(latents, noise)
+        return self._condition(lr, tile=tile).decode(latents, noise, tile=tile)
 
     def sample(
         self,
         lr: Tensor,
         n: int = 10,
-        temperature: float = 0.9,
+        temperature: Any = 0.9,
         generator: torch.Generator | None = None,
+        tile: int | str | None = "auto",
         *,
+        latents: Sequence[Tensor] | None = None,
         on_nonfinite: str = "warn",
+        progress: Callable[[float], None] | None = None,
     ) -> Tensor:
         """n super-resolved images (B, n, 3, sH, sW) of each LR image, clipped to [0, 1].
 
@@ -193,17 +199,25 @@ class NCSR(nn.Module):
         Args:
             lr: (B, 3, H, W).
             n: Samples of each image.
-            temperature: Standard deviation of the latents.
+            temperature: Standard deviation of the latents: a number; one of each latent or each level, the coarsest last; or a
+                map (B or 1, 1, H, W) of LR pixels.
             generator: Of the model's device; None is torch's default one.
+            tile: A large image is decoded in tiles of so many LR pixels a side, with the halo that makes the result equal to
+                rounding, in less memory; "auto": in tiles as large as the free memory allows, and of one where all fits, or
+                gradients are recorded; None: whole. "auto" and numbers go on with smaller tiles when memory runs out.
+            latents: The images' latents (B, n, …), in the order of `encode`, in place of drawn ones: those of a learned prior.
             on_nonfinite: What to do about a sample whose state, at any step, was not finite or beyond ±10⁴: "warn"; "raise"
                 `NonFiniteSamples`; "ignore"; or "retry": draw it again, up to four times, at 0.8 times the temperature before,
                 and warn of those drawn again. All but "ignore" wait for the device once, after the last level.
+            progress: Is told, after every tile, which part (0, 1] is done.
 
         Raises:
-            ValueError: n < 1, a negative temperature or another on_nonfinite; and as `encode` does for lr.
+            ValueError: n < 1, a negative temperature, a map or latents of another shape, another tile or on_nonfinite; and as
+                `encode` does for lr.
             TypeError: What is no number.
         """
-        return self._condition(lr).sample(n, temperature, generator, on_nonfinite=on_nonfinite)
+        flow = self._condition(lr, tile=tile)
+        return flow.sample(n, temperature, generator, latents, tile=tile, on_nonfinite=on_nonfinite, progress=progress)
 
     def check_invertibility(
         self, lr: Tensor, temperature: float = 0.9, generator: torch.Generator | None = None
@@ -227,23 +241,24 @@ class NCSR(nn.Module):
         self._freezer.check(self)
         return self.inputs.lr(lr)
 
-    def features(self, lr: Tensor, plain: bool | None = None) -> Condition:
+    def features(self, lr: Tensor, plain: bool | None = None, tile: int | str | None = None) -> Condition:
         """The encoder's condition for LR images of a padded size, unchecked; `plain` (None: as the engine) by the reference."""
         if self.engine == "plain" if plain is None else plain:
-            return self.encoder.condition(lr, None)
+            return condition(self.encoder, lr, None, tile)
         options = self.served
         lr = laid_out(lr.to(options.network_dtype(lr.dtype)), options.memory_format)
         with without_autocast(lr.device.type):
-            return self.encoder.condition(lr, options.method)
+            return condition(self.encoder, lr, options.method, tile)
 
-    def conditioned_levels(self, lr: Tensor, keeps: bool = False) -> Levels:
+    def conditioned_levels(self, lr: Tensor, keeps: bool = False, tile: int | str | None = None) -> Levels:
         """The levels for LR images of a padded size, without checks; `keeps` their plans for further calls."""
-        return Levels(self.levels, self.flow, self.features(lr), self.served, keeps)
+        return Levels(self.levels, self.flow, self.features(lr, tile=tile), self.served, keeps)
 
-    def _condition(self, lr: Tensor, keeps: bool = False) -> ConditionedFlow:
+    def _condition(self, lr: Tensor, keeps: bool = False, tile: int | str | None = None) -> ConditionedFlow:
+        check_tile(tile)
         padded = self.padded(lr)
         with self._freezer.recording():
-            levels = self.conditioned_levels(padded, keeps)
+            levels = self.conditioned_levels(padded, keeps, tile)
         watched = self.parameters if keeps else tuple
         return ConditionedFlow(levels, self.inputs, lr, watched, self._freezer.recording, self.advice)
 

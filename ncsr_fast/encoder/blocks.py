@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,7 @@ SLOPE = 0.2  # of every LeakyReLU
 ENGINE = ConvolutionMethod()
 RESIDUAL = 0.2  # weight of a dense block's, and of a block's, residual branch
 NOISE = 0.1  # standard deviation of nESRGAN+'s noise, relative to the features it multiplies
+Block = Callable[[Tensor, ConvolutionMethod | None], Tensor]
 
 
 def conv3x3(inputs: int, outputs: int, scale: float | None = None) -> nn.Conv2d:
@@ -98,7 +99,7 @@ class ResidualBlock(nn.Module):
 
 def trunk(
     first: Tensor,
-    blocks: Iterable[nn.Module],
+    blocks: Iterable[Block],
     last: nn.Conv2d,
     stacked_blocks: Sequence[int],
     long_skip: str,
@@ -108,7 +109,7 @@ def trunk(
 
     Args:
         first: (B, C, H, W), what the first block reads.
-        blocks: The `ResidualBlock`s.
+        blocks: The `ResidualBlock`s, or what evaluates them.
         last: The convolution of the last block's output.
         stacked_blocks: Indices of the blocks whose outputs are returned.
         long_skip: What the convolution is added to: "conv_first", `first`; "last_block", the last block's output.
@@ -122,7 +123,8 @@ def trunk(
         fea = block(fea, method)
         if index in stacked_blocks:
             outputs[index] = fea
-    stacked = torch.cat([outputs[index] for index in stacked_blocks], dim=1) if outputs else None
+    # without the dictionary they are freed once they are joined
+    stacked = torch.cat([outputs.pop(index) for index in stacked_blocks], dim=1) if outputs else None
     return (first if long_skip == "conv_first" else fea) + convolved(fea, last, method), stacked
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ from ncsr_fast import files
 from ncsr_fast.checkpoints.state_dicts import Entry
 from ncsr_fast.checks import check_like
 from ncsr_fast.encoder import checkpoints
-from ncsr_fast.encoder.blocks import ENGINE, SLOPE, ResidualBlock, averaged, conv3x3, convolved, trunk
+from ncsr_fast.encoder.blocks import ENGINE, SLOPE, Block, ResidualBlock, averaged, conv3x3, convolved, trunk
 from ncsr_fast.encoder.names import encoder_layout, published_layout
-from ncsr_fast.engine.condition import Condition, Features
+from ncsr_fast.encoder.tiled import EnlargedFeatures, TiledBlock
+from ncsr_fast.engine.condition import Condition, Features, LevelFeatures
 from ncsr_fast.hub import find_model
 from ncsr_fast.ops.conv3x3 import ConvolutionMethod
 
@@ -192,6 +194,26 @@ class RRDB(nn.Module):
         pyramid, stacked = self.pyramid(lr, method)
         return Condition([Features(own, stacked) for own in pyramid])
 
+    def condition_in_tiles(self, lr: Tensor, method: ConvolutionMethod | None, side: int) -> Condition:
+        """As `condition`, in little memory: blocks in tiles of up to `side` LR pixels a side, larger features where wanted."""
+        noisy = self.training and self.training_noise != "none"  # drawn for the whole image
+        own, stacked = self._trunk(lr, method, self.body if noisy else [TiledBlock(block, side) for block in self.body])
+        found: list[LevelFeatures] = []
+        for scale in self.level_scales:
+            if scale > 1:
+                doublings = self.conv_up[: int(math.log2(scale))]
+                enlargements = tuple(partial(self._upsample, conv=conv, method=method) for conv in doublings)
+                found.append(EnlargedFeatures(own, enlargements, stacked))
+            else:
+                found.append(Features(own if scale == 1 else averaged(own, round(1 / scale)), stacked))
+        return Condition(found)
+
+    def condition_bytes(self, element_size: int) -> int:
+        """Bytes an LR pixel that `condition` takes: the features of all levels, and a dense block beside them."""
+        levels = self.channels * sum(scale**2 for scale in self.level_scales)
+        blocks = 2 * self.channels * len(self.stacked_blocks) + 4 * self.channels + 4 * self.growth
+        return round(element_size * (levels + blocks))
+
     def load_published(self, source: Mapping[str, Tensor] | str | os.PathLike) -> None:
         """Load the weights of a published generator, or of the encoder in a flow checkpoint, into this network.
 
@@ -261,10 +283,12 @@ class RRDB(nn.Module):
         """How many of the upsamplings the levels of the flow use."""
         return max(0, int(math.log2(max(self.level_scales))))
 
-    def _trunk(self, lr: Tensor, method: ConvolutionMethod | None) -> tuple[Tensor, Tensor | None]:
+    def _trunk(
+        self, lr: Tensor, method: ConvolutionMethod | None, blocks: Iterable[Block] | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         x = F.pixel_unshuffle(lr, self.unshuffle) if self.unshuffle > 1 else lr
         first = convolved(x, self.conv_first, method)
-        return trunk(first, self.body, self.conv_body, self.stacked_blocks, self.long_skip, method)
+        return trunk(first, blocks or self.body, self.conv_body, self.stacked_blocks, self.long_skip, method)
 
     def _check(self, lr: Tensor) -> None:
         if not isinstance(lr, Tensor):

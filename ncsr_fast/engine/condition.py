@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -77,7 +77,9 @@ def stacked_region(stacked: Tensor | None, size: Sequence[int], rows: slice, col
 
 
 class LevelFeatures(Protocol):
-    """The features of a level, which are there, or made where they are wanted."""
+    """The features of a level, which are there, or made where they are wanted; a tuple of tensors and other things."""
+
+    def __iter__(self) -> Iterator[Any]: ...
 
     @property
     def batch(self) -> int: ...

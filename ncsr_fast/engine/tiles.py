@@ -6,7 +6,11 @@ cut for zeros, as beyond a border; that goes wrong by as many pixels as the conv
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
+
+import torch
+from torch import Tensor
 
 from ncsr_fast.engine.plan import Level
 
@@ -52,10 +56,13 @@ def spans(size: int, side: int, halo: int, multiple: int = 1) -> list[Span]:
 def halo(level: Level) -> int | None:
     """How far, in pixels of the level, what a pixel is decoded to depends on the state and the latent of a level.
 
-    A network that reads the state reaches its own radius farther than its input did; one that reads the condition alone, whose
-    features are cropped as the state is, no farther than its radius. None where networks do not say their radius.
+    The channels that couplings pass through reach less far than the others until the next 1×1 convolution mixes them: couplings
+    of one step do not add up. A network that reads the condition alone, whose features are cropped as the state is, reaches no
+    farther than its radius. None where networks do not say theirs.
     """
-    reach = PIXEL if level.split_channels else 0
+    passed = changed = 0
+    if level.split_channels:  # its mean and scale are a convolution of the channels that stay, the first ones
+        passed, changed = PIXEL * (level.actnorm_bias.shape[1] - level.split_channels < level.pass_through), PIXEL
     for step in reversed(range(level.steps)):
         for branch in reversed(level.branches):
             if branch.steps is not None and step < level.steps - branch.steps:
@@ -63,5 +70,26 @@ def halo(level: Level) -> int | None:
             radius = getattr(level.networks(branch), "radius", None)
             if radius is None:
                 return None
-            reach = max(reach, radius) if branch.changes_all else reach + radius
-    return reach
+            changed = max(changed, radius if branch.changes_all else passed + radius)
+            passed = max(passed, radius) if branch.changes_all else passed
+        passed = changed = max(passed, changed)
+    return changed
+
+
+def in_tiles(function: Callable[[Tensor], Tensor], x: Tensor, side: int, halo: int) -> Tensor:
+    """`function`, which leaves the size as it is, of an image (B, C, H, W) in tiles.
+
+    Args:
+        function: Its output at a pixel depends on no pixel farther than `halo`, and it takes what lies outside for zeros.
+        x: The image.
+        side: The longest that a tile may be.
+        halo: In pixels.
+    """
+    rows, columns = (spans(size, side, halo) for size in x.shape[2:])
+    if len(rows) == len(columns) == 1:
+        return function(x)
+    bands = []
+    for row in rows:
+        band = [function(x[..., row.crop, column.crop])[..., row.inner, column.inner].clone() for column in columns]
+        bands.append(torch.cat(band, dim=3))
+    return torch.cat(bands, dim=2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from ncsr_fast.engine.condition import Condition
 from ncsr_fast.engine.memory import spare_bytes
-from ncsr_fast.engine.peaks import Peaks, largest
+from ncsr_fast.engine.peaks import Peaks
 from ncsr_fast.engine.plain import PlainLevel, Plan, plan
 from ncsr_fast.flow.walk import downward
 from ncsr_fast.layout import traced
@@ -66,6 +67,15 @@ class Levels:
         """The number of LR images."""
         return self.condition.features[0].batch
 
+    @property
+    def records(self) -> bool:
+        """True where decoding now would record gradients of the weights or of the features."""
+        if not (self.recorded and torch.is_grad_enabled()):
+            return False
+        features = (tensor for each in self.condition.features for tensor in each if isinstance(tensor, Tensor))
+        weights = (weight for level in self.levels for weight in level.parameters())
+        return any(tensor.requires_grad for tensor in itertools.chain(weights, features))
+
     def image(self, index: int) -> Levels:
         """The levels for one of the LR images."""
         if self.batch == 1:
@@ -97,7 +107,8 @@ class Levels:
 
     def initialized(self, x: Tensor, noise: Tensor | None) -> Encoded:
         """As `encoded`, by the levels' definition; every actnorm is set from the data that reaches it."""
-        plain = (PlainLevel(*pair, self.options) for pair in zip(self.levels, (features.whole for features in self.condition.features)))
+        pairs = zip(self.levels, self.condition.features)
+        plain = (PlainLevel(level, features.whole, self.options) for level, features in pairs)
         return self._with_prior(*_encode(x, (partial(level.encode, noise=noise, initialize=True) for level in plain)))
 
     def _with_prior(self, latents: tuple[Tensor, ...], logdet: Tensor) -> Encoded:

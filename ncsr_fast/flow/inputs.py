@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ncsr_fast.checks import bytes_range, check_finite, check_image, check_like, check_noise, check_pair
+from ncsr_fast.checks import bytes_range, check_finite, check_image, check_latents, check_like, check_noise, check_pair
 from ncsr_fast.config import FlowConfig
 
 
@@ -45,25 +45,16 @@ class Inputs:
 
     def latents(self, latents: Sequence[Tensor], lr: Tensor) -> Sequence[Tensor]:
         """The latents of images of the size of `lr`: as many, or any number of one LR image."""
-        expected = self.flow.latent_shapes(*lr.shape[2:])
-        if len(latents) != len(expected):
-            raise ValueError(f"latents must be {len(expected)} tensors, not {len(latents)}")
         batch = lr.shape[0]  # torch.export would take len(lr) for a constant
-        if batch == 1 and isinstance(latents[0], Tensor) and latents[0].dim() == 4:
+        if batch == 1 and len(latents) and isinstance(latents[0], Tensor) and latents[0].dim() == 4:
             batch = latents[0].shape[0]
-        for index, (latent, shape) in enumerate(zip(latents, expected)):
-            if tuple(latent.shape) != (batch, *shape):
-                raise ValueError(f"latents[{index}] must have shape {(batch, *shape)}, not {tuple(latent.shape)}")
-            check_like(f"latents[{index}]", latent, self.like)
+        check_latents(latents, [(batch, *shape) for shape in self.flow.latent_shapes(*lr.shape[2:])], self.like)
         return latents
 
     def sample_latents(self, latents: Sequence[Tensor], lr: Tensor, n: int) -> Sequence[Tensor]:
         """The latents (B, n, …) of n samples of each LR image."""
         shapes = [(lr.shape[0], n, *shape) for shape in self.flow.latent_shapes(*lr.shape[2:])]
-        if [tuple(latent.shape) for latent in latents] != shapes:
-            raise ValueError(f"latents must have shapes {shapes}, not {[tuple(latent.shape) for latent in latents]}")
-        for index, latent in enumerate(latents):
-            check_like(f"latents[{index}]", latent, self.like)
+        check_latents(latents, shapes, self.like)
         return latents
 
     def cropped(self, image: Tensor, lr: Tensor) -> Tensor:

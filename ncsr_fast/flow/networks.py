@@ -41,8 +41,8 @@ class StackedNetworks(nn.Module):
 
     Each is conv3×3 → actnorm → ReLU → conv1×1 → actnorm → ReLU → (conv3×3 + bias) · exp(3 logs), the first
     two convolutions without bias. The last one starts at zero, so that every coupling starts as nearly the
-    identity. Its output depends on no pixel farther than `radius`. Parameters are stacked because that makes folding them, convolving for all steps at once and
-    optimising them one operation each.
+    identity. Parameters are stacked because that makes folding them, convolving for all steps at once and
+    optimising them one operation each. No output depends on a pixel farther than `radius`.
     """
 
     radius = 2  # two 3×3 convolutions

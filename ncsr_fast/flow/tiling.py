@@ -1,13 +1,13 @@
-"""Decoding level by level in tiles: the same images as without, in memory that does not grow with what is computed of u alone.
+"""Decoding level by level in tiles: the same images as without, in little memory beside that of the images.
 
-Between levels the whole state is stored. Of a level a tile at a time is planned and decoded, for all samples, with the halo that
-makes it exact (`ncsr_fast.engine.tiles`); latents are those of the whole image.
+Between levels the whole state is stored. Of a level a tile at a time is planned and decoded, for all samples, with the halo
+that makes it exact (`ncsr_fast.engine.tiles`); latents are those of the whole image.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -15,17 +15,16 @@ import torch
 from torch import Tensor
 
 from ncsr_fast.engine.condition import resized_noise
-from ncsr_fast.engine.memory import spare_bytes
+from ncsr_fast.engine.memory import budget
 from ncsr_fast.engine.peaks import Peaks, largest
 from ncsr_fast.engine.tiles import Span, halo, spans
 from ncsr_fast.flow.conditioned import Levels
 from ncsr_fast.flow.walk import downward
-from ncsr_fast.layout import traced
-from ncsr_fast.memory import free_bytes, is_out_of_memory
+from ncsr_fast.layout import in_a_graph
+from ncsr_fast.memory import is_out_of_memory
 from ncsr_fast.warn import warn_caller
 
 Progress = Callable[[float], None]
-_SHARE = 4  # "auto" gives a tile one in so many parts of the memory that is free
 
 
 class Tiles(NamedTuple):
@@ -170,25 +169,17 @@ class Tiling:
             self._progress(min(1.0, (self._done + part * self._work[index]) / total))
 
 
-def budget(device: torch.device) -> int:
-    """Bytes that "auto" allows to what is computed of one tile, or of a level that is not tiled."""
-    free, spare = free_bytes(device), 2 * spare_bytes(device)
-    return spare if free is None else min(spare, free // _SHARE)
-
-
-def tiling(tile: int | str | None, progress: Progress | None, tensors: Iterator[Tensor]) -> Tiling | None:
+def tiling(tile: int | str | None, progress: Progress | None, levels: Levels, latents: Sequence[Tensor]) -> Tiling | None:
     """The tiling that an argument `tile` asks for; None: images are decoded whole.
 
-    So they are by "auto" where the gradients of any of the tensors are recorded, which all tiles together would need, and in
-    graphs, which have one size.
+    So they are by "auto" where gradients are recorded, whose backward pass needs what all tiles have computed, and in graphs,
+    which are made once for a size.
     """
-    if tile is None:
-        return None
     if tile == "auto":
-        recorded = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-        if recorded or traced() or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
-            return None
-    return Tiling(tile, progress)
+        recorded = levels.records or (torch.is_grad_enabled() and any(latent.requires_grad for latent in latents))
+        if recorded or in_a_graph():
+            tile = None
+    return None if tile is None else Tiling(tile, progress)
 
 
 def _least(reach: int) -> int:
