@@ -92,7 +92,7 @@ class NCSR(nn.Module):
         """The checks and the padding of arguments."""
         return Inputs(self.flow, self.levels[0].actnorm_bias)
 
-    def condition(self, lr: Tensor) -> ConditionedFlow:
+    def condition(self, lr: Tensor, *, tile: int | str | None = None) -> ConditionedFlow:
         """The flow conditioned on LR images: the encoder, and all else that they alone decide, is computed once.
 
         For many images of the same LR image: samples, or the steps of a solver of an inverse problem. Calls of the result
@@ -101,6 +101,7 @@ class NCSR(nn.Module):
 
         Args:
             lr: (B, 3, H, W).
+            tile: For samples in tiles, as for `sample`: the encoder is evaluated in tiles too, in less memory.
 
         Returns:
             A `ConditionedFlow`, with `sample`, `encode`, `decode` and `log_prob`; it holds for the weights as they are, and
@@ -115,7 +116,7 @@ class NCSR(nn.Module):
             >>> latents = [torch.zeros(1, *shape, requires_grad=True) for shape in model.latent_shapes(*lr.shape[2:])]
             >>> loss = (flow.decode(latents) - target).square().mean()
         """
-        return self._condition(lr, keeps=True)
+        return self._condition(lr, keeps=True, tile=tile)
 
     def encode(self, hr: Tensor, lr: Tensor, noise: Tensor | None = None) -> Encoded:
         """Latents and log-likelihood of `hr` given `lr`.

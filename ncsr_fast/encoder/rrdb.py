@@ -208,11 +208,15 @@ class RRDB(nn.Module):
                 found.append(Features(own if scale == 1 else averaged(own, round(1 / scale)), stacked))
         return Condition(found)
 
-    def condition_bytes(self, element_size: int) -> int:
-        """Bytes an LR pixel that `condition` takes: the features of all levels, and a dense block beside them."""
-        levels = self.channels * sum(scale**2 for scale in self.level_scales)
-        blocks = 2 * self.channels * len(self.stacked_blocks) + 4 * self.channels + 4 * self.growth
-        return round(element_size * (levels + blocks))
+    def condition_bytes(self, element_size: int, tiled: bool) -> int:
+        """Bytes an LR pixel that the condition takes, with numbers of so many bytes: that of `condition`, or that in tiles.
+
+        Block outputs are copied when they are stacked, before the larger features are made; of a dense block there is its
+        buffer too where it is not one of a tile.
+        """
+        stacked, widths = len(self.stacked_blocks), sum(scale**2 for scale in self.level_scales if scale <= 1 or not tiled)
+        within = max(stacked + 3 + (0 if tiled else 1 + 4 * self.growth / self.channels), 2 * stacked + 1, stacked + widths)
+        return round(element_size * self.channels * within)
 
     def load_published(self, source: Mapping[str, Tensor] | str | os.PathLike) -> None:
         """Load the weights of a published generator, or of the encoder in a flow checkpoint, into this network.

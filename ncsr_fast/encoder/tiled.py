@@ -117,7 +117,7 @@ def condition(encoder: Any, lr: Tensor, method: ConvolutionMethod | None, tile: 
     recorded = torch.is_grad_enabled() and (lr.requires_grad or any(weight.requires_grad for weight in encoder.parameters()))
     if recorded or in_a_graph():
         return encoder.condition(lr, method)
-    pixels, each = lr[:, :1].numel(), encoder.condition_bytes(lr.element_size())
+    pixels, each = lr[:, :1].numel(), encoder.condition_bytes(lr.element_size(), False)
     if each * pixels <= budget(lr.device):
         try:
             return encoder.condition(lr, method)

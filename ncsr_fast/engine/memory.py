@@ -6,6 +6,7 @@ import torch
 
 from ncsr_fast.memory import free_bytes
 
+AT_ONCE = 256 * 2**20  # bytes of pre-activations computed together where nothing is saved for a backward pass
 _SHARE = 8  # one in this many parts of the memory
 _SHARE_OF_FREE = 4  # one in this many of what is free
 _OF_CPU = 8 * 2**30  # bytes counted on where the memory is the CPU's, which has other users

@@ -30,6 +30,7 @@ from ncsr_fast.engine.folding import (
 )
 from ncsr_fast.engine.gradient import level_pass
 from ncsr_fast.engine.hoisting import HoistedWeight, algorithm, hoisted_convolution, prepared
+from ncsr_fast.engine.memory import AT_ONCE
 from ncsr_fast.engine.options import EngineOptions
 from ncsr_fast.engine.peaks import Peaks
 from ncsr_fast.engine.program import Head, Program, stages
@@ -38,9 +39,6 @@ from ncsr_fast.layout import laid_out
 from ncsr_fast.ops.backend import covering_backend
 from ncsr_fast.ops.conv3x3 import ConvolutionMethod, convolution
 from ncsr_fast.ops.step_network import evaluate_network
-
-# Bytes of pre-activations computed together where nothing is saved for a backward pass.
-_AT_ONCE = 256 * 2**20
 
 
 class Level(Protocol):
@@ -246,7 +244,7 @@ class LevelPlan:
         hidden, changes_all = networks[0].w2.shape[0], self.level.branches[index].changes_all
         size = own[:, :1].numel() * hidden * own.element_size()
         # torch.export knows no sizes
-        together = len(networks) if isinstance(size, torch.SymInt) else max(1, _AT_ONCE // size)
+        together = len(networks) if isinstance(size, torch.SymInt) else max(1, AT_ONCE // size)
         outputs: list[Tensor] = []
         for first in range(0, len(networks), together):
             part = networks[first : first + together]

@@ -16,6 +16,7 @@ from ncsr_fast.engine.condition import Condition
 from ncsr_fast.engine.memory import spare_bytes
 from ncsr_fast.engine.peaks import Peaks
 from ncsr_fast.engine.plain import PlainLevel, Plan, plan
+from ncsr_fast.flow.estimate import plan_bytes, walk_bytes
 from ncsr_fast.flow.walk import downward
 from ncsr_fast.layout import traced
 from ncsr_fast.ops.reference import gaussian_log_density
@@ -164,16 +165,12 @@ class Levels:
             yield
 
     def walk_bytes(self, index: int) -> int:
-        """Bytes a pixel of a level, of one sample, that evaluating it takes: hidden layers, outputs and states."""
-        return (2 * self.config.hidden_channels + 8 * self.levels[index].channels) * self._element_size
+        """Bytes a pixel of a level, of one sample, that evaluating it takes."""
+        return walk_bytes(self.levels[index], self.config, self._element_size)
 
     def plan_bytes(self, index: int) -> int:
-        """Bytes a pixel of a level that the plan of decoding it stores, without a noise."""
-        level, count = self.levels[index], 0
-        for branch in level.branches:
-            if branch.condition == "features":
-                count += (branch.steps or 0) * (2 * level.channels if branch.changes_all else self.config.hidden_channels)
-        return count * self._element_size
+        """Bytes a pixel of a level that the plan of decoding it stores."""
+        return plan_bytes(self.levels[index], self.config, self._element_size)
 
     @property
     def device(self) -> torch.device:
