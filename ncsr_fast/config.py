@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ncsr_fast.checks import check_temperature
+
 _NCSR_X4 = {"scale": 4, "steps": 16, "noise_channels": 3, "noise_steps": (0, 16, 16)}
 _NCSR_X8 = {"scale": 8, "steps": 20, "noise_channels": 3, "noise_steps": (0, 0, 16, 16)}
 
@@ -25,11 +27,13 @@ PRESETS: dict[str, dict[str, Any]] = {
         "steps": 4,
         "hidden_channels": 32,
         "noise_steps": (0, 4, 4),
+        "temperature": 0.8,
     },
 }
 
 
 CONDITIONS = ("features", "noise", None)
+TEMPERATURE = 0.9  # of samples, as the NCSR paper has it
 
 
 @dataclass(frozen=True)
@@ -196,6 +200,7 @@ class NCSRConfig:
         noise_steps: For each level, how many of its last steps carry a noise-conditional layer (`S`); all zero with
             noise_channels > 0 is NCSR "without the layer".
         eps: Lower bound of a coupling's or injector's scale.
+        temperature: What is recommended for samples of the weights: the default of `ncsr-fast sample`.
     """
 
     scale: int = 4
@@ -209,8 +214,10 @@ class NCSRConfig:
     noise_channels: int = 0
     noise_steps: tuple[int, ...] = ()
     eps: float = 1e-4
+    temperature: float = TEMPERATURE
 
     def __post_init__(self) -> None:
+        check_temperature(self.temperature)
         if self.scale not in (4, 8):
             raise ValueError(f"scale must be 4 or 8, not {self.scale!r}")
         if self.noise_channels not in (0, 1, 3):

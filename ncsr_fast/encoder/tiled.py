@@ -39,6 +39,7 @@ class TiledBlock:
         self.halo = sum(PIXEL * (convolution.kernel_size == (3, 3)) for convolution in convolutions)
 
     def __call__(self, x: Tensor, method: ConvolutionMethod | None) -> Tensor:
+        """The block's output, of the shape of x."""
         return in_tiles(partial(self.block, method=method), x, self.side, self.halo)
 
 

@@ -78,7 +78,20 @@ class ConditionedFlow:
         on_nonfinite: str = "warn",
         progress: Progress | None = None,
     ) -> Tensor:
-        """n images (B, n, 3, sH, sW) of each LR image, clipped to [0, 1]: as `NCSR.sample`, which documents the arguments."""
+        """n images (B, n, 3, sH, sW) of each LR image, clipped to [0, 1].
+
+        Args:
+            n: As for `NCSR.sample`, as all others.
+            temperature: Of the latents.
+            generator: Of the model's device; None is torch's default one.
+            latents: The images' latents (B, n, …), in the order of `encode`, in place of drawn ones.
+            tile: LR pixels a side of the tiles that a large image is decoded in; "auto"; or None.
+            on_nonfinite: What to do about a sample that blew up.
+            progress: Is told which part (0, 1] is done.
+
+        Raises:
+            ValueError: `latents` are not of n images of this size, or as `NCSR.sample`.
+        """
         check_count("n", n)
         check_tile(tile)
         heat = temperature_for(temperature, self._levels.config, self.lr)
@@ -210,7 +223,6 @@ def draw_latents(
     generator: torch.Generator | None,
 ) -> list[Tensor]:
     """Latents (batch, n, *shape) ~ N(0, temperature²), drawn sample by sample: the first m do not depend on n."""
-
     draws = []
     for _ in range(n):
         own = [torch.randn((batch, *shape), generator=generator, dtype=like.dtype, device=like.device) for shape in shapes]
