@@ -184,6 +184,7 @@ class NCSR(nn.Module):
         *,
         latents: Sequence[Tensor] | None = None,
         on_nonfinite: str = "warn",
+        project: bool = False,
         progress: Callable[[float], None] | None = None,
     ) -> Tensor:
         """n super-resolved images (B, n, 3, sH, sW) of each LR image, clipped to [0, 1].
@@ -210,6 +211,8 @@ class NCSR(nn.Module):
             on_nonfinite: What to do about a sample whose state, at any step, was not finite or beyond ±10⁴: "warn"; "raise"
                 `NonFiniteSamples`; "ignore"; or "retry": draw it again, up to four times, at 0.8 times the temperature before,
                 and warn of those drawn again. All but "ignore" wait for the device once, after the last level.
+            project: True: samples are put onto the LR image, by the smallest change after which their bicubic reduction (as
+                MATLAB has it) is that image: `ncsr_fast.consistency`.
             progress: Is told, after every tile, which part (0, 1] is done.
 
         Raises:
@@ -218,7 +221,8 @@ class NCSR(nn.Module):
             TypeError: What is no number.
         """
         flow = self._condition(lr, tile=tile)
-        return flow.sample(n, temperature, generator, latents, tile=tile, on_nonfinite=on_nonfinite, progress=progress)
+        options = {"tile": tile, "on_nonfinite": on_nonfinite, "project": project, "progress": progress}
+        return flow.sample(n, temperature, generator, latents, **options)
 
     def check_invertibility(
         self, lr: Tensor, temperature: float = 0.9, generator: torch.Generator | None = None

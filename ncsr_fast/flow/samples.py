@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ncsr_fast.checks import check_count, check_tile
+from ncsr_fast.consistency import projected
 from ncsr_fast.engine.peaks import Peaks
 from ncsr_fast.flow.conditioned import Encoded, Levels
 from ncsr_fast.flow.inputs import Inputs
@@ -76,6 +77,7 @@ class ConditionedFlow:
         *,
         tile: int | str | None = "auto",
         on_nonfinite: str = "warn",
+        project: bool = False,
         progress: Progress | None = None,
     ) -> Tensor:
         """n images (B, n, 3, sH, sW) of each LR image, clipped to [0, 1].
@@ -87,6 +89,7 @@ class ConditionedFlow:
             latents: The images' latents (B, n, …), in the order of `encode`, in place of drawn ones.
             tile: LR pixels a side of the tiles that a large image is decoded in; "auto"; or None.
             on_nonfinite: What to do about a sample that blew up.
+            project: True: samples are put onto the LR image.
             progress: Is told which part (0, 1] is done.
 
         Raises:
@@ -106,7 +109,8 @@ class ConditionedFlow:
             tiles = tiling(tile, progress, self._levels, latents)
             images = self._sampled(latents, heat, generator, on_nonfinite, origin, tiles)
             del latents
-        return self._inputs.shown(images, self.lr)
+        images = self._inputs.shown(images, self.lr)
+        return projected(images, self.lr, self._inputs.flow.scale) if project else images
 
     def encode(self, hr: Tensor, noise: Tensor | None = None) -> Encoded:
         """Latents and log-likelihood of the HR images; see `NCSR.encode`."""
