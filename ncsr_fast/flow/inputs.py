@@ -63,11 +63,16 @@ class Inputs:
 
     def shown(self, image: Tensor, lr: Tensor) -> Tensor:
         """Decoded images (B, …, channels, h, w) as samples of `lr`: cropped, added to the base, clipped where finite."""
-        image = self.cropped(image, lr)
-        if self.flow.base is not None:
-            base = F.interpolate(lr, scale_factor=self.flow.scale, mode=self.flow.base, align_corners=False)
+        image, base = self.cropped(image, lr), self.base(lr)
+        if base is not None:
             image = image + base.view(lr.shape[0], *[1] * (image.dim() - 4), *base.shape[1:])
         return torch.where(image.isfinite(), image.clamp(0, 1), torch.nan)  # clamp alone would make an infinity look like white
+
+    def base(self, lr: Tensor) -> Tensor | None:
+        """The images (B, C, sH, sW) that the flow's are residuals of; None where there are none."""
+        if self.flow.base is None:
+            return None
+        return F.interpolate(lr, scale_factor=self.flow.scale, mode=self.flow.base, align_corners=False)
 
     def padded_pixels(self, lr: Tensor) -> int:
         """The number of positions of a padded HR image."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ncsr_fast.checks import check_count, check_tile
+from ncsr_fast.config import FlowConfig
 from ncsr_fast.consistency import projected
 from ncsr_fast.engine.peaks import Peaks
 from ncsr_fast.flow.conditioned import Encoded, Levels
@@ -111,6 +112,21 @@ class ConditionedFlow:
             del latents
         images = self._inputs.shown(images, self.lr)
         return projected(images, self.lr, self._inputs.flow.scale) if project else images
+
+    @property
+    def config(self) -> FlowConfig:
+        """The flow."""
+        return self._levels.config
+
+    @property
+    def prior_mean(self) -> Tensor | None:
+        """Mean of the top latent; None where it is zero."""
+        return self._levels.condition.prior_mean
+
+    def residual(self, image: Tensor) -> Tensor:
+        """What the flow sees of images (B, C, sH, sW): less the base that samples are added to, where there is one."""
+        base = self._inputs.base(self.lr)
+        return image if base is None else image - base
 
     def encode(self, hr: Tensor, noise: Tensor | None = None) -> Encoded:
         """Latents and log-likelihood of the HR images; see `NCSR.encode`."""
