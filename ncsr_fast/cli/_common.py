@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ncsr_fast.config import TEMPERATURE
+
 DEFAULT_MODEL = "ncsr-compact-x4"
 _MENDS = {
     errno.ENOSPC: "make room, or choose another disk",
@@ -74,6 +76,11 @@ tile = _argument(
     lambda text: {"auto": "auto", "none": "none"}.get(text) or int(text),
     lambda value: isinstance(value, str) or value >= 1,
 )
+
+
+def recommended_temperature(model: Any) -> float:
+    """The temperature that a model's configuration recommends for samples, or that of the NCSR paper."""
+    return float(getattr(model.config, "temperature", TEMPERATURE))
 
 
 def why_no_cuda() -> str:

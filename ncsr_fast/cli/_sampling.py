@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
+import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -19,8 +20,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from ncsr_fast.cli._common import told, too_large
-from ncsr_fast.config import TEMPERATURE
+from ncsr_fast.cli._common import recommended_temperature, told, too_large
 from ncsr_fast.memory import free_bytes, is_out_of_memory
 
 if TYPE_CHECKING:
@@ -88,6 +88,7 @@ class Stream:
     def __init__(self, sampler: Sampler, quiet: bool) -> None:
         self.sampler, self.quiet = sampler, quiet
         self.problems: list[str] = []
+        self.least_psnr = math.inf  # LR-PSNR in dB, of projected samples
         self._behind: list[tuple[Job, Future[None]]] = []
 
     def run(self, jobs: Sequence[Job]) -> list[str]:
@@ -115,6 +116,8 @@ class Stream:
         broken = 0
         for group in self.sampler.groups(job.file, image):
             samples, broken = to_uint8(group.samples).cpu(), broken + group.broken
+            if self.sampler.args.project:
+                self.least_psnr = min(self.least_psnr, self.sampler.lr_psnr(samples, image))
             self._wait()
             targets = job.targets[group.first : group.first + len(samples)]
             self._behind.append((job, writer.submit(_write, job, targets, samples)))
@@ -182,19 +185,25 @@ class Sampler:
 
     Args:
         model: The model.
-        args: `n`, `temperature`, `seed`, `tile`, `on_nonfinite`.
+        args: `n`, `temperature`, `seed`, `tile`, `on_nonfinite`, `project`.
     """
 
     def __init__(self, model: NCSR, args: argparse.Namespace) -> None:
         self.model, self.args = model, args
         self.device = next(model.parameters()).device
         self._tile = None if args.tile == "none" else args.tile
-        temperatures = args.temperature or [getattr(model.config, "temperature", TEMPERATURE)]
+        temperatures = args.temperature or [recommended_temperature(model)]
         self._temperature = temperatures[0] if len(temperatures) == 1 else temperatures
 
     def advice(self, image: Tensor) -> str:
         """The reason why samples of an image, uint8 (3, H, W), blew up, and what to do."""
         return self.model.advice(self._lr(image))
+
+    def lr_psnr(self, samples: Tensor, image: Tensor) -> float:
+        """The least LR-PSNR in dB of samples (g, 3, sH, sW) of an image, all of them uint8."""
+        from ncsr_fast.metrics.fidelity import lr_psnr
+
+        return min(float(lr_psnr(sample[None], image[None], self.model.flow.scale)) for sample in samples)
 
     def _lr(self, image: Tensor) -> Tensor:
         from ncsr_fast.data.images import to_float
@@ -236,7 +245,13 @@ class Sampler:
         args = self.args
         with self._bar(first, count, large) as progress:
             samples = flow.sample(
-                count, self._temperature, generator, tile=self._tile, on_nonfinite=args.on_nonfinite, progress=progress
+                count,
+                self._temperature,
+                generator,
+                tile=self._tile,
+                on_nonfinite=args.on_nonfinite,
+                project=args.project,
+                progress=progress,
             )[0]
         broken = int((~torch.isfinite(samples)).flatten(1).any(dim=1).sum())
         return Group(first, samples.nan_to_num(0) if broken else samples, broken)

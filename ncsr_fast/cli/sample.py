@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import sys
 import unicodedata
 from collections.abc import Sequence
@@ -27,7 +28,7 @@ from ncsr_fast.cli._sampling import Job, Sampler, Share, Stream
 
 HELP = "super-resolve images, or every image of a folder"
 EXAMPLE = """\
-examples:
+example:
   ncsr-fast sample small.png --out large/ --n 5 --temperature 0.8 --seed 1
   ncsr-fast sample photos/ --out large/ --skip-existing
   torchrun --nproc-per-node 4 -m ncsr_fast.cli.main sample photos/ --out large/
@@ -72,6 +73,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what to do about a sample that blew up; retry draws it again at a lower temperature, raise leaves its image out "
         "(default: %(default)s)",
     )
+    parser.add_argument(
+        "--project",
+        action="store_true",
+        help="put samples onto the LR image: change them as little as makes their bicubic reduction that image",
+    )
     parser.add_argument("--seed", type=seed, default=0, help="of the latents of each image (default: %(default)s)")
     parser.add_argument(
         "--names", choices=("source", "ntire"), default="source", help="how to name the files (default: %(default)s)"
@@ -99,8 +105,11 @@ def run(args: argparse.Namespace) -> None:
     own = jobs[share.rank :: share.processes]
     left = [job for job in own if not (args.skip_existing and job.is_done)]
     with within_free_memory() if device == "cpu" else contextlib.nullcontext():
-        problems = Stream(Sampler(model, args), quiet=share.rank > 0).run(left)
+        stream = Stream(Sampler(model, args), quiet=share.rank > 0)
+        problems = stream.run(left)
     share.tell(f"{_account(left, len(own), args.n)} → {args.out}")
+    if args.project and stream.least_psnr < math.inf:
+        share.tell(f"projected onto the LR images: LR-PSNR at least {stream.least_psnr:.1f} dB")
     if share.rank == 0:
         _name_earlier(sorted(earlier))
     raise_problems(problems, len(left), "sampled as asked")

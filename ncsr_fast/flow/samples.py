@@ -128,6 +128,11 @@ class ConditionedFlow:
         base = self._inputs.base(self.lr)
         return image if base is None else image - base
 
+    def draw(self, n: int = 1, temperature: Any = 0.9, generator: torch.Generator | None = None) -> list[Tensor]:
+        """The latents (B, n, …) that `sample` draws with the same arguments."""
+        check_count("n", n)
+        return draw(self._levels, self.lr, n, temperature_for(temperature, self.config, self.lr), generator)
+
     def encode(self, hr: Tensor, noise: Tensor | None = None) -> Encoded:
         """Latents and log-likelihood of the HR images; see `NCSR.encode`."""
         self._check_version()

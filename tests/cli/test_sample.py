@@ -15,6 +15,7 @@ from ncsr_fast import NCSR
 from ncsr_fast.cli.main import main
 from ncsr_fast.data import read_image
 from ncsr_fast.flow.samples import ConditionedFlow
+from ncsr_fast.metrics import lr_psnr
 
 
 @pytest.mark.parametrize("names, expected", [("ntire", "00000{}_sample0000{}.png"), ("source", None)])
@@ -300,6 +301,18 @@ def test_the_temperature_is_what_the_model_recommends(pictures, tmp_path, recomm
         main(list(map(str, arguments)))
         main(list(map(str, [*arguments, "--temperature", "0.3,0.2"])))
     assert [call.args[2] for call in call.call_args_list] == [0.9 if recommended is None else recommended, [0.3, 0.2]]
+
+
+def test_projected_samples_are_reported(photos, tmp_path, capsys):
+    Image.open(photos / "a.png").crop((0, 0, 30, 24)).save(tmp_path / "a.png")
+    arguments = ["sample", str(tmp_path / "a.png"), "--n", "2", "--out", str(tmp_path / "out")]
+    assert main([*arguments, "--project"]) == 0
+    told = re.search(r"projected onto the LR images: LR-PSNR at least (\d+\.\d) dB\n", capsys.readouterr().out)
+    lr = read_image(tmp_path / "a.png")[None]
+    measured = [float(lr_psnr(read_image(tmp_path / "out" / f"a_sample0000{k}.png")[None], lr, 4)) for k in range(2)]
+    assert float(told[1]) == round(min(measured), 1) > 50
+    assert main(arguments) == 0
+    assert "projected" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
