@@ -108,8 +108,10 @@ def run(args: argparse.Namespace) -> None:
         stream = Stream(Sampler(model, args), quiet=share.rank > 0)
         problems = stream.run(left)
     share.tell(f"{_account(left, len(own), args.n)} → {args.out}")
-    if args.project and stream.least_psnr < math.inf:
-        share.tell(f"projected onto the LR images: LR-PSNR at least {stream.least_psnr:.1f} dB")
+    if args.project and any(job.written for job in left):
+        least = stream.least_psnr
+        how = f"LR-PSNR at least {least:.1f} dB" if least < math.inf else "their bicubic reductions are the LR images"
+        share.tell(f"projected onto the LR images: {how}")
     if share.rank == 0:
         _name_earlier(sorted(earlier))
     raise_problems(problems, len(left), "sampled as asked")

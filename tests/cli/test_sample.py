@@ -304,14 +304,19 @@ def test_the_temperature_is_what_the_model_recommends(pictures, tmp_path, recomm
 
 
 def test_projected_samples_are_reported(photos, tmp_path, capsys):
+    """With the smallest LR-PSNR, which is infinite where nothing is clipped."""
     Image.open(photos / "a.png").crop((0, 0, 30, 24)).save(tmp_path / "a.png")
-    arguments = ["sample", str(tmp_path / "a.png"), "--n", "2", "--out", str(tmp_path / "out")]
-    assert main([*arguments, "--project"]) == 0
+    noisy = np.random.default_rng(0).choice([0, 90, 180, 255], (5, 4, 3)).astype(np.uint8)
+    Image.fromarray(noisy).resize((12, 16), Image.Resampling.BILINEAR).save(tmp_path / "b.png")
+    arguments = ["--n", "2", "--out", str(tmp_path / "out"), "--temperature", "0.3"]
+    assert main(["sample", str(tmp_path / "a.png"), *arguments, "--project"]) == 0
+    assert "projected onto the LR images: their bicubic reductions are the LR images\n" in capsys.readouterr().out
+    assert main(["sample", str(tmp_path / "b.png"), *arguments, "--project"]) == 0
     told = re.search(r"projected onto the LR images: LR-PSNR at least (\d+\.\d) dB\n", capsys.readouterr().out)
-    lr = read_image(tmp_path / "a.png")[None]
-    measured = [float(lr_psnr(read_image(tmp_path / "out" / f"a_sample0000{k}.png")[None], lr, 4)) for k in range(2)]
-    assert float(told[1]) == round(min(measured), 1) > 50
-    assert main(arguments) == 0
+    lr = read_image(tmp_path / "b.png")[None]
+    measured = [float(lr_psnr(read_image(tmp_path / "out" / f"b_sample0000{k}.png")[None], lr, 4)) for k in range(2)]
+    assert float(told[1]) == round(min(measured), 1)
+    assert main(["sample", str(tmp_path / "b.png"), *arguments]) == 0
     assert "projected" not in capsys.readouterr().out
 
 
