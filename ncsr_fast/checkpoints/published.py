@@ -7,12 +7,12 @@ and splits included); ours stack the steps of a level. `layout` is the one table
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ncsr_fast.encoder.names import encoder_layout
+from ncsr_fast.checkpoints.state_dicts import Entry
 from ncsr_fast.files import compare
 from ncsr_fast.flow.networks import StackedNetworks
 
@@ -20,18 +20,10 @@ if TYPE_CHECKING:
     from ncsr_fast.model import NCSR
 
 
-class Entry(NamedTuple):
-    """One published tensor: its name and shape, and the tensor of ours that it is (None: no computation uses it)."""
-
-    name: str
-    shape: tuple[int, ...]
-    tensor: Tensor | None
-
-
 def layout(model: NCSR) -> Iterator[Entry]:
     """Every tensor of the published state dict of `model`, in its order; the tensors are views of the parameters."""
-    for name, tensor in encoder_layout(model.encoder):
-        yield Entry("RRDB." + name, tuple(tensor.shape), tensor)
+    for entry in model.encoder.layout():
+        yield entry._replace(name=f"RRDB.{entry.name}")
     config = model.config
     position = 0
     for number, level in enumerate(model.levels):

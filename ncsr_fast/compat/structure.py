@@ -18,7 +18,7 @@ from ncsr_fast.autocast import without_autocast
 from ncsr_fast.checkpoints.published import Entry, layout
 from ncsr_fast.compat.replacement import Replacement, Unsupported, expect
 from ncsr_fast.config import NCSRConfig
-from ncsr_fast.encoder.rrdb import SLOPE
+from ncsr_fast.encoder.blocks import SLOPE
 from ncsr_fast.engine.folding import LOG_SCALE
 from ncsr_fast.model import NCSR
 from ncsr_fast.precision import true_float32
