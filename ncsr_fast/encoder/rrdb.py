@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ncsr_fast import files
-from ncsr_fast.checks import check_like
 from ncsr_fast.checkpoints.state_dicts import Entry
+from ncsr_fast.checks import check_like
 from ncsr_fast.encoder import checkpoints
 from ncsr_fast.encoder.blocks import ENGINE, SLOPE, ResidualBlock, averaged, conv3x3, convolved, trunk
 from ncsr_fast.encoder.names import encoder_layout, published_layout
@@ -165,7 +165,7 @@ class RRDB(nn.Module):
     def features(self, lr: Tensor) -> list[Tensor]:
         """Conditioning features u of the levels, from the HR side.
 
-        A level gets (B, condition_channels, h, w), h and w its `level_scales` times those of lr: the features of that resolution,
+        A level gets (B, condition_channels, h, w), h and w its `level_scales` times those of lr: the features of that size,
         then the stacked block outputs resized to it by nearest neighbour. This is the reference, without the engine, as
         `pyramid` with `method=None` is.
         """

@@ -16,9 +16,9 @@ from support import image, randomize, relative_error, tiny_model, vector_file, w
 from torch import Tensor
 
 from ncsr_fast import RRDB, CheckpointError
+from ncsr_fast.encoder.blocks import ResidualNoise
 from ncsr_fast.encoder.checkpoints import from_state
 from ncsr_fast.encoder.names import encoder_layout, read_generator
-from ncsr_fast.encoder.blocks import ResidualNoise
 
 NOISY = ["esrganplus_x4_small", "esrganplus_x4_block_noise_small"]
 SMALL = ["esrgan_x4_small", "basicsr_x4_small", "basicsr_x2_small", "basicsr_x1_small", *NOISY]
