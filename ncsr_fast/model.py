@@ -18,6 +18,8 @@ from ncsr_fast.checkpoints import models, published
 from ncsr_fast.checkpoints.state_dicts import read_state_dict
 from ncsr_fast.checks import check_temperature
 from ncsr_fast.config import FlowConfig, NCSRConfig
+from ncsr_fast.encoder.low_light import LowLightEncoder
+from ncsr_fast.encoder.published import published_encoder
 from ncsr_fast.encoder.rrdb import RRDB
 from ncsr_fast.engine.condition import Condition
 from ncsr_fast.engine.options import EngineOptions
@@ -66,7 +68,7 @@ class NCSR(nn.Module):
         self.config = config
         self.flow = config.flow if isinstance(config, NCSRConfig) else config
         self.options = EngineOptions(**options)
-        self.encoder = _rrdb(config) if encoder is None else encoder
+        self.encoder = _encoder(config) if encoder is None else encoder
         flow = self.flow
         self.levels = nn.ModuleList(
             FlowLevel(level, channels, flow.hidden_channels, flow.noise_channels, flow.eps)
@@ -116,13 +118,15 @@ class NCSR(nn.Module):
         """
         return self._condition(lr, keeps=True)
 
-    def encode(self, hr: Tensor, lr: Tensor, noise: Tensor | None = None) -> Encoded:
+    def encode(self, hr: Tensor, lr: Tensor, noise: Tensor | None = None, *, prior: str = "condition") -> Encoded:
         """Latents and log-likelihood of `hr` given `lr`.
 
         Args:
             hr: (B, 3, sH, sW).
             lr: (B, 3, H, W).
             noise: Condition, or None for zero.
+            prior: Where the mean of the top latent comes from, where there is one: "condition", from `lr`; "reference", from
+                `hr`, as LLFlow is trained in a part of the batches.
 
         Returns:
             `.latents`, a tuple: those of the splits in encoding order, then the top one, all standard normal under the model
@@ -133,18 +137,18 @@ class NCSR(nn.Module):
             ValueError, TypeError: Shape, HR/LR sizes that do not fit the scale, dtype, device, and (CPU tensors) NaN or
                 infinite values; the message names the argument.
         """
-        return self._condition(lr).encode(hr, noise)
+        return self._condition(lr).encode(hr, noise, prior=prior)
 
-    def forward(self, hr: Tensor, lr: Tensor, noise: Tensor | None = None) -> Tensor:
+    def forward(self, hr: Tensor, lr: Tensor, noise: Tensor | None = None, *, prior: str = "condition") -> Tensor:
         """Return `nll(hr, lr, noise)`: what training optimises, and what wrappers of modules, hooks and `torch.compile` see."""
-        return self.nll(hr, lr, noise)
+        return self.nll(hr, lr, noise, prior=prior)
 
-    def nll(self, hr: Tensor, lr: Tensor, noise: Tensor | None = None) -> Tensor:
+    def nll(self, hr: Tensor, lr: Tensor, noise: Tensor | None = None, *, prior: str = "condition") -> Tensor:
         """Negative log-likelihood (B,) in bits per HR pixel *position*, `-log p / (ln 2 · H · W)`.
 
-        As in the published programs it is not divided by the three channels. H and W are the padded size.
+        As in the published programs it is not divided by the channels. H and W are the padded size. `prior` as of `encode`.
         """
-        return _bits(self.encode(hr, lr, noise), self.inputs.padded_pixels(lr))
+        return _bits(self.encode(hr, lr, noise, prior=prior), self.inputs.padded_pixels(lr))
 
     @torch.no_grad()
     def initialize(self, hr: Tensor, lr: Tensor, noise: Tensor | None = None) -> Tensor:
@@ -245,7 +249,8 @@ class NCSR(nn.Module):
         with self._freezer.recording():
             levels = self.conditioned_levels(padded, keeps)
         watched = self.parameters if keeps else tuple
-        return ConditionedFlow(levels, self.inputs, lr, watched, self._freezer.recording, self.advice)
+        reference = getattr(self.encoder, "reference_prior_mean", None)
+        return ConditionedFlow(levels, self.inputs, lr, watched, self._freezer.recording, self.advice, reference)
 
     def advice(self, lr: Tensor) -> str:
         """The reason why samples of LR images (B, 3, H, W) blew up, as far as weights and pixels tell, and advice."""
@@ -299,7 +304,7 @@ class NCSR(nn.Module):
     def _visit(self) -> None:
         """Decode and encode an image as small as there is, so that all is folded that passes need."""
         side = self.flow.lr_multiple
-        lr = self.inputs.like.new_zeros(1, self.flow.channels, side, side)
+        lr = self.inputs.like.new_zeros(1, self.flow.lr_channels, side, side)
         latents = [lr.new_zeros(1, *shape) for shape in self.latent_shapes(side, side)]
         self.encode(torch.zeros_like(self.decode(latents, lr)), lr)
 
@@ -380,18 +385,15 @@ class NCSR(nn.Module):
         return f"a flow, ×{self.flow.scale}, {len(self.levels)} levels"
 
     def _published_config(self, what: str) -> NCSRConfig:
-        if not isinstance(self.config, NCSRConfig) or not isinstance(self.encoder, RRDB):
+        if not isinstance(self.config, NCSRConfig) or not isinstance(self.encoder, (RRDB, LowLightEncoder)):
             raise ValueError(f"{what} is for the architectures of NCSRConfig; of this model save state_dict()")
         return self.config
 
 
-def _rrdb(config: NCSRConfig | FlowConfig) -> RRDB:
+def _encoder(config: NCSRConfig | FlowConfig) -> nn.Module:
     if not isinstance(config, NCSRConfig):
         raise ValueError("a flow of one's own needs an encoder: NCSR(config, encoder)")
-    encoder = RRDB(config.scale, config.channels, config.growth, config.blocks, config.stacked_blocks, long_skip="last_block")
-    for module in encoder.head():  # the flow does not use them, so its loss gives them no gradient
-        module.requires_grad_(False)
-    return encoder
+    return published_encoder(config)
 
 
 def _bits(encoded: Encoded, pixels: int) -> Tensor:

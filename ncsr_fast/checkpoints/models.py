@@ -57,7 +57,8 @@ def model_of_state_dict(
 
 def describe(config: NCSRConfig) -> str:
     """A model in a few words, for messages."""
-    kind = {0: "SRFlow", 1: "NCSR, std-conditional", 3: "NCSR, noise-conditional"}[config.noise_channels]
+    condition = {0: "", 1: ", std-conditional", 3: ", noise-conditional"}[config.noise_channels]
+    kind = "SRFlow" if config.system == "ncsr" and not condition else config.traits.title + condition
     return f"{kind}, ×{config.scale}, {config.blocks} blocks, {config.steps} steps a level"
 
 

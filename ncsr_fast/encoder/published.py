@@ -10,7 +10,7 @@ from ncsr_fast.encoder.rrdb import RRDB
 
 
 def published_encoder(config: NCSRConfig) -> nn.Module:
-    """The encoder that a configuration describes; without gradients of what the flow does not use, which its loss would not reach."""
+    """The encoder that a configuration describes, without gradients of what the flow does not use: its loss gives it none."""
     sizes = config.channels, config.growth, config.blocks, config.stacked_blocks
     traits = config.traits
     if traits.encoder == "low light":

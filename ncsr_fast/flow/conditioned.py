@@ -89,20 +89,15 @@ class Levels:
         """Latents, and the log|det| (B,) of encoding with the log-density of all latents but the last."""
         return _encode(x, (partial(self.plan(index, inverse=False).encode, noise=noise) for index in range(len(self.levels))))
 
-    def encoded(self, x: Tensor, noise: Tensor | None) -> Encoded:
-        """Latents and log-likelihood."""
-        return self._with_prior(*self.encode(x, noise))
+    def encoded(self, x: Tensor, noise: Tensor | None, mean: Tensor | None) -> Encoded:
+        """Latents and log-likelihood, with that mean of the prior of the top latent; None is zero."""
+        return _with_prior(*self.encode(x, noise), mean)
 
     def initialized(self, x: Tensor, noise: Tensor | None) -> Encoded:
         """As `encoded`, by the levels' definition; every actnorm is set from the data that reaches it."""
         plain = (PlainLevel(*pair, self.options) for pair in zip(self.levels, self.condition.features))
-        return self._with_prior(*_encode(x, (partial(level.encode, noise=noise, initialize=True) for level in plain)))
-
-    def _with_prior(self, latents: tuple[Tensor, ...], logdet: Tensor) -> Encoded:
-        """Latents with their log-likelihood, from the log-det with the log-density of all of them but the last."""
-        mean = self.condition.prior_mean
-        top = latents[-1] if mean is None else latents[-1] - mean
-        return Encoded(latents, logdet + gaussian_log_density(top).sum(dim=(1, 2, 3)), mean)
+        latents, logdet = _encode(x, (partial(level.encode, noise=noise, initialize=True) for level in plain))
+        return _with_prior(latents, logdet, self.condition.prior_mean)
 
     def decode(
         self, latents: Sequence[Tensor], noise: Tensor | None, peaks: list[Tensor] | None = None
@@ -163,6 +158,12 @@ class Levels:
             elements = 2 * level.channels + self.config.hidden_channels
             count += level.steps * elements * features.own[:, :1].numel() * features.own.element_size()
         return count <= spare_bytes(self.condition.features[0].own.device)
+
+
+def _with_prior(latents: tuple[Tensor, ...], logdet: Tensor, mean: Tensor | None) -> Encoded:
+    """Latents with their log-likelihood, from the log-det with the log-density of all of them but the last."""
+    top = latents[-1] if mean is None else latents[-1] - mean
+    return Encoded(latents, logdet + gaussian_log_density(top).sum(dim=(1, 2, 3)), mean)
 
 
 def _encode(x: Tensor, levels: Iterable[Callable[[Tensor], EncodedLevel]]) -> tuple[tuple[Tensor, ...], Tensor]:
