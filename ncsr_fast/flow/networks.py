@@ -46,6 +46,8 @@ class StackedNetworks(nn.Module):
     optimising them one operation each.
     """
 
+    residual = 0
+
     def __init__(self, count: int, inputs: int, hidden: int, outputs: int) -> None:
         super().__init__()
 
@@ -127,7 +129,7 @@ class DeepNetworks(nn.Module):
     def unbind(self) -> list[DeepNetwork]:
         """The networks one by one."""
         tensors = (getattr(self, name).unbind() for name in DeepNetwork._fields[:-1])
-        return [DeepNetwork(*own, self.residual) for own in zip(*tensors)]
+        return [DeepNetwork(*own, residual=self.residual) for own in zip(*tensors)]
 
 
 def _apply_single(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
@@ -151,7 +153,7 @@ def _conv_actnorm_relu(x: Tensor, weight: Tensor, bias: Tensor, logs: Tensor, in
 
 
 # By kind: a module (count, inputs, hidden, outputs) whose `unbind` returns the networks one by one, each a function of
-# (x, initialize). The engine has kernels for StackedNetworks; a level with another kind runs by its definition.
+# (x, initialize). The engine knows StackedNetworks and DeepNetworks; a level with another kind runs by its definition.
 NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "glow": StackedNetworks,
     "deep": partial(DeepNetworks, layers=4),
