@@ -220,7 +220,7 @@ class NCSRConfig:
         period = self.traits.split_period
         if period and self.steps % period == 1:
             raise ValueError(
-                f"steps must leave a step behind the last split, which {self.traits.title} has after step 0, {period} …"
+                f"steps must not be {self.steps}: {self.traits.title} splits after steps 0, {period} …, and the last has none"
             )
         object.__setattr__(self, "stacked_blocks", tuple(self.stacked_blocks))
         if len(set(self.stacked_blocks)) != len(self.stacked_blocks) or any(

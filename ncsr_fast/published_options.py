@@ -54,17 +54,21 @@ def architecture(options: Mapping[str, Any]) -> dict[str, Any]:
         conditioned = options.get("mode", "softflow") == "softflow"  # otherwise the program passes no noise
         fields["noise_channels"] = flow.get("std_channels", 3)
         fields["noise_steps"] = tuple(flow.get("S") or ()) if conditioned else ()
-    levels = system.levels(scale)
-    if flow.get("L", levels) != levels:
-        raise ValueError(
-            f"network_G.flow.L = {flow['L']} is not supported: {system.title} has {levels} levels at scale {scale}"
-            + (f"; 'model' tells its variants {', '.join(_DEEP)} from it" if name == "ncsr" else "")
-        )
+    _check_levels(network["which_model_G"], system, scale, flow.get("L"))
     condition = fields["channels"] * (1 + len(fields["stacked_blocks"]))
     for key, value, supported in _requirements(options, network, flow, system, condition):
         if value != supported:
             raise ValueError(f"{key} = {value!r} is not supported, only {supported!r}")
     return fields
+
+
+def _check_levels(kind: str, system: System, scale: int, given: Any) -> None:
+    levels = system.levels(scale)
+    if given not in (None, levels):
+        is_srflow = kind == "SRFlowNet" and system is SYSTEMS["ncsr"]
+        hint = f"; SRFlow-DA is told from it by 'model', one of {', '.join(_DEEP)}" if is_srflow else ""
+        title = "SRFlow" if is_srflow else system.title
+        raise ValueError(f"network_G.flow.L = {given} is not supported: {title} has {levels} levels at scale {scale}{hint}")
 
 
 def system_of(options: Mapping[str, Any]) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ncsr_fast import files
 from ncsr_fast.checkpoints import published
+from ncsr_fast.checkpoints.recognition import system_in
 from ncsr_fast.checkpoints.state_dicts import read_state_dict
 from ncsr_fast.config import PRESETS, NCSRConfig
 
@@ -80,12 +81,17 @@ def _config_of_run(path: Path) -> NCSRConfig:
 
 
 def _matching_config(make: Callable[[NCSRConfig], NCSR], state: Mapping[str, Tensor], path: Path) -> NCSRConfig:
-    """The preset, or its std-conditional variant, whose published tensors have exactly these names and shapes."""
-    presets = [NCSRConfig.preset(name) for name in PRESETS]
-    variants = [replace(config, noise_channels=1) for config in presets if config.noise_channels == 3]
-    celeba = NCSRConfig(scale=8, blocks=8, stacked_blocks=(1, 3, 5, 7))  # SRFlow's face model
+    """The preset, or its std-conditional variant, whose published tensors have exactly these names and shapes.
+
+    Of FS-NCSR, whose files are as NCSR's, it is NCSR's.
+    """
+    system = system_in(state) or "ncsr"
+    presets = [config for config in map(NCSRConfig.preset, PRESETS) if config.system == system]
+    if system == "ncsr":
+        presets += [replace(config, noise_channels=1) for config in presets if config.noise_channels == 3]
+        presets.append(NCSRConfig(scale=8, blocks=8, stacked_blocks=(1, 3, 5, 7)))  # SRFlow's face model
     found = []
-    for config in [*presets, *variants, celeba]:
+    for config in presets:
         with torch.device("meta"):
             model = make(config)
         problems = files.differences({entry.name: entry.shape for entry in published.layout(model)}, state)

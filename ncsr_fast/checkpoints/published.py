@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ncsr_fast.checkpoints.recognition import likeness
 from ncsr_fast.checkpoints.state_dicts import Entry
-from ncsr_fast.files import compare
+from ncsr_fast.files import CheckpointError, differences, listed
 from ncsr_fast.flow.networks import DeepNetworks, StackedNetworks
 
 if TYPE_CHECKING:
@@ -79,7 +80,13 @@ def _step(prefix: str, model: NCSR, level: FlowLevel, index: int) -> Iterator[En
 def load_network(model: NCSR, state: Mapping[str, Tensor]) -> None:
     """Copy a published state dict into `model`; strict, and nothing is changed when it does not fit."""
     entries = list(layout(model))
-    compare({entry.name: entry.shape for entry in entries}, state, f"this model ({model.describe()})")
+    problems = differences({entry.name: entry.shape for entry in entries}, state)
+    if problems:
+        raise CheckpointError(
+            f"the checkpoint is not that of this model ({model.describe()}), but looks like that of {likeness(state)}; "
+            f"{listed(problems)}",
+            problems,
+        )
     for entry in entries:
         if entry.tensor is not None:
             entry.tensor.copy_(state[entry.name].reshape(entry.tensor.shape))
@@ -103,6 +110,12 @@ def places(model: NCSR) -> dict[str, str | None]:
     for name, parameter in model.named_parameters():
         found[parameter.data_ptr(), parameter.shape] = name
         found |= {(part.data_ptr(), part.shape): f"{name}[{index}]" for index, part in enumerate(parameter)}
+    for name, networks in model.named_modules():
+        if isinstance(networks, DeepNetworks):
+            for leaf in ("conv2", "bias2"):
+                for index, layers in enumerate(getattr(networks, leaf)):
+                    parts = enumerate(layers)
+                    found |= {(p.data_ptr(), p.shape): f"{name}.{leaf}[{index}][{layer}]" for layer, p in parts}
 
     def place(tensor: Tensor) -> str:
         return found[tensor.data_ptr(), tensor.shape]

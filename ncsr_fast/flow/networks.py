@@ -129,7 +129,7 @@ class DeepNetworks(nn.Module):
     def unbind(self) -> list[DeepNetwork]:
         """The networks one by one."""
         tensors = (getattr(self, name).unbind() for name in DeepNetwork._fields[:-1])
-        return [DeepNetwork(*own, residual=self.residual) for own in zip(*tensors)]
+        return [DeepNetwork._make((*own, self.residual)) for own in zip(*tensors)]
 
 
 def _apply_single(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
