@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 
 import numpy as np
 import pytest
@@ -155,3 +156,45 @@ def test_state_dict_there_and_back(name):
     for key, value in state.items():
         assert list(value.shape) == vectors.meta["shapes"][key]
         assert torch.equal(value, weights[key]), key
+
+
+@low_light_cases
+def test_the_published_sample_is_that_of_temperature_0(name):
+    """Whose program has no temperature; here there is one, around the same mean."""
+    vectors, model = case(name), loaded(name, torch.float64)
+    lr, expected = vectors.tensor("eval_lr"), vectors.tensor("sample_mean")
+    with torch.no_grad():
+        assert relative_error(model.sample(lr, n=1, temperature=0)[:, 0], expected.clamp(0, 1)) < VALUE[torch.float64]
+        levels = model.conditioned_levels(lr)
+        found, logdet = levels.decode([levels.condition.prior_mean], None)
+        assert relative_error(found, expected) < VALUE[torch.float64]
+        assert relative_error(logdet, vectors.tensor("sample_mean_logdet")) < VALUE[torch.float64]
+
+
+def test_samples_of_fs_ncsr_are_images():
+    """The decoded residual on the LR image enlarged; in 8 bits truncated, but for a value next to an integer."""
+    vectors, model = case("fs_ncsr_x4_small"), loaded("fs_ncsr_x4_small", torch.float64)
+    lr, latents = vectors.condition(), [latent[:, None] for latent in vectors.latents("sample_latent")]
+    with torch.no_grad():
+        found = model.condition(lr).sample(1, latents=latents)[:, 0]
+    assert relative_error(found, vectors.tensor("sample_image").clamp(0, 1)) < VALUE[torch.float64]
+    exact = 255 * found[0].permute(1, 2, 0)
+    whole = (exact - exact.round()).abs() < 1e-4
+    assert whole.float().mean() < 0.01 or found.min() == 0 or found.max() == 1
+    assert torch.equal(exact.floor()[~whole], vectors.tensor("eight_bit")[~whole])
+
+
+# by case, the noise that a program can add to its target, and what the likelihood then has beside it, in nats a position
+DEQUANTISATION = {
+    **dict.fromkeys(DEEP, (lambda draw: 4 / math.sqrt(3) / 255 * draw, 0.0)),
+    **dict.fromkeys(["ctflow_small", *LOW_LIGHT], (lambda draw: (draw - 0.5) / 32, math.log(32))),
+}
+
+
+@pytest.mark.parametrize("name", DEQUANTISATION, scope="module")
+def test_likelihood_of_dequantised_images(name):
+    vectors, model, (noise, nats) = case(name), loaded(name, torch.float64), DEQUANTISATION[name]
+    hr, lr = vectors.batch("eval")
+    with torch.no_grad():
+        found = model.nll(hr + noise(vectors.tensor("dequantisation_draw")), lr) + nats / math.log(2)
+    assert relative_error(found, vectors.tensor("dequantised_nll")) < VALUE[torch.float64]
