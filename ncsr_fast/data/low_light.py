@@ -64,7 +64,7 @@ def equalize(image: Tensor) -> Tensor:
     darkest = histogram.gather(1, histogram.gt(0).int().argmax(dim=1, keepdim=True))
     below = (histogram.cumsum(dim=1) - darkest).clamp(min=0).float()
     factor = 255 / (pixels - darkest).float()
-    table = torch.where(darkest == pixels, torch.arange(256.0, device=image.device), (below * factor).round())
+    table = torch.where(darkest == pixels, torch.arange(256, device=image.device), (below * factor).round())
     return table.to(torch.uint8).gather(1, planes).view(image.shape)
 
 
