@@ -37,6 +37,11 @@ def low_light_input(low: Tensor, equalized: Tensor | None = None) -> Tensor:
 
     Raises:
         TypeError, ValueError: An image is not uint8, or not of three channels, or the two differ in shape.
+
+    Example:
+        >>> padded, margins = pad_mirrored(read_image("dark.png"))
+        >>> bright = model.sample(low_light_input(padded)[None], n=1)[0, 0]
+        >>> write_image("bright.png", to_uint8(crop_margins(bright, margins), "truncate"))
     """
     _check("low", low)
     if equalized is None:
