@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ncsr_fast.data.images import to_float
+from ncsr_fast.data.low_light import low_light_input
 from ncsr_fast.metrics.imresize import imresize
 
 
@@ -15,10 +16,15 @@ def degrade(hr: Tensor, scale: int) -> Tensor:
 
 
 def to_pair(batch: dict[str, Tensor], scale: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
-    """A batch of `RandomCrops` → (hr, lr) in [0, 1] on `device`, lr computed there when the batch has none."""
-    hr = batch["hr"].to(device, non_blocking=True)
-    lr = batch["lr"].to(device, non_blocking=True) if "lr" in batch else degrade(hr, scale)
-    return to_float(hr), to_float(lr)
+    """A batch of `RandomCrops` → (hr, lr) in [0, 1] on `device`, lr computed there when the batch has none.
+
+    Of a batch with equalized crops, lr are the six channels of `low_light_input`.
+    """
+    images = {name: image.to(device, non_blocking=True) for name, image in batch.items()}
+    hr = images["hr"]
+    if "equalized" in images:
+        return to_float(hr), low_light_input(images["lr"], images["equalized"])
+    return to_float(hr), to_float(images["lr"] if "lr" in images else degrade(hr, scale))
 
 
 def perturb(
@@ -26,13 +32,25 @@ def perturb(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Add NCSR's noise: `v ~ N(0, c²I)` with `c ~ U(0, max_std)` for each image, and its LR counterpart.
 
-    hr, lr          (B, 3, sH, sW) and (B, 3, H, W) on one device
-    generator       of that device; None is torch's default one
-    noise_channels  what the model is conditioned on (`NCSRConfig.noise_channels`)
-    returns         hr + v, lr + imresize(v, 1/s), and the condition: v (B, 3, sH, sW), c (B, 1, 1, 1) when
-                    noise_channels is 1, None when it is 0
-    raises          ValueError for a pair whose sizes are no integer scale apart, or a negative max_std
-    source          Kim & Son 2021; the resize is MATLAB's bicubic, as in the published program
+    Source: Kim & Son 2021; the resize is MATLAB's bicubic, as in the published program.
+
+    Args:
+        hr: (B, 3, sH, sW).
+        lr: (B, 3, H, W), on the same device.
+        max_std: Largest standard deviation of the noise.
+        generator: Of that device; None is torch's default one.
+        noise_channels: Of the noise condition, as in `NCSRConfig.noise_channels`.
+
+    Returns:
+        hr + v, lr + imresize(v, 1/s), and the condition: v (B, 3, sH, sW), c (B, 1, 1, 1) when noise_channels is 1, None
+        when it is 0.
+
+    Raises:
+        ValueError: A pair whose sizes are no integer scale apart, or a negative max_std.
+
+    Example:
+        >>> hr, lr = torch.rand(2, 3, 32, 32), torch.rand(2, 3, 8, 8)
+        >>> noisy_hr, noisy_lr, noise = perturb(hr, lr, max_std=0.05)
     """
     if not max_std >= 0:
         raise ValueError(f"max_std must not be negative, not {max_std!r}")
@@ -46,8 +64,11 @@ def perturbed(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """`perturb` with given random numbers: std c (B, 1, 1, 1) and `normal` (B, 3, sH, sW), v = c · normal.
 
-    returns  hr + v, lr + imresize(v, 1/s), and v, c, or None, as noise_channels is 3, 1 or 0
-    raises   ValueError for a pair whose sizes are no integer scale apart
+    Returns:
+        hr + v, lr + imresize(v, 1/s), and v, c, or None, as noise_channels is 3, 1 or 0.
+
+    Raises:
+        ValueError: A pair whose sizes are no integer scale apart.
     """
     scale = hr.shape[-1] // lr.shape[-1]
     if tuple(hr.shape) != (lr.shape[0], lr.shape[1], lr.shape[2] * scale, lr.shape[3] * scale):

@@ -45,6 +45,7 @@ class ResidualNoise(nn.Module):
         self.draw = torch.randn_like
 
     def forward(self, y: Tensor) -> Tensor:
+        """y with its noise, in training where there is one."""
         return y * (1 + NOISE * self.draw(y)) if self.active and self.training else y
 
 
@@ -64,6 +65,7 @@ class DenseBlock(nn.Module):
         self.noise = ResidualNoise()
 
     def forward(self, x: Tensor, method: ConvolutionMethod | None = ENGINE) -> Tensor:
+        """The block's output, of the shape of x."""
         if self.conv1x1 is not None:
             return self.noise(self._with_residuals(x, method))
         convolutions = (self.conv1, self.conv2, self.conv3, self.conv4, self.conv5)
@@ -90,6 +92,7 @@ class ResidualBlock(nn.Module):
         self.noise = ResidualNoise()
 
     def forward(self, x: Tensor, method: ConvolutionMethod | None = ENGINE) -> Tensor:
+        """The block's output, of the shape of x."""
         y = x
         for dense in (self.rdb1, self.rdb2, self.rdb3):
             y = dense(y, method)

@@ -240,7 +240,10 @@ class RRDB(nn.Module):
             unshuffle: Pixel unshuffle before the first convolution of a file, which no file says. None: the shapes decide. It
                 is 2, 4, … where the first convolution reads 4, 16, … times the channels that the last one makes, as in
                 BasicSR's ×2 and ×1 generators, and the network doubles often enough; otherwise 1.
-            revision: As cache_dir, token and local_files_only for the Hub, see `huggingface_hub.snapshot_download`.
+            revision: Of the Hub, as `huggingface_hub.snapshot_download` has it; so are the following.
+            cache_dir: Likewise.
+            token: Likewise.
+            local_files_only: Likewise.
 
         Raises:
             ValueError: long_skip or unshuffle is not what the flow or directory has.
