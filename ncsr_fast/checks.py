@@ -100,7 +100,7 @@ def bytes_range(image: Tensor) -> str | None:
 
 def check_pair(hr: Tensor, lr: Tensor, scale: int) -> None:
     """Raise unless `hr` is `scale` times the size of `lr`, image by image."""
-    expected = (*lr.shape[:2], lr.shape[2] * scale, lr.shape[3] * scale)
+    expected = (lr.shape[0], hr.shape[1], lr.shape[2] * scale, lr.shape[3] * scale)
     if tuple(hr.shape) != expected:
         raise ValueError(f"hr must have shape {expected} for lr {tuple(lr.shape)} at scale {scale}, not {tuple(hr.shape)}")
 

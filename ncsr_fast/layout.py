@@ -65,7 +65,12 @@ def transformed() -> bool:
 
 def laid_out(x: Tensor, memory_format: torch.memory_format) -> Tensor:
     """x in a memory format; as it lies inside transforms, some of which know none."""
-    return x if transformed() else x.contiguous(memory_format=memory_format)
+    if transformed():
+        return x
+    if memory_format == torch.channels_last and x.shape[1] == 1 and x.stride(1) != 1:
+        # an image of one channel is contiguous in both formats, and convolutions take the one that its strides say
+        return x.clone(memory_format=memory_format)
+    return x.contiguous(memory_format=memory_format)
 
 
 def in_memory(x: Tensor) -> Tensor:

@@ -84,9 +84,12 @@ def configuration_of(net: nn.Module) -> NCSRConfig:
         if getattr(getattr(net, name), "opt", net.opt) != net.opt:
             raise Unsupported(f"the options {name}.opt are others than those of the network")
     try:
-        return NCSRConfig.from_published(net.opt)
+        config = NCSRConfig.from_published(net.opt)
     except (ValueError, TypeError) as error:
         raise Unsupported(f"option {error}") from error
+    if config.system not in ("ncsr", "fs-ncsr"):
+        raise Unsupported(f"it is {config.traits.title}'s, which is served by ncsr_fast.from_published alone")
+    return replace(config, system="ncsr")  # FS-NCSR's networks are NCSR's
 
 
 def _noise_steps(net: nn.Module, config: NCSRConfig) -> tuple[int, ...]:

@@ -18,7 +18,7 @@ from ncsr_fast.checks import check_like
 from ncsr_fast.encoder import checkpoints
 from ncsr_fast.encoder.blocks import ENGINE, SLOPE, Block, ResidualBlock, averaged, conv3x3, convolved, trunk
 from ncsr_fast.encoder.names import encoder_layout, published_layout
-from ncsr_fast.encoder.tiled import EnlargedFeatures, TiledBlock
+from ncsr_fast.encoder.tiled import DeferredFeatures, TiledBlock
 from ncsr_fast.engine.condition import Condition, Features, LevelFeatures
 from ncsr_fast.hub import find_model
 from ncsr_fast.ops.conv3x3 import ConvolutionMethod
@@ -201,9 +201,9 @@ class RRDB(nn.Module):
         found: list[LevelFeatures] = []
         for scale in self.level_scales:
             if scale > 1:
-                doublings = self.conv_up[: int(math.log2(scale))]
-                enlargements = tuple(partial(self._upsample, conv=conv, method=method) for conv in doublings)
-                found.append(EnlargedFeatures(own, enlargements, stacked))
+                convolutions = self.conv_up[: int(math.log2(scale))]
+                doublings = tuple(partial(self._upsample, conv=conv, method=method) for conv in convolutions)
+                found.append(DeferredFeatures(own, doublings, stacked))
             else:
                 found.append(Features(own if scale == 1 else averaged(own, round(1 / scale)), stacked))
         return Condition(found)

@@ -21,7 +21,7 @@ from ncsr_fast.memory import is_out_of_memory
 from ncsr_fast.ops.conv3x3 import ConvolutionMethod
 from ncsr_fast.warn import warn_caller
 
-Enlargement = Callable[[Tensor], Tensor]  # ×2 by nearest neighbour, a 3×3 convolution, a map of single pixels
+Doubling = Callable[[Tensor], Tensor]  # ×2 by nearest neighbour, a 3×3 convolution, a map of single pixels
 _SMALLEST, _LARGE = 64, 256  # LR pixels a side of a tile, where a block has a halo of 15
 
 
@@ -43,17 +43,17 @@ class TiledBlock:
         return in_tiles(partial(self.block, method=method), x, self.side, self.halo)
 
 
-class EnlargedFeatures(NamedTuple):
+class DeferredFeatures(NamedTuple):
     """Features of a level above LR resolution that are made of those of LR resolution where they are wanted.
 
     Args:
         base: (B, c, H, W), of LR resolution.
-        enlargements: One for each doubling.
+        doublings: One for each doubling.
         stacked: (B, s, H, W), or None.
     """
 
     base: Tensor
-    enlargements: tuple[Enlargement, ...]
+    doublings: tuple[Doubling, ...]
     stacked: Tensor | None
 
     @property
@@ -64,7 +64,7 @@ class EnlargedFeatures(NamedTuple):
     @property
     def multiple(self) -> int:
         """Of which the borders of a `region` must be multiples."""
-        return 2 ** len(self.enlargements)
+        return 2 ** len(self.doublings)
 
     @property
     def size(self) -> torch.Size:
@@ -78,27 +78,27 @@ class EnlargedFeatures(NamedTuple):
 
     def region(self, rows: slice, columns: slice) -> Features:
         """The features of some rows and columns of the level."""
-        own = _enlarged(self.base, self.enlargements, (rows, columns))
+        own = _grown(self.base, self.doublings, (rows, columns))
         return Features(own, stacked_region(self.stacked, self.size, rows, columns))
 
-    def sample(self, index: int) -> EnlargedFeatures:
+    def sample(self, index: int) -> DeferredFeatures:
         """The features of one image of the batch, which keeps its dimension."""
         image = slice(index, index + 1)
-        return EnlargedFeatures(self.base[image], self.enlargements, None if self.stacked is None else self.stacked[image])
+        return DeferredFeatures(self.base[image], self.doublings, None if self.stacked is None else self.stacked[image])
 
 
-def _enlarged(base: Tensor, enlargements: Sequence[Enlargement], wanted: tuple[slice, slice]) -> Tensor:
-    """Rows and columns of `base` after the enlargements, each of which reads a pixel more on every side."""
-    if not enlargements:
+def _grown(base: Tensor, doublings: Sequence[Doubling], wanted: tuple[slice, slice]) -> Tensor:
+    """Rows and columns of `base` after the doublings, each of which reads a pixel more on every side."""
+    if not doublings:
         return base[(..., *wanted)]
-    sizes = [side << len(enlargements) for side in base.shape[2:]]
+    sizes = [side << len(doublings) for side in base.shape[2:]]
     below, inner = [], []
     for edge, size in zip(wanted, sizes):
         first, last = max(edge.start - PIXEL, 0) // 2, min(edge.stop + PIXEL + 1, size) // 2
         below.append(slice(first, last))
         inner.append(slice(edge.start - 2 * first, edge.stop - 2 * first))
-    enlarged = enlargements[-1](_enlarged(base, enlargements[:-1], (below[0], below[1])))
-    return enlarged[(..., *inner)]
+    grown = doublings[-1](_grown(base, doublings[:-1], (below[0], below[1])))
+    return grown[(..., *inner)]
 
 
 def condition(encoder: Any, lr: Tensor, method: ConvolutionMethod | None, tile: int | str | None) -> Condition:

@@ -102,21 +102,16 @@ class Levels:
         """Latents, and the log|det| (B,) of encoding with the log-density of all latents but the last."""
         return _encode(x, (partial(self.plan(index, inverse=False).encode, noise=noise) for index in range(len(self.levels))))
 
-    def encoded(self, x: Tensor, noise: Tensor | None) -> Encoded:
-        """Latents and log-likelihood."""
-        return self._with_prior(*self.encode(x, noise))
+    def encoded(self, x: Tensor, noise: Tensor | None, mean: Tensor | None) -> Encoded:
+        """Latents and log-likelihood, with that mean of the prior of the top latent; None is zero."""
+        return _with_prior(*self.encode(x, noise), mean)
 
     def initialized(self, x: Tensor, noise: Tensor | None) -> Encoded:
         """As `encoded`, by the levels' definition; every actnorm is set from the data that reaches it."""
         pairs = zip(self.levels, self.condition.features)
         plain = (PlainLevel(level, features.whole, self.options) for level, features in pairs)
-        return self._with_prior(*_encode(x, (partial(level.encode, noise=noise, initialize=True) for level in plain)))
-
-    def _with_prior(self, latents: tuple[Tensor, ...], logdet: Tensor) -> Encoded:
-        """Latents with their log-likelihood, from the log-det with the log-density of all of them but the last."""
-        mean = self.condition.prior_mean
-        top = latents[-1] if mean is None else latents[-1] - mean
-        return Encoded(latents, logdet + gaussian_log_density(top).sum(dim=(1, 2, 3)), mean)
+        latents, logdet = _encode(x, (partial(level.encode, noise=noise, initialize=True) for level in plain))
+        return _with_prior(latents, logdet, self.condition.prior_mean)
 
     def region_plan(self, index: int, rows: slice, columns: slice) -> Plan:
         """The plan of decoding a part of a level, for one call."""
@@ -191,6 +186,12 @@ class Levels:
         """True where the plans take little enough memory to be stored."""
         parts = [self.plan_bytes(index) * math.prod(each.size) for index, each in enumerate(self.condition.features)]
         return self.batch * sum(parts) <= spare_bytes(self.device)
+
+
+def _with_prior(latents: tuple[Tensor, ...], logdet: Tensor, mean: Tensor | None) -> Encoded:
+    """Latents with their log-likelihood, from the log-det with the log-density of all of them but the last."""
+    top = latents[-1] if mean is None else latents[-1] - mean
+    return Encoded(latents, logdet + gaussian_log_density(top).sum(dim=(1, 2, 3)), mean)
 
 
 def _encode(x: Tensor, levels: Iterable[Callable[[Tensor], EncodedLevel]]) -> tuple[tuple[Tensor, ...], Tensor]:

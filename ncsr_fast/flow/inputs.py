@@ -25,7 +25,7 @@ class Inputs:
 
     def lr(self, lr: Tensor) -> Tensor:
         """LR images, padded to sides that are multiples of `FlowConfig.lr_multiple`."""
-        check_image("lr", lr, self.like, self.flow.channels)
+        check_image("lr", lr, self.like, self.flow.lr_channels)
         return pad(lr, 1, self.flow.lr_multiple)
 
     def hr(self, hr: Tensor, lr: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from ncsr_fast.flow.tiling import Progress, Tiling, tiling
 from ncsr_fast.layout import has_memory, traced
 from ncsr_fast.warn import warn_caller
 
+PRIORS = ("condition", "reference")
 ON_NONFINITE = ("warn", "raise", "ignore", "retry")
 STATE_BOUND = 1e4  # actnorms keep a healthy state near unit variance: within ±10
 RETRIES, COOLING = 4, 0.8  # of a sample that blew up: how often, and the factor of the temperature each time
@@ -54,6 +55,7 @@ class ConditionedFlow:
         parameters: Returns the parameters whose changes are noticed: the model's, or none for a flow that is used at once.
         recording: A context in which gradients are recorded as the model has it.
         advice: Says of LR images why their samples blew up.
+        reference_mean: Makes the mean of the prior of HR images, where the encoder can.
     """
 
     def __init__(
@@ -64,9 +66,11 @@ class ConditionedFlow:
         parameters: Callable[[], Iterable[Tensor]],
         recording: Callable[[], contextlib.AbstractContextManager[None]],
         advice: Callable[[Tensor], str],
+        reference_mean: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self._levels, self._inputs, self.lr = levels, inputs, lr
         self._parameters, self._recording, self._advice = parameters, recording, advice
+        self._reference_mean = reference_mean
         self._versions = self._version()
 
     def sample(
@@ -133,16 +137,23 @@ class ConditionedFlow:
         check_count("n", n)
         return draw(self._levels, self.lr, n, temperature_for(temperature, self.config, self.lr), generator)
 
-    def encode(self, hr: Tensor, noise: Tensor | None = None) -> Encoded:
+    def encode(self, hr: Tensor, noise: Tensor | None = None, *, prior: str = "condition") -> Encoded:
         """Latents and log-likelihood of the HR images; see `NCSR.encode`."""
+        if prior not in PRIORS:
+            raise ValueError(f"prior must be one of {', '.join(map(repr, PRIORS))}, not {prior!r}")
+        if prior == "reference" and self._reference_mean is None:
+            raise ValueError("prior='reference' is for flows whose prior has a mean that HR images give, such as LLFlow's")
         self._check_version()
         hr, noise = self._inputs.hr(hr, self.lr), self._inputs.noise(noise, self.lr)
         with self._recording():
-            return self._levels.encoded(hr, noise)
+            mean = self._levels.condition.prior_mean
+            if prior == "reference" and self._reference_mean is not None:
+                mean = self._reference_mean(hr)
+            return self._levels.encoded(hr, noise, mean)
 
-    def log_prob(self, hr: Tensor, noise: Tensor | None = None) -> Tensor:
-        """log p(hr | lr), (B,) in nats."""
-        return self.encode(hr, noise).log_likelihood
+    def log_prob(self, hr: Tensor, noise: Tensor | None = None, *, prior: str = "condition") -> Tensor:
+        """log p(hr | lr), (B,) in nats; `prior` as of `NCSR.encode`."""
+        return self.encode(hr, noise, prior=prior).log_likelihood
 
     def decode(self, latents: Sequence[Tensor], noise: Tensor | None = None, *, tile: int | str | None = None) -> Tensor:
         """The HR images of latents, not clipped; see `NCSR.decode`. Of one LR image, latents of any number of samples."""

@@ -7,10 +7,34 @@ from torch import Tensor
 
 from ncsr_fast.metrics.imresize import imresize
 
+TO_8BIT = ("round", "truncate")
 
-def to_uint8(image: Tensor) -> Tensor:
-    """Floats in [0, 1] clipped and rounded to 8 bits; uint8 as it is."""
-    return image if image.dtype == torch.uint8 else image.mul(255).round().clamp(0, 255).to(torch.uint8)
+
+def to_uint8(image: Tensor, to_8bit: str = "round") -> Tensor:
+    """Floats in [0, 1], clipped, as 8 bits; uint8 as it is. The one place of the package where floats become 8 bits.
+
+    Args:
+        image: Of any shape, finite.
+        to_8bit: "round" to the nearest level, or "truncate" to the level below, as the published test programs do:
+            `(clip(x, 0, 1) * 255).astype(uint8)`. Truncation darkens by half a level and costs 2 dB of LR-PSNR at 50 dB.
+
+    Returns:
+        uint8, of the shape of `image`.
+
+    Raises:
+        ValueError: Another word for `to_8bit`.
+    """
+    check_to_8bit(to_8bit)
+    if image.dtype == torch.uint8:
+        return image
+    levels = image.clamp(0, 1).mul(255)
+    return (levels.round() if to_8bit == "round" else levels).to(torch.uint8)
+
+
+def check_to_8bit(to_8bit: str) -> None:
+    """Raise ValueError unless it is "round" or "truncate"."""
+    if to_8bit not in TO_8BIT:
+        raise ValueError(f"to_8bit must be one of {', '.join(map(repr, TO_8BIT))}, not {to_8bit!r}")
 
 
 def psnr(image: Tensor, target: Tensor) -> Tensor:

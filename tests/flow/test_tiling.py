@@ -30,6 +30,11 @@ MODELS: dict[str, dict] = {
     "std": dict(noise_channels=1),
     "all levels": dict(noise_steps=(1, 1, 1)),
     "two steps": dict(steps=2, noise_steps=(0, 1, 2)),
+    "fs-ncsr": dict(system="fs-ncsr"),
+    "srflow-da": dict(system="srflow-da", noise_channels=0, noise_steps=()),
+    "srflow-da-s": dict(system="srflow-da-s", noise_channels=0, noise_steps=(), steps=8),
+    "ctflow": dict(system="ctflow", scale=1, noise_channels=0, noise_steps=()),
+    "llflow": dict(system="llflow", scale=1, noise_channels=0, noise_steps=()),
 }
 
 
@@ -63,7 +68,7 @@ def noise_for(model: NCSR, lr: Tensor) -> Tensor | None:
 @torch.no_grad()
 def test_tiles_change_nothing(name, side):
     model = healthy(**MODELS[name])
-    lr = image(1 if side == 1 else 2, 3, 5, 9, seed=1)
+    lr = image(1 if side == 1 else 2, model.flow.lr_channels, 5, 9, seed=1)
     latents, noise = drawn(model, lr), noise_for(model, lr)
     expected = model.decode(latents, lr, noise)
     assert expected.abs().max() < 100
@@ -106,7 +111,7 @@ def test_networks_that_do_not_say_how_far_they_reach(monkeypatch):
     assert torch.equal(whole, auto)
 
 
-@pytest.mark.parametrize("name", ["ncsr-x4", "two steps"])
+@pytest.mark.parametrize("name", ["ncsr-x4", "two steps", "srflow-da"])
 def test_the_halo_is_as_wide_as_pixels_depend_on_each_other(name):
     """Every pixel in it counts, and none outside."""
     model = healthy(**MODELS[name])
