@@ -12,13 +12,15 @@ from support import image, relative_error, tiny_model
 from torch import Tensor
 from variants import BRANCHES, FLOW, OwnNetworks, model_of
 
-from ncsr_fast import NCSR
+from ncsr_fast import NCSR, NCSRConfig
 from ncsr_fast.encoder.blocks import ENGINE
 from ncsr_fast.engine import tiles
 from ncsr_fast.engine.peaks import Peaks
 from ncsr_fast.flow.conditioned import Levels
+from ncsr_fast.flow.estimate import samples_memory
 from ncsr_fast.flow.networks import NETWORKS, StackedNetworks
 from ncsr_fast.flow.tiling import Tiling
+from ncsr_fast.memory import peak_bytes
 
 EXACT = 1e-9  # in float64: of sums in another order, which the steps of a flow amplify
 X8 = dict(scale=8, noise_steps=(0, 0, 1, 1))
@@ -264,3 +266,35 @@ def test_auto_is_whole_where_gradients_are_recorded(monkeypatch):
     with mock.patch.object(Levels, "region_plan") as planned:
         model.sample(image(1, 3, 6, 6), 1, 0.2).sum().backward()
     assert not planned.called and model.levels[0].invconv.grad is not None
+
+
+def meta_peak(config: NCSRConfig, height: int, width: int, n: int, tile: int | None) -> tuple[int, NCSR]:
+    """Most bytes of tensors while samples of an image are drawn, on the meta device."""
+    with torch.device("meta"):
+        model = NCSR(config).eval().requires_grad_(False)
+    lr = torch.empty(1, 3, height, width, device="meta")
+    return peak_bytes(lambda: model.sample(lr, n, tile=tile, on_nonfinite="ignore")), model
+
+
+@pytest.mark.parametrize("size, n, tile", [((48, 64), 6, None), pytest.param((96, 128), 2, 24, marks=pytest.mark.slow)])
+def test_the_estimate_of_memory(size, n, tile):
+    """It is printed as "about": within a tenth below and two thirds above, for a transient may or may not be at the peak."""
+    measured, model = meta_peak(NCSRConfig.preset("ncsr-compact-x4"), *size, n, tile)
+    estimated = samples_memory(model, *size, n, tile)
+    assert 0.9 < estimated.total / measured < 1.67
+    assert estimated.tiled is (tile is not None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", ["ncsr-x4", "ncsr-x8"])
+def test_150_bytes_an_hr_pixel(preset):
+    """Of the widths of the published models; steps and blocks, which tiles have one after the other, are fewer."""
+    full = NCSRConfig.preset(preset)
+    stacked = tuple(range(1, 1 + len(full.stacked_blocks)))
+    config = replace(
+        full, steps=1, noise_steps=tuple(min(1, count) for count in full.noise_steps), blocks=6, stacked_blocks=stacked
+    )
+    small, large = ((128, 96), (256, 192))
+    difference = meta_peak(config, *large, 1, 32)[0] - meta_peak(config, *small, 1, 32)[0]
+    pixels = [height * width * config.scale**2 for height, width in (small, large)]
+    assert difference / (pixels[1] - pixels[0]) <= 150
