@@ -52,7 +52,7 @@ def level_shapes(name: str) -> list[Shape]:
     return [
         Shape(
             size=(use.batch, channels, height >> level, width >> level),
-            split=config.split_channels(level - 1, channels),
+            split=config.flow.levels[level - 1].split_channels,
             training=use.training,
             used_by=(f"{name} level {level}",),
         )

@@ -12,6 +12,7 @@ import importlib
 from ncsr_fast import ops
 from ncsr_fast.config import NCSRConfig
 from ncsr_fast.encoder.rrdb import RRDB
+from ncsr_fast.family import from_published
 from ncsr_fast.files import CheckpointError
 from ncsr_fast.model import NCSR
 
@@ -24,6 +25,7 @@ __all__ = [
     "__version__",
     "accelerate",
     "data",
+    "from_published",
     "graphs",
     "metrics",
     "ops",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -40,12 +41,34 @@ def check_like(name: str, tensor: Tensor, like: Tensor) -> None:
         raise ValueError(f"{name} is on {tensor.device}, but the model is on {like.device}")
 
 
+def check_latents(latents: Sequence[Tensor], shapes: Sequence[tuple[int, ...]], like: Tensor) -> None:
+    """Raise unless `latents` are tensors of these shapes, of the dtype and device of the model, whose parameter `like` is."""
+    if isinstance(latents, Tensor) or len(latents) != len(shapes):
+        given = f"one of shape {tuple(latents.shape)}" if isinstance(latents, Tensor) else len(latents)
+        raise ValueError(f"latents must be {len(shapes)} tensors, of the shapes {', '.join(map(str, shapes))}, not {given}")
+    for index, (latent, shape) in enumerate(zip(latents, shapes)):
+        if not isinstance(latent, Tensor):
+            raise TypeError(f"latents[{index}] must be a tensor, not {type(latent).__name__}")
+        if tuple(latent.shape) != shape:
+            raise ValueError(f"latents[{index}] must have shape {shape}, not {tuple(latent.shape)}")
+        check_like(f"latents[{index}]", latent, like)
+
+
 def check_count(name: str, value: object) -> None:
     """Raise unless `value` is a whole number of 1 or more."""
     if isinstance(value, bool) or not hasattr(type(value), "__index__"):
         raise TypeError(f"{name} must be a whole number, not {value!r}")
     if value < 1:
         raise ValueError(f"{name} must be at least 1, not {value!r}")
+
+
+def check_tile(value: object) -> None:
+    """Raise unless `value` is "auto", None, or a whole number of 1 or more."""
+    if value is None or value == "auto":
+        return
+    if isinstance(value, str):
+        raise ValueError(f"tile must be 'auto', None, or LR pixels a side, not {value!r}")
+    check_count("tile", value)
 
 
 def check_temperature(value: object) -> None:
@@ -77,7 +100,7 @@ def bytes_range(image: Tensor) -> str | None:
 
 def check_pair(hr: Tensor, lr: Tensor, scale: int) -> None:
     """Raise unless `hr` is `scale` times the size of `lr`, image by image."""
-    expected = (*lr.shape[:2], lr.shape[2] * scale, lr.shape[3] * scale)
+    expected = (lr.shape[0], hr.shape[1], lr.shape[2] * scale, lr.shape[3] * scale)
     if tuple(hr.shape) != expected:
         raise ValueError(f"hr must have shape {expected} for lr {tuple(lr.shape)} at scale {scale}, not {tuple(hr.shape)}")
 

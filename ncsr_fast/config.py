@@ -3,33 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-_NCSR_X4 = {"scale": 4, "steps": 16, "noise_channels": 3, "noise_steps": (0, 16, 16)}
-_NCSR_X8 = {"scale": 8, "steps": 20, "noise_channels": 3, "noise_steps": (0, 0, 16, 16)}
-
-PRESETS: dict[str, dict[str, Any]] = {
-    "ncsr-x4": _NCSR_X4,
-    "ncsr-x8": _NCSR_X8,
-    "srflow-x4": {"scale": 4},
-    "srflow-x8": {"scale": 8, "stacked_blocks": (1, 3, 5, 7)},
-    "ncsr-compact-x4": {
-        **_NCSR_X4,
-        "channels": 32,
-        "growth": 16,
-        "blocks": 4,
-        "stacked_blocks": (0, 1, 2, 3),
-        "steps": 4,
-        "hidden_channels": 32,
-        "noise_steps": (0, 4, 4),
-    },
-}
-
+from ncsr_fast.checks import check_temperature
+from ncsr_fast.published_options import architecture
+from ncsr_fast.systems import PRESETS, SYSTEMS, System
 
 CONDITIONS = ("features", "noise", None)
+TEMPERATURE = 0.9  # of samples, as the NCSR paper has it
 
 
 @dataclass(frozen=True)
@@ -123,6 +109,7 @@ class FlowConfig:
         base: What sampled images are added to, and the flow's images are residuals of: None, or "bicubic", the LR image
             enlarged (half-pixel centres, a = -0.75, as `torch.nn.functional.interpolate` has it).
         lr_multiple: LR images are padded so that their sides are multiples of it.
+        lr_channels: Of an LR image.
     """
 
     scale: int
@@ -134,6 +121,7 @@ class FlowConfig:
     prior: str = "standard"
     base: str | None = None
     lr_multiple: int = 2
+    lr_channels: int = 3
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "levels", tuple(self.levels))
@@ -142,6 +130,10 @@ class FlowConfig:
                 raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, not {getattr(self, name)!r}")
         if not self.levels:
             raise ValueError("a flow needs a level")
+        if self.base is not None and self.lr_channels != self.channels:
+            raise ValueError(
+                f"base={self.base!r} is an LR image enlarged, which has {self.lr_channels} channels, not {self.channels}"
+            )
         if not self.noise_channels and any(branch.condition == "noise" for level in self.levels for branch in level.branches):
             raise ValueError("a branch has the noise as condition, and noise_channels is 0")
         if self.levels[-1].split_channels:
@@ -162,6 +154,11 @@ class FlowConfig:
             channels -= level.split_channels
         return inside
 
+    def level_scales(self) -> tuple[float, ...]:
+        """Sides of each level over those of the LR image, from the HR side."""
+        squeezes = itertools.accumulate((level.squeeze for level in self.levels), operator.mul)
+        return tuple(self.scale / squeeze for squeeze in squeezes)
+
     def latent_shapes(self, height: int, width: int) -> list[tuple[int, int, int]]:
         """(C, h, w) of each latent of an LR image of that size: those of the splits in encoding order, then the top one."""
         sides = [-(-side // self.lr_multiple) * self.lr_multiple * self.scale for side in (height, width)]
@@ -176,26 +173,27 @@ class FlowConfig:
 
 @dataclass(frozen=True)
 class NCSRConfig:
-    """Architecture of an NCSR or SRFlow model.
+    """Architecture of a model of a published system: NCSR, SRFlow, FS-NCSR, SRFlow-DA and its variants, LLFlow, CTFlow.
 
-    The defaults are the published SRFlow ×4. Levels are counted from the HR side: level ℓ works at
-    1/2^ℓ of the HR size, and there are log2(scale) + 1 of them, so that the last one works at half
-    the LR size.
+    The defaults are the published SRFlow ×4. Levels are counted from the HR side. `ncsr_fast.systems.SYSTEMS` says what the
+    models of a system have in common.
 
     Args:
-        scale: Super-resolution factor, 4 or 8.
+        scale: Super-resolution factor: 4 or 8; of CTFlow and LLFlow 1.
         channels: Width of the encoder (`nf` of the published options).
         growth: Channels that each convolution of a dense block adds (`gc`).
         blocks: Number of residual-in-residual dense blocks of the encoder (`nb`).
         stacked_blocks: Indices of the blocks whose outputs condition the flow.
-        steps: Conditional steps of each level (`K`).
-        transition_steps: Unconditional steps (actnorm and 1×1 convolution) that open each level.
+        steps: Conditional steps of each level (`K`); of SRFlow-DA-S, of all levels together.
+        transition_steps: Unconditional steps (actnorm and 1×1 convolution) that follow each squeeze.
         hidden_channels: Width of the injector and coupling networks.
         noise_channels: 0: no noise-conditional layer (SRFlow); 3: conditioned on the noise image (NCSR); 1: conditioned on
             the standard deviation of the noise.
         noise_steps: For each level, how many of its last steps carry a noise-conditional layer (`S`); all zero with
             noise_channels > 0 is NCSR "without the layer".
         eps: Lower bound of a coupling's or injector's scale.
+        system: A name in `SYSTEMS`; "ncsr" without noise_channels is SRFlow.
+        temperature: What is recommended for samples of the weights: the default of `ncsr-fast sample`.
     """
 
     scale: int = 4
@@ -209,28 +207,43 @@ class NCSRConfig:
     noise_channels: int = 0
     noise_steps: tuple[int, ...] = ()
     eps: float = 1e-4
+    system: str = "ncsr"
+    temperature: float = TEMPERATURE
 
     def __post_init__(self) -> None:
-        if self.scale not in (4, 8):
-            raise ValueError(f"scale must be 4 or 8, not {self.scale!r}")
-        if self.noise_channels not in (0, 1, 3):
-            raise ValueError(
-                f"noise_channels must be 0 (SRFlow), 1 (standard deviation) or 3 (noise), not {self.noise_channels!r}"
-            )
+        check_temperature(self.temperature)
+        if self.system not in SYSTEMS:
+            raise ValueError(f"system must be one of {', '.join(map(repr, SYSTEMS))}, not {self.system!r}")
+        if self.scale not in self.traits.scales:
+            raise ValueError(f"scale must be {' or '.join(map(str, self.traits.scales))}, not {self.scale!r}")
         for name in ("channels", "growth", "blocks", "steps", "hidden_channels"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a positive integer, not {value!r}")
         if not isinstance(self.transition_steps, int) or self.transition_steps < 0:
             raise ValueError(f"transition_steps must be an integer ≥ 0, not {self.transition_steps!r}")
+        period = self.traits.split_period
+        if period and self.steps % period == 1:
+            raise ValueError(
+                f"steps must not be {self.steps}: {self.traits.title} splits after steps 0, {period} …, and the last has none"
+            )
         object.__setattr__(self, "stacked_blocks", tuple(self.stacked_blocks))
-        object.__setattr__(self, "noise_steps", tuple(self.noise_steps) or (0,) * self.levels)
         if len(set(self.stacked_blocks)) != len(self.stacked_blocks) or any(
             not 0 <= index < self.blocks for index in self.stacked_blocks
         ):
             raise ValueError(
                 f"stacked_blocks must be distinct block indices below blocks={self.blocks}, not {self.stacked_blocks}"
             )
+        self._check_noise()
+
+    def _check_noise(self) -> None:
+        object.__setattr__(self, "noise_steps", tuple(self.noise_steps) or (0,) * self.levels)
+        if self.noise_channels not in (0, 1, 3):
+            raise ValueError(
+                f"noise_channels must be 0 (SRFlow), 1 (standard deviation) or 3 (noise), not {self.noise_channels!r}"
+            )
+        if self.noise_channels and not self.traits.noise:
+            raise ValueError(f"noise_channels must be 0: {self.traits.title} has no noise-conditional layer")
         if len(self.noise_steps) != self.levels:
             raise ValueError(f"noise_steps must have one entry for each of the {self.levels} levels: {self.noise_steps}")
         if any(count < 0 for count in self.noise_steps):
@@ -241,9 +254,14 @@ class NCSRConfig:
         object.__setattr__(self, "noise_steps", tuple(min(count, self.steps) for count in self.noise_steps))
 
     @property
+    def traits(self) -> System:
+        """What the models of the system have in common."""
+        return SYSTEMS[self.system]
+
+    @property
     def levels(self) -> int:
-        """Number of flow levels, log2(scale) + 1."""
-        return self.scale.bit_length()
+        """Number of flow levels: of NCSR log2(scale) + 1, so that the last one works at half the LR size."""
+        return len(self._level_sizes())
 
     @property
     def condition_channels(self) -> int:
@@ -252,40 +270,46 @@ class NCSRConfig:
 
     def level_channels(self) -> list[int]:
         """Channels C of the state inside each level, from the HR side (×4: 12, 24, 96)."""
-        channels, inside = 3, []
-        for level in range(self.levels):
-            channels *= 4
-            inside.append(channels)
-            channels -= self.split_channels(level, channels)
-        return inside
+        return self.flow.level_channels()
 
-    def split_channels(self, level: int, channels: int) -> int:
-        """Channels that the split closing `level` (from 0) takes out; 0 where there is no split.
-
-        The published models split after every level but the last two.
-        """
-        return round(channels * 0.5) if level < self.levels - 2 else 0
+    def _level_sizes(self) -> list[tuple[int, int, bool]]:
+        """Of every level the squeeze, the number of conditional steps, and True where a split closes it."""
+        traits = self.traits
+        if traits.split_period is None:
+            count = traits.levels(self.scale)
+            return [(2, self.steps, index < count - traits.unsplit_levels) for index in range(count)]
+        ends = [*range(1, self.steps, traits.split_period), self.steps]  # splits are behind steps 0, n, 2n …
+        counts = [end - start for start, end in zip([0, *ends], ends)]
+        return [(1 if index else self.scale, count, index < len(counts) - 1) for index, count in enumerate(counts)]
 
     @property
     def flow(self) -> FlowConfig:
         """The flow that the architecture is."""
-        levels = []
-        for index, channels in enumerate(self.level_channels()):
-            noise = Branch("noise_couplings", "noise", steps=self.noise_steps[index])
-            branches = (INJECTORS, noise, COUPLINGS)
-            split = self.split_channels(index, channels)
-            levels.append(LevelConfig(self.steps, self.condition_channels, branches, self.transition_steps, split))
+        traits, levels, channels = self.traits, [], self.traits.channels
+        for (squeeze, steps, is_split), noise_steps in zip(self._level_sizes(), self.noise_steps):
+            noise = Branch("noise_couplings", "noise", steps=noise_steps, network=traits.networks)
+            branches = tuple(dataclasses.replace(branch, network=traits.networks) for branch in (INJECTORS, noise, COUPLINGS))
+            transitions = self.transition_steps if squeeze > 1 else 0
+            channels *= squeeze**2
+            split = round(channels * 0.5) if is_split else 0
+            levels.append(LevelConfig(steps, self.condition_channels, branches, transitions, split, squeeze))
+            channels -= split
         return FlowConfig(
             self.scale,
             tuple(levels),
-            hidden_channels=self.hidden_channels,
-            noise_channels=self.noise_channels,
-            eps=self.eps,
+            traits.channels,
+            self.hidden_channels,
+            self.noise_channels,
+            self.eps,
+            prior="encoder" if traits.encoder == "low light" else "standard",
+            base=traits.base,
+            lr_multiple=traits.lr_multiple,
+            lr_channels=traits.lr_channels,
         )
 
     @classmethod
     def preset(cls, name: str) -> NCSRConfig:
-        """The configuration called `name`: "ncsr-x4", "ncsr-x8", "srflow-x4", "srflow-x8", "ncsr-compact-x4"."""
+        """The configuration called `name`: "ncsr-x4", "srflow-da-x8", "llflow-lol" … (`ncsr_fast.systems.PRESETS`)."""
         if name not in PRESETS:
             raise ValueError(f"no preset {name!r}; there are {', '.join(PRESETS)}")
         return cls(**PRESETS[name])
@@ -305,65 +329,9 @@ class NCSRConfig:
 
     @classmethod
     def from_published(cls, options: Mapping[str, Any]) -> NCSRConfig:
-        """The configuration of a published NCSR or SRFlow YAML, given as the dict a YAML reader returns.
+        """The configuration of a published YAML, given as the dict a YAML reader returns.
 
-        Reads `scale`, `mode`, `network_G.*` and `network_G.flow.*`. A key that asks for an architecture
-        this library does not have raises ValueError and names the key.
+        Reads `model`, `scale`, `mode`, `divide_freq`, `network_G.*`, `network_G.flow.*` and LLFlow's own keys. What asks for an
+        architecture that is not served raises ValueError, which names the key, or the system and the nearest that is served.
         """
-        network = _section(options, "network_G")
-        flow = _section(network, "flow", "network_G.flow")
-        kind = network.get("which_model_G")
-        if kind not in ("NCSRNet", "SRFlowNet"):
-            raise ValueError(f"network_G.which_model_G must be 'NCSRNet' or 'SRFlowNet', not {kind!r}")
-        scale = options.get("scale", network.get("upscale"))
-        if scale is None:
-            raise ValueError("the options have no 'scale'")
-        stacked = flow.get("stackRRDB") or {}
-        split = flow.get("split") or {}
-        requirements = {
-            "network_G.in_nc": (network.get("in_nc", 3), 3),
-            "network_G.out_nc": (network.get("out_nc", 3), 3),
-            "network_G.flow.coupling": (flow.get("coupling"), "CondAffineSeparatedAndCond"),
-            "network_G.flow.flow_permutation": (flow.get("flow_permutation", "invconv"), "invconv"),
-            "network_G.flow.fea_up0": (flow.get("fea_up0"), True),
-            "network_G.flow.stackRRDB.concat": (stacked.get("concat"), True),
-            "network_G.flow.split.enable": (split.get("enable"), True),
-            "network_G.flow.split.correct_splits": (bool(split.get("correct_splits")), False),
-            "network_G.flow.split.conditional": (bool(split.get("conditional")), False),
-            "network_G.flow.split.consume_ratio": (split.get("consume_ratio") or 0.5, 0.5),
-            "network_G.flow.split.logs_eps": (split.get("logs_eps") or 0, 0),
-            "network_G.flow.norm": (flow.get("norm"), None),
-        }
-        for key, (value, supported) in requirements.items():
-            if value != supported:
-                raise ValueError(f"{key} = {value!r} is not supported, only {supported!r}")
-        coupling = flow.get("CondAffineSeparatedAndCond") or {}
-        noise: dict[str, Any] = {}
-        if kind == "NCSRNet":
-            conditioned = options.get("mode", "softflow") == "softflow"  # otherwise the program passes no noise
-            noise = {
-                "noise_channels": flow.get("std_channels", 3),
-                "noise_steps": tuple(flow.get("S") or ()) if conditioned else (),
-            }
-        config = cls(
-            scale=scale,
-            channels=network.get("nf", 64),
-            growth=network.get("gc", 32),
-            blocks=network.get("nb", 23),
-            stacked_blocks=tuple(stacked.get("blocks") or ()),
-            steps=flow.get("K", 16),
-            transition_steps=int(flow.get("additionalFlowNoAffine", 0)),
-            hidden_channels=coupling.get("hidden_channels") or 64,
-            eps=coupling.get("eps", 1e-4),
-            **noise,
-        )
-        if flow.get("L", config.levels) != config.levels:
-            raise ValueError(f"network_G.flow.L = {flow['L']} is not supported: scale {scale} has {config.levels} levels")
-        return config
-
-
-def _section(options: Mapping[str, Any], key: str, label: str | None = None) -> Mapping[str, Any]:
-    section = options.get(key)
-    if not isinstance(section, Mapping):
-        raise ValueError(f"the options have no section {label or key!r}")
-    return section
+        return cls(**architecture(options))

@@ -154,7 +154,7 @@ def _rows(model: NCSR | RRDB, names: dict[str, str] | None, wrapper: str | None)
         places = published.places(model)
         written = {name: name for name in places}
     else:
-        layout = [name for name, _ in rrdb_names.encoder_layout(model)]
+        layout = [entry.name for entry in rrdb_names.encoder_layout(model)]
         places = dict(zip(layout, model.state_dict()))
         written = dict(zip(layout, model.published_state_dict()))
     prefix = f"{wrapper}/" if wrapper else ""

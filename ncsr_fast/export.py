@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ncsr_fast.config import NCSRConfig
-from ncsr_fast.engine.folding import fold_mixing, fold_networks
+from ncsr_fast.engine.folding import Networks, fold_mixing, fold_networks, is_deep
 from ncsr_fast.engine.options import EngineOptions
 from ncsr_fast.engine.plan import folded_split
 from ncsr_fast.files import atomic_write
@@ -32,8 +32,10 @@ if TYPE_CHECKING:
 
 _OPSET = 18
 _TOLERANCE = 1e-4  # of the largest pixel, where that is more than 1
-_EXAMPLE = (2, 6, 8)  # batch, height, width: nothing alike, and none of it 1, which torch.export would take for a constant
-_CHECKED = ((1, 4, 6), (3, 10, 4))  # none of them the example's
+# batch, and height and width as multiples of the least: nothing alike, and none of it 1, which torch.export would take for a
+# constant
+_EXAMPLE = (2, 3, 4)
+_CHECKED = ((1, 2, 3), (3, 5, 2))  # none of them the example's
 
 
 def export_onnx(
@@ -109,7 +111,7 @@ def export_onnx(
 
 
 def export_program(decoder: Decoder) -> torch.export.ExportedProgram:
-    """The decoder as torch.export has it, for any batch and any even height and width of LR from 4 on.
+    """The decoder as torch.export has it, for any batch, and any height and width of LR that are 2, 3 … times `multiple`.
 
     Raises:
         ImportError: PyTorch is 2.4, whose torch.export cannot follow the sizes through the model.
@@ -126,7 +128,7 @@ def _metadata(model: NCSR, decoder: Decoder) -> dict[str, str]:
     from ncsr_fast import __version__
 
     latents = [
-        {"name": name, "channels": channels, "scale": side / 2}
+        {"name": name, "channels": channels, "scale": side / decoder.multiple}
         for name, (channels, side) in zip(decoder.inputs, decoder.latents)
     ]
     return {
@@ -135,7 +137,7 @@ def _metadata(model: NCSR, decoder: Decoder) -> dict[str, str]:
         "latents": json.dumps(latents),
         "clip": json.dumps(decoder.clip),
         "deterministic": json.dumps(decoder.deterministic),
-        "lr_multiple": "2",
+        "lr_multiple": str(decoder.multiple),
         "config": json.dumps(model.config.to_dict()),
     }
 
@@ -147,12 +149,15 @@ def _difference(graph: bytes, decoder: Decoder, reference: NCSR) -> float:
     session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
     reference.options = EngineOptions(engine="plain")
     worst = 0.0
-    for batch, height, width in _CHECKED:
-        lr, *latents = decoder.example(batch, height, width)
+    for sizes in _CHECKED:
+        lr, *latents = decoder.example(*sizes)
         found = session.run(None, dict(zip(["lr", *decoder.inputs], (t.numpy() for t in (lr, *latents)))))[0]
-        latents = latents or [torch.zeros(batch, *shape) for shape in reference.latent_shapes(height, width)]
+        latents = latents or [torch.zeros(len(lr), *shape) for shape in reference.latent_shapes(*lr.shape[2:])]
         with torch.no_grad():
-            expected = reference.decode([latent.double() for latent in latents], lr.double())
+            mean = reference.features(lr.double()).prior_mean
+            latents = [latent.double() for latent in latents]
+            latents[-1] = latents[-1] if mean is None else latents[-1] + mean
+            expected = reference.decode(latents, lr.double())
         expected = reference.inputs.shown(expected, lr) if decoder.clip else expected
         found = torch.from_numpy(found).double()
         gap = torch.where(found.isnan() & expected.isnan(), 0, found - expected).abs().max()
@@ -167,10 +172,13 @@ class Decoder(nn.Module):
     It has copies of the weights, as buffers: changes of the model do not reach it. No gradients of the weights.
 
     Args:
-        lr: (B, 3, H, W), RGB in [0, 1], H and W even (`NCSR` pads odd ones; here it is left to the caller).
-        latents: As `model.latent_shapes(H, W)` has them, drawn from N(0, temperature²); with `deterministic` there are
-            none: they are zero, and `decoder(lr)` is the image of temperature 0.
-        clip: To [0, 1] as `model.sample` does: a pixel that overflowed is NaN. False: as `model.decode` does.
+        lr: (B, 3, H, W), RGB in [0, 1], or as the model wants it; H and W multiples of `multiple`, for most models even
+            (`NCSR` pads others; here it is left to the caller).
+        latents: As `model.latent_shapes(H, W)` has them, drawn from N(0, temperature²), the top one around the mean of the
+            prior where the model has one; with `deterministic` there are none: they are zero, and `decoder(lr)` is the image
+            of temperature 0.
+        clip: To [0, 1] as `model.sample` does, which adds the base before where the model has one: a pixel that overflowed is
+            NaN. False: as `model.decode` does.
 
     Raises:
         ValueError: Weights that are not finite, or a 1×1 convolution without an inverse.
@@ -181,10 +189,13 @@ class Decoder(nn.Module):
         if not isinstance(model.config, NCSRConfig):
             raise ValueError("the exporter knows the architectures of NCSRConfig, and this model is a flow of one's own")
         self.deterministic, self.clip = deterministic, clip
-        self.latents = [(channels, side) for channels, side, _ in model.latent_shapes(2, 2)]  # side to two LR pixels
+        self.multiple, self.lr_channels, self.scale = model.flow.lr_multiple, model.flow.lr_channels, model.flow.scale
+        self.base = model.flow.base if clip else None
+        shapes = model.latent_shapes(self.multiple, self.multiple)
+        self.latents = [(channels, side) for channels, side, _ in shapes]  # side to `multiple` LR pixels
         self.inputs = [] if deterministic else [f"latent{index}" for index in range(len(self.latents))]  # beside lr
         self.encoder = copy.deepcopy(model.encoder)
-        self.encoder.conv_up[-1] = self.encoder.conv_hr = self.encoder.conv_last = nn.Identity()  # the flow has no use for them
+        _drop(self.encoder, self.encoder.head())
         with torch.no_grad():
             self.levels = nn.ModuleList(_Level(level) for level in model.levels)
         self.eval().requires_grad_(False)
@@ -192,31 +203,44 @@ class Decoder(nn.Module):
             if not value.isfinite().all():
                 raise ValueError(f"the model cannot be exported: {name}, made of its weights, is not finite")
 
-    def example(self, batch: int, height: int, width: int) -> list[Tensor]:
-        """lr and the latents, of a smooth image and temperature 0.5; always the same."""
+    def example(self, batch: int, rows: int, columns: int) -> list[Tensor]:
+        """Return lr, of `multiple` times these rows and columns, and latents: a smooth image, temperature 0.5."""
         like, generator = self.encoder.conv_first.weight, torch.Generator().manual_seed(0)
-        lr = F.interpolate(torch.rand(batch, 3, 2, 2, generator=generator, device="cpu"), size=(height, width), mode="bilinear")
+        corners = torch.rand(batch, self.lr_channels, 2, 2, generator=generator, device="cpu")
+        lr = F.interpolate(corners, size=(self.multiple * rows, self.multiple * columns), mode="bilinear")
         latents = [
-            0.5 * torch.randn((batch, channels, side * height // 2, side * width // 2), generator=generator, device="cpu")
+            0.5 * torch.randn((batch, channels, side * rows, side * columns), generator=generator, device="cpu")
             for channels, side in self.latents[: len(self.inputs)]
         ]
         return [tensor.to(like) for tensor in (lr, *latents)]
 
     def dynamic_shapes(self) -> dict[str, Any]:
-        """What torch.export is told: batch, and half of the height and width of LR, are free."""
+        """What torch.export is told: batch, and height and width of LR over `multiple`, are free."""
         batch, h, w = torch.export.Dim("batch", min=1), torch.export.Dim("h", min=2), torch.export.Dim("w", min=2)
         latents = tuple({0: batch, 2: side * h, 3: side * w} for _, side in self.latents[: len(self.inputs)])
-        return {"lr": {0: batch, 2: 2 * h, 3: 2 * w}, **({"latents": latents} if latents else {})}
+        return {"lr": {0: batch, 2: self.multiple * h, 3: self.multiple * w}, **({"latents": latents} if latents else {})}
 
     def forward(self, lr: Tensor, *latents: Tensor) -> Tensor:
         """The HR images (B, 3, sH, sW) of LR images and latents."""
         if self.deterministic:
-            halves = lr.shape[2] // 2, lr.shape[3] // 2
-            latents = tuple(lr.new_zeros(lr.shape[0], c, *(side * half for half in halves)) for c, side in self.latents)
-        z, features = latents[-1], self.encoder.features(lr)
+            sizes = lr.shape[2] // self.multiple, lr.shape[3] // self.multiple
+            latents = tuple(lr.new_zeros(lr.shape[0], c, *(side * size for size in sizes)) for c, side in self.latents)
+        features, mean = self.encoder.condition(lr, None)
+        z = latents[-1] if mean is None else latents[-1] + mean
         for index, level, latent in downward(self.levels, latents):
-            z = level(z, latent, features[index])
+            z = level(z, latent, features[index].joined)
+        if self.base is not None:
+            z = z + F.interpolate(lr, scale_factor=self.scale, mode=self.base, align_corners=False)
         return torch.where(z.isfinite(), z.clamp(0, 1), torch.nan) if self.clip else z
+
+
+def _drop(module: nn.Module, parts: list[nn.Module]) -> None:
+    """Put an identity in the place of modules inside a module, which has no use for them."""
+    for name, child in module.named_children():
+        if any(child is part for part in parts):
+            setattr(module, name, nn.Identity())
+        else:
+            _drop(child, parts)
 
 
 class _Level(nn.Module):
@@ -230,6 +254,7 @@ class _Level(nn.Module):
             fold_networks(level.networks(branch), 0 if branch.changes_all else level.pass_through, dtype)
             for branch in level.branches
         ]
+        residuals = [level.networks(branch).residual for branch in level.branches]
         mixing = fold_mixing(level.actnorm_bias, level.actnorm_logs, level.invconv, level.transition_steps, inverse=True)
         self.split = _Convolution(*_halves(*folded_split(level))) if level.split_channels else None
         self.changed = level.channels - level.pass_through
@@ -238,10 +263,10 @@ class _Level(nn.Module):
         self.hoisted = _Convolution(torch.cat([h.weight for h in hoisted]), torch.cat([h.bias for h in hoisted]))
         self.hoists = [branch.condition == "features" for branch in level.branches]
         self.branches = [branch.name for branch in level.branches]
-        for name, (networks, hoisted), hoists in zip(self.branches, pairs, self.hoists):
+        for name, (networks, hoisted), hoists, residual in zip(self.branches, pairs, self.hoists, residuals):
             biases = hoisted.bias.chunk(len(networks.w2))
             # of zero noise, or of no condition, only the bias of the first layer is left
-            parts = (_Network(networks, index, None if hoists else bias) for index, bias in enumerate(biases))
+            parts = (_Network(networks, index, residual, None if hoists else bias) for index, bias in enumerate(biases))
             setattr(self, name, nn.ModuleList(parts))
         self.mixes = nn.ModuleList(
             _Convolution(mix[:, :, None, None], offset) for mix, offset in zip(mixing.mix, mixing.offset)
@@ -275,21 +300,29 @@ class _Network(nn.Module):
     """One of the stacked networks: (z1, pre) → shift and, shifted by 2, what the scale is the sigmoid of.
 
     Args:
+        residual: Of a deep network with residuals, the layers inside each; 0: none.
         bias: Of the first layer, where nothing is hoisted from it.
     """
 
-    def __init__(self, networks, index: int, bias: Tensor | None = None) -> None:
+    def __init__(self, networks: Networks, index: int, residual: int, bias: Tensor | None = None) -> None:
         super().__init__()
-        self.sees_state = networks.w1 is not None
+        self.sees_state, self.residual = networks.w1 is not None, residual
         self.first = _Convolution(networks.w1[index], bias) if self.sees_state else None
-        self.second = _Convolution(networks.w2[index], networks.b2[index])
+        w2, b2 = networks.w2[index], networks.b2[index]
+        layers = zip(w2, b2) if is_deep(networks.w2) else [(w2, b2)]
+        self.hidden = nn.ModuleList(_Convolution(*layer) for layer in layers)
         weight, bias = _halves(networks.w3[index], networks.b3[index])
         bias[len(bias) // 2 :] += 2
-        self.third = _Convolution(weight, bias)
+        self.last = _Convolution(weight, bias)
 
     def forward(self, z1: Tensor | None, pre: Tensor | None) -> Tensor:
         x = pre if z1 is None else self.first(z1) if pre is None else self.first(z1) + pre
-        return self.third(F.relu(self.second(F.relu(x))))
+        x = start = F.relu(x)
+        for index, layer in enumerate(self.hidden, start=1):
+            x = F.relu(layer(x))
+            if self.residual and index % self.residual == 0:
+                x = start = start + x
+        return self.last(x)
 
 
 class _Convolution(nn.Module):

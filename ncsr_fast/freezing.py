@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from ncsr_fast.engine.cache import Cache, place
 from ncsr_fast.layout import traced
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class FrozenError(RuntimeError):
@@ -122,3 +126,75 @@ class _Record:
 
 def _state(parameter: Tensor) -> tuple:
     return *place(parameter), parameter.requires_grad
+
+
+class Freezable(nn.Module):
+    """A module with the promise, whose weights the caches `_caches` hold folded values of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._freezer = Freezer()
+
+    @property
+    def _caches(self) -> Sequence[Cache]:
+        raise NotImplementedError
+
+    def _visit(self) -> None:
+        """Compute something by which all is folded that later calls need."""
+        raise NotImplementedError
+
+    @property
+    def frozen(self) -> bool:
+        """True from `freeze_for_inference` to `unfreeze`."""
+        return self._freezer.frozen
+
+    def freeze_for_inference(self) -> Self:
+        """Promise that the weights no longer change; returns the model itself, in evaluation mode and without gradients.
+
+        Actnorms, exp-scales and the inverses of the 1×1 convolutions are folded into constants now, and cached. Without the
+        promise a GPU folds in every pass, and a CPU compares a checksum of all weights. `encode`, `nll`, `decode` and `sample`
+        record no gradients, the images' neither, and gradients that parameters hold are dropped. `.to()`, `.double()` and the
+        options of the engine work as before, and fold again where they must.
+
+        Until `unfreeze`, all that would change a weight raises FrozenError: `load_state_dict`, `load_published`,
+        `initialize`, `train()` and `requires_grad_()` before they do anything; edits in place, or another parameter, at the
+        next pass. Two ways past PyTorch's count of changes cannot be seen: edits of a parameter's `.data` in place, and the
+        replay of a CUDA graph of training steps captured before. A copy or a pickle is not frozen, and has its gradients off.
+
+        Raises:
+            ValueError: A 1×1 convolution has no inverse (of a model on the CPU); or the weights were made under
+                `torch.inference_mode()`, of which PyTorch counts no changes.
+        """
+        self._freezer.freeze(self, self._caches, self._visit)
+        return self
+
+    def unfreeze(self) -> Self:
+        """Take the promise back: mode and gradients are what they were. Nothing happens to a model that is not frozen."""
+        self._freezer.thaw(self, self._caches)
+        return self
+
+    @property
+    def folded_constants(self) -> list[dict]:
+        """The constants of every level that were folded when the model was frozen; none for a model that is not."""
+        return [constants for cache in self._caches if (constants := cache.frozen_values) is not None]
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode of training; FrozenError for a frozen model."""
+        if mode:
+            self._freezer.refuse("train()")
+        return super().train(mode)
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """Set whether gradients of the weights are recorded; FrozenError for a frozen model."""
+        if requires_grad:
+            self._freezer.refuse("requires_grad_()")
+        return super().requires_grad_(requires_grad)
+
+    def load_state_dict(self, *arguments: Any, **options: Any) -> Any:
+        """As `torch.nn.Module` has it; FrozenError for a frozen model."""
+        self._freezer.refuse("load_state_dict()")
+        return super().load_state_dict(*arguments, **options)
+
+    def _apply(self, *arguments: Any, **options: Any) -> Self:  # what to(), cuda(), double() … do
+        self._freezer.move(self, self._caches, lambda: super(Freezable, self)._apply(*arguments, **options), self._visit)
+        return self

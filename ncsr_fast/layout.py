@@ -53,6 +53,11 @@ def traced() -> bool:
     return watched or transformed() or torch._C._get_tracing_state() is not None
 
 
+def in_a_graph() -> bool:
+    """True where what is computed now is repeated without Python: where it is `traced`, or captured in a CUDA graph."""
+    return traced() or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
+
+
 def transformed() -> bool:
     """True inside transforms of `torch.func` and forward-mode differentiation, which plain PyTorch operators alone know."""
     return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
@@ -60,7 +65,12 @@ def transformed() -> bool:
 
 def laid_out(x: Tensor, memory_format: torch.memory_format) -> Tensor:
     """x in a memory format; as it lies inside transforms, some of which know none."""
-    return x if transformed() else x.contiguous(memory_format=memory_format)
+    if transformed():
+        return x
+    if memory_format == torch.channels_last and x.shape[1] == 1 and x.stride(1) != 1:
+        # an image of one channel is contiguous in both formats, and convolutions take the one that its strides say
+        return x.clone(memory_format=memory_format)
+    return x.contiguous(memory_format=memory_format)
 
 
 def in_memory(x: Tensor) -> Tensor:

@@ -76,6 +76,14 @@ def free_memory() -> int | None:
     return max(free, 0)
 
 
+def free_bytes(device: torch.device) -> int | None:
+    """Bytes that tensors on a device can have yet; None where nothing tells. Does not wait for a GPU."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    return free_memory() if device.type == "cpu" else None
+
+
 def _kibibytes(file: Path, name: str) -> int:
     """Bytes that a line `name: number kB` of a file of the kernel's stands for."""
     lines = dict(line.split(":", 1) for line in file.read_text(encoding="utf-8").splitlines() if ":" in line)

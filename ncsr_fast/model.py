@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,16 +16,19 @@ from ncsr_fast import files
 from ncsr_fast.autocast import without_autocast
 from ncsr_fast.checkpoints import models, published
 from ncsr_fast.checkpoints.state_dicts import read_state_dict
-from ncsr_fast.checks import check_temperature
+from ncsr_fast.checks import check_temperature, check_tile
 from ncsr_fast.config import FlowConfig, NCSRConfig
+from ncsr_fast.encoder.low_light import LowLightEncoder
+from ncsr_fast.encoder.published import published_encoder
 from ncsr_fast.encoder.rrdb import RRDB
+from ncsr_fast.encoder.tiled import condition
 from ncsr_fast.engine.condition import Condition
 from ncsr_fast.engine.options import EngineOptions
 from ncsr_fast.flow.conditioned import Encoded, Levels
 from ncsr_fast.flow.inputs import Inputs
 from ncsr_fast.flow.level import FlowLevel
 from ncsr_fast.flow.samples import ConditionedFlow
-from ncsr_fast.freezing import Freezer
+from ncsr_fast.freezing import Freezable
 from ncsr_fast.hub import find_model
 from ncsr_fast.invertibility import InvertibilityReport, check_invertibility
 from ncsr_fast.layout import laid_out
@@ -40,7 +43,7 @@ def _option(name: str, meaning: str) -> property:
     return property(lambda model: getattr(model.options, name), write, doc=meaning)
 
 
-class NCSR(nn.Module):
+class NCSR(Freezable):
     """NCSR or SRFlow super-resolution flow, or another flow of the family.
 
     `lr` is (B, 3, H, W) and `hr` (B, 3, sH, sW), float RGB in [0, 1], of the model's dtype and device. Both are what the flow
@@ -48,15 +51,15 @@ class NCSR(nn.Module):
     when the configuration's `noise_channels` is 3, (B, 1, 1, 1) when it is 1, and None means zero.
 
     Any LR size from 1×1 is accepted. Odd sizes are padded (reflection; replication of a single row or column) to even ones,
-    images returned are cropped back, and latents and likelihoods are those of the padded image.
+    images returned are cropped back, and latents and likelihoods are those of the padded image. The `lr` of LLFlow has six
+    channels (`ncsr_fast.data.low_light_input`), images of CTFlow have one; both are padded to multiples of 8.
 
     Everything is differentiable with respect to images and parameters. `model(hr, lr, noise)` is `model.nll(hr, lr, noise)`.
     Under `torch.autocast` the networks have the precision it asks for, as with `precision`, and the state stays float32.
 
     Args:
         config: An architecture of the published models, or a flow of one's own, which needs an encoder.
-        encoder: A module that makes the condition of LR images (`ncsr_fast.engine.condition.Encoder`); None: the RRDB network
-            that an `NCSRConfig` describes.
+        encoder: A module that makes the condition of LR images (`ncsr_fast.engine.condition.Encoder`); None: the config's.
         options: Of `EngineOptions`: `engine`, `precision`, `checkpoint` … They may be given to `from_pretrained` too, and
             changed at any time: `model.precision = "bf16"`, `model.options = replace(model.options, …)`.
     """
@@ -66,7 +69,7 @@ class NCSR(nn.Module):
         self.config = config
         self.flow = config.flow if isinstance(config, NCSRConfig) else config
         self.options = EngineOptions(**options)
-        self.encoder = _rrdb(config) if encoder is None else encoder
+        self.encoder = published_encoder(config) if encoder is None else encoder
         flow = self.flow
         self.levels = nn.ModuleList(
             FlowLevel(level, channels, flow.hidden_channels, flow.noise_channels, flow.eps)
@@ -75,7 +78,6 @@ class NCSR(nn.Module):
         # persistent, so that a reloaded model is not initialised again from whatever batch comes first
         self.register_buffer("actnorm_initialized", torch.tensor(False))
         self.unused_published: dict[str, Tensor] = {}  # tensors of a published file that no computation reads
-        self._freezer = Freezer()
 
     engine = _option("engine", 'Evaluation of the model, "fused" or "plain", the reference, which goes step by step.')
     precision = _option("precision", 'Precision of the networks, "fp32", "tf32" or "bf16".')
@@ -91,7 +93,7 @@ class NCSR(nn.Module):
         """The checks and the padding of arguments."""
         return Inputs(self.flow, self.levels[0].actnorm_bias)
 
-    def condition(self, lr: Tensor) -> ConditionedFlow:
+    def condition(self, lr: Tensor, *, tile: int | str | None = None) -> ConditionedFlow:
         """The flow conditioned on LR images: the encoder, and all else that they alone decide, is computed once.
 
         For many images of the same LR image: samples, or the steps of a solver of an inverse problem. Calls of the result
@@ -100,6 +102,7 @@ class NCSR(nn.Module):
 
         Args:
             lr: (B, 3, H, W).
+            tile: For samples in tiles, as for `sample`: the encoder is evaluated in tiles too, in less memory.
 
         Returns:
             A `ConditionedFlow`, with `sample`, `encode`, `decode` and `log_prob`; it holds for the weights as they are, and
@@ -114,15 +117,17 @@ class NCSR(nn.Module):
             >>> latents = [torch.zeros(1, *shape, requires_grad=True) for shape in model.latent_shapes(*lr.shape[2:])]
             >>> loss = (flow.decode(latents) - target).square().mean()
         """
-        return self._condition(lr, keeps=True)
+        return self._condition(lr, keeps=True, tile=tile)
 
-    def encode(self, hr: Tensor, lr: Tensor, noise: Tensor | None = None) -> Encoded:
+    def encode(self, hr: Tensor, lr: Tensor, noise: Tensor | None = None, *, prior: str = "condition") -> Encoded:
         """Latents and log-likelihood of `hr` given `lr`.
 
         Args:
             hr: (B, 3, sH, sW).
             lr: (B, 3, H, W).
             noise: Condition, or None for zero.
+            prior: Where the mean of the top latent comes from, where there is one: "condition", from `lr`; "reference", from
+                `hr`, as LLFlow is trained in a part of the batches.
 
         Returns:
             `.latents`, a tuple: those of the splits in encoding order, then the top one, all standard normal under the model
@@ -133,18 +138,18 @@ class NCSR(nn.Module):
             ValueError, TypeError: Shape, HR/LR sizes that do not fit the scale, dtype, device, and (CPU tensors) NaN or
                 infinite values; the message names the argument.
         """
-        return self._condition(lr).encode(hr, noise)
+        return self._condition(lr).encode(hr, noise, prior=prior)
 
-    def forward(self, hr: Tensor, lr: Tensor, noise: Tensor | None = None) -> Tensor:
+    def forward(self, hr: Tensor, lr: Tensor, noise: Tensor | None = None, *, prior: str = "condition") -> Tensor:
         """Return `nll(hr, lr, noise)`: what training optimises, and what wrappers of modules, hooks and `torch.compile` see."""
-        return self.nll(hr, lr, noise)
+        return self.nll(hr, lr, noise, prior=prior)
 
-    def nll(self, hr: Tensor, lr: Tensor, noise: Tensor | None = None) -> Tensor:
+    def nll(self, hr: Tensor, lr: Tensor, noise: Tensor | None = None, *, prior: str = "condition") -> Tensor:
         """Negative log-likelihood (B,) in bits per HR pixel *position*, `-log p / (ln 2 · H · W)`.
 
-        As in the published programs it is not divided by the three channels. H and W are the padded size.
+        As in the published programs it is not divided by the channels. H and W are the padded size. `prior` as of `encode`.
         """
-        return _bits(self.encode(hr, lr, noise), self.inputs.padded_pixels(lr))
+        return _bits(self.encode(hr, lr, noise, prior=prior), self.inputs.padded_pixels(lr))
 
     @torch.no_grad()
     def initialize(self, hr: Tensor, lr: Tensor, noise: Tensor | None = None) -> Tensor:
@@ -162,22 +167,28 @@ class NCSR(nn.Module):
         self.actnorm_initialized.fill_(True)
         return _bits(encoded, inputs.padded_pixels(lr))
 
-    def decode(self, latents: Sequence[Tensor], lr: Tensor, noise: Tensor | None = None) -> Tensor:
-        """The inverse of `encode`: latents → hr (B, 3, sH, sW), not clipped to [0, 1].
+    def decode(
+        self, latents: Sequence[Tensor], lr: Tensor, noise: Tensor | None = None, *, tile: int | str | None = None
+    ) -> Tensor:
+        """The inverse of `encode`: latents → hr (B, 3, sH, sW), not clipped to [0, 1]; `tile` as for `sample`.
 
         Raises:
             ValueError: The latents are not those of an image of this size (`latent_shapes`).
         """
-        return self._condition(lr).decode(latents, noise)
+        return self._condition(lr, tile=tile).decode(latents, noise, tile=tile)
 
     def sample(
         self,
         lr: Tensor,
         n: int = 10,
-        temperature: float = 0.9,
+        temperature: Any = 0.9,
         generator: torch.Generator | None = None,
+        tile: int | str | None = "auto",
         *,
+        latents: Sequence[Tensor] | None = None,
         on_nonfinite: str = "warn",
+        project: bool = False,
+        progress: Callable[[float], None] | None = None,
     ) -> Tensor:
         """n super-resolved images (B, n, 3, sH, sW) of each LR image, clipped to [0, 1].
 
@@ -193,17 +204,28 @@ class NCSR(nn.Module):
         Args:
             lr: (B, 3, H, W).
             n: Samples of each image.
-            temperature: Standard deviation of the latents.
+            temperature: Standard deviation of the latents: a number; one of each latent or each level, the coarsest last; or a
+                map (B or 1, 1, H, W) of LR pixels.
             generator: Of the model's device; None is torch's default one.
+            tile: A large image is decoded in tiles of so many LR pixels a side, with the halo that makes the result equal to
+                rounding, in less memory; "auto": in tiles as large as the free memory allows, and of one where all fits, or
+                gradients are recorded; None: whole. "auto" and numbers go on with smaller tiles when memory runs out.
+            latents: The images' latents (B, n, …), in the order of `encode`, in place of drawn ones: those of a learned prior.
             on_nonfinite: What to do about a sample whose state, at any step, was not finite or beyond ±10⁴: "warn"; "raise"
                 `NonFiniteSamples`; "ignore"; or "retry": draw it again, up to four times, at 0.8 times the temperature before,
                 and warn of those drawn again. All but "ignore" wait for the device once, after the last level.
+            project: True: samples are put onto the LR image, by the smallest change after which their bicubic reduction (as
+                MATLAB has it) is that image: `ncsr_fast.consistency`.
+            progress: Is told, after every tile, which part (0, 1] is done.
 
         Raises:
-            ValueError: n < 1, a negative temperature or another on_nonfinite; and as `encode` does for lr.
+            ValueError: n < 1, a negative temperature, a map or latents of another shape, another tile or on_nonfinite; and as
+                `encode` does for lr.
             TypeError: What is no number.
         """
-        return self._condition(lr).sample(n, temperature, generator, on_nonfinite=on_nonfinite)
+        flow = self._condition(lr, tile=tile)
+        options = {"tile": tile, "on_nonfinite": on_nonfinite, "project": project, "progress": progress}
+        return flow.sample(n, temperature, generator, latents, **options)
 
     def check_invertibility(
         self, lr: Tensor, temperature: float = 0.9, generator: torch.Generator | None = None
@@ -227,25 +249,28 @@ class NCSR(nn.Module):
         self._freezer.check(self)
         return self.inputs.lr(lr)
 
-    def features(self, lr: Tensor, plain: bool | None = None) -> Condition:
+    def features(self, lr: Tensor, plain: bool | None = None, tile: int | str | None = None) -> Condition:
         """The encoder's condition for LR images of a padded size, unchecked; `plain` (None: as the engine) by the reference."""
         if self.engine == "plain" if plain is None else plain:
-            return self.encoder.condition(lr, None)
+            return condition(self.encoder, lr, None, tile)
         options = self.served
         lr = laid_out(lr.to(options.network_dtype(lr.dtype)), options.memory_format)
         with without_autocast(lr.device.type):
-            return self.encoder.condition(lr, options.method)
+            found = condition(self.encoder, lr, options.method, tile)
+        return found.with_mean_in(self.inputs.like.dtype)
 
-    def conditioned_levels(self, lr: Tensor, keeps: bool = False) -> Levels:
+    def conditioned_levels(self, lr: Tensor, keeps: bool = False, tile: int | str | None = None) -> Levels:
         """The levels for LR images of a padded size, without checks; `keeps` their plans for further calls."""
-        return Levels(self.levels, self.flow, self.features(lr), self.served, keeps)
+        return Levels(self.levels, self.flow, self.features(lr, tile=tile), self.served, keeps)
 
-    def _condition(self, lr: Tensor, keeps: bool = False) -> ConditionedFlow:
+    def _condition(self, lr: Tensor, keeps: bool = False, tile: int | str | None = None) -> ConditionedFlow:
+        check_tile(tile)
         padded = self.padded(lr)
         with self._freezer.recording():
-            levels = self.conditioned_levels(padded, keeps)
+            levels = self.conditioned_levels(padded, keeps, tile)
         watched = self.parameters if keeps else tuple
-        return ConditionedFlow(levels, self.inputs, lr, watched, self._freezer.recording, self.advice)
+        reference = getattr(self.encoder, "reference_prior_mean", None)
+        return ConditionedFlow(levels, self.inputs, lr, watched, self._freezer.recording, self.advice, reference)
 
     def advice(self, lr: Tensor) -> str:
         """The reason why samples of LR images (B, 3, H, W) blew up, as far as weights and pixels tell, and advice."""
@@ -258,74 +283,18 @@ class NCSR(nn.Module):
         return self.inputs.advice(lr)
 
     @property
-    def frozen(self) -> bool:
-        """True from `freeze_for_inference` to `unfreeze`."""
-        return self._freezer.frozen
-
-    def freeze_for_inference(self) -> NCSR:
-        """Promise that the weights no longer change; returns the model itself, in evaluation mode and without gradients.
-
-        Actnorms, exp-scales and the inverses of the 1×1 convolutions are folded into constants now, and cached. Without the
-        promise a GPU folds in every pass, and a CPU compares a checksum of all weights. `encode`, `nll`, `decode` and `sample`
-        record no gradients, the images' neither, and gradients that parameters hold are dropped. `.to()`, `.double()` and the
-        options of the engine work as before, and fold again where they must.
-
-        Until `unfreeze`, all that would change a weight raises FrozenError: `load_state_dict`, `load_published`,
-        `initialize`, `train()` and `requires_grad_()` before they do anything; edits in place, or another parameter, at the
-        next pass. Two ways past PyTorch's count of changes cannot be seen: edits of a parameter's `.data` in place, and the
-        replay of a CUDA graph of training steps captured before. A copy or a pickle is not frozen, and has its gradients off.
-
-        Raises:
-            ValueError: A 1×1 convolution has no inverse (of a model on the CPU); or the weights were made under
-                `torch.inference_mode()`, of which PyTorch counts no changes.
-        """
-        self._freezer.freeze(self, self._caches, self._visit)
-        return self
-
-    def unfreeze(self) -> NCSR:
-        """Take the promise back: mode and gradients are what they were. Nothing happens to a model that is not frozen."""
-        self._freezer.thaw(self, self._caches)
-        return self
-
-    @property
-    def folded_constants(self) -> list[dict]:
-        """The constants of every level that were folded when the model was frozen; none for a model that is not."""
-        return [constants for cache in self._caches if (constants := cache.frozen_values) is not None]
-
-    @property
     def _caches(self) -> list:
         return [level.cache for level in self.levels]
 
     def _visit(self) -> None:
         """Decode and encode an image as small as there is, so that all is folded that passes need."""
         side = self.flow.lr_multiple
-        lr = self.inputs.like.new_zeros(1, self.flow.channels, side, side)
+        lr = self.inputs.like.new_zeros(1, self.flow.lr_channels, side, side)
         latents = [lr.new_zeros(1, *shape) for shape in self.latent_shapes(side, side)]
         self.encode(torch.zeros_like(self.decode(latents, lr)), lr)
 
-    def train(self, mode: bool = True) -> NCSR:
-        """Set the mode of training; FrozenError for a frozen model."""
-        if mode:
-            self._freezer.refuse("train()")
-        return super().train(mode)
-
-    def requires_grad_(self, requires_grad: bool = True) -> NCSR:
-        """Set whether gradients of the weights are recorded; FrozenError for a frozen model."""
-        if requires_grad:
-            self._freezer.refuse("requires_grad_()")
-        return super().requires_grad_(requires_grad)
-
-    def load_state_dict(self, *arguments: Any, **options: Any) -> Any:
-        """As `torch.nn.Module` has it; FrozenError for a frozen model."""
-        self._freezer.refuse("load_state_dict()")
-        return super().load_state_dict(*arguments, **options)
-
-    def _apply(self, *arguments: Any, **options: Any) -> NCSR:  # what to(), cuda(), double() … do
-        self._freezer.move(self, self._caches, lambda: super(NCSR, self)._apply(*arguments, **options), self._visit)
-        return self
-
     def load_published(self, source: Mapping[str, Tensor] | str | os.PathLike) -> None:
-        """Load the state dict of a published NCSR or SRFlow network, or the .pth or .safetensors file that holds one.
+        """Load the state dict of a published network, or the .pth or .safetensors file that holds one.
 
         Nothing is changed when it does not fit. Tensors no computation uses are stored for `published_state_dict`. The actnorms
         count as initialised when any of them is not zero, the published program's own rule.
@@ -383,18 +352,9 @@ class NCSR(nn.Module):
         return f"a flow, ×{self.flow.scale}, {len(self.levels)} levels"
 
     def _published_config(self, what: str) -> NCSRConfig:
-        if not isinstance(self.config, NCSRConfig) or not isinstance(self.encoder, RRDB):
+        if not isinstance(self.config, NCSRConfig) or not isinstance(self.encoder, (RRDB, LowLightEncoder)):
             raise ValueError(f"{what} is for the architectures of NCSRConfig; of this model save state_dict()")
         return self.config
-
-
-def _rrdb(config: NCSRConfig | FlowConfig) -> RRDB:
-    if not isinstance(config, NCSRConfig):
-        raise ValueError("a flow of one's own needs an encoder: NCSR(config, encoder)")
-    encoder = RRDB(config.scale, config.channels, config.growth, config.blocks, config.stacked_blocks, long_skip="last_block")
-    for module in encoder.head():  # the flow does not use them, so its loss gives them no gradient
-        module.requires_grad_(False)
-    return encoder
 
 
 def _bits(encoded: Encoded, pixels: int) -> Tensor:

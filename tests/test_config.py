@@ -53,7 +53,7 @@ def test_published_options_without_noise_have_no_active_layer():
     "flow, message",
     [
         ({"coupling": "condAffine"}, "network_G.flow.coupling = 'condAffine' is not supported"),
-        ({"L": 4}, "network_G.flow.L = 4 is not supported: scale 4 has 3 levels"),
+        ({"L": 4}, "network_G.flow.L = 4 is not supported: NCSR has 3 levels at scale 4"),
         ({"split": {"enable": False}}, "network_G.flow.split.enable = False"),
         ({"stackRRDB": {"blocks": [1], "concat": False}}, "network_G.flow.stackRRDB.concat"),
         ({"norm": {"type": "x"}}, "network_G.flow.norm"),
@@ -68,7 +68,7 @@ def test_unsupported_published_options_are_named(flow, message):
 def test_published_options_that_are_none():
     with pytest.raises(ValueError, match="no section 'network_G'"):
         NCSRConfig.from_published({"scale": 4})
-    with pytest.raises(ValueError, match="which_model_G must be 'NCSRNet' or 'SRFlowNet', not 'RRDBNet'"):
+    with pytest.raises(ValueError, match="which_model_G = 'RRDBNet' is no flow but a generator, which RRDB.from_pretrained"):
         NCSRConfig.from_published({"network_G": {"which_model_G": "RRDBNet", "flow": {}}})
 
 

@@ -24,19 +24,25 @@ from ncsr_fast.export import Decoder, export_onnx, export_program
 SIZES = [(1, 4, 4), (3, 10, 4), (1, 4, 12), (2, 6, 8)]  # the last is the example's
 TOLERANCE = 1e-4  # what the issue asks for; float32 is 100 times closer
 
+WITHOUT_NOISE = {"noise_channels": 0, "noise_steps": ()}
 MODELS = {
     "ncsr-x4": lambda: tiny_model(dtype=torch.float32, steps=2, noise_steps=(0, 1, 2)),
     "ncsr-std-x4": lambda: tiny_model(dtype=torch.float32, noise_channels=1),
     "ncsr-x8": lambda: tiny_model(dtype=torch.float32, scale=8, noise_steps=(0, 0, 1, 1)),
     "srflow-x4": lambda: tiny_model(dtype=torch.float32, noise_channels=0, noise_steps=(), blocks=1, stacked_blocks=(0,)),
     "compact": lambda: NCSR.from_pretrained("ncsr-compact-x4"),
+    "fs-ncsr": lambda: tiny_model(dtype=torch.float32, system="fs-ncsr"),
+    "srflow-da-r": lambda: tiny_model(dtype=torch.float32, system="srflow-da-r", **WITHOUT_NOISE),
+    "srflow-da-s": lambda: tiny_model(dtype=torch.float32, system="srflow-da-s", **{**WITHOUT_NOISE, "steps": 8}),
+    "ctflow": lambda: tiny_model(dtype=torch.float32, system="ctflow", scale=1, **WITHOUT_NOISE),
+    "llflow": lambda: tiny_model(dtype=torch.float32, system="llflow", scale=1, **WITHOUT_NOISE),
 }
 
 
 def inputs(model: NCSR, batch: int, height: int, width: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """A smooth image, and latents of temperature 0.3."""
     like = model.levels[0].actnorm_bias
-    corners = image(batch, 3, 2, 2, seed=height)
+    corners = image(batch, model.flow.lr_channels, 2, 2, seed=height)
     lr = torch.nn.functional.interpolate(corners, size=(height, width), mode="bilinear").to(like)
     generator = torch.Generator().manual_seed(width)
     shapes = model.latent_shapes(height, width)
@@ -46,7 +52,8 @@ def inputs(model: NCSR, batch: int, height: int, width: int) -> tuple[torch.Tens
 @torch.no_grad()
 def decoded(model: NCSR, lr: torch.Tensor, latents: list[torch.Tensor] | None) -> torch.Tensor:
     latents = latents or [torch.zeros(len(lr), *shape).to(lr) for shape in model.latent_shapes(*lr.shape[2:])]
-    return model.decode(latents, lr)
+    mean = model.features(lr).prior_mean
+    return model.decode(latents if mean is None else [*latents[:-1], latents[-1] + mean], lr)
 
 
 @marked("slow", lambda name: name not in ("ncsr-x4", "srflow-x4"))
@@ -55,11 +62,11 @@ def decoded(model: NCSR, lr: torch.Tensor, latents: list[torch.Tensor] | None) -
 def test_the_decoder_is_the_model(name, deterministic):
     model = MODELS[name]().double()
     decoder = Decoder(model, deterministic, clip=False)
-    lr, latents = inputs(model, 2, 6, 4)
+    lr, latents = inputs(model, 2, 3 * decoder.multiple, 2 * decoder.multiple)
     latents = [] if deterministic else latents
     assert relative_error(decoder(lr, *latents), decoded(model, lr, latents)) < 1e-11  # the order of float64 sums
     clipped = Decoder(model, deterministic)(lr, *latents)
-    assert torch.equal(clipped, decoder(lr, *latents).clamp(0, 1)) and not clipped.requires_grad
+    assert torch.equal(clipped, model.inputs.shown(decoder(lr, *latents), lr)) and not clipped.requires_grad
 
 
 def test_the_decoder_has_weights_of_its_own():
@@ -126,7 +133,12 @@ class Export:
         lr, latents = inputs(self.model, batch, height, width)
         latents = [] if self.deterministic else latents
         sr = decoded(self.model, lr, latents)
-        return lr, latents, sr.clamp(0, 1) if self.clip else sr
+        return lr, latents, self.model.inputs.shown(sr, lr) if self.clip else sr
+
+    def sizes(self) -> list[tuple[int, int, int]]:
+        """Batches, heights and widths, as the model takes them."""
+        factor = self.model.flow.lr_multiple // 2
+        return [(batch, factor * height, factor * width) for batch, height, width in [*SIZES, (1, 2, 2)]]
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +169,8 @@ def exported(request, tmp_path_factory) -> Export:
 ONNX = ("ncsr-std-x4", False, True)
 MORE_ONNX = [
     ("srflow-x4", True, True), ("ncsr-x4", False, False), ("ncsr-x8", False, False), ("compact", False, True),
-    ("compact", True, True),
+    ("compact", True, True), ("fs-ncsr", False, True), ("srflow-da-s", False, True), ("srflow-da-r", True, True),
+    ("llflow", False, True), ("ctflow", True, False),
 ]  # fmt: skip
 every_export = pytest.mark.parametrize(
     "exported",
@@ -172,7 +185,7 @@ every_export = pytest.mark.parametrize(
 @every_export
 def test_torch_export_of_the_decoder(exported):
     program = exported.program.module()
-    for size in SIZES:
+    for size in exported.sizes()[: len(SIZES)]:
         lr, latents, expected = exported.expected(*size)
         if exported.clip:  # hundreds of values on which a mistake would show
             assert ((0 < expected) & (expected < 1)).double().mean() > 0.25
@@ -189,13 +202,13 @@ def test_onnx(exported):
     assert {opset.domain for opset in graph.opset_import} == {""}, "plain operators alone"
     metadata, config = {entry.key: entry.value for entry in graph.metadata_props}, exported.model.config
     assert NCSRConfig.from_dict(json.loads(metadata["config"])) == config
-    assert metadata["scale"] == str(config.scale) and metadata["lr_multiple"] == "2"
+    assert metadata["scale"] == str(config.scale) and metadata["lr_multiple"] == str(exported.model.flow.lr_multiple)
     assert json.loads(metadata["clip"]) == exported.clip
     assert json.loads(metadata["deterministic"]) == exported.deterministic
     session = onnxruntime.InferenceSession(exported.path, providers=["CPUExecutionProvider"])
     described = json.loads(metadata["latents"])
     assert [i.name for i in session.get_inputs()] == ["lr", *(latent["name"] for latent in described)]
-    for batch, height, width in [*SIZES, (1, 2, 2)]:
+    for batch, height, width in exported.sizes():
         lr, latents, expected = exported.expected(batch, height, width)
         shapes = [(batch, d["channels"], int(d["scale"] * height), int(d["scale"] * width)) for d in described]
         assert shapes == [tuple(latent.shape) for latent in latents]
@@ -205,7 +218,7 @@ def test_onnx(exported):
         assert (torch.from_numpy(found) - expected).abs().max() < TOLERANCE * expected.abs().max().clamp(min=1)
     if exported.deterministic:
         with pytest.raises(Exception, match="(?i)broadcast|dimension|shape"):  # an odd size is refused, not decoded wrongly
-            session.run(None, {"lr": np.zeros((1, 3, 5, 4), np.float32)})
+            session.run(None, {"lr": np.zeros((1, exported.model.flow.lr_channels, 5, 4), np.float32)})
 
 
 @exports

@@ -36,7 +36,7 @@ def test_public_names():
     assert sorted(ncsr_fast.__all__) == sorted(
         [
             "NCSR", "NCSRConfig", "RRDB", "CheckpointError", "__version__", "accelerate", "data", "graphs", "metrics", "ops",
-            "restore", "training",
+            "from_published", "restore", "training",
         ]
     )  # fmt: skip
     assert callable(ncsr_fast.accelerate) and callable(ncsr_fast.restore)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ncsr_fast import files
 from ncsr_fast.checkpoints import published
+from ncsr_fast.checkpoints.recognition import system_in
 from ncsr_fast.checkpoints.state_dicts import read_state_dict
 from ncsr_fast.config import PRESETS, NCSRConfig
 
@@ -57,8 +58,10 @@ def model_of_state_dict(
 
 def describe(config: NCSRConfig) -> str:
     """A model in a few words, for messages."""
-    kind = {0: "SRFlow", 1: "NCSR, std-conditional", 3: "NCSR, noise-conditional"}[config.noise_channels]
-    return f"{kind}, ×{config.scale}, {config.blocks} blocks, {config.steps} steps a level"
+    condition = {0: "", 1: ", std-conditional", 3: ", noise-conditional"}[config.noise_channels]
+    kind = "SRFlow" if config.system == "ncsr" and not condition else config.traits.title + condition
+    where = "in one level" if config.traits.split_period else "a level"
+    return f"{kind}, ×{config.scale}, {config.blocks} blocks, {config.steps} steps {where}"
 
 
 def is_own(state: Mapping[str, Tensor]) -> bool:
@@ -79,12 +82,17 @@ def _config_of_run(path: Path) -> NCSRConfig:
 
 
 def _matching_config(make: Callable[[NCSRConfig], NCSR], state: Mapping[str, Tensor], path: Path) -> NCSRConfig:
-    """The preset, or its std-conditional variant, whose published tensors have exactly these names and shapes."""
-    presets = [NCSRConfig.preset(name) for name in PRESETS]
-    variants = [replace(config, noise_channels=1) for config in presets if config.noise_channels == 3]
-    celeba = NCSRConfig(scale=8, blocks=8, stacked_blocks=(1, 3, 5, 7))  # SRFlow's face model
+    """The preset, or its std-conditional variant, whose published tensors have exactly these names and shapes.
+
+    Of FS-NCSR, whose files are as NCSR's, it is NCSR's.
+    """
+    system = system_in(state) or "ncsr"
+    presets = [config for config in map(NCSRConfig.preset, PRESETS) if config.system == system]
+    if system == "ncsr":
+        presets += [replace(config, noise_channels=1) for config in presets if config.noise_channels == 3]
+        presets.append(NCSRConfig(scale=8, blocks=8, stacked_blocks=(1, 3, 5, 7)))  # SRFlow's face model
     found = []
-    for config in [*presets, *variants, celeba]:
+    for config in presets:
         with torch.device("meta"):
             model = make(config)
         problems = files.differences({entry.name: entry.shape for entry in published.layout(model)}, state)

@@ -1,4 +1,4 @@
-"""The state dicts of the published NCSR and SRFlow programs, and ours, in both directions.
+"""The state dicts of the published programs, and ours, in both directions.
 
 The published programs keep one module per flow step in one flat list (`flowUpsamplerNet.layers.N`, squeezes
 and splits included); ours stack the steps of a level. `layout` is the one table that relates the two.
@@ -7,72 +7,86 @@ and splits included); ours stack the steps of a level. `layout` is the one table
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ncsr_fast.encoder.names import encoder_layout
-from ncsr_fast.files import compare
-from ncsr_fast.flow.networks import StackedNetworks
+from ncsr_fast.checkpoints.recognition import likeness
+from ncsr_fast.checkpoints.state_dicts import Entry
+from ncsr_fast.files import CheckpointError, differences, listed
+from ncsr_fast.flow.networks import DeepNetworks, StackedNetworks
 
 if TYPE_CHECKING:
+    from ncsr_fast.config import NCSRConfig
+    from ncsr_fast.flow.level import FlowLevel
     from ncsr_fast.model import NCSR
 
-
-class Entry(NamedTuple):
-    """One published tensor: its name and shape, and the tensor of ours that it is (None: no computation uses it)."""
-
-    name: str
-    shape: tuple[int, ...]
-    tensor: Tensor | None
+_LLFLOW_WIDTH = 64
 
 
 def layout(model: NCSR) -> Iterator[Entry]:
     """Every tensor of the published state dict of `model`, in its order; the tensors are views of the parameters."""
-    for name, tensor in encoder_layout(model.encoder):
-        yield Entry("RRDB." + name, tuple(tensor.shape), tensor)
+    for entry in model.encoder.layout():
+        yield entry._replace(name=f"RRDB.{entry.name}")
     config = model.config
     position = 0
-    for number, level in enumerate(model.levels):
-        position += 1  # the squeeze
-        for index in range(config.transition_steps + config.steps):
-            prefix = f"flowUpsamplerNet.layers.{position}"
+    for level in model.levels:
+        position += level.squeeze > 1  # the squeeze
+        for index in range(level.transition_steps + level.steps):
+            yield from _step(f"flowUpsamplerNet.layers.{position}", model, level, index)
             position += 1
-            yield _channelwise(f"{prefix}.actnorm.bias", level.actnorm_bias.detach()[index])
-            yield _channelwise(f"{prefix}.actnorm.logs", level.actnorm_logs.detach()[index])
-            yield _whole(f"{prefix}.invconv.weight", level.invconv.detach()[index])
-            step = index - config.transition_steps
-            if step < 0:
-                continue
-            yield from _network(f"{prefix}.affine.fAffine", level.couplings, step)
-            yield from _network(f"{prefix}.affine.fFeatures", level.injectors, step)
-            if not config.noise_channels:
-                continue
-            # the published network exists in every step, used or not
-            noise_step = step - (config.steps - config.noise_steps[number])
-            if noise_step >= 0:
-                yield from _network(f"{prefix}.affine.fAffine_std", level.noise_couplings, noise_step)
-            else:
-                inputs, outputs = level.pass_through + config.noise_channels, 2 * (level.channels - level.pass_through)
-                with torch.device("meta"):  # shapes alone
-                    unused = StackedNetworks(1, inputs, config.hidden_channels, outputs)
-                for entry in _network(f"{prefix}.affine.fAffine_std", unused, 0):
-                    yield entry._replace(tensor=None)
         if level.split_channels:
             prefix = f"flowUpsamplerNet.layers.{position}.conv"
             position += 1
             yield _whole(f"{prefix}.weight", level.split_weight.detach())
             yield _whole(f"{prefix}.bias", level.split_bias.detach())
             yield _scale(f"{prefix}.logs", level.split_logs.detach())
-    yield Entry("flowUpsamplerNet.f.0.weight", (96, config.condition_channels, 3, 3), None)
-    yield Entry("flowUpsamplerNet.f.0.bias", (96,), None)
+    outputs = config.traits.unused_outputs
+    yield Entry("flowUpsamplerNet.f.0.weight", (outputs, _unused_inputs(config), 3, 3), None)
+    yield Entry("flowUpsamplerNet.f.0.bias", (outputs,), None)
+
+
+def _unused_inputs(config: NCSRConfig) -> int:
+    """Inputs of the convolution that no computation reads; of LLFlow they do not follow the width of the encoder."""
+    return _LLFLOW_WIDTH * (1 + len(config.stacked_blocks)) if config.system == "llflow" else config.condition_channels
+
+
+def _step(prefix: str, model: NCSR, level: FlowLevel, index: int) -> Iterator[Entry]:
+    """The tensors of one step of a level, counted with the transition steps."""
+    yield _channelwise(f"{prefix}.actnorm.bias", level.actnorm_bias.detach()[index])
+    yield _channelwise(f"{prefix}.actnorm.logs", level.actnorm_logs.detach()[index])
+    yield _whole(f"{prefix}.invconv.weight", level.invconv.detach()[index])
+    step = index - level.transition_steps
+    if step < 0:
+        return
+    yield from _network(f"{prefix}.affine.fAffine", level.couplings, step)
+    yield from _network(f"{prefix}.affine.fFeatures", level.injectors, step)
+    if not model.config.noise_channels:
+        return
+    # the published network exists in every step, used or not
+    used = next((branch.steps for branch in level.branches if branch.name == "noise_couplings"), 0)
+    noise_step = step - (level.steps - used)
+    if noise_step >= 0:
+        yield from _network(f"{prefix}.affine.fAffine_std", level.noise_couplings, noise_step)
+        return
+    inputs, outputs = level.pass_through + model.config.noise_channels, 2 * (level.channels - level.pass_through)
+    with torch.device("meta"):  # shapes alone
+        unused = StackedNetworks(1, inputs, model.config.hidden_channels, outputs)
+    for entry in _network(f"{prefix}.affine.fAffine_std", unused, 0):
+        yield entry._replace(tensor=None)
 
 
 def load_network(model: NCSR, state: Mapping[str, Tensor]) -> None:
     """Copy a published state dict into `model`; strict, and nothing is changed when it does not fit."""
     entries = list(layout(model))
-    compare({entry.name: entry.shape for entry in entries}, state, f"this model ({model.describe()})")
+    problems = differences({entry.name: entry.shape for entry in entries}, state)
+    if problems:
+        raise CheckpointError(
+            f"the checkpoint is not that of this model ({model.describe()}), but looks like that of {likeness(state)}; "
+            f"{listed(problems)}",
+            problems,
+        )
     for entry in entries:
         if entry.tensor is not None:
             entry.tensor.copy_(state[entry.name].reshape(entry.tensor.shape))
@@ -96,6 +110,12 @@ def places(model: NCSR) -> dict[str, str | None]:
     for name, parameter in model.named_parameters():
         found[parameter.data_ptr(), parameter.shape] = name
         found |= {(part.data_ptr(), part.shape): f"{name}[{index}]" for index, part in enumerate(parameter)}
+    for name, networks in model.named_modules():
+        if isinstance(networks, DeepNetworks):
+            for leaf in ("conv2", "bias2"):
+                for index, layers in enumerate(getattr(networks, leaf)):
+                    parts = enumerate(layers)
+                    found |= {(p.data_ptr(), p.shape): f"{name}.{leaf}[{index}][{layer}]" for layer, p in parts}
 
     def place(tensor: Tensor) -> str:
         return found[tensor.data_ptr(), tensor.shape]
@@ -115,14 +135,31 @@ def _scale(name: str, tensor: Tensor) -> Entry:
     return Entry(name, (tensor.shape[0], 1, 1), tensor)
 
 
-def _network(prefix: str, networks: StackedNetworks, index: int) -> Iterator[Entry]:
+def _network(prefix: str, networks: StackedNetworks | DeepNetworks, index: int) -> Iterator[Entry]:
     def part(name: str) -> Tensor:
         return getattr(networks, name).detach()[index]
 
-    for layer, conv, norm in ((0, "conv1", "norm1"), (2, "conv2", "norm2")):
-        yield _whole(f"{prefix}.{layer}.weight", part(conv))
-        yield _channelwise(f"{prefix}.{layer}.actnorm.bias", part(f"{norm}_bias"))
-        yield _channelwise(f"{prefix}.{layer}.actnorm.logs", part(f"{norm}_logs"))
-    yield _whole(f"{prefix}.4.weight", part("conv3"))
-    yield _whole(f"{prefix}.4.bias", part("bias3"))
-    yield _scale(f"{prefix}.4.logs", part("logs3"))
+    if isinstance(networks, DeepNetworks):
+        first, *hidden, last = _deep_layers(prefix, networks)
+        convolutions = [(first, part("conv1"), part("bias1")), *zip(hidden, part("conv2"), part("bias2"))]
+        for name, weight, bias in convolutions:
+            yield _whole(f"{name}.weight", weight)
+            yield _whole(f"{name}.bias", bias)
+    else:
+        last = f"{prefix}.4"
+        for layer, conv, norm in ((0, "conv1", "norm1"), (2, "conv2", "norm2")):
+            yield _whole(f"{prefix}.{layer}.weight", part(conv))
+            yield _channelwise(f"{prefix}.{layer}.actnorm.bias", part(f"{norm}_bias"))
+            yield _channelwise(f"{prefix}.{layer}.actnorm.logs", part(f"{norm}_logs"))
+    yield _whole(f"{last}.weight", part("conv3"))
+    yield _whole(f"{last}.bias", part("bias3"))
+    yield _scale(f"{last}.logs", part("logs3"))
+
+
+def _deep_layers(prefix: str, networks: DeepNetworks) -> list[str]:
+    """The names of the convolutions of SRFlow-DA's networks, first to last: a ReLU between any two counts as well."""
+    count, residual = networks.layers, networks.residual
+    if not residual:
+        return [f"{prefix}.{2 * index}" for index in range(count + 2)]
+    groups = [""] if count == residual else [f"{group}." for group in range(count // residual)]
+    return [f"{prefix}1.0", *(f"{prefix}2.{group}{2 * index}" for group in groups for index in range(residual)), f"{prefix}3.0"]

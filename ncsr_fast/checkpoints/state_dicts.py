@@ -25,6 +25,14 @@ class StateDict(NamedTuple):
     names: dict[str, str]  # name → name in the file
 
 
+class Entry(NamedTuple):
+    """One published tensor: its name and shape, and the tensor of ours that it is (None: no computation uses it)."""
+
+    name: str
+    shape: tuple[int, ...]
+    tensor: Tensor | None
+
+
 def read_state_dict(source: Mapping[str, Any] | str | os.PathLike) -> dict[str, Tensor]:
     """A state dict from itself or from a .pth or .safetensors file, unwrapped, without a `module.` prefix.
 

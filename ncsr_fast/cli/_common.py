@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ncsr_fast.config import TEMPERATURE
+
 DEFAULT_MODEL = "ncsr-compact-x4"
 _MENDS = {
     errno.ENOSPC: "make room, or choose another disk",
@@ -76,6 +78,21 @@ thread_count = _argument(
 seed = _argument("a whole number from 0 to 2⁶⁴ - 1", int, lambda value: 0 <= value < 2**64)
 seconds = _argument("a number of seconds, 0 or more", float, lambda value: 0 <= value < math.inf)
 temperature = _argument("a number of 0 or more", float, lambda value: 0 <= value < math.inf)
+temperatures = _argument(
+    "a number of 0 or more, or several with commas between them",
+    lambda text: [float(number) for number in text.split(",")],
+    lambda values: all(0 <= value < math.inf for value in values),
+)
+tile = _argument(
+    "auto, none, or a whole number of 1 or more",
+    lambda text: {"auto": "auto", "none": "none"}.get(text) or int(text),
+    lambda value: isinstance(value, str) or value >= 1,
+)
+
+
+def recommended_temperature(model: Any) -> float:
+    """The temperature that a model's configuration recommends for samples, or that of the NCSR paper."""
+    return float(getattr(model.config, "temperature", TEMPERATURE))
 
 
 def why_no_cuda() -> str:
@@ -191,8 +208,11 @@ def told(error: OSError) -> str:
     return f"{place}{error.strerror}{mend}"
 
 
-def too_large(file: str | os.PathLike, n: int) -> str:
-    """A message about an image that memory ran out for."""
-    return (
-        f"{os.fspath(file)!r} with {n} samples does not fit in memory: ask for fewer (--n), take a smaller --model, or crop it"
-    )
+def too_large(file: str | os.PathLike, n: int | None = None, tile: str | int | None = None) -> str:
+    """A message about an image that memory ran out for, with all of its `n` samples, or one of them in tiles of `tile`."""
+    if n is not None:
+        mend = "ask for fewer (--n), take a smaller --model, or crop it"
+        return f"{os.fspath(file)!r} with {n} samples does not fit in memory: {mend}"
+    if tile == "none":
+        return f"{os.fspath(file)!r} does not fit in memory as a whole: use --tile auto"
+    return f"{os.fspath(file)!r} does not fit in memory, not even in small tiles: take a smaller --model, or crop it"

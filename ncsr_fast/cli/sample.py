@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import errno
+import contextlib
+import math
 import sys
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ncsr_fast.cli._common import (
     ImageFile,
@@ -22,31 +22,25 @@ from ncsr_fast.cli._common import (
     pick_device,
     raise_problems,
     seed,
-    temperature,
-    told,
-    too_large,
+    temperatures,
+    tile,
 )
+from ncsr_fast.cli._sampling import Job, Sampler, Share, Stream
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from ncsr_fast.model import NCSR
-
-# errors of writing that are of one image's samples, and what is said of them where the system's words are not enough
-_IN_THE_WAY = "a folder is where a sample, or a file where a folder of samples should be; move it, or choose another --out"
-_OF_ONE = {
-    errno.ENAMETOOLONG: "the names of its samples are too long; use --names ntire",
-    **dict.fromkeys((errno.EISDIR, errno.ENOTDIR, errno.EEXIST), _IN_THE_WAY),
-    **dict.fromkeys((errno.EACCES, errno.EPERM)),
-}
 HELP = "super-resolve images, or every image of a folder"
 EXAMPLE = """\
 example:
-  ncsr-fast sample small.png --out large/ --n 5 --temperature 0.8 --seed 1 --names source
+  ncsr-fast sample small.png --out large/ --n 5 --temperature 0.8 --seed 1
+  ncsr-fast sample photos/ --out large/ --skip-existing
+  torchrun --nproc-per-node 4 -m ncsr_fast.cli.main sample photos/ --out large/
 
-writes large/small_sample00000.png … large/small_sample00004.png. With --names ntire (the default) files are called
+The first writes large/small_sample00000.png … large/small_sample00004.png. With --names ntire files are called
 000000_sample00000.png … as the NTIRE 2021 toolkit expects, numbered in the order of the input. Files of the same names
-that are there already are replaced, other samples stay, and are named.
+that are there already are replaced, other samples stay, and are named. With --skip-existing images all of whose samples
+are there are passed over, so that an interrupted run goes on.
+
+An image of any size is sampled in the memory that there is: a large one in tiles, which change nothing but rounding. The
+same seed gives an image the same samples whatever else is sampled, in whatever tiles, by however many threads or processes.
 
 What a folder holds beside images is named, as are images that cannot be read or do not fit in memory. The others are
 sampled nevertheless, and the exit status is 1."""
@@ -60,7 +54,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     parser.add_argument("--n", type=count, default=10, help="samples of each image (default: %(default)s)")
     parser.add_argument(
-        "--temperature", type=temperature, default=0.9, help="standard deviation of the latents (default: %(default)s)"
+        "--temperature",
+        type=temperatures,
+        help="standard deviation of the latents, or 0.9,0.7 … that of each latent, the coarsest last (default: what the model "
+        "recommends)",
+    )
+    parser.add_argument(
+        "--tile",
+        type=tile,
+        default="auto",
+        metavar="N",
+        help="LR pixels a side of the tiles that large images are decoded in; auto: as the free memory allows; none: whole "
+        "(default: %(default)s)",
     )
     parser.add_argument(
         "--on-nonfinite",
@@ -69,76 +74,56 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what to do about a sample that blew up; retry draws it again at a lower temperature, raise leaves its image out "
         "(default: %(default)s)",
     )
+    parser.add_argument(
+        "--project",
+        action="store_true",
+        help="put samples onto the LR image: change them as little as makes their bicubic reduction that image",
+    )
     parser.add_argument("--seed", type=seed, default=0, help="of the latents of each image (default: %(default)s)")
     parser.add_argument(
-        "--names", choices=("ntire", "source"), default="ntire", help="how to name the files (default: %(default)s)"
+        "--names", choices=("source", "ntire"), default="source", help="how to name the files (default: %(default)s)"
     )
     add_to_8bit(parser)
+    parser.add_argument("--skip-existing", action="store_true", help="pass over images all of whose samples are there")
     add_device(parser)
 
 
 def run(args: argparse.Namespace) -> None:
-    import contextlib
-
-    from tqdm import tqdm
-
-    from ncsr_fast.data.images import ImageError, write_image
-    from ncsr_fast.flow.samples import NonFiniteSamples
-    from ncsr_fast.memory import is_out_of_memory, within_free_memory
+    from ncsr_fast.memory import within_free_memory
     from ncsr_fast.model import NCSR
     from ncsr_fast.places import check_apart, files_of_model
 
-    device = pick_device(args.device)
+    share = Share.of_environment()
+    device = pick_device(share.device(args.device))
     files = image_files(args.input)
     out = check_folder("--out", args.out)
     stems = _stems(files, args.names)
     _check_searched(files, stems, out)
-    targets = [target for stem in stems for target in _targets(out, stem, args.n)]
+    jobs = [Job(file.path, _targets(out, stem, args.n)) for file, stem in zip(files, stems)]
+    targets = {target for job in jobs for target in job.targets}
     check_apart({"--out": targets}, {"the input": [file.path for file in files], "--model": files_of_model(args.model)})
-    earlier = set(out.rglob("*_sample[0-9]*.png"))
+    earlier = set(out.rglob("*_sample[0-9]*.png")) - targets
     model = NCSR.from_pretrained(args.model).to(device).eval()
-    problems: list[str] = []
-    written: list[Path] = []
+    own = jobs[share.rank :: share.processes]
+    left = [job for job in own if not (args.skip_existing and job.is_done)]
     with within_free_memory() if device == "cpu" else contextlib.nullcontext():
-        for file, stem in zip(tqdm(files, unit="image", disable=len(files) == 1), stems):
-            try:
-                samples, problem = _sampled(model, file.path, args)
-                for target, sample in zip(_targets(out, stem, args.n), samples):
-                    write_image(target, sample, args.to_8bit)
-                    written.append(target)
-            except (ImageError, FileNotFoundError, NonFiniteSamples) as error:
-                problem = f"{str(file.path)!r}: {error}" if isinstance(error, NonFiniteSamples) else str(error)
-            except OSError as error:
-                if error.errno not in _OF_ONE:
-                    raise
-                problem = f"{str(file.path)!r}: {_OF_ONE[error.errno] or told(error)}"
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                problem = too_large(file.path, args.n)
-            problems += [problem] if problem else []
-    share = "" if len(written) == args.n * len(files) else f" of {len(files)}"
-    print(f"{len(written) // args.n}{share} images × {args.n} samples → {args.out} (8 bits: {args.to_8bit})")
-    _name_earlier(sorted(earlier - set(written)))
-    raise_problems(problems, len(files), "sampled as asked")
+        stream = Stream(Sampler(model, args), quiet=share.rank > 0)
+        problems = stream.run(left)
+    share.tell(f"{_account(left, len(own), args.n)} → {args.out} (8 bits: {args.to_8bit})")
+    if args.project and any(job.written for job in left):
+        least = stream.least_psnr
+        how = f"LR-PSNR at least {least:.1f} dB" if least < math.inf else "their bicubic reductions are the LR images"
+        share.tell(f"projected onto the LR images: {how}")
+    if share.rank == 0:
+        _name_earlier(sorted(earlier))
+    raise_problems(problems, len(left), "sampled as asked")
 
 
-def _sampled(model: NCSR, file: Path, args: argparse.Namespace) -> tuple[Tensor, str | None]:
-    """The samples (n, 3, sH, sW) of an image, with 0 for what is not finite, and what is wrong with them."""
-    import torch
-
-    from ncsr_fast.data.images import read_image, to_float
-
-    like = next(model.parameters())
-    lr = to_float(read_image(file))[None].to(like)
-    with torch.inference_mode():
-        generator = torch.Generator(like.device).manual_seed(args.seed)
-        samples = model.sample(lr, args.n, args.temperature, generator, on_nonfinite=args.on_nonfinite)[0]
-    bad = int((~torch.isfinite(samples)).flatten(1).any(dim=1).sum())
-    if not bad:
-        return samples, None
-    problem = f"{bad} of {args.n} samples of {str(file)!r} are not finite, and black there. {model.advice(lr)}"
-    return samples.nan_to_num(0), problem
+def _account(jobs: Sequence[Job], total: int, n: int) -> str:
+    """What was written, in words."""
+    done = sum(job.written == n for job in jobs)
+    there = total - len(jobs)
+    return f"{done}{'' if done == total else f' of {total}'} images × {n} samples" + (f", {there} were there" if there else "")
 
 
 def _stems(files: Sequence[ImageFile], names: str) -> list[str]:

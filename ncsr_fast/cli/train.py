@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from ncsr_fast.cli._common import Gathered, add_device, path, pick_device
-from ncsr_fast.config import PRESETS
 from ncsr_fast.training.configuration import VARIANTS, Configuration, configure
-from ncsr_fast.training.settings import TrainSettings
+from ncsr_fast.training.settings import PUBLISHED, TrainSettings
 
 HELP = "train a model on folders of images, or resume a run"
 _HINTS = typing.get_type_hints(TrainSettings)
@@ -64,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=path,
         help="folder of the run: log, checkpoints, samples, model (default: runs/NAME of the YAML); under torchrun --run-dir",
     )
-    parser.add_argument("--preset", help=f"architecture, and the settings that go with it: {', '.join(PRESETS)}")
+    parser.add_argument("--preset", help=f"architecture, and the settings that go with it: {', '.join(PUBLISHED)}")
     parser.add_argument("--variant", help=f"which of the paper's noise-conditional layers: {', '.join(VARIANTS)}")
     parser.add_argument(
         "--model", nargs="+", action=Gathered, metavar="KEY=VALUE", help="fields of NCSRConfig, over the preset's: steps=8"

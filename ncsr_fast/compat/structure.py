@@ -18,7 +18,7 @@ from ncsr_fast.autocast import without_autocast
 from ncsr_fast.checkpoints.published import Entry, layout
 from ncsr_fast.compat.replacement import Replacement, Unsupported, expect
 from ncsr_fast.config import NCSRConfig
-from ncsr_fast.encoder.rrdb import SLOPE
+from ncsr_fast.encoder.blocks import SLOPE
 from ncsr_fast.engine.folding import LOG_SCALE
 from ncsr_fast.model import NCSR
 from ncsr_fast.precision import true_float32
@@ -84,9 +84,12 @@ def configuration_of(net: nn.Module) -> NCSRConfig:
         if getattr(getattr(net, name), "opt", net.opt) != net.opt:
             raise Unsupported(f"the options {name}.opt are others than those of the network")
     try:
-        return NCSRConfig.from_published(net.opt)
+        config = NCSRConfig.from_published(net.opt)
     except (ValueError, TypeError) as error:
         raise Unsupported(f"option {error}") from error
+    if config.system not in ("ncsr", "fs-ncsr"):
+        raise Unsupported(f"it is {config.traits.title}'s, which is served by ncsr_fast.from_published alone")
+    return replace(config, system="ncsr")  # FS-NCSR's networks are NCSR's
 
 
 def _noise_steps(net: nn.Module, config: NCSRConfig) -> tuple[int, ...]:

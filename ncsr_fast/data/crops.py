@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from ncsr_fast.data.cache import ImageCache
 from ncsr_fast.data.degradation import load_degradation
 from ncsr_fast.data.images import ImageError
+from ncsr_fast.data.low_light import equalize
 from ncsr_fast.data.sources import Source, list_sources, read_source, source_size
 from ncsr_fast.data.workers import leave_signals
 
@@ -28,7 +29,7 @@ class RandomCrops(Dataset):
     """Item n is a random crop of an image of the n-th place in an endless shuffle.
 
     An item is {"hr": uint8 (3, crop, crop)}, with {"lr": uint8 (3, crop/scale, crop/scale)} if there are `lr_images` or
-    there is a degradation of one's own.
+    there is a degradation of one's own, and {"equalized": like "lr"} if asked for.
 
     Files that cannot be read and images smaller than a crop are left out with a warning that counts and names
     them, at the start for what the header tells, later (by each worker process) for the rest; ValueError when none
@@ -41,6 +42,8 @@ class RandomCrops(Dataset):
         crop: Side of an HR crop, a multiple of 2·scale.
         seed: With the item's number it decides everything: a run resumed at item n goes on as it would have.
         degradation: Makes the LR crop: what `load_degradation` takes. "bicubic" is left to `to_pair`, on the device.
+        equalize: With `lr_images` alone: items have the LR crop of the image after `ncsr_fast.data.equalize` too, whose
+            histogram is the whole image's. For low-light models, whose scale is 1.
         cache_folder, cache_bytes: Where decoded image files are kept, and how many bytes of them: see `ImageCache`. None or
             0: each is decoded every time.
 
@@ -58,12 +61,15 @@ class RandomCrops(Dataset):
         crop: int = 160,
         seed: int = 0,
         degradation: str | Callable[[Tensor, int, torch.Generator], Tensor] = "bicubic",
+        equalize: bool = False,
         cache_folder: str | os.PathLike | None = None,
         cache_bytes: int = 0,
     ) -> None:
         if crop < 1 or crop % (2 * scale):
             raise ValueError(f"crop must be a positive multiple of 2·scale = {2 * scale}, not {crop!r}")
-        self.scale, self.crop, self.seed = scale, crop, seed
+        if equalize and not _places(lr_images):
+            raise ValueError("equalize needs lr_images: the histogram is that of a whole image, and what is degraded is a crop")
+        self.scale, self.crop, self.seed, self.equalize = scale, crop, seed, equalize
         self.degradation = load_degradation(degradation)
         self.broken: dict[str, str] = {}
         self._order: tuple[int, list[int]] | None = None
@@ -94,8 +100,10 @@ class RandomCrops(Dataset):
         side, (height, width) = self.crop, images[0].shape[1:]
         top = draw.randint(0, (height - side) // self.scale) * self.scale
         left = draw.randint(0, (width - side) // self.scale) * self.scale
+        if self.equalize:
+            images.append(equalize(images[1]))
         item = {}
-        for name, image, ratio in zip(("hr", "lr"), images, (1, self.scale)):
+        for name, image, ratio in zip(("hr", "lr", "equalized"), images, (1, self.scale, self.scale)):
             window = image[:, top // ratio : (top + side) // ratio, left // ratio : (left + side) // ratio]
             # copied, also where it is contiguous: it may be a view of the cache
             item[name] = window.clone(memory_format=torch.contiguous_format)

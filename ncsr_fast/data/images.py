@@ -129,7 +129,9 @@ def crop_to_multiple(image: Tensor, multiple: int) -> Tensor:
 
 
 def pair_up(hr: Iterable[Path], hr_root: Path, lr: Iterable[Path], lr_root: Path) -> list[tuple[Path, Path]]:
-    """HR and LR files of the same relative path, suffix aside. DIV2K's `0001x4.png` matches `0001.png`.
+    """HR and LR files of the same relative path, suffix aside.
+
+    DIV2K's `0001x4.png` matches `0001.png` too, and `low00001.png` of LOL-v2 matches `normal00001.png`.
 
     LR files without an HR partner are named in a warning.
 
@@ -139,7 +141,7 @@ def pair_up(hr: Iterable[Path], hr_root: Path, lr: Iterable[Path], lr_root: Path
     hr_by_key, lr_by_key = _by_key(hr, hr_root), _by_key(lr, lr_root)
     pairs, alone, partners = [], [], set()
     for key, path in hr_by_key.items():
-        found = [key + tag for tag in _TAGS if key + tag in lr_by_key]
+        found = [name for name in _lr_keys(key) if name in lr_by_key]
         if len(found) > 1:
             both = " and ".join(repr(str(lr_by_key[name])) for name in found[:2])
             raise ValueError(f"{both} would both be the LR image of {str(path)!r}; take one away")
@@ -154,6 +156,13 @@ def pair_up(hr: Iterable[Path], hr_root: Path, lr: Iterable[Path], lr_root: Path
     if others:
         warnings.warn(f"{len(others)} LR images have no HR partner in {str(hr_root)!r}: {named(others)}", stacklevel=2)
     return pairs
+
+
+def _lr_keys(key: str) -> list[str]:
+    """The relative paths without suffix that the LR file of an HR file may have."""
+    folder, name = os.path.split(key)
+    low = [os.path.join(folder, "low" + name.removeprefix("normal"))] if name.startswith("normal") else []
+    return [key + tag for tag in _TAGS] + low
 
 
 def _by_key(paths: Iterable[Path], root: Path) -> dict[str, Path]:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ncsr_fast.data.images import to_float
+from ncsr_fast.data.low_light import low_light_input
 from ncsr_fast.metrics.imresize import imresize
 
 
@@ -15,10 +16,15 @@ def degrade(hr: Tensor, scale: int) -> Tensor:
 
 
 def to_pair(batch: dict[str, Tensor], scale: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
-    """A batch of `RandomCrops` → (hr, lr) in [0, 1] on `device`, lr computed there when the batch has none."""
-    hr = batch["hr"].to(device, non_blocking=True)
-    lr = batch["lr"].to(device, non_blocking=True) if "lr" in batch else degrade(hr, scale)
-    return to_float(hr), to_float(lr)
+    """A batch of `RandomCrops` → (hr, lr) in [0, 1] on `device`, lr computed there when the batch has none.
+
+    Of a batch with equalized crops, lr are the six channels of `low_light_input`.
+    """
+    images = {name: image.to(device, non_blocking=True) for name, image in batch.items()}
+    hr = images["hr"]
+    if "equalized" in images:
+        return to_float(hr), low_light_input(images["lr"], images["equalized"])
+    return to_float(hr), to_float(images["lr"] if "lr" in images else degrade(hr, scale))
 
 
 def perturb(

@@ -1,1 +1,1 @@
-"""Encoders: the RRDB network, and its files."""
+"""Encoders: RRDB networks with their files, and LLFlow's."""

@@ -55,8 +55,7 @@ def from_state(
 
 def _load(network: RRDB, state: GeneratorState) -> None:
     """Copy a state dict into `network`; strict, and nothing is changed when it does not fit."""
-    entries = dict(encoder_layout(network))
-    expected = {name: tuple(tensor.shape) for name, tensor in entries.items()}
-    files.compare(expected, state.tensors, f"this encoder ({network.describe()})")
-    for name, tensor in entries.items():
-        tensor.copy_(state.tensors[name])
+    entries = list(encoder_layout(network))
+    files.compare({entry.name: entry.shape for entry in entries}, state.tensors, f"this encoder ({network.describe()})")
+    for entry in entries:
+        entry.tensor.copy_(state.tensors[entry.name])

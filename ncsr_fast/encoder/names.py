@@ -10,9 +10,9 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from ncsr_fast.checkpoints.state_dicts import StateDict, read_named
+from ncsr_fast.checkpoints.state_dicts import Entry, StateDict, read_named
 from ncsr_fast.files import CheckpointError, listed
 
 if TYPE_CHECKING:
@@ -89,10 +89,10 @@ def _kernel(state: Mapping[str, Tensor], name: str) -> tuple[int, int]:
     return shape[0], shape[1]
 
 
-def encoder_layout(encoder: RRDB) -> Iterator[tuple[str, Tensor]]:
-    """(SRFlow's name, tensor) of every tensor of the network, in the order of its own state dict."""
+def encoder_layout(encoder: nn.Module) -> Iterator[Entry]:
+    """Every tensor of an encoder, by SRFlow's names, in the order of its own state dict."""
     for name, tensor in encoder.state_dict().items():
-        yield _from_basicsr(_to_basicsr(name)), tensor
+        yield Entry(_from_basicsr(_to_basicsr(name)), tuple(tensor.shape), tensor)
 
 
 def published_layout(encoder: RRDB) -> Iterator[tuple[str, Tensor]]:

@@ -4,106 +4,27 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ncsr_fast import files
+from ncsr_fast.checkpoints.state_dicts import Entry
 from ncsr_fast.checks import check_like
 from ncsr_fast.encoder import checkpoints
-from ncsr_fast.encoder.names import published_layout
-from ncsr_fast.engine.condition import Condition, Features
-from ncsr_fast.engine.dense_block import dense_block
+from ncsr_fast.encoder.blocks import ENGINE, SLOPE, Block, ResidualBlock, averaged, conv3x3, convolved, trunk
+from ncsr_fast.encoder.names import encoder_layout, published_layout
+from ncsr_fast.encoder.tiled import DeferredFeatures, TiledBlock
+from ncsr_fast.engine.condition import Condition, Features, LevelFeatures
 from ncsr_fast.hub import find_model
-from ncsr_fast.ops.conv3x3 import ConvolutionMethod, convolution
+from ncsr_fast.ops.conv3x3 import ConvolutionMethod
 
-SLOPE = 0.2  # of every LeakyReLU
-ENGINE = ConvolutionMethod()
-RESIDUAL = 0.2  # weight of a dense block's, and of a block's, residual branch
-NOISE = 0.1  # standard deviation of nESRGAN+'s noise, relative to the features it multiplies
 LONG_SKIPS = ("conv_first", "last_block")
 TRAINING_NOISE = ("none", "dense", "all")
-
-
-def conv3x3(inputs: int, outputs: int, scale: float | None = None) -> nn.Conv2d:
-    """A 3×3 convolution; with `scale`, initialised as ESRGAN's residual blocks are (Kaiming normal × scale)."""
-    conv = nn.Conv2d(inputs, outputs, 3, padding=1)
-    if scale is not None:
-        nn.init.kaiming_normal_(conv.weight, a=0, mode="fan_in")
-        conv.weight.data.mul_(scale)
-        nn.init.zeros_(conv.bias)
-    return conv
-
-
-class ResidualNoise(nn.Module):
-    """Gaussian noise proportional to the features, y · (1 + 0.1 · n), in training mode and where it is `active`.
-
-    draw  makes n, standard normal numbers, of y. By default PyTorch's global generator does, as for dropout; another
-          function may be put in its place, to give the noise or a generator of one's own.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.active = False
-        self.draw = torch.randn_like
-
-    def forward(self, y: Tensor) -> Tensor:
-        """y with its noise, in training where there is one."""
-        return y * (1 + NOISE * self.draw(y)) if self.active and self.training else y
-
-
-class DenseBlock(nn.Module):
-    """Five convolutions, each reading everything before it; `x + 0.2 · conv5(...)`.
-
-    residual  ESRGAN+'s (Rakotonirina and Rasoanaivo 2020): a 1×1 convolution of x is added to the output of conv2, and
-              the sum to that of conv4
-    """
-
-    def __init__(self, channels: int, growth: int, residual: bool = False) -> None:
-        super().__init__()
-        self.conv1x1 = nn.Conv2d(channels, growth, 1, bias=False) if residual else None
-        for index in range(1, 5):
-            setattr(self, f"conv{index}", conv3x3(channels + (index - 1) * growth, growth, scale=0.1))
-        self.conv5 = conv3x3(channels + 4 * growth, channels, scale=0.1)
-        self.noise = ResidualNoise()
-
-    def forward(self, x: Tensor, method: ConvolutionMethod | None = ENGINE) -> Tensor:
-        """The block's output, of the shape of x."""
-        if self.conv1x1 is not None:
-            return self.noise(self._with_residuals(x, method))
-        convolutions = (self.conv1, self.conv2, self.conv3, self.conv4, self.conv5)
-        y = dense_block(x, [(conv.weight, conv.bias) for conv in convolutions], SLOPE, RESIDUAL, method)
-        return self.noise(y)
-
-    def _with_residuals(self, x: Tensor, method: ConvolutionMethod | None) -> Tensor:
-        def convolved(conv: nn.Conv2d, *features: Tensor) -> Tensor:
-            return convolution(torch.cat(features, dim=1), conv.weight, conv.bias, method)
-
-        x1 = F.leaky_relu(convolved(self.conv1, x), SLOPE)
-        x2 = F.leaky_relu(convolved(self.conv2, x, x1), SLOPE) + convolved(self.conv1x1, x)
-        x3 = F.leaky_relu(convolved(self.conv3, x, x1, x2), SLOPE)
-        x4 = F.leaky_relu(convolved(self.conv4, x, x1, x2, x3), SLOPE) + x2
-        return torch.add(x, convolved(self.conv5, x, x1, x2, x3, x4), alpha=RESIDUAL)
-
-
-class ResidualBlock(nn.Module):
-    """Residual-in-residual dense block: three dense blocks in a residual of their own."""
-
-    def __init__(self, channels: int, growth: int, dense_residual: bool = False) -> None:
-        super().__init__()
-        self.rdb1, self.rdb2, self.rdb3 = (DenseBlock(channels, growth, dense_residual) for _ in range(3))
-        self.noise = ResidualNoise()
-
-    def forward(self, x: Tensor, method: ConvolutionMethod | None = ENGINE) -> Tensor:
-        """The block's output, of the shape of x."""
-        y = x
-        for dense in (self.rdb1, self.rdb2, self.rdb3):
-            y = dense(y, method)
-        return self.noise(torch.add(x, y, alpha=RESIDUAL))
 
 
 class RRDB(nn.Module):
@@ -129,6 +50,9 @@ class RRDB(nn.Module):
         training_noise: Where features are multiplied by Gaussian noise in training mode: "none"; "dense", after each dense
             block, as nESRGAN+ is trained; "all", after each block as well. It may be changed later:
             `generator.training_noise = "none"`.
+        level_scales: Sides of the features of each level of the flow over those of the LR image, from the HR side: powers of
+            two, none above `scale`. None: SRFlow's, scale/2 … 1 and 1/2. SRFlow-DA has the same but for the 1/2, its
+            one-level variant -S 1 for every split, CTFlow 1/2, 1/4 and 1/8 with the files of a ×4 generator.
     """
 
     def __init__(
@@ -145,6 +69,7 @@ class RRDB(nn.Module):
         out_channels: int = 3,
         dense_residual: bool = False,
         training_noise: str = "none",
+        level_scales: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
         for name, value in (("scale", scale), ("unshuffle", unshuffle)):
@@ -162,6 +87,18 @@ class RRDB(nn.Module):
         self.conv_hr = conv3x3(channels, channels)
         self.conv_last = conv3x3(channels, out_channels)
         self.training_noise = training_noise
+        doublings = max(len(self.conv_up) - 1, 0)
+        sizes = (2**doubling for doubling in range(doublings, -1, -1))
+        self.level_scales = (*sizes, 0.5) if level_scales is None else tuple(level_scales)
+        if not all(math.frexp(side)[0] == 0.5 and side <= 2 ** len(self.conv_up) for side in self.level_scales):
+            raise ValueError(
+                f"level_scales must be powers of two up to {2 ** len(self.conv_up)}, from the HR side, not {level_scales!r}"
+            )
+
+    @property
+    def condition_channels(self) -> int:
+        """Channels of the conditioning features u of every level."""
+        return self.channels * (1 + len(self.stacked_blocks))
 
     @property
     def training_noise(self) -> str:
@@ -179,8 +116,8 @@ class RRDB(nn.Module):
                 dense.noise.active = value != "none"
 
     def head(self) -> list[nn.Module]:
-        """The modules that only the super-resolved image uses: the last upsampling and what follows."""
-        return [*self.conv_up[-1:], self.conv_hr, self.conv_last]
+        """The modules that only the super-resolved image uses: upsamplings above the largest level, and what follows."""
+        return [*self.conv_up[self._doublings() :], self.conv_hr, self.conv_last]
 
     def configuration(self) -> dict[str, Any]:
         """The arguments the network was built with."""
@@ -196,6 +133,7 @@ class RRDB(nn.Module):
             "out_channels": self.out_channels,
             "dense_residual": self.dense_residual,
             "training_noise": self.training_noise,
+            "level_scales": list(self.level_scales),
         }
 
     def describe(self) -> str:
@@ -224,37 +162,61 @@ class RRDB(nn.Module):
         fea, _ = self._trunk(lr, method)
         for conv in self.conv_up:
             fea = self._upsample(fea, conv, method)
-        return self._conv(F.leaky_relu(self._conv(fea, self.conv_hr, method), SLOPE), self.conv_last, method)
+        return convolved(F.leaky_relu(convolved(fea, self.conv_hr, method), SLOPE), self.conv_last, method)
 
     def features(self, lr: Tensor) -> list[Tensor]:
         """Conditioning features u of the levels, from the HR side.
 
-        Level ℓ (from 1) gets (B, channels · (1 + stacked blocks), s·H/2^ℓ, s·W/2^ℓ): the features of that
-        resolution, then the stacked block outputs resized to it by nearest neighbour. H and W must be even. This is
-        the definition, without the engine, as `pyramid` with `method=None` is.
+        A level gets (B, condition_channels, h, w), h and w its `level_scales` times those of lr: the features of that size,
+        then the stacked block outputs resized to it by nearest neighbour. This is the reference, without the engine, as
+        `pyramid` with `method=None` is.
         """
-        pyramid, stacked = self.pyramid(lr, method=None)
-        if stacked is None:
-            return pyramid
-        return [torch.cat([own, F.interpolate(stacked, size=own.shape[2:], mode="nearest")], dim=1) for own in pyramid]
+        return [features.joined for features in self.condition(lr, method=None).features]
 
     def pyramid(self, lr: Tensor, method: ConvolutionMethod | None = ENGINE) -> tuple[list[Tensor], Tensor | None]:
         """The features of each level's own resolution, from the HR side, and the stacked block outputs at LR resolution.
 
-        At LR size the former are the trunk's output, above it they are *after* the LeakyReLU (the published encoder
-        applies it in place), and at half the LR size they are its 2×2 averages. In the dtype and layout of lr.
-        `method` as for `ncsr_fast.ops.conv3x3.convolution`.
+        At LR size the former are the trunk's output, above it they are *after* the LeakyReLU (the published encoder applies it
+        in place), and below it they are averages (`ncsr_fast.encoder.blocks.averaged`). In the dtype and layout of lr, whose
+        sides are multiples of what the smallest level divides them by. `method` as for
+        `ncsr_fast.ops.conv3x3.convolution`.
         """
-        trunk, stacked = self._trunk(lr, method)
-        pyramid = [F.avg_pool2d(trunk, 2), trunk]
-        for conv in self.conv_up[:-1]:
-            pyramid.append(self._upsample(pyramid[-1], conv, method))
-        return pyramid[::-1], stacked
+        own, stacked = self._trunk(lr, method)
+        found: dict[float, Tensor] = {1: own}
+        for doubling, conv in enumerate(self.conv_up[: self._doublings()], start=1):
+            own = found[2**doubling] = self._upsample(own, conv, method)
+        for scale in {scale for scale in self.level_scales if scale < 1}:
+            found[scale] = averaged(found[1], round(1 / scale))
+        return [found[scale] for scale in self.level_scales], stacked
 
     def condition(self, lr: Tensor, method: ConvolutionMethod | None = ENGINE) -> Condition:
-        """The condition of a flow's levels, of LR images whose sides are even: see `ncsr_fast.engine.condition.Encoder`."""
+        """The condition of a flow's levels, of LR images as `pyramid` takes: see `ncsr_fast.engine.condition.Encoder`."""
         pyramid, stacked = self.pyramid(lr, method)
         return Condition([Features(own, stacked) for own in pyramid])
+
+    def condition_in_tiles(self, lr: Tensor, method: ConvolutionMethod | None, side: int) -> Condition:
+        """As `condition`, in little memory: blocks in tiles of up to `side` LR pixels a side, larger features where wanted."""
+        noisy = self.training and self.training_noise != "none"  # drawn for the whole image
+        own, stacked = self._trunk(lr, method, self.body if noisy else [TiledBlock(block, side) for block in self.body])
+        found: list[LevelFeatures] = []
+        for scale in self.level_scales:
+            if scale > 1:
+                convolutions = self.conv_up[: int(math.log2(scale))]
+                doublings = tuple(partial(self._upsample, conv=conv, method=method) for conv in convolutions)
+                found.append(DeferredFeatures(own, doublings, stacked))
+            else:
+                found.append(Features(own if scale == 1 else averaged(own, round(1 / scale)), stacked))
+        return Condition(found)
+
+    def condition_bytes(self, element_size: int, tiled: bool) -> int:
+        """Bytes an LR pixel that the condition takes, with numbers of so many bytes: that of `condition`, or that in tiles.
+
+        Block outputs are copied when they are stacked, before the larger features are made; of a dense block there is its
+        buffer too where it is not one of a tile.
+        """
+        stacked, widths = len(self.stacked_blocks), sum(scale**2 for scale in self.level_scales if scale <= 1 or not tiled)
+        within = max(stacked + 3 + (0 if tiled else 1 + 4 * self.growth / self.channels), 2 * stacked + 1, stacked + widths)
+        return round(element_size * self.channels * within)
 
     def load_published(self, source: Mapping[str, Tensor] | str | os.PathLike) -> None:
         """Load the weights of a published generator, or of the encoder in a flow checkpoint, into this network.
@@ -320,17 +282,20 @@ class RRDB(nn.Module):
         """Write `config.json` and `model.safetensors` to `directory`, each atomically; return it."""
         return files.save_directory(self, "rrdb", self.configuration(), directory)
 
-    def _trunk(self, lr: Tensor, method: ConvolutionMethod | None) -> tuple[Tensor, Tensor | None]:
+    def layout(self) -> Iterator[Entry]:
+        """Every tensor of the network, by SRFlow's names, in the order of a published file."""
+        return encoder_layout(self)
+
+    def _doublings(self) -> int:
+        """How many of the upsamplings the levels of the flow use."""
+        return max(0, int(math.log2(max(self.level_scales))))
+
+    def _trunk(
+        self, lr: Tensor, method: ConvolutionMethod | None, blocks: Iterable[Block] | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         x = F.pixel_unshuffle(lr, self.unshuffle) if self.unshuffle > 1 else lr
-        first = fea = self._conv(x, self.conv_first, method)
-        outputs = {}
-        for index, block in enumerate(self.body):
-            fea = block(fea, method)
-            if index in self.stacked_blocks:
-                outputs[index] = fea
-        stacked = torch.cat([outputs[index] for index in self.stacked_blocks], dim=1) if outputs else None
-        skip = first if self.long_skip == "conv_first" else fea
-        return skip + self._conv(fea, self.conv_body, method), stacked
+        first = convolved(x, self.conv_first, method)
+        return trunk(first, blocks or self.body, self.conv_body, self.stacked_blocks, self.long_skip, method)
 
     def _check(self, lr: Tensor) -> None:
         if not isinstance(lr, Tensor):
@@ -360,9 +325,5 @@ class RRDB(nn.Module):
         return ""
 
     @staticmethod
-    def _conv(x: Tensor, conv: nn.Conv2d, method: ConvolutionMethod | None) -> Tensor:
-        return convolution(x, conv.weight, conv.bias, method)
-
-    @classmethod
-    def _upsample(cls, fea: Tensor, conv: nn.Conv2d, method: ConvolutionMethod | None) -> Tensor:
-        return F.leaky_relu(cls._conv(F.interpolate(fea, scale_factor=2, mode="nearest"), conv, method), SLOPE)
+    def _upsample(fea: Tensor, conv: nn.Conv2d, method: ConvolutionMethod | None) -> Tensor:
+        return F.leaky_relu(convolved(F.interpolate(fea, scale_factor=2, mode="nearest"), conv, method), SLOPE)

@@ -6,7 +6,7 @@ All of it is differentiable: autograd carries the gradients to the parameters.
 from __future__ import annotations
 
 import itertools
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -19,21 +19,37 @@ LOG_SCALE = 3.0  # factor of `logs` in a zero-initialised convolution (Glow)
 
 
 class NetworkParameters(Protocol):
-    """The stacked parameters of K networks: see `ncsr_fast.flow.networks.StackedNetworks`."""
+    """The stacked parameters of K networks: see `ncsr_fast.flow.networks`, as for both kinds."""
 
     conv1: Tensor
-    norm1_bias: Tensor
-    norm1_logs: Tensor
     conv2: Tensor
-    norm2_bias: Tensor
-    norm2_logs: Tensor
     conv3: Tensor
     bias3: Tensor
     logs3: Tensor
+    residual: int
+
+
+class GlowParameters(NetworkParameters, Protocol):
+    """Those of `StackedNetworks`."""
+
+    norm1_bias: Tensor
+    norm1_logs: Tensor
+    norm2_bias: Tensor
+    norm2_logs: Tensor
+
+
+class DeepParameters(NetworkParameters, Protocol):
+    """Those of `DeepNetworks`."""
+
+    bias1: Tensor
+    bias2: Tensor
 
 
 class Networks(NamedTuple):
-    """K folded networks, `ncsr_fast.ops.step_network`'s weights stacked along a leading dimension."""
+    """K folded networks, their `StepNetwork` weights stacked along a leading dimension.
+
+    Of deep networks, those of n hidden layers of 3×3, w2 is (K, n, hidden, hidden, 3, 3) and b2 (K, n, hidden).
+    """
 
     w1: Tensor | None  # (K, hidden, C, 3, 3); None: the networks do not read the state
     w2: Tensor  # (K, hidden, hidden, 1, 1)
@@ -67,19 +83,31 @@ class Mixing(NamedTuple):
 
 def fold_networks(parameters: NetworkParameters, state_channels: int, dtype: torch.dtype) -> tuple[Networks, Hoisted]:
     """Networks in `dtype` whose first `state_channels` input channels are z1 and whose other ones are the condition."""
-    scale1, scale2 = torch.exp(parameters.norm1_logs), torch.exp(parameters.norm2_logs)
-    scale3 = torch.exp(LOG_SCALE * parameters.logs3)
-    conv1 = (parameters.conv1 * _filters(scale1)).to(dtype)
+    fold = _fold_deep if is_deep(parameters.conv2) else _fold_glow
+    conv1, bias1, conv2, bias2 = (tensor.to(dtype) for tensor in fold(parameters))
     w1, weight = conv1.split((state_channels, conv1.shape[2] - state_channels), dim=2)
-    networks = Networks(
-        w1.contiguous() if state_channels else None,
-        (parameters.conv2 * _filters(scale2)).to(dtype),
-        (parameters.norm2_bias * scale2).to(dtype),
-        (parameters.conv3 * _filters(scale3)).to(dtype),
-        (parameters.bias3 * scale3).to(dtype),
-    )
-    bias = (parameters.norm1_bias * scale1).to(dtype).flatten()
-    return networks, Hoisted(weight.flatten(0, 1), bias)
+    scale3 = torch.exp(LOG_SCALE * parameters.logs3)
+    conv3, bias3 = (parameters.conv3 * _filters(scale3)).to(dtype), (parameters.bias3 * scale3).to(dtype)
+    networks = Networks(w1.contiguous() if state_channels else None, conv2, bias2, conv3, bias3)
+    return networks, Hoisted(weight.flatten(0, 1), bias1.flatten())
+
+
+def is_deep(w2: Tensor) -> bool:
+    """True for the stacked weights of the hidden layers of deep networks."""
+    return w2.dim() == 6
+
+
+def _fold_glow(parameters: NetworkParameters) -> tuple[Tensor, ...]:
+    """The first two layers, weights and biases, with the actnorms behind them."""
+    given = cast(GlowParameters, parameters)
+    scale1, scale2 = torch.exp(given.norm1_logs), torch.exp(given.norm2_logs)
+    return given.conv1 * _filters(scale1), given.norm1_bias * scale1, given.conv2 * _filters(scale2), given.norm2_bias * scale2
+
+
+def _fold_deep(parameters: NetworkParameters) -> tuple[Tensor, ...]:
+    """The first layer and the hidden ones behind it, which have nothing to fold."""
+    given = cast(DeepParameters, parameters)
+    return given.conv1, given.bias1, given.conv2, given.bias2
 
 
 def fold_zeros_convolution(weight: Tensor, bias: Tensor, logs: Tensor) -> tuple[Tensor, Tensor]:

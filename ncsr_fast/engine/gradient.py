@@ -18,17 +18,16 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ncsr_fast.engine.folding import Networks
+from ncsr_fast.engine.peaks import Peaks
 from ncsr_fast.engine.program import Head, Program, Stage
-from ncsr_fast.engine.walk import LevelTensors, Record, Walk
+from ncsr_fast.engine.walk import Layers, LevelTensors, Record, Walk
 from ncsr_fast.layout import readable
 from ncsr_fast.ops.backend import kernels
-from ncsr_fast.ops.conv3x3 import convolution_forward
 from ncsr_fast.ops.operator import Operator, Outputs, Pair, Tensors
-from ncsr_fast.ops.step_network import Layers, network_gradients
 
 
 def level_pass(
-    x: Tensor, tensors: LevelTensors, program: Program, checkpoint: bool, peaks: list[Tensor] | None = None
+    x: Tensor, tensors: LevelTensors, program: Program, checkpoint: bool, peaks: Peaks | None = None
 ) -> tuple[Tensor, Tensor]:
     """The state after a program, and the log|det| (B,) of its affines. Differentiable.
 
@@ -37,8 +36,7 @@ def level_pass(
         tensors: Of the program; those of one sample are shared by all of x.
         program: The program.
         checkpoint: False: the hidden layers of the networks are saved, not recomputed in the backward pass.
-        peaks: Is appended the largest magnitude (B,) of the state behind every mix, NaN where it holds one; only by a pass
-            that records no gradients.
+        peaks: Are added those of the state behind every mix; only by a pass that records no gradients.
     """
     flat, spec = pytree.tree_flatten((x, tensors))
     given = [tensor for tensor in flat if tensor is not None]
@@ -66,13 +64,13 @@ class Saved(NamedTuple):
     Args:
         states: Behind the mix of every stage.
         outputs: Of the networks of the walk's `free` branches, branch by branch.
-        free_h2: Second hidden layers of those networks, or none.
+        free_hidden: Hidden layers of those networks behind the first, or none.
         layers: Hidden layers and output of the networks that every stage evaluates, or none.
     """
 
     states: list[Tensor]
     outputs: list[tuple[Tensor, ...]]
-    free_h2: list[list[Tensor]]
+    free_hidden: list[list[Layers]]
     layers: list[list[Layers]]
 
 
@@ -85,8 +83,8 @@ def _forward(flat: Tensors, spec: Any, program: Program, checkpoint: bool) -> tu
     walk.evaluate_free(free)
     output = walk.run(x, Record(states, layers=None if checkpoint else layers))
     outputs = [walk.outputs[branch] or () for branch in walk.free]
-    free_h2 = [[h2 for _, h2, _ in found] for found in free or []]
-    return output, tuple(pytree.tree_leaves(Saved(states, outputs, free_h2, layers)))
+    free_hidden = [[own[1:-1] for own in found] for found in free or []]
+    return output, tuple(pytree.tree_leaves(Saved(states, outputs, free_hidden, layers)))
 
 
 def _read_saved(flat: Outputs, walk: Walk, checkpoint: bool) -> Saved:
@@ -97,9 +95,11 @@ def _read_saved(flat: Outputs, walk: Walk, checkpoint: bool) -> Saved:
     outputs = [tuple(islice(left, count)) for count in counts]
     if checkpoint:
         return Saved(states, outputs, [], [])
-    free_h2 = [list(islice(left, count)) for count in counts]
+    free = [program.heads[branch] for branch in walk.free]
+    free_hidden = [[tuple(islice(left, walk.layer_count(head) - 2)) for head in heads] for heads in free]
     evaluated = [[head for head in stage.evaluated if head.pass_through] for stage in program.stages]
-    return Saved(states, outputs, free_h2, [[(next(left), next(left), next(left)) for _ in heads] for heads in evaluated])
+    layers = [[tuple(islice(left, walk.layer_count(head))) for head in heads] for heads in evaluated]
+    return Saved(states, outputs, free_hidden, layers)
 
 
 def _backward(
@@ -148,7 +148,7 @@ class _Backward:
         for index in reversed(range(len(stages))):
             states, layers = self._recomputed(index)
             if index + 1 < len(stages):
-                deferred = layers[-1][2] if stages[index].deferred and layers[-1] else None
+                deferred = layers[-1][-1] if stages[index].deferred and layers[-1] else None
                 dy, ddeferred = self._mix_backward(index + 1, dy, dlogdet, states[-1], deferred)
             dy = self._heads_backward(stages[index], dy, dlogdet, states, layers, ddeferred)
         return dy if stages[0].mix is None else self._mix_backward(0, dy, dlogdet, x, None)[0]
@@ -172,7 +172,7 @@ class _Backward:
 
     def _output(self, head: Head, x: Tensor, layers: Layers | None) -> Tensor:
         """The output of a head's network for the state x."""
-        return self.walk.output(head, x) if layers is None else layers[2]
+        return self.walk.output(head, x) if layers is None else layers[-1]
 
     def _applied(self, head: Head, x: Tensor, layers: Layers | None) -> Tensor:
         h, program = self._output(head, x, layers), self.program
@@ -214,7 +214,7 @@ class _Backward:
             if found is None:
                 self._free_backward(head, dh)
                 continue
-            dz1 = self._network_backward(head, x[:, : head.pass_through], found[0], found[1], dh)
+            dz1 = self._network_backward(head, x[:, : head.pass_through], found[:-1], dh)
             if dz1 is not None:
                 dy[:, : head.pass_through].add_(dz1)
         return dy
@@ -225,19 +225,17 @@ class _Backward:
         if head.branch not in free or not (self.needs_weights[head.branch] or self.wanted.sources[head.source]):
             return
         h1 = F.relu(self.walk.pre_activation(self.walk.tensors.sources[head.source], head))
-        if self.saved.free_h2:
-            h2 = self.saved.free_h2[free.index(head.branch)][head.network]
+        if self.saved.free_hidden:
+            later = self.saved.free_hidden[free.index(head.branch)][head.network]
         else:  # without the output, which is saved
-            network = self.walk.network(head)
-            h2 = F.relu(convolution_forward(h1, network.w2, network.b2, self.program.method))
-        self._network_backward(head, None, h1, h2, dh)
+            later = self.walk.later_layers(head, h1)
+        self._network_backward(head, None, (h1, *later), dh)
 
-    def _network_backward(self, head: Head, z1: Tensor | None, h1: Tensor, h2: Tensor, dh: Tensor) -> Tensor | None:
+    def _network_backward(self, head: Head, z1: Tensor | None, hidden: Layers, dh: Tensor) -> Tensor | None:
         """The gradient of z1; those of the pre-activation and of the weights are stored."""
         dsource, needs_weights = self.gradients.sources[head.source], self.needs_weights[head.branch]
-        dpre = torch.empty_like(h1) if dsource is None else self.walk.pre_activation(dsource, head)
-        network = self.walk.network(head)
-        dz1, dnetwork = network_gradients(network, z1, h1, h2, dh, needs_weights, self.program.method, dpre)
+        dpre = torch.empty_like(hidden[0]) if dsource is None else self.walk.pre_activation(dsource, head)
+        dz1, dnetwork = self.walk.network_gradients(head, z1, hidden, dh, needs_weights, dpre)
         for stack, gradient in zip(self.gradients.networks[head.branch], dnetwork or ()):
             if stack is not None and gradient is not None:
                 stack[head.network] = gradient

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import torch
 
+from ncsr_fast.memory import free_bytes
+
+AT_ONCE = 256 * 2**20  # bytes of pre-activations computed together where nothing is saved for a backward pass
 _SHARE = 8  # one in this many parts of the memory
+_SHARE_OF_FREE = 4  # one in this many of what is free
 _OF_CPU = 8 * 2**30  # bytes counted on where the memory is the CPU's, which has other users
 
 
@@ -12,3 +16,9 @@ def spare_bytes(device: torch.device) -> int:
     """An eighth of a GPU's memory, 1 GiB of a CPU's."""
     total = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else _OF_CPU
     return total // _SHARE
+
+
+def budget(device: torch.device) -> int:
+    """Bytes that tile="auto" allows to what is computed of one tile: twice `spare_bytes`, or a quarter of what is free."""
+    free, most = free_bytes(device), 2 * spare_bytes(device)
+    return most if free is None else min(most, free // _SHARE_OF_FREE)

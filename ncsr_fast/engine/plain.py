@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ncsr_fast.engine.condition import Features, resized_noise
 from ncsr_fast.engine.options import EngineOptions
+from ncsr_fast.engine.peaks import Peaks
 from ncsr_fast.engine.plan import Level, LevelPlan
 
 
@@ -22,7 +23,7 @@ class DefinedLevel(Level, Protocol):
     ) -> tuple[Tensor, Tensor | None, Tensor]: ...
 
     def decode(
-        self, z: Tensor, latent: Tensor | None, u: Tensor, v: Tensor | None, backend: str, peaks: list[Tensor] | None
+        self, z: Tensor, latent: Tensor | None, u: Tensor, v: Tensor | None, backend: str, peaks: Peaks | None
     ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -44,7 +45,7 @@ class PlainLevel:
         return self.level.encode(z, self._u(z), self.noise(noise, z), initialize, self.backend)
 
     def decode(
-        self, z: Tensor, latent: Tensor | None, noise: Tensor | None = None, peaks: list[Tensor] | None = None
+        self, z: Tensor, latent: Tensor | None, noise: Tensor | None = None, peaks: Peaks | None = None
     ) -> tuple[Tensor, Tensor]:
         """As `LevelPlan.decode`."""
         return self.level.decode(z, latent, self._u(z), self.noise(noise, z), self.backend, peaks)

@@ -30,16 +30,14 @@ from ncsr_fast.engine.folding import (
 )
 from ncsr_fast.engine.gradient import level_pass
 from ncsr_fast.engine.hoisting import HoistedWeight, algorithm, hoisted_convolution, prepared
+from ncsr_fast.engine.memory import AT_ONCE
 from ncsr_fast.engine.options import EngineOptions
+from ncsr_fast.engine.peaks import Peaks
 from ncsr_fast.engine.program import Head, Program, stages
-from ncsr_fast.engine.walk import LevelTensors
+from ncsr_fast.engine.walk import LevelTensors, evaluated
 from ncsr_fast.layout import laid_out
 from ncsr_fast.ops.backend import covering_backend
 from ncsr_fast.ops.conv3x3 import ConvolutionMethod, convolution
-from ncsr_fast.ops.step_network import evaluate_network
-
-# Bytes of pre-activations computed together where nothing is saved for a backward pass.
-_AT_ONCE = 256 * 2**20
 
 
 class Level(Protocol):
@@ -156,7 +154,7 @@ class LevelPlan:
             return z[:, : -level.split_channels], z[:, -level.split_channels :], logdet + density
 
     def decode(
-        self, z: Tensor, latent: Tensor | None, noise: Tensor | None = None, peaks: list[Tensor] | None = None
+        self, z: Tensor, latent: Tensor | None, noise: Tensor | None = None, peaks: Peaks | None = None
     ) -> tuple[Tensor, Tensor]:
         """The inverse of `encode`: z and logdet (B,).
 
@@ -164,8 +162,7 @@ class LevelPlan:
             z: State of the next level, or the top latent; more samples than the features have share a batch of 1.
             latent: Of the split, None without one.
             noise: As the model has it, or None for zero.
-            peaks: Is appended the largest magnitude (B,) of the state after each step decoded, NaN where it holds one; not
-                where gradients are recorded.
+            peaks: Are added those of the state after each step decoded; not where gradients are recorded.
         """
         logdets, options = [], self.options
         with without_autocast(z.device.type):
@@ -176,7 +173,7 @@ class LevelPlan:
             z, logdet = self._steps(laid_out(z, options.memory_format), noise, peaks)
             return self.level.unsqueezed(z), torch.stack([logdet, *logdets]).sum(dim=0)
 
-    def _steps(self, x: Tensor, noise: Tensor | None, peaks: list[Tensor] | None) -> tuple[Tensor, Tensor]:
+    def _steps(self, x: Tensor, noise: Tensor | None, peaks: Peaks | None) -> tuple[Tensor, Tensor]:
         sources = [*self._known.sources, *self._noise_source(noise)]
         # autograd sums the gradients of what samples share
         sources = [source.expand(x.shape[0], -1, -1, -1) if source.requires_grad else source for source in sources]
@@ -194,7 +191,8 @@ class LevelPlan:
     def _folded_networks(self) -> FoldedLevel:
         level = self.level
         dtype = self.options.network_dtype(level.actnorm_bias.dtype)
-        rows = sum([level.networks(level.branches[index]).norm1_bias.numel() for index in self._group["features"]])
+        firsts = [level.networks(level.branches[index]).conv1 for index in self._group["features"]]
+        rows = sum([conv1.shape[0] * conv1.shape[1] for conv1 in firsts])
         chosen = algorithm(self.features, rows, dtype, self.options.method)
         fold = partial(self._fold, dtype, chosen)
         return fold() if self.recorded else level.cache.get(("networks", dtype, chosen), level.parameters(), fold)
@@ -228,7 +226,7 @@ class LevelPlan:
             networks = self.folded.networks[index]
             for _ in range(len(networks.w2)):
                 found.append((index, channel))
-                channel = channel + networks.w2.shape[1]  # a tensor where torch.jit.trace runs, which += would change
+                channel = channel + networks.b2.shape[-1]  # a tensor where torch.jit.trace runs, which += would change
         return found
 
     def _add_features(self) -> None:
@@ -243,10 +241,11 @@ class LevelPlan:
     def _add_branch(self, index: int, channels: list[int], weight: HoistedWeight, bias: Tensor) -> None:
         """Add a branch, some networks at a time: their outputs if they read the features alone, else their pre-activations."""
         networks, method, own = self.folded.networks[index].unbind(), self.options.method, self.features.own
-        hidden, changes_all = networks[0].w2.shape[0], self.level.branches[index].changes_all
+        branch = self.level.branches[index]
+        hidden, changes_all, residual = networks[0].b2.shape[-1], branch.changes_all, self.level.networks(branch).residual
         size = own[:, :1].numel() * hidden * own.element_size()
         # torch.export knows no sizes
-        together = len(networks) if isinstance(size, torch.SymInt) else max(1, _AT_ONCE // size)
+        together = len(networks) if isinstance(size, torch.SymInt) else max(1, AT_ONCE // size)
         outputs: list[Tensor] = []
         for first in range(0, len(networks), together):
             part = networks[first : first + together]
@@ -254,7 +253,7 @@ class LevelPlan:
             pre = hoisted_convolution(self.features, weight.rows(start, end), bias[start:end], method)
             for network, own_pre in zip(part, pre.split(hidden, dim=1)):
                 if changes_all:
-                    outputs.append(evaluate_network(network, None, own_pre, method.tf32, self._network_backend))
+                    outputs.append(evaluated(network, None, own_pre, residual, method, self._network_backend))
                 else:  # dense: read for every sample, and the pixels of a slice lie pages apart
                     self._known.add(laid_out(own_pre, self.options.memory_format), [(index, 0)])
         if changes_all:
@@ -276,10 +275,11 @@ class LevelPlan:
             places[index].append((len(self._known.sources), channel))
         heads = []
         for index, (branch, networks) in enumerate(zip(level.branches, self.folded.networks)):
-            pass_through, hidden = 0 if branch.changes_all else level.pass_through, networks.w2.shape[1]
+            pass_through, hidden = 0 if branch.changes_all else level.pass_through, networks.b2.shape[-1]
+            residual = level.networks(branch).residual
             known = places[index] or [(0, 0)] * len(networks.w2)  # where outputs are known, none is read
             numbered = enumerate(known)
-            heads.append(tuple([Head(index, number, pass_through, *place, hidden) for number, place in numbered]))
+            heads.append(tuple([Head(index, number, pass_through, *place, hidden, residual) for number, place in numbered]))
         backend = ops.resolve_backend("flow_step", options.backend, level.actnorm_bias)
         return Program(
             stages(heads, level.steps, self.inverse),

@@ -29,6 +29,7 @@ class Head(NamedTuple):
         source: Which tensor of pre-activations has the network's.
         channel: The first of its channels.
         hidden: Their number.
+        residual: Of a deep network with residuals, the layers inside each; 0: none.
     """
 
     branch: int
@@ -37,6 +38,7 @@ class Head(NamedTuple):
     source: int
     channel: int
     hidden: int
+    residual: int = 0
 
 
 class Stage(NamedTuple):

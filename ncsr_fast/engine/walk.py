@@ -5,13 +5,19 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from ncsr_fast.engine.folding import Networks
+from ncsr_fast.engine.deep_network import deep_gradients, deep_layers, deep_network, hidden_layers
+from ncsr_fast.engine.folding import Networks, is_deep
+from ncsr_fast.engine.peaks import Peaks
 from ncsr_fast.engine.program import Head, Program
 from ncsr_fast.ops.backend import Kernels, kernels
+from ncsr_fast.ops.conv3x3 import ConvolutionMethod, convolution_forward
 from ncsr_fast.ops.recorded import RecordedKernels
-from ncsr_fast.ops.step_network import Layers, NetworkTensors, StepNetwork
+from ncsr_fast.ops.step_network import NetworkTensors, StepNetwork, evaluate_network, network_gradients
+
+Layers = tuple[Tensor, ...]  # hidden layers of a network, then its output
 
 
 class LevelTensors(NamedTuple):
@@ -37,12 +43,12 @@ class Record(NamedTuple):
 
     Args:
         states: The state behind the mix of every stage, which its networks read; None: not wanted.
-        peaks: The largest magnitude (B,) of the state behind every mix, NaN where it holds one; None: not wanted.
+        peaks: Of the state behind every mix; None: not wanted.
         layers: Hidden layers and output of the networks that every stage evaluates; None: not wanted.
     """
 
     states: list[Tensor] | None = None
-    peaks: list[Tensor] | None = None
+    peaks: Peaks | None = None
     layers: list[list[Layers]] | None = None
 
 
@@ -98,7 +104,7 @@ class Walk:
                 self.outputs[branch] = tuple(self._evaluated(head, None) for head in heads)
             else:
                 layers.append([self.layers(head, None) for head in heads])
-                self.outputs[branch] = tuple(h for _, _, h in layers[-1])
+                self.outputs[branch] = tuple(found[-1] for found in layers[-1])
 
     def output(self, head: Head, x: Tensor, record: Record | None = None) -> Tensor:
         """The output of a head's network for all samples of x; its layers are appended to a record that wants them."""
@@ -109,7 +115,7 @@ class Walk:
             return self._evaluated(head, x)
         layers = self.layers(head, x)
         record.layers[-1].append(layers)
-        return layers[2]
+        return layers[-1]
 
     def fused(self, head: Head | None, x: Tensor, deferred: Tensor | None = None) -> Tensor | None:
         """The output for an affine fused to a mix: `deferred` by the stage before, or known; None without a head."""
@@ -118,10 +124,44 @@ class Walk:
     def layers(self, head: Head, x: Tensor | None) -> Layers:
         """Hidden layers and output of a head's network, where nothing is recorded; x None for one of a `free` branch."""
         program = self.program
-        return kernels(program.network_backend).step_network_layers(*self._arguments(head, x), tf32=program.method.tf32)
+        arguments = self._arguments(head, x)
+        if self.is_deep(head):
+            return deep_layers(arguments[0], arguments[1], self.network(head), head.residual, program.method)
+        return kernels(program.network_backend).step_network_layers(*arguments, tf32=program.method.tf32)
+
+    def later_layers(self, head: Head, h1: Tensor) -> Layers:
+        """The hidden layers of a head's network behind the first, where nothing is recorded."""
+        network, method = self.network(head), self.program.method
+        if self.is_deep(head):
+            return hidden_layers(h1, network, head.residual, method)
+        return (F.relu(convolution_forward(h1, network.w2, network.b2, method)),)
+
+    def layer_count(self, head: Head) -> int:
+        """The number of `layers`."""
+        if not self.is_deep(head):
+            return 3
+        count = len(self.network(head).w2)
+        return 2 + count + (count // head.residual if head.residual else 0)
+
+    def network_gradients(
+        self, head: Head, z1: Tensor | None, hidden: Layers, dh: Tensor, needs_weights: bool, dpre: Tensor
+    ) -> tuple[Tensor | None, StepNetwork | None]:
+        """Gradients of z1 and the weights, from that of the output; writes that of the pre-activation to `dpre`."""
+        network, method = self.network(head), self.program.method
+        if self.is_deep(head):
+            return deep_gradients(network, z1, hidden, dh, needs_weights, head.residual, method, dpre)
+        h1, h2 = hidden
+        return network_gradients(network, z1, h1, h2, dh, needs_weights, method, dpre)
+
+    def is_deep(self, head: Head) -> bool:
+        """True for a head whose network is a deep one."""
+        return is_deep(self.tensors.networks[head.branch].w2)
 
     def _evaluated(self, head: Head, x: Tensor | None) -> Tensor:
-        return self._networks.step_network_forward(*self._arguments(head, x), tf32=self.program.method.tf32)
+        arguments, method = self._arguments(head, x), self.program.method
+        if self.is_deep(head):
+            return deep_network(arguments[0], arguments[1], self.network(head), head.residual, method)
+        return self._networks.step_network_forward(*arguments, tf32=method.tf32)
 
     def _arguments(self, head: Head, x: Tensor | None) -> NetworkTensors:
         """The pass-through channels, for a network that reads them, the pre-activation, of as many samples, and the weights."""
@@ -139,11 +179,20 @@ class Walk:
         return source if source.shape[1] == head.hidden else source[:, head.channel : head.channel + head.hidden]
 
 
+def evaluated(
+    network: StepNetwork, z1: Tensor | None, pre: Tensor, residual: int, method: ConvolutionMethod, backend: str
+) -> Tensor:
+    """The output of a network of either kind. Differentiable."""
+    if network.w2.dim() == 5:
+        return deep_network(z1, pre, network, residual, method)
+    return evaluate_network(network, z1, pre, method.tf32, backend)
+
+
 def _enter(record: Record, x: Tensor, mixed: bool) -> None:
     """Add the state behind the mix of a stage."""
     if record.states is not None:
         record.states.append(x)
     if record.peaks is not None and mixed:
-        record.peaks.append(x.abs().amax(dim=(1, 2, 3)))
+        record.peaks.add(x)
     if record.layers is not None:
         record.layers.append([])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
@@ -12,7 +14,9 @@ from torch import Tensor
 
 from ncsr_fast.engine.condition import Condition
 from ncsr_fast.engine.memory import spare_bytes
+from ncsr_fast.engine.peaks import Peaks
 from ncsr_fast.engine.plain import PlainLevel, Plan, plan
+from ncsr_fast.flow.estimate import plan_bytes, walk_bytes
 from ncsr_fast.flow.walk import downward
 from ncsr_fast.layout import traced
 from ncsr_fast.ops.reference import gaussian_log_density
@@ -62,7 +66,16 @@ class Levels:
     @property
     def batch(self) -> int:
         """The number of LR images."""
-        return self.condition.features[0].own.shape[0]
+        return self.condition.features[0].batch
+
+    @property
+    def records(self) -> bool:
+        """True where decoding now would record gradients of the weights or of the features."""
+        if not (self.recorded and torch.is_grad_enabled()):
+            return False
+        features = (tensor for each in self.condition.features for tensor in each if isinstance(tensor, Tensor))
+        weights = (weight for level in self.levels for weight in level.parameters())
+        return any(tensor.requires_grad for tensor in itertools.chain(weights, features))
 
     def image(self, index: int) -> Levels:
         """The levels for one of the LR images."""
@@ -80,7 +93,7 @@ class Levels:
         if (index, inverse, recorded) in self._plans:
             return self._plans[index, inverse, recorded]
         with torch.set_grad_enabled(recorded):
-            made = plan(self.levels[index], self.condition.features[index], self.options, inverse)
+            made = plan(self.levels[index], self.condition.features[index].whole, self.options, inverse)
         if self.keeps:
             self._plans[index, inverse, recorded] = made
         return made
@@ -89,49 +102,47 @@ class Levels:
         """Latents, and the log|det| (B,) of encoding with the log-density of all latents but the last."""
         return _encode(x, (partial(self.plan(index, inverse=False).encode, noise=noise) for index in range(len(self.levels))))
 
-    def encoded(self, x: Tensor, noise: Tensor | None) -> Encoded:
-        """Latents and log-likelihood."""
-        return self._with_prior(*self.encode(x, noise))
+    def encoded(self, x: Tensor, noise: Tensor | None, mean: Tensor | None) -> Encoded:
+        """Latents and log-likelihood, with that mean of the prior of the top latent; None is zero."""
+        return _with_prior(*self.encode(x, noise), mean)
 
     def initialized(self, x: Tensor, noise: Tensor | None) -> Encoded:
         """As `encoded`, by the levels' definition; every actnorm is set from the data that reaches it."""
-        plain = (PlainLevel(*pair, self.options) for pair in zip(self.levels, self.condition.features))
-        return self._with_prior(*_encode(x, (partial(level.encode, noise=noise, initialize=True) for level in plain)))
+        pairs = zip(self.levels, self.condition.features)
+        plain = (PlainLevel(level, features.whole, self.options) for level, features in pairs)
+        latents, logdet = _encode(x, (partial(level.encode, noise=noise, initialize=True) for level in plain))
+        return _with_prior(latents, logdet, self.condition.prior_mean)
 
-    def _with_prior(self, latents: tuple[Tensor, ...], logdet: Tensor) -> Encoded:
-        """Latents with their log-likelihood, from the log-det with the log-density of all of them but the last."""
-        mean = self.condition.prior_mean
-        top = latents[-1] if mean is None else latents[-1] - mean
-        return Encoded(latents, logdet + gaussian_log_density(top).sum(dim=(1, 2, 3)), mean)
+    def region_plan(self, index: int, rows: slice, columns: slice) -> Plan:
+        """The plan of decoding a part of a level, for one call."""
+        with torch.set_grad_enabled(self.recorded and torch.is_grad_enabled()):
+            return plan(self.levels[index], self.condition.features[index].region(rows, columns), self.options, inverse=True)
 
-    def decode(
-        self, latents: Sequence[Tensor], noise: Tensor | None, peaks: list[Tensor] | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def decode(self, latents: Sequence[Tensor], noise: Tensor | None, peaks: Peaks | None = None) -> tuple[Tensor, Tensor]:
         """The image of latents, and the log|det| (B,) of decoding, which is minus that of encoding.
 
         Args:
             latents: In encoding order; of several samples where the condition is one image's.
             noise: As the model has it, or None for zero.
-            peaks: Is appended the largest magnitude (B,) of the state after each step decoded, NaN where it holds one.
+            peaks: Are added those of the state after each step decoded.
         """
         z, logdets = latents[-1], []
         for index, _, latent in downward(self.levels, latents):
-            z, logdet = self._decode_level(index, z, latent, noise, peaks)
+            z, logdet = self.decode_level(index, self.plan(index, inverse=True), z, latent, noise, peaks)
             logdets.append(logdet)
         return z, torch.stack(logdets).sum(dim=0)
 
-    def _decode_level(
-        self, index: int, z: Tensor, latent: Tensor | None, noise: Tensor | None, peaks: list[Tensor] | None
+    def decode_level(
+        self, index: int, planned: Plan, z: Tensor, latent: Tensor | None, noise: Tensor | None, peaks: Peaks | None
     ) -> tuple[Tensor, Tensor]:
-        """One level, of as many samples at a time as the memory holds where they share an image."""
-        planned = self.plan(index, inverse=True)
-        if traced() or self.batch != 1 or z.shape[0] <= (together := self._samples_at_once(index)):
+        """One level, or a part of it, of as many samples at a time as the memory holds where they share an image."""
+        if traced() or self.batch != 1 or z.shape[0] <= (together := self._samples_at_once(index, z.shape[2] * z.shape[3])):
             return planned.decode(z, latent, noise, peaks)  # graphs have no chunks
         parts, logdets = [], []
-        found: list[list[Tensor]] = []
+        found: list[Peaks] = []
         for first in range(0, z.shape[0], together):
             chunk = slice(first, first + together)
-            found.append([])
+            found.append(Peaks() if peaks is None else Peaks(*peaks.window))
             own_noise = noise if noise is None or len(noise) == 1 else noise[chunk]
             x, logdet = planned.decode(z[chunk], None if latent is None else latent[chunk], own_noise, found[-1])
             parts.append(x)
@@ -148,21 +159,39 @@ class Levels:
                 stack.enter_context(level.cache.held())
             yield
 
-    def _samples_at_once(self, index: int) -> int:
-        """How many samples of an image a level decodes together."""
+    def walk_bytes(self, index: int) -> int:
+        """Bytes a pixel of a level, of one sample, that evaluating it takes."""
+        return walk_bytes(self.levels[index], self.config, self._element_size)
+
+    def plan_bytes(self, index: int) -> int:
+        """Bytes a pixel of a level that the plan of decoding it stores."""
+        return plan_bytes(self.levels[index], self.config, self._element_size)
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the weights."""
+        return self.levels[0].actnorm_bias.device
+
+    @property
+    def _element_size(self) -> int:
+        return self.options.network_dtype(self.levels[0].actnorm_bias.dtype).itemsize
+
+    def _samples_at_once(self, index: int, pixels: int) -> int:
+        """How many samples of an image a level of so many pixels decodes together."""
         if self.options.samples_at_once is not None:
             return self.options.samples_at_once
-        own = self.condition.features[index].own
-        channels = 2 * self.config.hidden_channels + 8 * self.levels[index].channels  # hidden layers, outputs and states
-        return max(1, spare_bytes(own.device) // (channels * own.shape[2] * own.shape[3] * own.element_size()))
+        return max(1, spare_bytes(self.device) // (self.walk_bytes(index) * pixels))
 
     def _fit(self) -> bool:
         """True where the plans take little enough memory to be stored."""
-        count = 0
-        for level, features in zip(self.levels, self.condition.features):
-            elements = 2 * level.channels + self.config.hidden_channels
-            count += level.steps * elements * features.own[:, :1].numel() * features.own.element_size()
-        return count <= spare_bytes(self.condition.features[0].own.device)
+        parts = [self.plan_bytes(index) * math.prod(each.size) for index, each in enumerate(self.condition.features)]
+        return self.batch * sum(parts) <= spare_bytes(self.device)
+
+
+def _with_prior(latents: tuple[Tensor, ...], logdet: Tensor, mean: Tensor | None) -> Encoded:
+    """Latents with their log-likelihood, from the log-det with the log-density of all of them but the last."""
+    top = latents[-1] if mean is None else latents[-1] - mean
+    return Encoded(latents, logdet + gaussian_log_density(top).sum(dim=(1, 2, 3)), mean)
 
 
 def _encode(x: Tensor, levels: Iterable[Callable[[Tensor], EncodedLevel]]) -> tuple[tuple[Tensor, ...], Tensor]:

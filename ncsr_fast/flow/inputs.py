@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ncsr_fast.checks import bytes_range, check_finite, check_image, check_like, check_noise, check_pair
+from ncsr_fast.checks import bytes_range, check_finite, check_image, check_latents, check_like, check_noise, check_pair
 from ncsr_fast.config import FlowConfig
 
 
@@ -25,7 +25,7 @@ class Inputs:
 
     def lr(self, lr: Tensor) -> Tensor:
         """LR images, padded to sides that are multiples of `FlowConfig.lr_multiple`."""
-        check_image("lr", lr, self.like, self.flow.channels)
+        check_image("lr", lr, self.like, self.flow.lr_channels)
         return pad(lr, 1, self.flow.lr_multiple)
 
     def hr(self, hr: Tensor, lr: Tensor) -> Tensor:
@@ -45,25 +45,16 @@ class Inputs:
 
     def latents(self, latents: Sequence[Tensor], lr: Tensor) -> Sequence[Tensor]:
         """The latents of images of the size of `lr`: as many, or any number of one LR image."""
-        expected = self.flow.latent_shapes(*lr.shape[2:])
-        if len(latents) != len(expected):
-            raise ValueError(f"latents must be {len(expected)} tensors, not {len(latents)}")
         batch = lr.shape[0]  # torch.export would take len(lr) for a constant
-        if batch == 1 and isinstance(latents[0], Tensor) and latents[0].dim() == 4:
+        if batch == 1 and len(latents) and isinstance(latents[0], Tensor) and latents[0].dim() == 4:
             batch = latents[0].shape[0]
-        for index, (latent, shape) in enumerate(zip(latents, expected)):
-            if tuple(latent.shape) != (batch, *shape):
-                raise ValueError(f"latents[{index}] must have shape {(batch, *shape)}, not {tuple(latent.shape)}")
-            check_like(f"latents[{index}]", latent, self.like)
+        check_latents(latents, [(batch, *shape) for shape in self.flow.latent_shapes(*lr.shape[2:])], self.like)
         return latents
 
     def sample_latents(self, latents: Sequence[Tensor], lr: Tensor, n: int) -> Sequence[Tensor]:
         """The latents (B, n, …) of n samples of each LR image."""
         shapes = [(lr.shape[0], n, *shape) for shape in self.flow.latent_shapes(*lr.shape[2:])]
-        if [tuple(latent.shape) for latent in latents] != shapes:
-            raise ValueError(f"latents must have shapes {shapes}, not {[tuple(latent.shape) for latent in latents]}")
-        for index, latent in enumerate(latents):
-            check_like(f"latents[{index}]", latent, self.like)
+        check_latents(latents, shapes, self.like)
         return latents
 
     def cropped(self, image: Tensor, lr: Tensor) -> Tensor:
@@ -72,11 +63,16 @@ class Inputs:
 
     def shown(self, image: Tensor, lr: Tensor) -> Tensor:
         """Decoded images (B, …, channels, h, w) as samples of `lr`: cropped, added to the base, clipped where finite."""
-        image = self.cropped(image, lr)
-        if self.flow.base is not None:
-            base = F.interpolate(lr, scale_factor=self.flow.scale, mode=self.flow.base, align_corners=False)
+        image, base = self.cropped(image, lr), self.base(lr)
+        if base is not None:
             image = image + base.view(lr.shape[0], *[1] * (image.dim() - 4), *base.shape[1:])
         return torch.where(image.isfinite(), image.clamp(0, 1), torch.nan)  # clamp alone would make an infinity look like white
+
+    def base(self, lr: Tensor) -> Tensor | None:
+        """The images (B, C, sH, sW) that the flow's are residuals of; None where there are none."""
+        if self.flow.base is None:
+            return None
+        return F.interpolate(lr, scale_factor=self.flow.scale, mode=self.flow.base, align_corners=False)
 
     def padded_pixels(self, lr: Tensor) -> int:
         """The number of positions of a padded HR image."""

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from ncsr_fast import ops
 from ncsr_fast.config import CONDITIONS, Branch, LevelConfig
 from ncsr_fast.engine.cache import Cache
+from ncsr_fast.engine.peaks import Peaks
 from ncsr_fast.flow.actnorm import initialize_actnorm
-from ncsr_fast.flow.networks import NETWORKS, Network, StackedNetworks, zeros_conv
+from ncsr_fast.flow.networks import NETWORKS, DeepNetwork, DeepNetworks, Network, StackedNetworks, zeros_conv
 from ncsr_fast.ops.contract import pass_through_channels
 
 
@@ -29,7 +30,7 @@ class Step(NamedTuple):
     bias: Tensor
     logs: Tensor
     weight: Tensor
-    branches: tuple[tuple[Branch, Network], ...] = ()
+    branches: tuple[tuple[Branch, Network | DeepNetwork], ...] = ()
 
 
 class Part(NamedTuple):
@@ -89,7 +90,7 @@ class FlowLevel(nn.Module):
             outputs = 2 * (channels if branch.changes_all else channels - self.pass_through)
             setattr(self, branch.name, NETWORKS[branch.network](branch.steps, inputs, hidden_channels, outputs))
         # True where the engine knows all networks
-        self.has_kernels = all([isinstance(self.networks(branch), StackedNetworks) for branch in self.branches])
+        self.has_kernels = all([isinstance(self.networks(branch), (StackedNetworks, DeepNetworks)) for branch in self.branches])
         if self.split_channels:
             left = channels - self.split_channels
             self.split_weight = nn.Parameter(torch.zeros(2 * self.split_channels, left, 3, 3))
@@ -103,7 +104,7 @@ class FlowLevel(nn.Module):
             raise ValueError(f"branch {branch.name}: no networks of kind {branch.network!r}; there are {', '.join(NETWORKS)}")
 
     def networks(self, branch: Branch) -> Any:
-        """The networks of a branch: `StackedNetworks`, or a module of another kind."""
+        """The networks of a branch: `StackedNetworks`, `DeepNetworks`, or a module of another kind."""
         return getattr(self, branch.name)
 
     def encode(
@@ -132,12 +133,11 @@ class FlowLevel(nn.Module):
         u: Tensor,
         v: Tensor | None,
         backend: str = "auto",
-        peaks: list[Tensor] | None = None,
+        peaks: Peaks | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The inverse of `encode`: state of the next level and the split's latent → z and logdet (B,).
 
-        `peaks` is appended the largest magnitude (B,) of the state after each conditional step; of the last one decoded, after
-        the transition steps.
+        `peaks` are added those of the state after each conditional step; of the last one decoded, after the transition steps.
         """
         logdets = []
         if latent is not None:
@@ -147,7 +147,7 @@ class FlowLevel(nn.Module):
             z, logdet = self.decode_step(step, z, u, v, backend)
             logdets.append(logdet)
             if peaks is not None and (index > self.transition_steps or index == 0):
-                peaks.append(z.detach().abs().amax(dim=(1, 2, 3)))
+                peaks.add(z)
         return self.unsqueezed(z), torch.stack(logdets).sum(dim=0)
 
     def squeezed(self, z: Tensor) -> Tensor:

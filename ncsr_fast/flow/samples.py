@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ncsr_fast.checks import check_count, check_temperature
+from ncsr_fast.checks import check_count, check_tile
+from ncsr_fast.config import FlowConfig
+from ncsr_fast.consistency import projected
+from ncsr_fast.engine.peaks import Peaks
 from ncsr_fast.flow.conditioned import Encoded, Levels
 from ncsr_fast.flow.inputs import Inputs
+from ncsr_fast.flow.temperature import Temperature, temperature_for
+from ncsr_fast.flow.tiling import Progress, Tiling, tiling
 from ncsr_fast.layout import has_memory, traced
 from ncsr_fast.warn import warn_caller
 
+PRIORS = ("condition", "reference")
 ON_NONFINITE = ("warn", "raise", "ignore", "retry")
 STATE_BOUND = 1e4  # actnorms keep a healthy state near unit variance: within ±10
 RETRIES, COOLING = 4, 0.8  # of a sample that blew up: how often, and the factor of the temperature each time
@@ -49,6 +55,7 @@ class ConditionedFlow:
         parameters: Returns the parameters whose changes are noticed: the model's, or none for a flow that is used at once.
         recording: A context in which gradients are recorded as the model has it.
         advice: Says of LR images why their samples blew up.
+        reference_mean: Makes the mean of the prior of HR images, where the encoder can.
     """
 
     def __init__(
@@ -59,69 +66,122 @@ class ConditionedFlow:
         parameters: Callable[[], Iterable[Tensor]],
         recording: Callable[[], contextlib.AbstractContextManager[None]],
         advice: Callable[[Tensor], str],
+        reference_mean: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self._levels, self._inputs, self.lr = levels, inputs, lr
         self._parameters, self._recording, self._advice = parameters, recording, advice
+        self._reference_mean = reference_mean
         self._versions = self._version()
 
     def sample(
         self,
         n: int = 10,
-        temperature: float = 0.9,
+        temperature: Any = 0.9,
         generator: torch.Generator | None = None,
         latents: Sequence[Tensor] | None = None,
         *,
+        tile: int | str | None = "auto",
         on_nonfinite: str = "warn",
+        project: bool = False,
+        progress: Progress | None = None,
     ) -> Tensor:
         """n images (B, n, 3, sH, sW) of each LR image, clipped to [0, 1].
 
         Args:
-            n: As for `NCSR.sample`; so are temperature and generator.
-            temperature: Standard deviation of the latents.
+            n: As for `NCSR.sample`, as all others.
+            temperature: Of the latents.
             generator: Of the model's device; None is torch's default one.
-            on_nonfinite: As for `NCSR.sample`.
             latents: The images' latents (B, n, …), in the order of `encode`, in place of drawn ones.
+            tile: LR pixels a side of the tiles that a large image is decoded in; "auto"; or None.
+            on_nonfinite: What to do about a sample that blew up.
+            project: True: samples are put onto the LR image.
+            progress: Is told which part (0, 1] is done.
 
         Raises:
             ValueError: `latents` are not of n images of this size, or as `NCSR.sample`.
         """
         check_count("n", n)
-        check_temperature(temperature)
+        check_tile(tile)
+        heat = temperature_for(temperature, self._levels.config, self.lr)
         if on_nonfinite not in ON_NONFINITE:
             raise ValueError(f"on_nonfinite must be one of {', '.join(ON_NONFINITE)}, not {on_nonfinite!r}")
         self._check_version()
         with self._recording():
             if latents is None:
-                latents = draw(self._levels, self.lr, n, temperature, generator)
+                latents, origin = draw(self._levels, self.lr, n, heat, generator), f"at {heat}"
             else:
-                latents = self._inputs.sample_latents(latents, self.lr, n)
-            images = self._sampled(latents, temperature, generator, on_nonfinite)
-        return self._inputs.shown(images, self.lr)
+                latents, origin = self._inputs.sample_latents(latents, self.lr, n), "of the latents given"
+            tiles = tiling(tile, progress, self._levels, latents)
+            images = self._sampled(latents, heat, generator, on_nonfinite, origin, tiles)
+            del latents
+        images = self._inputs.shown(images, self.lr)
+        return projected(images, self.lr, self._inputs.flow.scale) if project else images
 
-    def encode(self, hr: Tensor, noise: Tensor | None = None) -> Encoded:
+    @property
+    def config(self) -> FlowConfig:
+        """The flow."""
+        return self._levels.config
+
+    @property
+    def prior_mean(self) -> Tensor | None:
+        """Mean of the top latent; None where it is zero."""
+        return self._levels.condition.prior_mean
+
+    def residual(self, image: Tensor) -> Tensor:
+        """What the flow sees of images (B, C, sH, sW): less the base that samples are added to, where there is one."""
+        base = self._inputs.base(self.lr)
+        return image if base is None else image - base
+
+    def draw(self, n: int = 1, temperature: Any = 0.9, generator: torch.Generator | None = None) -> list[Tensor]:
+        """The latents (B, n, …) that `sample` draws with the same arguments."""
+        check_count("n", n)
+        return draw(self._levels, self.lr, n, temperature_for(temperature, self.config, self.lr), generator)
+
+    def encode(self, hr: Tensor, noise: Tensor | None = None, *, prior: str = "condition") -> Encoded:
         """Latents and log-likelihood of the HR images; see `NCSR.encode`."""
+        if prior not in PRIORS:
+            raise ValueError(f"prior must be one of {', '.join(map(repr, PRIORS))}, not {prior!r}")
+        if prior == "reference" and self._reference_mean is None:
+            raise ValueError("prior='reference' is for flows whose prior has a mean that HR images give, such as LLFlow's")
         self._check_version()
         hr, noise = self._inputs.hr(hr, self.lr), self._inputs.noise(noise, self.lr)
         with self._recording():
-            return self._levels.encoded(hr, noise)
+            mean = self._levels.condition.prior_mean
+            if prior == "reference" and self._reference_mean is not None:
+                mean = self._reference_mean(hr)
+            return self._levels.encoded(hr, noise, mean)
 
-    def log_prob(self, hr: Tensor, noise: Tensor | None = None) -> Tensor:
-        """log p(hr | lr), (B,) in nats."""
-        return self.encode(hr, noise).log_likelihood
+    def log_prob(self, hr: Tensor, noise: Tensor | None = None, *, prior: str = "condition") -> Tensor:
+        """log p(hr | lr), (B,) in nats; `prior` as of `NCSR.encode`."""
+        return self.encode(hr, noise, prior=prior).log_likelihood
 
-    def decode(self, latents: Sequence[Tensor], noise: Tensor | None = None) -> Tensor:
+    def decode(self, latents: Sequence[Tensor], noise: Tensor | None = None, *, tile: int | str | None = None) -> Tensor:
         """The HR images of latents, not clipped; see `NCSR.decode`. Of one LR image, latents of any number of samples."""
+        check_tile(tile)
         self._check_version()
         latents, noise = self._inputs.latents(latents, self.lr), self._inputs.noise(noise, self.lr)
         with self._recording():
-            return self._inputs.cropped(self._levels.decode(latents, noise)[0], self.lr)
+            tiles = tiling(tile, None, self._levels, latents)
+            if tiles is None:
+                image = self._levels.decode(latents, noise)[0]
+            else:
+                with self._levels.held():
+                    tiles.begin(self._levels, 1)
+                    image = tiles.decode(self._levels, latents, noise)
+        return self._inputs.cropped(image, self.lr)
 
     def _sampled(
-        self, latents: Sequence[Tensor], temperature: float, generator: torch.Generator | None, on_nonfinite: str
+        self,
+        latents: Sequence[Tensor],
+        temperature: Temperature,
+        generator: torch.Generator | None,
+        on_nonfinite: str,
+        origin: str,
+        tiles: Tiling | None,
     ) -> Tensor:
         """Images (B, n, …) of the padded size, not clipped, and what is to be done about those that blew up."""
         watch = on_nonfinite != "ignore"
-        images, first_bad = decode_samples(self._levels, latents, watch)
+        images, first_bad = decode_samples(self._levels, latents, watch, tiles)
         if first_bad is None:
             return images
         if not has_memory(first_bad):
@@ -129,11 +189,11 @@ class ConditionedFlow:
         found = _origins(self._levels, first_bad)
         if not found:
             return images
-        message = _explained(found, first_bad.numel(), temperature, self._advice(self.lr))
+        message = _explained(found, first_bad.numel(), origin, self._advice(self.lr))
         if on_nonfinite == "raise":
             raise NonFiniteSamples(message)
         if on_nonfinite == "retry":
-            return self._drawn_again(images, found, temperature, generator, message)
+            return self._drawn_again(images, found, temperature, generator, message, tiles)
         warn_caller(message)
         return images
 
@@ -141,27 +201,27 @@ class ConditionedFlow:
         self,
         images: Tensor,
         found: dict[tuple[int, int], Origin],
-        temperature: float,
+        temperature: Temperature,
         generator: torch.Generator | None,
         message: str,
+        tiles: Tiling | None,
     ) -> Tensor:
         """`images` with those of `found` drawn again, cooler each time, until they are sound or four times; with a warning."""
         images, left = images.clone(), list(found)
-        for _ in range(RETRIES):
-            temperature *= COOLING
+        for retry in range(1, RETRIES + 1):
+            cooler = temperature.cooled(COOLING**retry)
             for image in sorted({image for image, _ in left}):
                 samples = [sample for other, sample in left if other == image]
                 levels, lr = self._levels.image(image), self.lr[image : image + 1]
-                drawn, first_bad = decode_samples(levels, draw(levels, lr, len(samples), temperature, generator), True)
+                latents = draw(levels, lr, len(samples), cooler.image(image), generator)
+                drawn, first_bad = decode_samples(levels, latents, True, tiles)
                 images[image, samples] = drawn[0]
                 still = {} if first_bad is None else _origins(levels, first_bad)
                 left = [pair for pair in left if pair[0] != image or (0, samples.index(pair[1])) in still]
             if not left:
                 break
-        outcome = (
-            f"all were drawn again, the last at temperature {temperature:g}" if not left else f"{len(left)} still did after"
-        )
-        tail = "." if not left else f" {RETRIES} more draws, the last at temperature {temperature:g}."
+        outcome = f"all were drawn again, the last at {cooler}" if not left else f"{len(left)} still did after"
+        tail = "." if not left else f" {RETRIES} more draws, the last at {cooler}."
         warn_caller(f"{message} With on_nonfinite='retry' {outcome}{tail}")
         return images
 
@@ -176,7 +236,9 @@ class ConditionedFlow:
             raise RuntimeError("the weights have changed since model.condition(lr): condition the flow anew")
 
 
-def draw(levels: Levels, lr: Tensor, n: int, temperature: float, generator: torch.Generator | None) -> list[Tensor]:
+def draw(
+    levels: Levels, lr: Tensor, n: int, temperature: float | Temperature, generator: torch.Generator | None
+) -> list[Tensor]:
     """Latents (B, n, …) of n samples of each LR image, at a temperature: the first m do not depend on n."""
     shapes = levels.config.latent_shapes(*lr.shape[2:])
     latents = draw_latents(shapes, lr.shape[0], n, temperature, lr, generator)
@@ -192,7 +254,7 @@ def draw_latents(
     shapes: Sequence[tuple[int, int, int]],
     batch: int,
     n: int,
-    temperature: float,
+    temperature: float | Temperature,
     like: Tensor,
     generator: torch.Generator | None,
 ) -> list[Tensor]:
@@ -201,14 +263,19 @@ def draw_latents(
     for _ in range(n):
         own = [torch.randn((batch, *shape), generator=generator, dtype=like.dtype, device=like.device) for shape in shapes]
         draws.append(own)
-    return [temperature * torch.stack(latents, dim=1) for latents in zip(*draws)]
+    factors = temperature.factors if isinstance(temperature, Temperature) else [temperature] * len(shapes)
+    # one sample is not copied
+    joined = [latents[0][:, None] if n == 1 else torch.stack(latents, dim=1) for latents in zip(*draws)]
+    return [factor * latents for factor, latents in zip(factors, joined)]
 
 
-def decode_samples(levels: Levels, latents: Sequence[Tensor], watch: bool) -> tuple[Tensor, Tensor | None]:
+def decode_samples(
+    levels: Levels, latents: Sequence[Tensor], watch: bool, tiles: Tiling | None = None
+) -> tuple[Tensor, Tensor | None]:
     """Images (B, n, 3, sH, sW) of latents (B, n, …); with `watch` also where each of them (B, n) blew up, as `_first_bad` says.
 
     If n is 1, the images are decoded as one batch. Otherwise the samples of each image form a batch and share its condition.
-    Never synchronizes with the host.
+    Never synchronizes with the host. With `tiles`, in those.
     """
     batch, n = latents[0].shape[:2]
     if n == 1:
@@ -216,17 +283,21 @@ def decode_samples(levels: Levels, latents: Sequence[Tensor], watch: bool) -> tu
     else:
         groups, dim = [(levels.image(index), [latent[index] for latent in latents]) for index in range(batch)], 0
     images, first_bad = [], []
+    if tiles is not None:
+        tiles.begin(groups[0][0], len(groups))
     with levels.held():
         for group, own in groups:
-            peaks: list[Tensor] = []
-            x, _ = group.decode(own, None, peaks if watch else None)
+            peaks = Peaks()
+            watched = peaks if watch else None
+            x = group.decode(own, None, watched)[0] if tiles is None else tiles.decode(group, own, None, watched)
             images.append(x)
             if watch:
                 first_bad.append(_first_bad(levels, x, peaks))
-    return torch.stack(images, dim), torch.stack(first_bad, dim) if watch else None
+    joined = images[0].unsqueeze(dim) if len(images) == 1 else torch.stack(images, dim)
+    return joined, torch.stack(first_bad, dim) if watch else None
 
 
-def _first_bad(levels: Levels, images: Tensor, peaks: list[Tensor]) -> Tensor:
+def _first_bad(levels: Levels, images: Tensor, peaks: Peaks) -> Tensor:
     """For each sample (N,) the number of the station whose state was the first beyond the bound or not finite.
 
     The number after the last station's is the image's own, and the next one means none.
@@ -258,9 +329,9 @@ def _origins(levels: Levels, first_bad: Tensor) -> dict[tuple[int, int], Origin]
     return found
 
 
-def _explained(found: dict[tuple[int, int], Origin], total: int, temperature: float, why: str) -> str:
+def _explained(found: dict[tuple[int, int], Origin], total: int, latents: str, why: str) -> str:
     (image, i), origin = next(iter(found.items()))
     return (
-        f"{len(found)} of {total} samples at temperature {temperature:g} blew up: their state is not finite or beyond "
+        f"{len(found)} of {total} samples {latents} blew up: their state is not finite or beyond "
         f"±{STATE_BOUND:g}, first in {origin} (image {image}, sample {i}). {why}"
     )

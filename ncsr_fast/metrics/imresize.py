@@ -63,10 +63,11 @@ def _matrix_for(x: Tensor, size: int, scale: float) -> Tensor:
 def _matrix(size: int, scale: float, dtype: torch.dtype, device: torch.device) -> Tensor:
     """The (⌈scale·size⌉, size) matrix that resizes one axis. Cached: a training loop asks for the same few."""
     with torch.inference_mode(False):  # a cached inference tensor could not be used under autograd later
-        return _build_matrix(size, scale).to(device=device, dtype=dtype)
+        return resizing_matrix(size, scale).to(device=device, dtype=dtype)
 
 
-def _build_matrix(size: int, scale: float) -> Tensor:
+def resizing_matrix(size: int, scale: float) -> Tensor:
+    """The (⌈scale·size⌉, size) matrix that `imresize` multiplies an axis by, in float64 on the CPU."""
     options = {"dtype": torch.float64, "device": "cpu"}
     shrink = min(scale, 1.0)
     width = 4.0 / shrink

@@ -57,7 +57,7 @@ def configure(path: str | os.PathLike | None = None, overrides: Mapping[str, Any
                 f"preset: {problems.file} is a published YAML and has an architecture of its own; give one of the two"
             )
     else:
-        preset = problems.choice("preset", overrides.get("preset", given.get("preset", "ncsr-x4")), tuple(PRESETS))
+        preset = problems.choice("preset", overrides.get("preset", given.get("preset", "ncsr-x4")), tuple(PUBLISHED))
         base, architecture = PUBLISHED[preset], PRESETS[preset]
         given.setdefault("variant", "noise" if architecture.get("noise_channels") else "srflow")
     fields = {field.name: field for field in dataclasses.fields(TrainSettings)}

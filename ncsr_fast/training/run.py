@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ncsr_fast.config import NCSRConfig
 from ncsr_fast.data.images import write_image
 from ncsr_fast.files import (
     CONFIG,
@@ -172,6 +173,8 @@ class Run:
         if before is None:
             return
         now = self.settings.to_dict()
+        with contextlib.suppress(KeyError, TypeError, ValueError):  # fields that came later have their defaults
+            before["model"] = NCSRConfig.from_dict(before["model"]).to_dict()
         changed = [key for key in now if key not in _FREE and before.get(key) != now[key]]
         if changed:
             differing = ", ".join(f"{key} (was {before.get(key)!r}, now {now[key]!r})" for key in changed)

@@ -135,6 +135,8 @@ class TrainSettings:
             value = getattr(self, name)
             paths = tuple(_path(name, path) for path in (value if isinstance(value, tuple) else (value,)) if path is not None)
             object.__setattr__(self, name, paths if isinstance(value, tuple) else next(iter(paths), None))
+        if self.model.system != "ncsr":
+            raise ValueError(f"model must be an NCSR or an SRFlow: the trainer has no {self.model.traits.title}")
         if not self.images:
             raise ValueError("images must name at least one folder of HR images or .pklv4 file")
         if self.lr_images and len(self.lr_images) != len(self.images):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -13,6 +15,8 @@ from support import full_disk, tiny_model
 from ncsr_fast import NCSR
 from ncsr_fast.cli.main import main
 from ncsr_fast.data import read_image
+from ncsr_fast.flow.samples import ConditionedFlow
+from ncsr_fast.metrics import lr_psnr
 
 
 @pytest.mark.parametrize("names, expected", [("ntire", "00000{}_sample0000{}.png"), ("source", None)])
@@ -53,7 +57,8 @@ def test_sample_one_odd_image_is_the_model(model, tmp_path):
 
 def test_sample_goes_on_after_a_broken_file_and_reports_it(model, photos, tmp_path, capsys):
     (photos / "aa.png").write_text("broken")
-    assert main(["sample", str(photos), "--out", str(tmp_path / "out"), "--model", model, "--n", "1"]) == 1
+    arguments = ["--out", str(tmp_path / "out"), "--model", model, "--n", "1", "--names", "ntire"]
+    assert main(["sample", str(photos), *arguments]) == 1
     assert "cannot read image" in capsys.readouterr().err
     # numbers are places in the sorted input, so a broken file leaves a gap and shifts nothing
     assert sorted(p.name[:6] for p in (tmp_path / "out").iterdir()) == ["000000", "000002", "000003"]
@@ -103,7 +108,7 @@ def test_samples_that_would_have_the_same_names(model, tmp_path, capsys, second)
     assert sample(model, *arguments, "--names", "source") == 1
     err = capsys.readouterr().err
     assert "a.png'" in err and f"{second}'" in err and "would have the same names" in err and not (tmp_path / "out").exists()
-    assert sample(model, *arguments) == 0
+    assert sample(model, *arguments, "--names", "ntire") == 0
     assert len(outputs(tmp_path / "out")) == 3
 
 
@@ -130,7 +135,7 @@ def test_samples_that_would_be_input(model, tmp_path, capsys, source, out):
 def test_samples_beside_the_input(model, tmp_path, source, out):
     images(tmp_path / "in", "a.png")
     for _ in range(2):
-        assert sample(model, tmp_path / source, "--out", tmp_path / out) == 0
+        assert sample(model, tmp_path / source, "--out", tmp_path / out, "--names", "ntire") == 0
     assert outputs(tmp_path / out) == sorted(["000000_sample00000.png", *(["in/a.png"] if out == "." else [])])
 
 
@@ -173,22 +178,156 @@ def test_several_inputs_patterns_and_home(model, tmp_path, capsys, monkeypatch):
     assert re.search(r"no file is as '.*z\*.png' describes", capsys.readouterr().err)
 
 
-def test_an_image_too_large_for_memory_is_passed_over(model, photos, tmp_path, capsys, monkeypatch):
-    call = NCSR.sample
+OUT_OF_MEMORY = RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried …")
 
-    def limited(self, lr, *arguments, **options):
+
+def test_an_image_too_large_for_memory_is_passed_over(model, tmp_path, capsys, monkeypatch):
+    call = NCSR.condition
+
+    def limited(self, lr, **options):
         if lr.shape[2] == 50:
-            raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried …")
-        return call(self, lr, *arguments, **options)
+            raise OUT_OF_MEMORY
+        return call(self, lr, **options)
 
-    monkeypatch.setattr(NCSR, "sample", limited)
+    monkeypatch.setattr(NCSR, "condition", limited)
     images(tmp_path / "in", "a.png", "c.png")
     images(tmp_path / "in", "b.png", size=(60, 50))
     assert sample(model, tmp_path / "in", "--out", tmp_path / "out", "--names", "source") == 1
     out, err = capsys.readouterr()
     assert outputs(tmp_path / "out") == ["a_sample00000.png", "c_sample00000.png"]
-    assert "b.png' with 1 samples does not fit in memory: ask for fewer (--n), take a smaller --model, or crop it" in err
+    assert "b.png' does not fit in memory, not even in small tiles: take a smaller --model, or crop it" in err
     assert out.startswith("2 of 3 images × 1 samples → ") and err.endswith("1 of 3 images were not sampled as asked\n")
+    assert sample(model, tmp_path / "in" / "b.png", "--out", tmp_path / "out", "--tile", "none") == 1
+    assert "b.png' does not fit in memory as a whole: use --tile auto" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def exact(tmp_path_factory):
+    """A directory with a tiny float64 model, so that what rounding changes is no grey level."""
+    model = tiny_model()
+    with torch.no_grad():
+        for level in model.levels:
+            for branch in level.branches:
+                level.networks(branch).conv3.mul_(0.3)
+    return str(model.save_pretrained(tmp_path_factory.mktemp("exact")))
+
+
+def written(out):
+    """The bytes of all samples."""
+    return {name: (out / name).read_bytes() for name in outputs(out)}
+
+
+def draw(model, *arguments):
+    return main(["sample", *map(str, arguments), "--model", model, "--device", "cpu", "--n", "3", "--temperature", "0.2"])
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """A folder of three small pictures, one of them in a folder of its own."""
+    generator = np.random.default_rng(0)
+    for name in ("a.png", "b.png", "nested/c.png"):
+        (tmp_path / "pictures" / name).parent.mkdir(parents=True, exist_ok=True)
+        pixels = Image.fromarray(generator.integers(0, 255, (5, 7, 3), dtype=np.uint8))
+        pixels.resize((26, 19), Image.Resampling.BICUBIC).save(tmp_path / "pictures" / name)
+    return tmp_path / "pictures"
+
+
+@pytest.mark.parametrize("way", ["tiles", "whole", "alone", "groups", "less memory", "threads"])
+def test_a_seed_gives_an_image_its_samples_whatever_the_way(exact, pictures, tmp_path, monkeypatch, threads, way):
+    assert draw(exact, pictures / "nested", pictures / "a.png", "--out", tmp_path / "expected", "--seed", 4) == 0
+    arguments = [pictures / "nested", pictures / "a.png", "--out", tmp_path / "out", "--seed", "4"]
+    if way in ("tiles", "whole"):
+        arguments += ["--tile", "5" if way == "tiles" else "none"]
+    if way == "alone":
+        arguments = arguments[1:]
+        for path in (tmp_path / "expected").glob("c_*"):
+            path.unlink()
+    if way == "groups":
+        monkeypatch.setattr("ncsr_fast.cli._sampling.Sampler._together", lambda *_: 2)
+    if way == "less memory":
+        call = ConditionedFlow.sample
+
+        def limited(flow, n, *arguments, **options):
+            if n > 1:
+                call(flow, n, *arguments, **options)  # draws from the generator first
+                raise OUT_OF_MEMORY
+            return call(flow, n, *arguments, **options)
+
+        monkeypatch.setattr(ConditionedFlow, "sample", limited)
+    if way == "threads":
+        threads(2)
+    assert draw(exact, *arguments) == 0
+    assert written(tmp_path / "out") == written(tmp_path / "expected")
+
+
+def test_the_shares_of_several_processes_are_all_images(exact, pictures, tmp_path, monkeypatch, capsys):
+    assert draw(exact, pictures, "--out", tmp_path / "expected") == 0
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in (1, 0):
+        monkeypatch.setenv("RANK", str(rank))
+        assert draw(exact, pictures, "--out", tmp_path / "out") == 0
+        assert len(outputs(tmp_path / "out")) == (3 if rank else 9)
+    assert written(tmp_path / "out") == written(tmp_path / "expected")
+    out, err = capsys.readouterr()
+    assert "process 2 of 2: 1 images × 3 samples → " in out and "process 1 of 2: 2 images × 3 samples → " in out
+    assert "earlier" not in err
+
+
+def test_an_interrupted_run_goes_on(exact, pictures, tmp_path, capsys):
+    """Images all of whose samples are there are not sampled again; one of whose some are is."""
+    assert draw(exact, pictures, "--out", tmp_path / "out") == 0
+    expected = written(tmp_path / "out")
+    (tmp_path / "out" / "a_sample00002.png").unlink()
+    (tmp_path / "out" / "b_sample00000.png").write_text("not looked at")
+    (tmp_path / "out" / "a_sample00000.png").write_text("written anew")
+    capsys.readouterr()
+    assert draw(exact, pictures, "--out", tmp_path / "out", "--skip-existing") == 0
+    assert written(tmp_path / "out") == {**expected, "b_sample00000.png": b"not looked at"}
+    assert capsys.readouterr().out.startswith("1 of 3 images × 3 samples, 2 were there → ")
+
+
+def test_a_large_image_is_told_of(exact, pictures, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("ncsr_fast.cli._sampling._TOLD", 2**20)
+    assert draw(exact, pictures / "a.png", "--out", tmp_path / "out", "--tile", "6") == 0
+    err = capsys.readouterr().err
+    assert re.search(r"a.png: 26×19 → 104×76, about 0\.\d GiB, in tiles\n", err) and re.search(r"samples 1 to 3: +\d+%", err)
+
+
+@pytest.mark.parametrize("recommended", [None, 0.0])
+def test_the_temperature_is_what_the_model_recommends(pictures, tmp_path, recommended):
+    model = tiny_model(**({} if recommended is None else {"temperature": recommended}))
+    model.save_pretrained(tmp_path / "model")
+    arguments = ["sample", pictures / "a.png", "--out", tmp_path / "out", "--model", tmp_path / "model", "--n", "1"]
+    with mock.patch.object(ConditionedFlow, "sample", autospec=True, side_effect=ConditionedFlow.sample) as call:
+        main(list(map(str, arguments)))
+        main(list(map(str, [*arguments, "--temperature", "0.3,0.2"])))
+    assert [call.args[2] for call in call.call_args_list] == [0.9 if recommended is None else recommended, [0.3, 0.2]]
+
+
+def test_projected_samples_are_reported(tmp_path, capsys, monkeypatch):
+    """With the smallest LR-PSNR, which may be infinite."""
+    noisy = np.random.default_rng(0).choice([0, 90, 180, 255], (5, 4, 3)).astype(np.uint8)
+    Image.fromarray(noisy).resize((12, 16), Image.Resampling.BILINEAR).save(tmp_path / "b.png")
+    arguments = ["--n", "2", "--out", str(tmp_path / "out"), "--temperature", "0.3"]
+    assert main(["sample", str(tmp_path / "b.png"), *arguments, "--project"]) == 0
+    told = re.search(r"projected onto the LR images: LR-PSNR at least (\d+\.\d) dB\n", capsys.readouterr().out)
+    lr = read_image(tmp_path / "b.png")[None]
+    measured = [float(lr_psnr(read_image(tmp_path / "out" / f"b_sample0000{k}.png")[None], lr, 4)) for k in range(2)]
+    assert float(told[1]) == round(min(measured), 1)
+    assert main(["sample", str(tmp_path / "b.png"), *arguments]) == 0
+    assert "projected" not in capsys.readouterr().out
+    monkeypatch.setattr("ncsr_fast.cli._sampling.Sampler.lr_psnr", lambda *_: math.inf)
+    assert main(["sample", str(tmp_path / "b.png"), *arguments, "--project"]) == 0
+    assert "projected onto the LR images: their bicubic reductions are the LR images\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "option, value", [("--tile", "0"), ("--tile", "some"), ("--temperature", "0.3,-1"), ("--temperature", "")]
+)
+def test_what_options_may_not_be(model, photos, tmp_path, capsys, option, value):
+    with pytest.raises(SystemExit):
+        sample(model, photos, "--out", tmp_path / "out", option, value)
+    assert "should be" in capsys.readouterr().err
 
 
 def test_nonfinite_samples_of_one_image_do_not_end_a_folder(tmp_path, capsys, recwarn, monkeypatch):
@@ -224,5 +363,5 @@ def test_a_full_disk(model, tmp_path, capsys):
     images(tmp_path, "a.png", size=(40, 30))
     with full_disk(20):
         assert sample(model, tmp_path / "a.png", "--out", tmp_path / "out") == 1
-    assert re.search(r"sample: '.*000000_sample00000.png': File too large; .*\n$", capsys.readouterr().err)
+    assert re.search(r"sample: '.*a_sample00000.png': File too large; .*\n$", capsys.readouterr().err)
     assert outputs(tmp_path / "out") == []

@@ -222,6 +222,18 @@ def test_pairs(tmp_path):
         pair_up(list_images(hr), hr, list_images(lr), lr)
 
 
+def test_pairs_of_normal_and_low_light(tmp_path):
+    """The names of LOL-v2's real images, which begin with what they are."""
+    pixels, folders = np.zeros((4, 4, 3), np.uint8), [tmp_path / "Normal", tmp_path / "Low"]
+    for folder, prefix in zip(folders, ("normal", "low")):
+        (folder / "sub").mkdir(parents=True)
+        for name in (f"{prefix}00001.png", f"sub/{prefix}2.png", "3.png"):
+            Image.fromarray(pixels).save(folder / name)
+    files = [list_images(folder) for folder in folders]
+    names = [tuple(path.name for path in pair) for pair in pair_up(files[0], folders[0], files[1], folders[1])]
+    assert sorted(names) == [("3.png", "3.png"), ("normal00001.png", "low00001.png"), ("normal2.png", "low2.png")]
+
+
 @pytest.mark.parametrize(
     "name, message",
     [

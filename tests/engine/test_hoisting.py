@@ -26,7 +26,7 @@ def hoisted(own, stacked, weight, bias, method=METHOD, with_products=False):
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "channels-last"])
 @pytest.mark.parametrize("size", [(1, 1), (1, 4), (3, 2), (5, 7)], ids=str)
 @pytest.mark.parametrize("factor", [2, 4, 3, 8])
-def test_enlarged_features(factor, size, layout):
+def test_grown_features(factor, size, layout):
     own = image(2, 3, size[0] * factor, size[1] * factor, seed=1).contiguous(memory_format=layout).requires_grad_()
     stacked = image(2, 5, *size, seed=2).contiguous(memory_format=layout).requires_grad_()
     weight, bias = (image(*shape, seed=3).sub(0.5).requires_grad_() for shape in ((4, 8, 3, 3), (4,)))

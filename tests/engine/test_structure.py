@@ -7,7 +7,7 @@ import torch
 from support import image, tiny_model
 
 from ncsr_fast import NCSR
-from ncsr_fast.encoder.rrdb import DenseBlock
+from ncsr_fast.encoder.blocks import DenseBlock
 from ncsr_fast.engine.folding import fold_mixing
 from ncsr_fast.engine.options import EngineOptions
 from ncsr_fast.ops.conv3x3 import ConvolutionMethod

@@ -9,20 +9,15 @@ import pytest
 import torch
 from operator_cases import marked
 from support import Case, load_case, relative_error, weights_module
+from vectors import GRADIENT, VALUE, every_dtype, published_gradients, unused_names
 
 from ncsr_fast import NCSR
-from ncsr_fast.checkpoints.published import layout
 
 SMALL = ["ncsr_x4_small", "ncsr_x4_std_small", "ncsr_x8_small", "srflow_x4_small"]
 CASES = [*SMALL, "ncsr_x4_full"]
-# The README of the vectors: float64 values to 1e-6 (large arrays are stored as float32), gradients to 2e-6; float32
-# values to 2e-5. Gradients are held in float64, where a ReLU does not flip.
-VALUE = {torch.float64: 1e-6, torch.float32: 2e-5}
-GRADIENT = 2e-6
 # of module scope, so that the tests of a network and dtype follow one another and share one model
 every_case = pytest.mark.parametrize("name", CASES, scope="module")
 small_cases = pytest.mark.parametrize("name", SMALL, scope="module")
-every_dtype = pytest.mark.parametrize("dtype", VALUE, ids=["float64", "float32"], scope="module")
 slow_but_for_one = marked("slow", lambda name: name != SMALL[0])
 # full depth in float64 and a small network in float32 fail for what these would, and so do likelihood and decoding of both
 exhaustive_at_full_depth = marked("exhaustive", lambda name, dtype: name not in SMALL and dtype == torch.float32)
@@ -131,21 +126,6 @@ def test_gradients_of_the_engine_at_full_depth():
     for name in ("fused", "stored"):
         for gradient, expected in zip(found[name], found["plain"], strict=True):
             assert relative_error(gradient, expected) < 1e-6
-
-
-def published_gradients(model: NCSR) -> dict[str, torch.Tensor]:
-    """The gradient of every parameter that has one, by published name: exported from a model that has it as weights."""
-    holder = copy.deepcopy(model)
-    with torch.no_grad():
-        for weight, parameter in zip(holder.parameters(), model.parameters()):
-            weight.copy_(torch.full_like(parameter, torch.nan) if parameter.grad is None else parameter.grad)
-    exported, unused = holder.published_state_dict(), unused_names(model)
-    return {key: value for key, value in exported.items() if key not in unused and not value.isnan().any()}
-
-
-def unused_names(model: NCSR) -> set[str]:
-    """Published tensors no computation of ours reads."""
-    return {entry.name for entry in layout(model) if entry.tensor is None}
 
 
 @slow_but_for_one

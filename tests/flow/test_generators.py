@@ -16,9 +16,9 @@ from support import image, randomize, relative_error, tiny_model, vector_file, w
 from torch import Tensor
 
 from ncsr_fast import RRDB, CheckpointError
+from ncsr_fast.encoder.blocks import ResidualNoise
 from ncsr_fast.encoder.checkpoints import from_state
 from ncsr_fast.encoder.names import encoder_layout, read_generator
-from ncsr_fast.encoder.rrdb import ResidualNoise
 
 NOISY = ["esrganplus_x4_small", "esrganplus_x4_block_noise_small"]
 SMALL = ["esrgan_x4_small", "basicsr_x4_small", "basicsr_x2_small", "basicsr_x1_small", *NOISY]
@@ -118,7 +118,7 @@ def check_gradients(vectors: GeneratorCase, network: RRDB, prefix: str, layout: 
     assert relative_error(loss.detach(), vectors.tensor(f"{prefix}loss")) < VALUE[torch.float64]
     assert relative_error(lr.grad, vectors.tensor(f"{prefix}grad_lr")) < GRADIENT
     published = read_generator(vectors.state).names
-    parameters = {published[name]: own for (name, _), own in zip(encoder_layout(network), network.parameters(), strict=True)}
+    parameters = {published[name]: own for (name, *_), own in zip(encoder_layout(network), network.parameters(), strict=True)}
     names = vectors.meta["grad_names"]
     assert sorted(parameters) == sorted(names)
     probes = [vectors.normal(f"probe:{name}", tuple(parameters[name].shape)) for name in names]

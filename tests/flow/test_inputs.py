@@ -78,7 +78,7 @@ def test_noise_of_another_variant():
 
 def test_bad_latents(model):
     latents = model.encode(HR, LR).latents
-    with pytest.raises(ValueError, match="latents must be 2 tensors, not 1"):
+    with pytest.raises(ValueError, match=r"latents must be 2 tensors, of the shapes \(2, 6, 8, 12\), \(2, 96, 2, 3\), not 1"):
         model.decode(latents[:1], LR)
     with pytest.raises(ValueError, match=r"latents\[0\] must have shape \(2, 6, 8, 12\), not \(2, 96, 2, 3\)"):
         model.decode(latents[::-1], LR)

@@ -33,7 +33,7 @@ def lines_of(path, overrides=None) -> list[str]:
     return [line.removeprefix(f"{path}: ") for line in str(error.value).splitlines()]
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", PUBLISHED)
 def test_a_preset_is_its_architecture_and_settings(preset):
     done = configure(overrides={"preset": preset, "images": ["photos"]})
     assert done.settings == TrainSettings(NCSRConfig.preset(preset), ("photos",), **PUBLISHED[preset])
@@ -142,7 +142,7 @@ PROBLEMS = {
     "list": ("images: [a]\nmilestones:", "milestones: should be a list, not None"),
     "length": ("images: [a]\nbetas: [0.9]", "betas[1]: has the wrong number of values: [0.9]"),
     "images": ("lr: 1", "images is missing"),
-    "preset": ("images: [a]\npreset: ncsr-x2", f"preset: should be one of {', '.join(PRESETS)}, not 'ncsr-x2'"),
+    "preset": ("images: [a]\npreset: ncsr-x2", f"preset: should be one of {', '.join(PUBLISHED)}, not 'ncsr-x2'"),
     "variant": ("images: [a]\nvariant: some", "variant: should be one of noise, noise-all, std, no-layer, srflow, not 'some'"),
     "run": ("images: [a]\nrun: 3", "run: should be a folder, not 3"),
     "empty-run": ("images: [a]\nrun: ''", "run: should be a folder, not ''"),

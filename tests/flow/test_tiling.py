@@ -1,0 +1,300 @@
+"""Decoding in tiles: equal to decoding whole, in less memory, whatever the tiles."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import replace
+from unittest import mock
+
+import pytest
+import torch
+from support import image, relative_error, tiny_model
+from torch import Tensor
+from variants import BRANCHES, FLOW, OwnNetworks, model_of
+
+from ncsr_fast import NCSR, NCSRConfig
+from ncsr_fast.encoder.blocks import ENGINE
+from ncsr_fast.engine import tiles
+from ncsr_fast.engine.peaks import Peaks
+from ncsr_fast.flow.conditioned import Levels
+from ncsr_fast.flow.estimate import samples_memory
+from ncsr_fast.flow.networks import NETWORKS, StackedNetworks
+from ncsr_fast.flow.tiling import Tiling
+from ncsr_fast.memory import peak_bytes
+
+EXACT = 1e-9  # in float64: of sums in another order, which the steps of a flow amplify
+X8 = dict(scale=8, noise_steps=(0, 0, 1, 1))
+MODELS: dict[str, dict] = {
+    "ncsr-x4": {},
+    "ncsr-x8": X8,
+    "srflow-x4": dict(noise_channels=0, noise_steps=()),
+    "srflow-x8": dict(X8, noise_channels=0, noise_steps=()),
+    "std": dict(noise_channels=1),
+    "all levels": dict(noise_steps=(1, 1, 1)),
+    "two steps": dict(steps=2, noise_steps=(0, 1, 2)),
+    "fs-ncsr": dict(system="fs-ncsr"),
+    "srflow-da": dict(system="srflow-da", noise_channels=0, noise_steps=()),
+    "srflow-da-s": dict(system="srflow-da-s", noise_channels=0, noise_steps=(), steps=8),
+    "ctflow": dict(system="ctflow", scale=1, noise_channels=0, noise_steps=()),
+    "llflow": dict(system="llflow", scale=1, noise_channels=0, noise_steps=()),
+}
+
+
+def healthy(**changes) -> NCSR:
+    """A small model of random weights whose inverse is a contraction nowhere near the bounds of float64."""
+    model = tiny_model(**changes)
+    with torch.no_grad():
+        for level in model.levels:
+            for branch in level.branches:
+                level.networks(branch).conv3.mul_(0.3)
+    return model
+
+
+def drawn(model: NCSR, lr: Tensor, n: int = 1) -> list[Tensor]:
+    """Latents of n images of each LR image."""
+    shapes = model.latent_shapes(*lr.shape[2:])
+    return [image(n * len(lr), *shape, seed=index).sub_(0.5) for index, shape in enumerate(shapes)]
+
+
+def noise_for(model: NCSR, lr: Tensor) -> Tensor | None:
+    """A noise condition as the model has it."""
+    channels, scale = model.flow.noise_channels, model.flow.scale
+    if not channels:
+        return None
+    size = (1, 1) if channels == 1 else (scale * lr.shape[2], scale * lr.shape[3])
+    return image(len(lr), channels, *size, seed=9) * 0.1
+
+
+@pytest.mark.parametrize("side", [1, 3])
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_tiles_change_nothing(name, side):
+    model = healthy(**MODELS[name])
+    lr = image(1 if side == 1 else 2, model.flow.lr_channels, 5, 9, seed=1)
+    latents, noise = drawn(model, lr), noise_for(model, lr)
+    expected = model.decode(latents, lr, noise)
+    assert expected.abs().max() < 100
+    assert relative_error(model.decode(latents, lr, noise, tile=side), expected) < EXACT
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 20), (23, 2), (16, 16)])
+@torch.no_grad()
+def test_borders_and_sizes(size):
+    model = healthy()
+    lr = image(1, 3, *size, seed=1)
+    latents, noise = drawn(model, lr, 3), noise_for(model, lr)
+    expected = model.decode(latents, lr, noise)
+    for side in (4, 100):
+        assert relative_error(model.decode(latents, lr, noise, tile=side), expected) < EXACT
+
+
+@pytest.mark.parametrize("engine", ["fused", "plain"])
+@torch.no_grad()
+def test_a_flow_of_ones_own_in_tiles(engine):
+    """Other branches in another order, a level without features, features without stacked ones, a prior's mean, a base."""
+    model = model_of(engine=engine)
+    lr = image(2, 3, 6, 10, seed=2)
+    arguments = dict(n=2, temperature=0.3, tile=None)
+    expected = model.sample(lr, generator=torch.Generator().manual_seed(0), **arguments)
+    for side in (1, 5):
+        found = model.sample(lr, generator=torch.Generator().manual_seed(0), **{**arguments, "tile": side})
+        assert relative_error(found, expected) < EXACT
+
+
+@torch.no_grad()
+def test_networks_that_do_not_say_how_far_they_reach(monkeypatch):
+    monkeypatch.setitem(NETWORKS, "own", lambda *sizes: OwnNetworks(StackedNetworks(*sizes)))
+    first = replace(FLOW.levels[0], branches=tuple(replace(branch, network="own") for branch in BRANCHES))
+    model = model_of(replace(FLOW, levels=(first, *FLOW.levels[1:])))
+    lr = image(1, 3, 4, 6, seed=2)
+    with pytest.raises(ValueError, match="level 1 has networks that do not say their radius, so that tile must be None, not 2"):
+        model.sample(lr, 1, tile=2)
+    whole, auto = (model.sample(lr, 1, generator=torch.Generator().manual_seed(0), tile=tile) for tile in (None, "auto"))
+    assert torch.equal(whole, auto)
+
+
+@pytest.mark.parametrize("name", ["ncsr-x4", "two steps", "srflow-da"])
+def test_the_halo_is_as_wide_as_pixels_depend_on_each_other(name):
+    """Every pixel in it counts, and none outside."""
+    model = healthy(**MODELS[name])
+    lr = image(1, 3, 24, 24, seed=1)
+    with torch.no_grad():
+        levels = model.conditioned_levels(model.padded(lr))
+    for index, level in enumerate(model.levels):
+        height, width = levels.condition.features[index].size
+        z = image(1, level.channels - level.split_channels, height, width, seed=2).requires_grad_()
+        latent = image(1, level.split_channels, height, width, seed=3) if level.split_channels else None
+        x, _ = levels.plan(index, inverse=True).decode(z, latent)
+        row = height // 2
+        x[0, :, 2 * row].sum().backward()
+        reached = z.grad.abs().amax(dim=(0, 1, 3)).nonzero().flatten()
+        assert [row - int(reached.min()), int(reached.max()) - row] == [tiles.halo(level)] * 2
+
+
+@pytest.mark.parametrize(
+    "size, side, halo, multiple", [(7, 3, 2, 1), (16, 1, 3, 4), (16, 5, 1, 2), (1, 1, 9, 1), (12, 9, 2, 4)]
+)
+def test_tiles_cover_every_pixel_once_with_their_halo(size, side, halo, multiple):
+    found = tiles.spans(size, side, halo, multiple)
+    assert [pixel for span in found for pixel in range(span.core.start, span.core.stop)] == list(range(size))
+    for span in found:
+        assert span.core.stop - span.core.start <= max(side, multiple)
+        assert span.crop.start <= max(0, span.core.start - halo) and span.crop.stop >= min(size, span.core.stop + halo)
+        assert span.crop.start % multiple == span.crop.stop % multiple == 0
+        assert range(size)[span.crop][span.inner] == range(size)[span.core]
+
+
+@torch.no_grad()
+def test_the_encoder_in_tiles():
+    """With blocks in tiles, all features, and those of a region, are the whole image's."""
+    model = tiny_model(**X8)
+    lr = image(2, 3, 24, 32, seed=1)
+    whole, found = model.encoder.condition(lr), model.encoder.condition_in_tiles(lr, ENGINE, 7)
+    for expected, features in zip(whole.features, found.features, strict=True):
+        assert features.size == expected.size and features.multiple == expected.multiple and features.batch == 2
+        assert relative_error(features.whole.joined, expected.joined) < EXACT
+        rows, columns = (slice(side // 8 * 2, side // 8 * 6) for side in expected.size)
+        for each in (features, expected, features.sample(1)):
+            region = each.region(rows, columns).joined
+            assert relative_error(region, expected.joined[2 - len(region) :, :, rows, columns]) < EXACT
+
+
+def test_states_are_watched_in_the_tiles_and_not_in_their_halos():
+    """The largest states of tiles are those of the image; what is computed near the cut of a tile is no state of it."""
+    model = healthy(steps=2, noise_steps=(0, 1, 2))
+    lr = image(1, 3, 9, 12, seed=1)
+    latents = drawn(model, lr, 2)
+    with torch.no_grad():
+        levels = model.conditioned_levels(model.padded(lr))
+        expected, found = Peaks(), Peaks()
+        levels.decode(latents, None, expected)
+        tiles = Tiling(2)
+        tiles.begin(levels, 1)
+        tiles.decode(levels, latents, None, found)
+    assert len(found) == len(expected) == 6
+    for peak, wanted in zip(found, expected):
+        torch.testing.assert_close(peak, wanted, rtol=1e-12, atol=0)
+
+
+@torch.no_grad()
+def test_samples_in_tiles_are_those_of_the_whole_image():
+    model = healthy()
+    lr = image(2, 3, 7, 9, seed=1)
+    told: list[float] = []
+
+    def draw(tile, progress=None) -> Tensor:
+        generator = torch.Generator().manual_seed(5)
+        return model.sample(lr, 3, 0.2, generator, tile, progress=progress)
+
+    assert relative_error(draw(3, told.append), draw(None)) < EXACT
+    assert told == sorted(told) and 0 < told[0] < 0.1 and told[-1] == pytest.approx(1, abs=1e-12)
+    assert relative_error(model.condition(lr).sample(3, 0.2, torch.Generator().manual_seed(5), tile=3), draw(None)) < EXACT
+
+
+def test_gradients_in_tiles():
+    model = healthy()
+    lr = image(1, 3, 5, 8, seed=1)
+    latents = [latent.requires_grad_() for latent in drawn(model, lr)]
+    whole = torch.autograd.grad(model.decode(latents, lr).sin().sum(), [*latents, model.levels[0].invconv])
+    parts = torch.autograd.grad(model.decode(latents, lr, tile=3).sin().sum(), [*latents, model.levels[0].invconv])
+    for part, expected in zip(parts, whole):
+        assert relative_error(part, expected) < EXACT
+
+
+@pytest.mark.parametrize(
+    "bad, error", [(0, ValueError), (-3, ValueError), (1.5, TypeError), ("all", ValueError), (True, TypeError)]
+)
+def test_tiles_that_are_none(bad, error):
+    model, lr = tiny_model(), image(1, 3, 2, 2)
+    for call in (lambda: model.sample(lr, 1, tile=bad), lambda: model.decode(drawn(model, lr), lr, tile=bad)):
+        with pytest.raises(error, match="tile must be"):
+            call()
+
+
+def limited(room: int):
+    """The operators' plans of levels with more pixels than `room` run out of memory."""
+    plan, region = Levels.plan, Levels.region_plan
+
+    def whole(levels, index, inverse):
+        height, width = levels.condition.features[index].size
+        return region_of(levels, index, slice(0, height), slice(0, width)) and plan(levels, index, inverse)
+
+    def region_of(levels, index, rows, columns):
+        if (rows.stop - rows.start) * (columns.stop - columns.start) > room:
+            raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried …")
+        return region(levels, index, rows, columns)
+
+    return mock.patch.multiple(Levels, plan=whole, region_plan=region_of)
+
+
+@pytest.mark.parametrize("tile", ["auto", 16])
+@torch.no_grad()
+def test_less_memory_than_was_there_makes_smaller_tiles(tile):
+    model = healthy()
+    lr = image(1, 3, 16, 16, seed=1)
+    expected = model.sample(lr, 2, 0.2, torch.Generator().manual_seed(0), None)
+    with limited(600), pytest.warns(RuntimeWarning) as caught:
+        found = model.sample(lr, 2, 0.2, torch.Generator().manual_seed(0), tile)
+    assert relative_error(found, expected) < EXACT
+    told = [str(warning.message) for warning in caught]
+    assert told == ["memory ran out at level 1, which is decoded in tiles of 16×16 of its pixels"]
+    with limited(600), pytest.raises(RuntimeError, match="can't allocate memory"):
+        model.sample(lr, 2, 0.2, torch.Generator().manual_seed(0), None)
+    with limited(10), warnings.catch_warnings(), pytest.raises(RuntimeError, match="can't allocate memory"):
+        warnings.simplefilter("ignore")
+        model.sample(lr, 2, 0.2, torch.Generator().manual_seed(0), tile)
+
+
+@pytest.mark.parametrize("free, whole", [(2**40, True), (4 * 2**20, False)])
+@torch.no_grad()
+def test_auto_has_tiles_where_free_memory_is_little(free, whole, monkeypatch):
+    monkeypatch.setattr("ncsr_fast.engine.memory.free_bytes", lambda device: free)
+    model = healthy(blocks=3, channels=16)
+    lr = image(1, 3, 48, 40, seed=1)
+    calls = mock.Mock(wraps=model.encoder.condition_in_tiles)
+    monkeypatch.setattr(model.encoder, "condition_in_tiles", calls)
+    with mock.patch.object(Levels, "region_plan", autospec=True, side_effect=Levels.region_plan) as planned:
+        found = model.sample(lr, 1, 0.2, torch.Generator().manual_seed(0))
+    assert bool(planned.call_count) is bool(calls.call_count) is not whole
+    assert relative_error(found, model.sample(lr, 1, 0.2, torch.Generator().manual_seed(0), None)) < EXACT
+    assert not model.sample(lr, 1, 0.2).requires_grad
+
+
+def test_auto_is_whole_where_gradients_are_recorded(monkeypatch):
+    monkeypatch.setattr("ncsr_fast.engine.memory.free_bytes", lambda device: 0)
+    model = healthy()
+    with mock.patch.object(Levels, "region_plan") as planned:
+        model.sample(image(1, 3, 6, 6), 1, 0.2).sum().backward()
+    assert not planned.called and model.levels[0].invconv.grad is not None
+
+
+def meta_peak(config: NCSRConfig, height: int, width: int, n: int, tile: int | None) -> tuple[int, NCSR]:
+    """Most bytes of tensors while samples of an image are drawn, on the meta device."""
+    with torch.device("meta"):
+        model = NCSR(config).eval().requires_grad_(False)
+    lr = torch.empty(1, 3, height, width, device="meta")
+    return peak_bytes(lambda: model.sample(lr, n, tile=tile, on_nonfinite="ignore")), model
+
+
+@pytest.mark.parametrize("size, n, tile", [((48, 64), 6, None), pytest.param((96, 128), 2, 24, marks=pytest.mark.slow)])
+def test_the_estimate_of_memory(size, n, tile):
+    """It is printed as "about": within a tenth below and two thirds above, for a transient may or may not be at the peak."""
+    measured, model = meta_peak(NCSRConfig.preset("ncsr-compact-x4"), *size, n, tile)
+    estimated = samples_memory(model, *size, n, tile)
+    assert 0.9 < estimated.total / measured < 1.67
+    assert estimated.tiled is (tile is not None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", ["ncsr-x4", "ncsr-x8"])
+def test_150_bytes_an_hr_pixel(preset):
+    """Of the widths of the published models; steps and blocks, which tiles have one after the other, are fewer."""
+    full = NCSRConfig.preset(preset)
+    stacked = tuple(range(1, 1 + len(full.stacked_blocks)))
+    config = replace(
+        full, steps=1, noise_steps=tuple(min(1, count) for count in full.noise_steps), blocks=6, stacked_blocks=stacked
+    )
+    small, large = ((128, 96), (256, 192))
+    difference = meta_peak(config, *large, 1, 32)[0] - meta_peak(config, *small, 1, 32)[0]
+    pixels = [height * width * config.scale**2 for height, width in (small, large)]
+    assert difference / (pixels[1] - pixels[0]) <= 150
