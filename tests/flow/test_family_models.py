@@ -172,6 +172,12 @@ def test_a_state_dict_of_another_system_is_recognised(system):
     assert all(torch.equal(before[name], tensor) for name, tensor in other.state_dict().items())
 
 
+def test_a_state_dict_of_another_size_looks_like_nothing_else():
+    other = NCSR(config_of("ctflow", blocks=3))
+    with pytest.raises(CheckpointError, match="of this model .CTFlow, ×1, 2 blocks, 1 steps a level.; 30 unexpected"):
+        model_of("ctflow").load_published(other.published_state_dict())
+
+
 def test_a_state_dict_of_a_generator_is_no_flow():
     model = model_of("srflow-da")
     with pytest.raises(CheckpointError, match="looks like that of no flow; .* missing: flowUpsamplerNet.layers.1"):
