@@ -196,6 +196,13 @@ def test_the_mean_of_the_reference_is_for_flows_that_have_one():
     assert (bright(hr, lr, prior="reference") - bright.nll(hr, lr)).abs().max() > 1e-3
 
 
+def test_the_mean_of_the_prior_is_of_the_dtype_of_the_state():
+    model = model_of("llflow", precision="bf16").float()
+    hr, lr = (image.float() for image in images(model, (8, 8)))
+    encoded = model.encode(hr, lr)
+    assert encoded.prior_mean.dtype == encoded.latents[-1].dtype == torch.float32
+
+
 def test_lr_images_have_channels_of_their_own():
     model = model_of("llflow")
     hr, lr = images(model, (8, 8))
