@@ -118,7 +118,7 @@ class NCSR(nn.Module):
         """
         return self._condition(lr, keeps=True)
 
-    def encode(self, hr: Tensor, lr: Tensor, noise: Tensor | None = None, *, prior: str = "condition") -> Encoded:
+    def encode(self, hr: Tensor, lr: Tensor, noise: Tensor | None = None, *, prior: str | Tensor = "condition") -> Encoded:
         """Latents and log-likelihood of `hr` given `lr`.
 
         Args:
@@ -126,7 +126,8 @@ class NCSR(nn.Module):
             lr: (B, 3, H, W).
             noise: Condition, or None for zero.
             prior: Where the mean of the top latent comes from, where there is one: "condition", from `lr`; "reference", from
-                `hr`, as LLFlow is trained in a part of the batches.
+                `hr`, as LLFlow is trained in a part of the batches; or of every image one of the two, (B,) bool, True for the
+                latter, which is not read on the host.
 
         Returns:
             `.latents`, a tuple: those of the splits in encoding order, then the top one, all standard normal under the model
@@ -139,11 +140,11 @@ class NCSR(nn.Module):
         """
         return self._condition(lr).encode(hr, noise, prior=prior)
 
-    def forward(self, hr: Tensor, lr: Tensor, noise: Tensor | None = None, *, prior: str = "condition") -> Tensor:
+    def forward(self, hr: Tensor, lr: Tensor, noise: Tensor | None = None, *, prior: str | Tensor = "condition") -> Tensor:
         """Return `nll(hr, lr, noise)`: what training optimises, and what wrappers of modules, hooks and `torch.compile` see."""
         return self.nll(hr, lr, noise, prior=prior)
 
-    def nll(self, hr: Tensor, lr: Tensor, noise: Tensor | None = None, *, prior: str = "condition") -> Tensor:
+    def nll(self, hr: Tensor, lr: Tensor, noise: Tensor | None = None, *, prior: str | Tensor = "condition") -> Tensor:
         """Negative log-likelihood (B,) in bits per HR pixel *position*, `-log p / (ln 2 · H · W)`.
 
         As in the published programs it is not divided by the channels. H and W are the padded size. `prior` as of `encode`.

@@ -97,4 +97,14 @@ PRESETS: dict[str, dict[str, Any]] = {
         "stacked_blocks": (1,),
         "steps": 4,
     },
+    "llflow-compact": {
+        "system": "llflow",
+        "scale": 1,
+        "channels": 24,
+        "growth": 12,
+        "blocks": 2,
+        "stacked_blocks": (1,),
+        "steps": 2,
+        "hidden_channels": 16,
+    },
 }

@@ -102,21 +102,23 @@ class ConditionedFlow:
             images = self._sampled(latents, temperature, generator, on_nonfinite)
         return self._inputs.shown(images, self.lr)
 
-    def encode(self, hr: Tensor, noise: Tensor | None = None, *, prior: str = "condition") -> Encoded:
+    def encode(self, hr: Tensor, noise: Tensor | None = None, *, prior: str | Tensor = "condition") -> Encoded:
         """Latents and log-likelihood of the HR images; see `NCSR.encode`."""
-        if prior not in PRIORS:
+        if not isinstance(prior, Tensor) and prior not in PRIORS:
             raise ValueError(f"prior must be one of {', '.join(map(repr, PRIORS))}, not {prior!r}")
-        if prior == "reference" and self._reference_mean is None:
+        by_reference = isinstance(prior, Tensor) or prior == "reference"
+        if by_reference and self._reference_mean is None:
             raise ValueError("prior='reference' is for flows whose prior has a mean that HR images give, such as LLFlow's")
         self._check_version()
         hr, noise = self._inputs.hr(hr, self.lr), self._inputs.noise(noise, self.lr)
         with self._recording():
             mean = self._levels.condition.prior_mean
-            if prior == "reference" and self._reference_mean is not None:
-                mean = self._reference_mean(hr)
+            if by_reference and self._reference_mean is not None:
+                reference = self._reference_mean(hr)
+                mean = torch.where(prior[:, None, None, None], reference, mean) if isinstance(prior, Tensor) else reference
             return self._levels.encoded(hr, noise, mean)
 
-    def log_prob(self, hr: Tensor, noise: Tensor | None = None, *, prior: str = "condition") -> Tensor:
+    def log_prob(self, hr: Tensor, noise: Tensor | None = None, *, prior: str | Tensor = "condition") -> Tensor:
         """log p(hr | lr), (B,) in nats; `prior` as of `NCSR.encode`."""
         return self.encode(hr, noise, prior=prior).log_likelihood
 
