@@ -16,7 +16,8 @@ _AT_LEAST_ONE = (
     "batch", "log_every", "validate_every", "save_every", "keep", "validation_images", "validation_size", "max_skipped",
 )  # fmt: skip
 _NOT_NEGATIVE = (
-    "encoder_steps", "steps", "warmup", "max_std", "nll_weight", "l1_weight", "unfreeze", "weight_decay", "workers", "cache_gib",
+    "encoder_steps", "steps", "warmup", "max_std", "nll_weight", "l1_weight", "unfreeze", "weight_decay", "workers",
+    "cache_gib",
 )  # fmt: skip
 _FINITE = ("milestones", "temperatures", "betas")
 _PLACES = ("images", "lr_images", "validation", "validation_lr", "start_from", "encoder_weights")
@@ -186,6 +187,8 @@ class TrainSettings:
             return
         if self.encoder_steps:
             raise ValueError(f"encoder_steps must be 0: the encoder of {title} makes no image, not {self.encoder_steps!r}")
+        if self.encoder_weights is not None:
+            raise ValueError(f"encoder_weights must be left out: they are of RRDB networks, which {title} has none of")
         if self.lr_noise:
             raise ValueError(f"lr_noise must be false: the input of {title} is no image that noise is added to")
         for name, dark, given in (("lr_images", self.lr_images, True), ("validation_lr", self.validation_lr, self.validation)):
@@ -228,8 +231,8 @@ def _path(name: str, path: str | os.PathLike) -> str:
     return text
 
 
-_DEEP_STD = 4 / math.sqrt(3) / 255  # SRFlow-DA's noise, for which each LR image stands for many HR images
-_DEEP = {"max_std": _DEEP_STD, "fixed_std": True, "lr_noise": False, "steps": 200_000}
+DEEP_STD = 4 / math.sqrt(3) / 255  # SRFlow-DA's noise, for which each LR image stands for many HR images
+_DEEP = {"max_std": DEEP_STD, "fixed_std": True, "lr_noise": False, "steps": 200_000}
 _LOW_LIGHT = {
     "max_std": 0.0, "lr_noise": False, "reference_prior": 0.2, "encoder_steps": 0, "unfreeze": 0.0, "batch": 16, "lr": 5e-4,
     "rotate": False,
