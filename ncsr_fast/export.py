@@ -204,8 +204,7 @@ class Decoder(nn.Module):
                 raise ValueError(f"the model cannot be exported: {name}, made of its weights, is not finite")
 
     def example(self, batch: int, rows: int, columns: int) -> list[Tensor]:
-        """lr, of so many times `multiple` rows and columns, and the latents, of a smooth image and temperature 0.5; always the
-        same."""
+        """Return lr, of `multiple` times these rows and columns, and latents: a smooth image, temperature 0.5."""
         like, generator = self.encoder.conv_first.weight, torch.Generator().manual_seed(0)
         corners = torch.rand(batch, self.lr_channels, 2, 2, generator=generator, device="cpu")
         lr = F.interpolate(corners, size=(self.multiple * rows, self.multiple * columns), mode="bilinear")

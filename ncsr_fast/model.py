@@ -50,15 +50,15 @@ class NCSR(nn.Module):
     when the configuration's `noise_channels` is 3, (B, 1, 1, 1) when it is 1, and None means zero.
 
     Any LR size from 1×1 is accepted. Odd sizes are padded (reflection; replication of a single row or column) to even ones,
-    images returned are cropped back, and latents and likelihoods are those of the padded image.
+    images returned are cropped back, and latents and likelihoods are those of the padded image. The `lr` of LLFlow has six
+    channels (`ncsr_fast.data.low_light_input`), images of CTFlow have one; both are padded to multiples of 8.
 
     Everything is differentiable with respect to images and parameters. `model(hr, lr, noise)` is `model.nll(hr, lr, noise)`.
     Under `torch.autocast` the networks have the precision it asks for, as with `precision`, and the state stays float32.
 
     Args:
         config: An architecture of the published models, or a flow of one's own, which needs an encoder.
-        encoder: A module that makes the condition of LR images (`ncsr_fast.engine.condition.Encoder`); None: the RRDB network
-            that an `NCSRConfig` describes.
+        encoder: A module that makes the condition of LR images (`ncsr_fast.engine.condition.Encoder`); None: the config's.
         options: Of `EngineOptions`: `engine`, `precision`, `checkpoint` … They may be given to `from_pretrained` too, and
             changed at any time: `model.precision = "bf16"`, `model.options = replace(model.options, …)`.
     """
@@ -68,7 +68,7 @@ class NCSR(nn.Module):
         self.config = config
         self.flow = config.flow if isinstance(config, NCSRConfig) else config
         self.options = EngineOptions(**options)
-        self.encoder = _encoder(config) if encoder is None else encoder
+        self.encoder = published_encoder(config) if encoder is None else encoder
         flow = self.flow
         self.levels = nn.ModuleList(
             FlowLevel(level, channels, flow.hidden_channels, flow.noise_channels, flow.eps)
@@ -239,7 +239,8 @@ class NCSR(nn.Module):
         options = self.served
         lr = laid_out(lr.to(options.network_dtype(lr.dtype)), options.memory_format)
         with without_autocast(lr.device.type):
-            return self.encoder.condition(lr, options.method)
+            condition = self.encoder.condition(lr, options.method)
+        return condition.with_mean_in(self.inputs.like.dtype)
 
     def conditioned_levels(self, lr: Tensor, keeps: bool = False) -> Levels:
         """The levels for LR images of a padded size, without checks; `keeps` their plans for further calls."""
@@ -331,7 +332,7 @@ class NCSR(nn.Module):
         return self
 
     def load_published(self, source: Mapping[str, Tensor] | str | os.PathLike) -> None:
-        """Load the state dict of a published NCSR or SRFlow network, or the .pth or .safetensors file that holds one.
+        """Load the state dict of a published network, or the .pth or .safetensors file that holds one.
 
         Nothing is changed when it does not fit. Tensors no computation uses are stored for `published_state_dict`. The actnorms
         count as initialised when any of them is not zero, the published program's own rule.
@@ -392,12 +393,6 @@ class NCSR(nn.Module):
         if not isinstance(self.config, NCSRConfig) or not isinstance(self.encoder, (RRDB, LowLightEncoder)):
             raise ValueError(f"{what} is for the architectures of NCSRConfig; of this model save state_dict()")
         return self.config
-
-
-def _encoder(config: NCSRConfig | FlowConfig) -> nn.Module:
-    if not isinstance(config, NCSRConfig):
-        raise ValueError("a flow of one's own needs an encoder: NCSR(config, encoder)")
-    return published_encoder(config)
 
 
 def _bits(encoded: Encoded, pixels: int) -> Tensor:

@@ -19,10 +19,10 @@ struct StepTile {
     StepTile(const FlowStep& p) : order(memory_order(p.x)), channels(p.size.channels) {
         // Rows of channels: 8 KB a buffer, for the first-level cache. Planes: 64 KB, for the second, since a tile is read from
         // C places and the prefetchers need long runs; twice as fast as 8 KB for 320×320 pixels, which come from memory. At
-        // least 32 pixels, two of the widest vectors.
-        const int64_t bytes = order == Order::planes ? 65536 : 8192;
-        pixels = std::max<int64_t>(32, bytes / int64_t(sizeof(T)) / channels / 32 * 32);
-        row = padded<T>(order == Order::planes ? pixels : channels);
+        // least 32 pixels, two of the widest vectors; 64 where the matrix, which every tile reads, is larger than that cache.
+        const int64_t bytes = order == Order::planes ? 65536 : 8192, least = channels > 128 ? 64 : 32;
+        pixels = std::max<int64_t>(least, bytes / int64_t(sizeof(T)) / channels / 32 * 32);
+        row = spread<T>(padded<T>(order == Order::planes ? pixels : channels));
     }
     int64_t rows() const { return order == Order::planes ? channels : pixels; }
     int64_t elements() const { return rows() * row; }
@@ -74,7 +74,8 @@ struct StepTile {
             multiply(count, channels, channels, Scalars<T>{from, row, 1}, matrix, matrix_row(), to, row,
                      offset ? Start::column : Start::zero, offset);
     }
-    int64_t matrix_row() const { return padded<T>(channels); }
+    // Rows a whole number of pages' fractions apart would share few sets of the first-level cache.
+    int64_t matrix_row() const { return spread<T>(padded<T>(channels)); }
     int64_t matrix_elements() const { return channels * matrix_row(); }
 
     // Writes a matrix, or its transpose, as `mix` reads it: row by row for planes, column by column for pixels.
@@ -97,10 +98,16 @@ struct StepTile {
             a = buffer;
         }
         multiply(channels, channels, count, gradient, a, a_row, dmix, matrix_row(), Start::add);
+        if (order == Order::pixels) {
+            for (int64_t i = 0; i < count; ++i)
+#pragma omp simd
+                for (int64_t c = 0; c < channels; ++c) doffset[c] += dw[i * row + c];
+            return;
+        }
         for (int64_t c = 0; c < channels; ++c) {
             T sum = T(0);
 #pragma omp simd reduction(+ : sum)
-            for (int64_t i = 0; i < count; ++i) sum += gradient.data[c * gradient.row + i * gradient.column];
+            for (int64_t i = 0; i < count; ++i) sum += dw[c * row + i];
             doffset[c] += sum;
         }
     }

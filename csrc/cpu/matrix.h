@@ -105,15 +105,17 @@ void multiply(int64_t rows, int64_t columns, int64_t inner, Scalars<T> a, const 
               Start start, const T* values = nullptr) {
     constexpr int64_t L = Vector<T>::length;
     const bool per_row = start == Start::row;
+    constexpr bool wide = vector_bytes == 64;  // twice as many registers
     for (int64_t j = 0; j < columns; j += 2 * L) {
         const bool pair = columns - j > L;
         for (int64_t i = 0; i < rows;) {
             const Scalars<T> block{a.data + i * a.row, a.row, a.column};
             const T* initial = values + (per_row ? i : j);
             T* to = y + i * y_row + j;
-            const bool four = rows - i >= 4, eight = !pair && rows - i >= 8;
-            if (eight) multiply_block<8, 1>(inner, block, b + j, b_row, to, y_row, start, initial);
-            if (four && pair) multiply_block<4, 2>(inner, block, b + j, b_row, to, y_row, start, initial);
+            const bool four = rows - i >= 4, eight = (!pair || wide) && rows - i >= 8;
+            if (eight && pair) multiply_block<8, wide ? 2 : 1>(inner, block, b + j, b_row, to, y_row, start, initial);
+            if (eight && !pair) multiply_block<8, 1>(inner, block, b + j, b_row, to, y_row, start, initial);
+            if (four && pair && !eight) multiply_block<4, 2>(inner, block, b + j, b_row, to, y_row, start, initial);
             if (four && !pair && !eight) multiply_block<4, 1>(inner, block, b + j, b_row, to, y_row, start, initial);
             if (!four && pair) multiply_block<1, 2>(inner, block, b + j, b_row, to, y_row, start, initial);
             if (!four && !pair) multiply_block<1, 1>(inner, block, b + j, b_row, to, y_row, start, initial);
@@ -125,6 +127,12 @@ void multiply(int64_t rows, int64_t columns, int64_t inner, Scalars<T> a, const 
 template <class T>
 constexpr int64_t padded(int64_t columns) {
     return (columns + Vector<T>::length - 1) / Vector<T>::length * Vector<T>::length;
+}
+
+// A length of rows, in elements, of which 16 and more do not share sets of the first-level cache: 64 of 64 bytes.
+template <class T>
+constexpr int64_t spread(int64_t row) {
+    return row * int64_t(sizeof(T)) % 256 == 0 && row * int64_t(sizeof(T)) >= 256 ? row + Vector<T>::length : row;
 }
 
 }  // namespace ncsr::NCSR_ISA

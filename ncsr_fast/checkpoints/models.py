@@ -60,7 +60,8 @@ def describe(config: NCSRConfig) -> str:
     """A model in a few words, for messages."""
     condition = {0: "", 1: ", std-conditional", 3: ", noise-conditional"}[config.noise_channels]
     kind = "SRFlow" if config.system == "ncsr" and not condition else config.traits.title + condition
-    return f"{kind}, ×{config.scale}, {config.blocks} blocks, {config.steps} steps a level"
+    where = "in one level" if config.traits.split_period else "a level"
+    return f"{kind}, ×{config.scale}, {config.blocks} blocks, {config.steps} steps {where}"
 
 
 def is_own(state: Mapping[str, Tensor]) -> bool:

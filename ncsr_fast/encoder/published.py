@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from torch import nn
 
-from ncsr_fast.config import NCSRConfig
+from ncsr_fast.config import FlowConfig, NCSRConfig
 from ncsr_fast.encoder.low_light import LowLightEncoder
 from ncsr_fast.encoder.rrdb import RRDB
 
 
-def published_encoder(config: NCSRConfig) -> nn.Module:
-    """The encoder that a configuration describes, without gradients of what the flow does not use: its loss gives it none."""
+def published_encoder(config: NCSRConfig | FlowConfig) -> nn.Module:
+    """The encoder that a configuration describes, without gradients of what the flow does not use: its loss gives it none.
+
+    Raises:
+        ValueError: The configuration is that of a flow alone.
+    """
+    if not isinstance(config, NCSRConfig):
+        raise ValueError("a flow of one's own needs an encoder: NCSR(config, encoder)")
     sizes = config.channels, config.growth, config.blocks, config.stacked_blocks
     traits = config.traits
     if traits.encoder == "low light":

@@ -52,6 +52,10 @@ class Condition(NamedTuple):
     features: Sequence[Features]
     prior_mean: Tensor | None = None
 
+    def with_mean_in(self, dtype: torch.dtype) -> Condition:
+        """The condition with the prior's mean in the dtype of the state."""
+        return self if self.prior_mean is None else self._replace(prior_mean=self.prior_mean.to(dtype))
+
     def sample(self, index: int) -> Condition:
         """The condition of one image of the batch, which keeps its dimension."""
         mean = None if self.prior_mean is None else self.prior_mean[index : index + 1]
@@ -59,10 +63,14 @@ class Condition(NamedTuple):
 
 
 class Encoder(Protocol):
-    """A module that makes a `Condition` of LR images."""
+    """A module that makes a `Condition` of LR images.
+
+    One whose prior's mean may come from the HR images as well has a method `reference_prior_mean(hr)`, for
+    `model.nll(hr, lr, prior="reference")`.
+    """
 
     def condition(self, lr: Tensor, method: ConvolutionMethod | None) -> Condition:
-        """The condition of LR images (B, 3, H, W) of even sides.
+        """The condition of LR images (B, lr_channels, H, W), their sides multiples of `FlowConfig.lr_multiple`.
 
         Args:
             lr: In the dtype and layout that features are wanted in.

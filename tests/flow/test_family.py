@@ -9,6 +9,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from operator_cases import marked
 from support import Case, relative_error, vector_file, weights_module
 from vectors import GRADIENT, VALUE, every_dtype, published_gradients
 
@@ -19,6 +20,10 @@ DEEP = ["srflow_da_x4_small", "srflow_da_r_x4_small", "srflow_da_d_x4_small", "s
 LOW_LIGHT = ["llflow_smallnet_small", "llflow_small"]
 CASES = [*DEEP, "ctflow_small", *LOW_LIGHT, "fs_ncsr_x4_small"]
 every_case = pytest.mark.parametrize("name", CASES, scope="module")
+# networks and encoders of both kinds, at the least cost
+slow_but_for_two = marked("slow", lambda name: name not in ("srflow_da_r_x4_small", "ctflow_small"))
+# a mistake in float32 alone is in the engine's kernels; the reference has none of its own
+exhaustive_in_reference = marked("exhaustive", lambda dtype, engine: dtype == torch.float32 and engine == "plain")
 low_light_cases = pytest.mark.parametrize("name", LOW_LIGHT, scope="module")
 ENGINES = {"fused": {}, "stored": {"checkpoint": False}, "plain": {"engine": "plain"}}
 
@@ -60,6 +65,7 @@ def loaded(name: str, dtype: torch.dtype) -> NCSR:
     return ncsr_fast.from_published(case(name).meta["options"], published(name)).to(dtype)
 
 
+@slow_but_for_two
 @every_dtype
 @every_case
 def test_actnorm_initialisation(name, dtype):
@@ -75,6 +81,8 @@ def test_actnorm_initialisation(name, dtype):
     assert relative_error(nll, vectors.tensor("init_nll")) < VALUE[dtype]
 
 
+@slow_but_for_two
+@exhaustive_in_reference
 @pytest.mark.parametrize("engine", ["fused", "plain"])
 @every_dtype
 @every_case
@@ -93,6 +101,7 @@ def test_likelihood_and_latents(name, dtype, engine):
         assert relative_error(encoded.prior_mean, vectors.tensor("prior_mean")) < VALUE[dtype]
 
 
+@slow_but_for_two
 @pytest.mark.parametrize("engine", ENGINES)
 @every_case
 def test_gradients(name, engine):
@@ -102,6 +111,7 @@ def test_gradients(name, engine):
     assert_gradients(vectors, model, "", "condition")
 
 
+@pytest.mark.slow
 @low_light_cases
 def test_gradients_with_the_mean_of_the_reference(name):
     vectors, model = case(name), loaded(name, torch.float64)
@@ -134,6 +144,8 @@ def assert_gradients(vectors: FamilyCase, model: NCSR, prefix: str, prior: str) 
     assert ((dots - vectors.tensor(f"{prefix}grad_dot")).abs() <= GRADIENT * norms * length).all()
 
 
+@slow_but_for_two
+@exhaustive_in_reference
 @pytest.mark.parametrize("engine", ["fused", "plain"])
 @every_dtype
 @every_case
@@ -149,6 +161,7 @@ def test_decoding(name, dtype, engine):
         assert relative_error(logdet, vectors.tensor("sample_logdet")) < VALUE[dtype]
 
 
+@slow_but_for_two
 @every_case
 def test_state_dict_there_and_back(name):
     vectors, weights, state = case(name), published(name), loaded(name, torch.float64).published_state_dict()
@@ -158,6 +171,7 @@ def test_state_dict_there_and_back(name):
         assert torch.equal(value, weights[key]), key
 
 
+@pytest.mark.slow
 @low_light_cases
 def test_the_published_sample_is_that_of_temperature_0(name):
     """Whose program has no temperature; here there is one, around the same mean."""
@@ -171,6 +185,7 @@ def test_the_published_sample_is_that_of_temperature_0(name):
         assert relative_error(logdet, vectors.tensor("sample_mean_logdet")) < VALUE[torch.float64]
 
 
+@pytest.mark.slow
 def test_samples_of_fs_ncsr_are_images():
     """The decoded residual on the LR image enlarged; in 8 bits truncated, but for a value next to an integer."""
     vectors, model = case("fs_ncsr_x4_small"), loaded("fs_ncsr_x4_small", torch.float64)
@@ -178,10 +193,9 @@ def test_samples_of_fs_ncsr_are_images():
     with torch.no_grad():
         found = model.condition(lr).sample(1, latents=latents)[:, 0]
     assert relative_error(found, vectors.tensor("sample_image").clamp(0, 1)) < VALUE[torch.float64]
-    exact = 255 * found[0].permute(1, 2, 0)
-    whole = (exact - exact.round()).abs() < 1e-4
-    assert whole.float().mean() < 0.01 or found.min() == 0 or found.max() == 1
-    assert torch.equal(exact.floor()[~whole], vectors.tensor("eight_bit")[~whole])
+    exact, expected = 255 * found[0].permute(1, 2, 0), vectors.tensor("eight_bit")
+    near = (exact - exact.round()).abs() < 1e-4  # of an integer, or clipped
+    assert torch.equal(exact.floor()[~near], expected[~near]) and (~near).double().mean() > 0.5
 
 
 # by case, the noise that a program can add to its target, and what the likelihood then has beside it, in nats a position
@@ -191,6 +205,7 @@ DEQUANTISATION = {
 }
 
 
+@slow_but_for_two
 @pytest.mark.parametrize("name", DEQUANTISATION, scope="module")
 def test_likelihood_of_dequantised_images(name):
     vectors, model, (noise, nats) = case(name), loaded(name, torch.float64), DEQUANTISATION[name]

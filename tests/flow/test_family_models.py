@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from operator_cases import marked
 from support import assert_same_weights, image, randomize, tiny_config
 
 from ncsr_fast import NCSR, CheckpointError, NCSRConfig
@@ -12,6 +13,7 @@ from ncsr_fast.systems import SYSTEMS
 
 FAMILY = [system for system in SYSTEMS if system != "ncsr"]
 every_system = pytest.mark.parametrize("system", FAMILY, scope="module")
+slow_but_for_three = marked("slow", lambda system: system not in ("fs-ncsr", "srflow-da-s", "llflow"))
 SPLIT_INSIDE = 8  # steps of SRFlow-DA-S with two splits
 
 
@@ -55,6 +57,7 @@ def outcome(model: NCSR) -> dict[str, torch.Tensor]:
     return found
 
 
+@slow_but_for_three
 @every_system
 def test_the_engine_is_the_definition(system):
     model = model_of(system)
@@ -70,6 +73,7 @@ def test_the_engine_is_the_definition(system):
             assert (found[name] - value).abs().max() <= 1e-11 * value.abs().max().clamp_min(1e-300), (name, options)
 
 
+@slow_but_for_three
 @every_system
 @pytest.mark.parametrize("size", [(1, 1), (5, 11), (9, 16)])
 def test_any_size(system, size):
@@ -82,6 +86,7 @@ def test_any_size(system, size):
         assert model.sample(lr, n=2, temperature=0.5).shape == (1, 2, *hr.shape[1:])
 
 
+@slow_but_for_three
 @every_system
 def test_samples(system):
     """Of temperature 0 the decoded mean, in [0, 1]; of any other each its own."""
@@ -103,6 +108,7 @@ def test_samples(system):
     assert (again - warm).abs().max() < 1e-12
 
 
+@slow_but_for_three
 @every_system
 def test_frozen_and_checked(system):
     model = model_of(system)
