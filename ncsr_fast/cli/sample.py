@@ -38,14 +38,18 @@ _OF_ONE = {
     **dict.fromkeys((errno.EISDIR, errno.ENOTDIR, errno.EEXIST), _IN_THE_WAY),
     **dict.fromkeys((errno.EACCES, errno.EPERM)),
 }
-HELP = "super-resolve images, or every image of a folder"
+HELP = "super-resolve images, or make dark ones bright, every image of a folder too"
 EXAMPLE = """\
 example:
   ncsr-fast sample small.png --out large/ --n 5 --temperature 0.8 --seed 1 --names source
+  ncsr-fast sample dark.png --out bright/ --model llflow-compact
 
 writes large/small_sample00000.png … large/small_sample00004.png. With --names ntire (the default) files are called
 000000_sample00000.png … as the NTIRE 2021 toolkit expects, numbered in the order of the input. Files of the same names
 that are there already are replaced, other samples stay, and are named.
+
+A low-light model makes one image at temperature 0 unless --n or --temperature is given. Its input, six channels of the
+photograph mirrored beyond its edges, is made here.
 
 What a folder holds beside images is named, as are images that cannot be read or do not fit in memory. The others are
 sampled nevertheless, and the exit status is 1."""
@@ -53,13 +57,16 @@ sampled nevertheless, and the exit status is 1."""
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "input", nargs="+", type=path, help="LR images, folders of them, searched recursively, or patterns as 'photos/*.png'"
+        "input",
+        nargs="+",
+        type=path,
+        help="LR or dark images, folders of them, searched recursively, or patterns as 'photos/*.png'",
     )
     parser.add_argument("--out", required=True, type=path, help="folder the PNG files are written to")
     add_model(parser)
-    parser.add_argument("--n", type=count, default=10, help="samples of each image (default: %(default)s)")
+    parser.add_argument("--n", type=count, help="samples of each image (default: 10; 1 at temperature 0)")
     parser.add_argument(
-        "--temperature", type=temperature, default=0.9, help="standard deviation of the latents (default: %(default)s)"
+        "--temperature", type=temperature, help="standard deviation of the latents (default: 0.9; of low-light models 0)"
     )
     parser.add_argument(
         "--on-nonfinite",
@@ -84,6 +91,7 @@ def run(args: argparse.Namespace) -> None:
     from ncsr_fast.flow.samples import NonFiniteSamples
     from ncsr_fast.memory import is_out_of_memory, within_free_memory
     from ncsr_fast.model import NCSR
+    from ncsr_fast.photographs import likely_temperature
     from ncsr_fast.places import check_apart, files_of_model
 
     device = pick_device(args.device)
@@ -91,10 +99,14 @@ def run(args: argparse.Namespace) -> None:
     out = check_folder("--out", args.out)
     stems = _stems(files, args.names)
     _check_searched(files, stems, out)
+    model = NCSR.from_pretrained(args.model).to(device).eval()
+    if args.temperature is None:
+        args.temperature = likely_temperature(model)
+    if args.n is None:
+        args.n = 10 if args.temperature > 0 else 1
     targets = [target for stem in stems for target in _targets(out, stem, args.n)]
     check_apart({"--out": targets}, {"the input": [file.path for file in files], "--model": files_of_model(args.model)})
     earlier = set(out.rglob("*_sample[0-9]*.png"))
-    model = NCSR.from_pretrained(args.model).to(device).eval()
     problems: list[str] = []
     written: list[Path] = []
     with within_free_memory() if device == "cpu" else contextlib.nullcontext():
@@ -125,13 +137,15 @@ def _sampled(model: NCSR, file: Path, args: argparse.Namespace) -> tuple[Tensor,
     """The samples (n, 3, sH, sW) of an image, with 0 for what is not finite, and what is wrong with them."""
     import torch
 
-    from ncsr_fast.data.images import read_image, to_float
+    from ncsr_fast.data.images import read_image
+    from ncsr_fast.data.low_light import crop_margins
+    from ncsr_fast.photographs import photograph_input
 
-    like = next(model.parameters())
-    lr = to_float(read_image(file))[None].to(like)
+    lr, margins = photograph_input(model, read_image(file))
     with torch.inference_mode():
-        generator = torch.Generator(like.device).manual_seed(args.seed)
+        generator = torch.Generator(lr.device).manual_seed(args.seed)
         samples = model.sample(lr, args.n, args.temperature, generator, on_nonfinite=args.on_nonfinite)[0]
+    samples = crop_margins(samples, margins)
     bad = int((~torch.isfinite(samples)).flatten(1).any(dim=1).sum())
     if not bad:
         return samples, None
