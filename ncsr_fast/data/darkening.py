@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -74,10 +75,15 @@ def darken_folder(images: str | os.PathLike, out: str | os.PathLike, seed: int =
     return written
 
 
-if __name__ == "__main__":
+def main(argv: Sequence[str] | None = None) -> None:
+    """Darken a folder from the command line."""
     parser = argparse.ArgumentParser(prog="python -m ncsr_fast.data.darkening", description="Darken a folder of photographs.")
     parser.add_argument("images", help="folder of photographs, searched recursively")
     parser.add_argument("out", help="folder that the dark ones are written to")
     parser.add_argument("--seed", type=int, default=0, help="of everything random (default: %(default)s)")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     print(f"{len(darken_folder(arguments.images, arguments.out, arguments.seed))} images in {arguments.out}")
+
+
+if __name__ == "__main__":
+    main()

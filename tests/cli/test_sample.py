@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from support import full_disk, randomize, tiny_model
+from support import full_disk, tiny_model
 
-from ncsr_fast import NCSR, NCSRConfig
+from ncsr_fast import NCSR
 from ncsr_fast.cli.main import main
 from ncsr_fast.data import crop_margins, low_light_input, pad_mirrored, read_image, to_uint8
 
@@ -226,15 +226,6 @@ def test_a_full_disk(model, tmp_path, capsys):
         assert sample(model, tmp_path / "a.png", "--out", tmp_path / "out") == 1
     assert re.search(r"sample: '.*000000_sample00000.png': File too large; .*\n$", capsys.readouterr().err)
     assert outputs(tmp_path / "out") == []
-
-
-@pytest.fixture(scope="module")
-def low_light_model(tmp_path_factory):
-    """A directory with a tiny low-light model."""
-    torch.manual_seed(0)
-    sizes = {"channels": 4, "growth": 2, "blocks": 1, "stacked_blocks": (0,), "steps": 1, "hidden_channels": 4}
-    model = randomize(NCSR(NCSRConfig(system="llflow", scale=1, **sizes)))
-    return str(model.save_pretrained(tmp_path_factory.mktemp("low_light")))
 
 
 def test_sample_dark_photographs(low_light_model, tmp_path):

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import runpy
-import sys
-
 import pytest
 import torch
 from support import contents
 
 from ncsr_fast.data import RandomCrops, read_image, to_float
-from ncsr_fast.data.darkening import GAIN, GAMMA, NOISE, darken, darken_folder
+from ncsr_fast.data.darkening import GAIN, GAMMA, NOISE, darken, darken_folder, main
 
 
 def test_darken_is_gain_times_the_power_of_a_pixel():
@@ -41,7 +38,7 @@ def test_arguments(change, said):
         darken(torch.zeros(3, 2, 2, dtype=torch.uint8), **{"gamma": 2.0, "gain": 0.5, "noise": 0.0, **change})
 
 
-def test_a_folder_is_one_of_a_pair(photos, tmp_path, monkeypatch, capsys):
+def test_a_folder_is_one_of_a_pair(photos, tmp_path, capsys):
     written = darken_folder(photos, tmp_path / "dark", seed=3)
     assert [str(path.relative_to(tmp_path / "dark")) for path in written] == ["a.png", "b.png", "nested/c.png"]
     pairs = RandomCrops(photos, tmp_path / "dark", scale=1, crop=32, equalize=True)
@@ -50,8 +47,7 @@ def test_a_folder_is_one_of_a_pair(photos, tmp_path, monkeypatch, capsys):
     for bright, dark in images:
         limit = GAIN[1] * to_float(bright).pow(GAMMA[0]) + 6 * NOISE[1] + 1 / 255
         assert (to_float(dark) <= limit).all()
-    monkeypatch.setattr(sys, "argv", ["darkening", str(photos), str(tmp_path / "again"), "--seed", "3"])
-    runpy.run_module("ncsr_fast.data.darkening", run_name="__main__", alter_sys=False)
+    main([str(photos), str(tmp_path / "again"), "--seed", "3"])
     assert capsys.readouterr().out == f"3 images in {tmp_path / 'again'}\n"
     assert contents(tmp_path / "again") == contents(tmp_path / "dark")
     darken_folder(photos, tmp_path / "others", seed=4)
