@@ -16,6 +16,7 @@ from ncsr_fast.metrics.fidelity import lr_psnr, psnr, ssim, to_uint8
 from ncsr_fast.metrics.imresize import imresize
 from ncsr_fast.metrics.perceptual import diversity_score, error_maps, lpips
 from ncsr_fast.model import NCSR
+from ncsr_fast.photographs import is_low_light
 
 _MULTIPLE = 8  # of which many scripts make the sides of HR images, whatever the scale
 
@@ -85,11 +86,19 @@ class Evaluation:
         scores: One `Scores` a method: psnr, ssim, lr_psnr, lr_psnr_worst, diversity (`diversity_score` of `error_maps`),
             seconds (per sample); with LPIPS also lpips and lpips_diversity, the challenge's score. All per image, every
             sample counted alike.
+
+    Raises:
+        ValueError: A low-light model.
     """
 
     def __init__(
         self, model: NCSR, temperatures: Iterable[float], n: int = 10, seed: int = 0, lpips_network: Any = None
     ) -> None:
+        if is_low_light(model):
+            raise ValueError(
+                f"{model.describe()}, makes dark photographs bright, and what is measured here are enlarged ones; validation of "
+                "ncsr-fast train measures it"
+            )
         self._model, self._temperatures, self._n, self._seed = model, list(dict.fromkeys(temperatures)), n, seed
         self._lpips_network = lpips_network
         self.scores = [Scores("bicubic"), *(Scores(f"temperature {temperature:g}") for temperature in self._temperatures)]

@@ -362,8 +362,9 @@ class NCSR(nn.Module):
         """A model from a directory written by `save_pretrained`, a file, the package, or the Hugging Face Hub.
 
         Args:
-            path: A directory; a published .pth or .safetensors, or a checkpoint of `ncsr-fast train`; the name of the shipped
-                model, "ncsr-compact-x4"; or a repository "user/name" of the Hub. `ncsr_fast.hub.find_model` has the rules.
+            path: A directory; a published .pth or .safetensors, or a checkpoint of `ncsr-fast train`; the name of a shipped
+                model, "ncsr-compact-x4" or "llflow-compact"; or a repository "user/name" of the Hub: see
+                `ncsr_fast.hub.find_model`.
             config: Of a file; None finds the preset whose tensors have the file's names and shapes, or a training run's own.
             revision: Of the Hub, as `huggingface_hub.snapshot_download` has it; so are the following.
             cache_dir: Likewise.

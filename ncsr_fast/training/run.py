@@ -30,7 +30,7 @@ from ncsr_fast.files import (
     read_json,
 )
 from ncsr_fast.training.board import Board
-from ncsr_fast.training.settings import TrainSettings
+from ncsr_fast.training.settings import DEFAULTS, TrainSettings
 
 # settings that may differ when a run is resumed: where the same files lie now, how they are read, what is reported when
 _FREE = (
@@ -172,6 +172,7 @@ class Run:
         if before is None:
             return
         now = self.settings.to_dict()
+        before = {**DEFAULTS, **before}  # settings that came after the run began
         changed = [key for key in now if key not in _FREE and before.get(key) != now[key]]
         if changed:
             differing = ", ".join(f"{key} (was {before.get(key)!r}, now {now[key]!r})" for key in changed)

@@ -231,6 +231,12 @@ def _path(name: str, path: str | os.PathLike) -> str:
     return text
 
 
+# JSON-ready values, of the settings that have one
+DEFAULTS = {
+    field.name: list(field.default) if isinstance(field.default, tuple) else field.default
+    for field in dataclasses.fields(TrainSettings)
+    if field.default is not dataclasses.MISSING
+}
 DEEP_STD = 4 / math.sqrt(3) / 255  # SRFlow-DA's noise, for which each LR image stands for many HR images
 _DEEP = {"max_std": DEEP_STD, "fixed_std": True, "lr_noise": False, "steps": 200_000}
 _LOW_LIGHT = {
