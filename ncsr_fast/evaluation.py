@@ -96,8 +96,8 @@ class Evaluation:
     ) -> None:
         if is_low_light(model):
             raise ValueError(
-                f"{model.describe()}, makes dark photographs bright, and what is measured here are enlarged ones; validation of "
-                "ncsr-fast train measures it"
+                f"{model.describe()}, makes dark photographs bright, and what is measured here are enlarged ones: the "
+                "validation of ncsr-fast train measures it"
             )
         self._model, self._temperatures, self._n, self._seed = model, list(dict.fromkeys(temperatures)), n, seed
         self._lpips_network = lpips_network

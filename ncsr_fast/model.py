@@ -126,8 +126,7 @@ class NCSR(nn.Module):
             lr: (B, 3, H, W).
             noise: Condition, or None for zero.
             prior: Where the mean of the top latent comes from, where there is one: "condition", from `lr`; "reference", from
-                `hr`, as LLFlow is trained in a part of the batches; or of every image one of the two, (B,) bool, True for the
-                latter, which is not read on the host.
+                `hr`, as LLFlow is trained in a part of the batches; or of each image one of them, (B,) bool, True for `hr`.
 
         Returns:
             `.latents`, a tuple: those of the splits in encoding order, then the top one, all standard normal under the model
