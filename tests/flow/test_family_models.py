@@ -172,6 +172,12 @@ def test_a_state_dict_of_another_system_is_recognised(system):
     assert all(torch.equal(before[name], tensor) for name, tensor in other.state_dict().items())
 
 
+def test_a_state_dict_of_another_size_looks_like_nothing_else():
+    other = NCSR(config_of("ctflow", blocks=3))
+    with pytest.raises(CheckpointError, match="of this model .CTFlow, ×1, 2 blocks, 1 steps a level.; 30 unexpected"):
+        model_of("ctflow").load_published(other.published_state_dict())
+
+
 def test_a_state_dict_of_a_generator_is_no_flow():
     model = model_of("srflow-da")
     with pytest.raises(CheckpointError, match="looks like that of no flow; .* missing: flowUpsamplerNet.layers.1"):
@@ -188,6 +194,13 @@ def test_the_mean_of_the_reference_is_for_flows_that_have_one():
     bright = model_of("llflow")
     hr, lr = images(bright, (8, 8))
     assert (bright(hr, lr, prior="reference") - bright.nll(hr, lr)).abs().max() > 1e-3
+
+
+def test_the_mean_of_the_prior_is_of_the_dtype_of_the_state():
+    model = model_of("llflow", precision="bf16").float()
+    hr, lr = (image.float() for image in images(model, (8, 8)))
+    encoded = model.encode(hr, lr)
+    assert encoded.prior_mean.dtype == encoded.latents[-1].dtype == torch.float32
 
 
 def test_lr_images_have_channels_of_their_own():
