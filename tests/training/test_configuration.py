@@ -42,7 +42,7 @@ def test_a_preset_is_its_architecture_and_settings(preset):
 
 
 def test_systems_that_the_trainer_has_not():
-    with pytest.raises(ValueError, match="model must be an NCSR or an SRFlow: the trainer has no CTFlow"):
+    with pytest.raises(ValueError, match="model must be of RGB images: the trainer has no CTFlow"):
         TrainSettings(NCSRConfig.preset("ctflow"), ("photos",))
 
 
