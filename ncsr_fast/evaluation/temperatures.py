@@ -16,6 +16,7 @@ from ncsr_fast.metrics.fidelity import check_to_8bit, lr_psnr, psnr, ssim, to_ui
 from ncsr_fast.metrics.imresize import imresize
 from ncsr_fast.metrics.perceptual import LPIPSReference, diversity_score, error_maps
 from ncsr_fast.model import NCSR
+from ncsr_fast.photographs import is_low_light
 
 _MULTIPLE = 8  # of which many scripts make the sides of HR images, whatever the scale
 
@@ -87,6 +88,9 @@ class Evaluation:
         scores: One `Scores` a method: psnr, ssim, lr_psnr, lr_psnr_worst, diversity (`diversity_score` of `error_maps`),
             seconds (per sample); with LPIPS also lpips and lpips_diversity, the challenge's score. All per image, every
             sample counted alike.
+
+    Raises:
+        ValueError: A low-light model.
     """
 
     def __init__(
@@ -100,6 +104,11 @@ class Evaluation:
     ) -> None:
         check_to_8bit(to_8bit)
         self._to_8bit = to_8bit
+        if is_low_light(model):
+            raise ValueError(
+                f"{model.describe()}, makes dark photographs bright, and what is measured here are enlarged ones: the "
+                "validation of ncsr-fast train measures it"
+            )
         self._model, self._temperatures, self._n, self._seed = model, list(dict.fromkeys(temperatures)), n, seed
         self._lpips_network = lpips_network
         self.scores = [Scores("bicubic"), *(Scores(f"temperature {temperature:g}") for temperature in self._temperatures)]
