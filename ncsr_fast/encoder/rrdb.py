@@ -18,8 +18,10 @@ from ncsr_fast.encoder import checkpoints
 from ncsr_fast.encoder.names import published_layout
 from ncsr_fast.engine.condition import Condition, Features
 from ncsr_fast.engine.dense_block import dense_block
+from ncsr_fast.engine.residual_blocks import has_residual_blocks, residual_blocks
 from ncsr_fast.hub import find_model
 from ncsr_fast.ops.conv3x3 import ConvolutionMethod, convolution
+from ncsr_fast.ops.plain_dense_blocks import DenseBlocks
 
 SLOPE = 0.2  # of every LeakyReLU
 ENGINE = ConvolutionMethod()
@@ -73,9 +75,11 @@ class DenseBlock(nn.Module):
     def forward(self, x: Tensor, method: ConvolutionMethod | None = ENGINE) -> Tensor:
         if self.conv1x1 is not None:
             return self.noise(self._with_residuals(x, method))
-        convolutions = (self.conv1, self.conv2, self.conv3, self.conv4, self.conv5)
-        y = dense_block(x, [(conv.weight, conv.bias) for conv in convolutions], SLOPE, RESIDUAL, method)
-        return self.noise(y)
+        return self.noise(dense_block(x, self.convolutions(), SLOPE, RESIDUAL, method))
+
+    def convolutions(self) -> list[tuple[Tensor, Tensor]]:
+        """Weight and bias of the five convolutions."""
+        return [(conv.weight, conv.bias) for conv in (self.conv1, self.conv2, self.conv3, self.conv4, self.conv5)]
 
     def _with_residuals(self, x: Tensor, method: ConvolutionMethod | None) -> Tensor:
         def convolved(conv: nn.Conv2d, *features: Tensor) -> Tensor:
@@ -98,9 +102,13 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor, method: ConvolutionMethod | None = ENGINE) -> Tensor:
         y = x
-        for dense in (self.rdb1, self.rdb2, self.rdb3):
+        for dense in self.dense_blocks():
             y = dense(y, method)
         return self.noise(torch.add(x, y, alpha=RESIDUAL))
+
+    def dense_blocks(self) -> tuple[DenseBlock, DenseBlock, DenseBlock]:
+        """The dense blocks, the first first."""
+        return self.rdb1, self.rdb2, self.rdb3
 
 
 class RRDB(nn.Module):
@@ -172,7 +180,7 @@ class RRDB(nn.Module):
         self._training_noise = value
         for block in self.body:
             block.noise.active = value == "all"
-            for dense in (block.rdb1, block.rdb2, block.rdb3):
+            for dense in block.dense_blocks():
                 dense.noise.active = value != "none"
 
     def head(self) -> list[nn.Module]:
@@ -317,14 +325,30 @@ class RRDB(nn.Module):
     def _trunk(self, lr: Tensor, method: ConvolutionMethod | None) -> tuple[Tensor, Tensor | None]:
         x = F.pixel_unshuffle(lr, self.unshuffle) if self.unshuffle > 1 else lr
         first = fea = self._conv(x, self.conv_first, method)
+        outputs = self._blocks(fea, method)
+        fea = outputs.get(len(self.body) - 1, fea)
+        stacked = torch.cat([outputs[index] for index in self.stacked_blocks], dim=1) if self.stacked_blocks else None
+        skip = first if self.long_skip == "conv_first" else fea
+        return skip + self._conv(fea, self.conv_body, method), stacked
+
+    def _blocks(self, fea: Tensor, method: ConvolutionMethod | None) -> dict[int, Tensor]:
+        """The outputs of the stacked blocks and of the last one, by their number."""
+        kept = sorted({*self.stacked_blocks, len(self.body) - 1})
+        if method is not None and self._is_plain() and has_residual_blocks(fea, method):
+            blocks = DenseBlocks(dense=3, convolutions=5, kept=tuple(kept), slope=SLOPE, residual=RESIDUAL)
+            pairs = [pair for block in self.body for dense in block.dense_blocks() for pair in dense.convolutions()]
+            return dict(zip(kept, residual_blocks(fea, pairs, blocks, method)))
         outputs = {}
         for index, block in enumerate(self.body):
             fea = block(fea, method)
-            if index in self.stacked_blocks:
+            if index in kept:
                 outputs[index] = fea
-        stacked = torch.cat([outputs[index] for index in self.stacked_blocks], dim=1) if outputs else None
-        skip = first if self.long_skip == "conv_first" else fea
-        return skip + self._conv(fea, self.conv_body, method), stacked
+        return outputs
+
+    def _is_plain(self) -> bool:
+        """True where there are blocks, and nothing in them but dense blocks of the formula."""
+        noisy = self.training and self.training_noise != "none"
+        return len(self.body) > 0 and not self.dense_residual and not noisy
 
     def _check(self, lr: Tensor) -> None:
         if not isinstance(lr, Tensor):

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ncsr_fast import tuning
 from ncsr_fast.ops.fallback import Guarded
+from ncsr_fast.ops.plain_dense_blocks import DenseBlocks
 
 BACKENDS = ("reference", "native", "triton")
 _MODULES = {"reference": "ncsr_fast.ops.reference", "native": "ncsr_fast.ops.native", "triton": "ncsr_fast.kernels"}
@@ -112,6 +113,29 @@ class Kernels(Protocol):
 
     def conv3x3_weights(self, weights: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]: ...
 
+    def dense_blocks_forward(
+        self,
+        x: Tensor,
+        weights: Sequence[Tensor],
+        biases: Sequence[Tensor],
+        blocks: DenseBlocks,
+        *,
+        tf32: bool = False,
+        saves: bool = True,
+    ) -> tuple[list[Tensor], Tensor | None]: ...
+
+    def dense_blocks_backward(
+        self,
+        grads: Sequence[Tensor],
+        saved: Tensor,
+        weights: Sequence[Tensor],
+        biases: Sequence[Tensor],
+        blocks: DenseBlocks,
+        needed: tuple[bool, bool],
+        *,
+        tf32: bool = False,
+    ) -> tuple[Tensor | None, list[Tensor]]: ...
+
     def step_network_forward(
         self,
         z1: Tensor | None,
@@ -167,6 +191,7 @@ COVERAGE: dict[str, dict[str, Coverage]] = {
         "inverse_logdet": Coverage(("cpu", "cuda"), _FLOATS),
         "conv3x3": Coverage(("cpu", "cuda"), _NARROW),
         "conv3x3_weights": Coverage(("cpu", "cuda"), _NARROW),
+        "dense_blocks": Coverage(("cpu", "cuda"), _NARROW),
         "step_network": Coverage(("cpu", "cuda"), _NARROW),
     },
 }

@@ -24,6 +24,8 @@ from ncsr_fast.layout import is_channels_last
 from ncsr_fast.ops.contract import compute_dtype, pass_through_channels
 from ncsr_fast.ops.inverse_logdet import invert
 from ncsr_fast.ops.plain_convolution import Needed, convolve, convolve_backward
+from ncsr_fast.ops.plain_dense_blocks import dense_blocks_backward as dense_blocks_backward
+from ncsr_fast.ops.plain_dense_blocks import dense_blocks_forward as dense_blocks_forward
 from ncsr_fast.ops.plain_inverse import inverse_logdet as inverse_logdet
 from ncsr_fast.precision import product
 
