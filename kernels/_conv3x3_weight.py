@@ -129,20 +129,7 @@ def sum_weight_partials_kernel(
 
 def backward_weight(dy: Tensor, x: Tensor, dweight: Tensor, dbias: Tensor, *, upsample2x: bool, tf32: bool) -> None:
     """Write the gradients of the weight (outputs, inputs, 3, 3), at any strides, and of the bias, contiguous, in any dtypes."""
-    partial = weight_partials(dy, x, upsample2x=upsample2x, tf32=tf32)[0]
-    launch(
-        sum_weight_partials_kernel,
-        triton.cdiv(partial.shape[1], SUM_OUTPUTS),
-        x.device,
-        p_partial=partial,
-        dweight=(dweight, *dweight.stride()),
-        p_dbias=dbias,
-        parts=len(partial),
-        inputs=x.shape[1],
-        outputs=dy.shape[1],
-        BLOCK=SUM_OUTPUTS,
-        BLOCK_PARTS=SUM_PARTS,
-    )
+    sum_partials(weight_partials(dy, x, upsample2x=upsample2x, tf32=tf32)[0], dweight, dbias)
 
 
 def weight_partials(
@@ -191,3 +178,20 @@ def weight_partials(
         **options,
     )
     return partial
+
+
+def sum_partials(partial: Tensor, dweight: Tensor, dbias: Tensor) -> None:
+    """Write the sums of a batch's partial sums to the gradients of weight, at any strides, and bias, contiguous."""
+    launch(
+        sum_weight_partials_kernel,
+        triton.cdiv(partial.shape[1], SUM_OUTPUTS),
+        partial.device,
+        p_partial=partial,
+        dweight=(dweight, *dweight.stride()),
+        p_dbias=dbias,
+        parts=len(partial),
+        inputs=dweight.shape[1],
+        outputs=dweight.shape[0],
+        BLOCK=SUM_OUTPUTS,
+        BLOCK_PARTS=SUM_PARTS,
+    )

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ncsr_fast import kernels
+from ncsr_fast.ops.plain_dense_blocks import DenseBlocks
 
 Call = tuple[str, str, Callable]  # operator, name and body
 LAYOUTS = {"nhwc": torch.channels_last, "nchw": torch.contiguous_format}
@@ -120,5 +121,33 @@ def convolution_calls(
             lambda: (
                 kernels.conv3x3_forward(x, weight, bias, slope=0.2, out=y, **options),
                 kernels.conv3x3_backward(y, x, weight, needed, relu=relu, dx=x, **options),
+            ),
+        )
+
+
+def dense_block_calls(
+    channels: int, size: tuple[int, int, int] = SIZE, precisions: Sequence[str] = tuple(PRECISIONS)
+) -> Iterator[Call]:
+    """Likewise of three residual blocks of so many features, the first two of which are kept, forward and backward."""
+    batch, height, width = size
+    growth, blocks = channels // 2, DenseBlocks(dense=3, convolutions=5, kept=(0, 1, 2), slope=0.2, residual=0.2)
+    of_one = [(growth if i < 4 else channels, channels + i * growth) for i in range(5)]
+    shapes = of_one * (blocks.dense * len(blocks.kept))
+    weights = [torch.empty(*shape, 3, 3, device="meta") for shape in shapes]
+    biases = [torch.empty(outputs, device="meta") for outputs, _ in shapes]
+    for precision in precisions:
+        dtype, tf32 = PRECISIONS[precision]
+
+        def image(c: int, batch: int = batch, dtype: torch.dtype = dtype) -> Tensor:
+            return torch.empty(batch, c, height, width, dtype=dtype, device="meta", memory_format=torch.channels_last)
+
+        x, saved = image(channels), image(3 * channels, len(shapes) // 5 * batch)
+        arguments = weights, biases, blocks
+        yield (
+            "dense_blocks",
+            precision,
+            lambda: (
+                kernels.dense_blocks_forward(x, *arguments, tf32=tf32),
+                kernels.dense_blocks_backward([x] * 3, saved, *arguments, (True, True), tf32=tf32),
             ),
         )

@@ -29,7 +29,8 @@ from ncsr_fast.engine.folding import (
     fold_zeros_convolution,
 )
 from ncsr_fast.engine.gradient import level_pass
-from ncsr_fast.engine.hoisting import HoistedWeight, algorithm, hoisted_convolution, prepared
+from ncsr_fast.engine.hoisting import HoistedWeight, algorithm, hoisted_convolution, hoisted_networks, prepared
+from ncsr_fast.engine.memory import spare_bytes
 from ncsr_fast.engine.options import EngineOptions
 from ncsr_fast.engine.program import Head, Program, stages
 from ncsr_fast.engine.walk import LevelTensors
@@ -38,7 +39,7 @@ from ncsr_fast.ops.backend import covering_backend
 from ncsr_fast.ops.conv3x3 import ConvolutionMethod, convolution
 from ncsr_fast.ops.step_network import evaluate_network
 
-# Bytes of pre-activations computed together where nothing is saved for a backward pass.
+# Bytes of pre-activations computed together on a CPU where nothing is saved for a backward pass.
 _AT_ONCE = 256 * 2**20
 
 
@@ -246,13 +247,14 @@ class LevelPlan:
         hidden, changes_all = networks[0].w2.shape[0], self.level.branches[index].changes_all
         size = own[:, :1].numel() * hidden * own.element_size()
         # torch.export knows no sizes
-        together = len(networks) if isinstance(size, torch.SymInt) else max(1, _AT_ONCE // size)
+        at_once = spare_bytes(own.device) if own.device.type == "cuda" else _AT_ONCE
+        together = len(networks) if isinstance(size, torch.SymInt) else max(1, at_once // size)
         outputs: list[Tensor] = []
         for first in range(0, len(networks), together):
             part = networks[first : first + together]
             start, end = channels[first], channels[first] + hidden * len(part)
-            pre = hoisted_convolution(self.features, weight.rows(start, end), bias[start:end], method)
-            for network, own_pre in zip(part, pre.split(hidden, dim=1)):
+            pre = hoisted_networks(self.features, weight.rows(start, end), bias[start:end], len(part), method)
+            for network, own_pre in zip(part, pre):
                 if changes_all:
                     outputs.append(evaluate_network(network, None, own_pre, method.tf32, self._network_backend))
                 else:  # dense: read for every sample, and the pixels of a slice lie pages apart

@@ -136,6 +136,21 @@ class Kernels(Protocol):
         tf32: bool = False,
     ) -> tuple[Tensor | None, list[Tensor]]: ...
 
+    def hoisted_forward(
+        self, own: Tensor, stacked: Tensor, weight: Tensor, bias: Tensor, *, groups: int = 1, tf32: bool = False
+    ) -> list[Tensor]: ...
+
+    def hoisted_backward(
+        self,
+        dy: Tensor,
+        own: Tensor,
+        stacked: Tensor,
+        weight: Tensor,
+        needed: tuple[bool, bool, bool],
+        *,
+        tf32: bool = False,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]: ...
+
     def step_network_forward(
         self,
         z1: Tensor | None,
@@ -192,6 +207,7 @@ COVERAGE: dict[str, dict[str, Coverage]] = {
         "conv3x3": Coverage(("cpu", "cuda"), _NARROW),
         "conv3x3_weights": Coverage(("cpu", "cuda"), _NARROW),
         "dense_blocks": Coverage(("cpu", "cuda"), _NARROW),
+        "hoisted": Coverage(("cpu", "cuda"), _NARROW),
         "step_network": Coverage(("cpu", "cuda"), _NARROW),
     },
 }

@@ -140,6 +140,7 @@ def _dense_block_backward(
         added = slice(inputs, inputs + outputs)
         inner = torch.ops.aten.leaky_relu_backward(total[:, added], features[:, added], blocks.slope, True)
         dread, *gradients = convolve_backward(inner, features[:, :inputs], weights[number], needed, tf32)
+        assert dread is not None
         total[:, :inputs] += dread
         found = gradients + found
     return total, [gradient for gradient in found if gradient is not None]
