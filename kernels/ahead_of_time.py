@@ -38,6 +38,7 @@ from ncsr_fast.kernels.calls import (
     convolution_calls,
     dense_block_calls,
     flow_calls,
+    hoisting_calls,
     network_calls,
 )
 from ncsr_fast.kernels.disassembly import instructions, work
@@ -49,6 +50,7 @@ PRODUCTS: dict[str, Calls] = {  # of tensor cores
     "networks": network_calls,
     "convolutions": convolution_calls,
     "encoder": dense_block_calls,
+    "hoisting": hoisting_calls,
 }
 SIZES = (SIZE, (1, 40, 36), (16, 79, 77), (10, 510, 4), (3, 6, 6))  # pixels that 16 divides, or nothing, or 8, or 4
 _KERNELS = __package__ + "."

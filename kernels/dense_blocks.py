@@ -168,10 +168,12 @@ def dense_blocks_backward(
     check_dtype(last)
     (batch, channels, *_), (growth, grown) = last.shape, blocks.growth(weights)
     weight, _ = _packed(weights, biases, blocks, channels, last.dtype)
-    features, incoming, found = saved.split(blocks.dense * batch), dict(zip(blocks.kept, grads)), []
+    incoming, found, of_block = dict(zip(blocks.kept, grads)), [], blocks.dense * batch
+    count = len(weights) // (blocks.dense * blocks.convolutions)
+    features = [saved[block * of_block :][:of_block] for block in range(count)]
     gradients, dx = empty_channels_last(features[-1].shape, last), torch.empty_like(last)
     gradients[-batch:, grown:] = last
-    for block in reversed(range(len(features))):
+    for block in reversed(range(count)):
         previous = torch.empty_like(gradients) if block else None
         given = gradients[-batch:, grown:]
         for index in reversed(range(blocks.dense)):

@@ -22,6 +22,8 @@ KERNELS = {  # what "auto" tries on any GPU before the reference: as before ther
     "inverse_logdet": ("triton", "native"),
     "fold": (),
     "conv3x3": (),
+    "dense_blocks": (),
+    "hoisted": (),
     "step_network": (),
 }
 
