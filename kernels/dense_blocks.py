@@ -224,23 +224,26 @@ def _backward_to_parameters(
     of_one = weights[: blocks.convolutions]
     numbers = sum(weight.numel() for weight in of_one)
     gradient = torch.empty(blocks.dense, numbers + width, dtype=torch.float32, device=features.device)
-    partial = weight_partials(gradients, features, batches=blocks.dense, growth=(growth, grown // growth), tf32=tf32)
-    launch(
-        sum_dense_block_partials_kernel,
-        blocks.dense * triton.cdiv(partial.shape[2], SUM_OUTPUTS),
-        features.device,
-        p_partial=partial,
-        p_gradient=gradient,
-        parts=partial.shape[1],
-        residual=float(blocks.residual),
-        channels=width - grown,
-        numbers=numbers,
-        GROWTH=growth,
-        GROWN=grown // growth,
-        DENSE=blocks.dense,
-        BLOCK=SUM_OUTPUTS,
-        BLOCK_PARTS=SUM_PARTS,
-    )
+    if features.numel() == 0:
+        gradient.zero_()
+    else:
+        partial = weight_partials(gradients, features, batches=blocks.dense, growth=(growth, grown // growth), tf32=tf32)
+        launch(
+            sum_dense_block_partials_kernel,
+            blocks.dense * triton.cdiv(partial.shape[2], SUM_OUTPUTS),
+            features.device,
+            p_partial=partial,
+            p_gradient=gradient,
+            parts=partial.shape[1],
+            residual=float(blocks.residual),
+            channels=width - grown,
+            numbers=numbers,
+            GROWTH=growth,
+            GROWN=grown // growth,
+            DENSE=blocks.dense,
+            BLOCK=SUM_OUTPUTS,
+            BLOCK_PARTS=SUM_PARTS,
+        )
     found = []
     for row in gradient:
         *parts, ends = row.split([*(weight.numel() for weight in of_one), width])

@@ -24,7 +24,7 @@ from torch import Tensor
 from ncsr_fast.engine.ablation import ablation
 from ncsr_fast.engine.condition import Features, resized
 from ncsr_fast.layout import traced
-from ncsr_fast.ops.backend import Kernels, covering_backend, kernels
+from ncsr_fast.ops.backend import Kernels, companion_backend, kernels
 from ncsr_fast.ops.conv3x3 import (
     ConvolutionMethod,
     backend_for,
@@ -67,7 +67,7 @@ def algorithm(features: Features, rows: int, dtype: torch.dtype, method: Convolu
     own, stacked = features
     if stacked is None or not ablation().subpixel:
         return "joined"
-    if not traced() and covering_backend("hoisted", method.backend, own) != "reference":
+    if not traced() and companion_backend("hoisted", method.backend, own) != "reference":
         return "whole"
     if not features.upsampled:
         return "joined"
@@ -117,7 +117,7 @@ def hoisted_networks(
 
 
 def _whole(own: Tensor, method: ConvolutionMethod) -> Kernels:
-    return kernels(covering_backend("hoisted", method.backend, own))
+    return kernels(companion_backend("hoisted", method.backend, own))
 
 
 def _reference(

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ncsr_fast.autocast import autocast
 from ncsr_fast.engine.dense_block import dense_block
-from ncsr_fast.ops.backend import covering_backend, kernels
+from ncsr_fast.ops.backend import companion_backend, kernels
 from ncsr_fast.ops.conv3x3 import ConvolutionMethod
 from ncsr_fast.ops.operator import Operator, Outputs, Tensors
 from ncsr_fast.ops.plain_dense_blocks import DenseBlocks
@@ -25,7 +25,7 @@ Pairs = Sequence[tuple[Tensor, Tensor]]
 
 def has_residual_blocks(x: Tensor, method: ConvolutionMethod) -> bool:
     """True where the backend has a kernel function for features like x."""
-    return covering_backend("dense_blocks", method.backend, autocast(x)) != "reference"
+    return companion_backend("dense_blocks", method.backend, autocast(x)) != "reference"
 
 
 def residual_blocks(x: Tensor, convolutions: Pairs, blocks: DenseBlocks, method: ConvolutionMethod) -> Outputs:
@@ -80,7 +80,7 @@ def _reference(x: Tensor, *arguments: Any) -> Outputs:
 
 
 def _kernels(x: Tensor, method: ConvolutionMethod) -> Any:
-    return kernels(covering_backend("dense_blocks", method.backend, x))
+    return kernels(companion_backend("dense_blocks", method.backend, x))
 
 
 _residual_blocks = Operator("ResidualBlocks", forward=_forward, backward=_backward, reference=_reference)

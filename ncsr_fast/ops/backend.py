@@ -213,6 +213,9 @@ COVERAGE: dict[str, dict[str, Coverage]] = {
 }
 
 
+# Kernels that a backend uses for several convolutions at once, wherever it is the one that convolves: without entries in tables
+COMPANIONS = {"conv3x3_weights": "conv3x3", "dense_blocks": "conv3x3", "hoisted": "conv3x3"}
+
 _KERNELS = {"affine_injector": "affine", "affine_coupling": "affine", "actnorm_invconv": "flow_step"}
 
 
@@ -279,6 +282,14 @@ def covering_backend(kernel: str, backend: str, like: Tensor) -> str:
     if backend == "auto":
         return _best(kernel, kind, dtype)
     return "reference" if _refusal(backend, kernel, kind, dtype) else backend
+
+
+def companion_backend(kernel: str, backend: str, like: Tensor) -> str:
+    """`covering_backend` of one of `COMPANIONS`: the backend of its other kernel, if it has both."""
+    chosen = covering_backend(COMPANIONS[kernel], backend, like)
+    if backend == "auto":
+        return chosen if kernel in COVERAGE.get(chosen, {}) else "reference"
+    return covering_backend(kernel, backend, like)
 
 
 @functools.cache
