@@ -146,8 +146,8 @@ def dense_block_calls(
         x, saved = image(channels), image(3 * channels, len(shapes) // 5 * batch)
         arguments = weights, biases, blocks
         yield (
-            "dense_blocks",
-            precision,
+            "conv3x3",
+            f"residual blocks {precision}",
             lambda: (
                 kernels.dense_blocks_forward(x, *arguments, tf32=tf32),
                 kernels.dense_blocks_backward([x] * 3, saved, *arguments, (True, True), tf32=tf32),
@@ -171,8 +171,8 @@ def hoisting_calls(
         weight = torch.empty(NETWORKS * HIDDEN, 5 * channels, 3, 3, dtype=dtype, device="meta")
         bias, needed = torch.empty(NETWORKS * HIDDEN, dtype=dtype, device="meta"), (True, True, True)
         yield (
-            "hoisted",
-            f"factor {factor} {precision}",
+            "conv3x3",
+            f"hoisted by {factor} {precision}",
             lambda: (
                 kernels.hoisted_forward(own, stacked, weight, bias, groups=NETWORKS, tf32=tf32),
                 kernels.hoisted_backward(dy, own, stacked, weight, needed, tf32=tf32),
