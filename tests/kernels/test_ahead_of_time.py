@@ -68,7 +68,8 @@ PRODUCTS = {"conv3x3_kernel", "conv3x3_weight_kernel"}
 # Kernels of three residual blocks of the encoder, forward and backward, and of hoisted convolutions by 2 and by 1
 TOGETHER = {
     "encoder": {
-        "pack_dense_blocks_kernel": 2, "conv3x3_kernel": 2 * 45, "conv3x3_weight_kernel": 3, "sum_dense_block_partials_kernel": 3,
+        "pack_dense_blocks_kernel": 2, "conv3x3_kernel": 2 * 45,
+        "conv3x3_weight_kernel": 3, "sum_dense_block_partials_kernel": 3,
     },
     "hoisting": {
         "weights_by_slot_kernel": 4, "hoisted_kernel": 2, "conv3x3_kernel": 2, "hoisted_backward_kernel": 2,
