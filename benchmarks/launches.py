@@ -29,6 +29,7 @@ PARTS: dict[str, dict[str, str]] = {
     "ncsr_fast.encoder.rrdb": {"*": "encoder"},
     "ncsr_fast.encoder.blocks": {"*": "encoder"},
     "ncsr_fast.engine.dense_block": {"*": "encoder"},
+    "ncsr_fast.engine.residual_blocks": {"*": "encoder"},
     "ncsr_fast.engine.folding": {"fold_zeros_convolution": "split", "*": "fold"},
     "ncsr_fast.engine.hoisting": {"prepared": "fold", "*": "hoist"},
     "ncsr_fast.engine.plan": {

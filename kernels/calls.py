@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ncsr_fast import kernels
+from ncsr_fast.ops.plain_dense_blocks import DenseBlocks
 
 Call = tuple[str, str, Callable]  # operator, name and body
 LAYOUTS = {"nhwc": torch.channels_last, "nchw": torch.contiguous_format}
@@ -25,6 +26,8 @@ PAIRS: tuple[Variant, ...] = (
 VARIANTS = {"every": EVERY_VARIANT, "pairs": PAIRS, "engine": PAIRS[:2]}
 CONVOLUTIONS = ((32, False), (64, False), (64, True))  # of the encoder: outputs, and whether the input is read upsampled
 PRECISIONS = {"bf16": (torch.bfloat16, False), "tf32": (torch.float32, True), "fp32": (torch.float32, False)}
+FACTORS = (2, 1)  # upsampling of the stacked features at the first level of the published ×4 models, and at the others
+NETWORKS = 32  # that read the features at a level of those: injectors and couplings of 16 steps
 HIDDEN = 64  # channels of the hidden layers of the published networks
 SIZE = (18, 80, 80)  # batch, height and width of the calls, as in training: the weight gradient loops over many tiles
 
@@ -120,5 +123,58 @@ def convolution_calls(
             lambda: (
                 kernels.conv3x3_forward(x, weight, bias, slope=0.2, out=y, **options),
                 kernels.conv3x3_backward(y, x, weight, needed, relu=relu, dx=x, **options),
+            ),
+        )
+
+
+def dense_block_calls(
+    channels: int, size: tuple[int, int, int] = SIZE, precisions: Sequence[str] = tuple(PRECISIONS)
+) -> Iterator[Call]:
+    """Likewise of three residual blocks of so many features, the first two of which are kept, forward and backward."""
+    batch, height, width = size
+    growth, blocks = channels // 2, DenseBlocks(dense=3, convolutions=5, kept=(0, 1, 2), slope=0.2, residual=0.2)
+    of_one = [(growth if i < 4 else channels, channels + i * growth) for i in range(5)]
+    shapes = of_one * (blocks.dense * len(blocks.kept))
+    weights = [torch.empty(*shape, 3, 3, device="meta") for shape in shapes]
+    biases = [torch.empty(outputs, device="meta") for outputs, _ in shapes]
+    for precision in precisions:
+        dtype, tf32 = PRECISIONS[precision]
+
+        def image(c: int, batch: int = batch, dtype: torch.dtype = dtype) -> Tensor:
+            return torch.empty(batch, c, height, width, dtype=dtype, device="meta", memory_format=torch.channels_last)
+
+        x, saved = image(channels), image(3 * channels, len(shapes) // 5 * batch)
+        arguments = weights, biases, blocks
+        yield (
+            "conv3x3",
+            f"residual blocks {precision}",
+            lambda: (
+                kernels.dense_blocks_forward(x, *arguments, tf32=tf32),
+                kernels.dense_blocks_backward([x] * 3, saved, *arguments, (True, True), tf32=tf32),
+            ),
+        )
+
+
+def hoisting_calls(
+    channels: int, size: tuple[int, int, int] = SIZE, precisions: Sequence[str] = tuple(PRECISIONS)
+) -> Iterator[Call]:
+    """Likewise of hoisted convolutions of so many own features, and four times as many stacked ones of this size."""
+    batch, height, width = size
+    for precision, factor in itertools.product(precisions, FACTORS):
+        dtype, tf32 = PRECISIONS[precision]
+
+        def image(c: int, factor: int = 1, dtype: torch.dtype = dtype) -> Tensor:
+            shape = batch, c, factor * height, factor * width
+            return torch.empty(shape, dtype=dtype, device="meta", memory_format=torch.channels_last)
+
+        own, stacked, dy = image(channels, factor), image(4 * channels), image(NETWORKS * HIDDEN, factor)
+        weight = torch.empty(NETWORKS * HIDDEN, 5 * channels, 3, 3, dtype=dtype, device="meta")
+        bias, needed = torch.empty(NETWORKS * HIDDEN, dtype=dtype, device="meta"), (True, True, True)
+        yield (
+            "conv3x3",
+            f"hoisted by {factor} {precision}",
+            lambda: (
+                kernels.hoisted_forward(own, stacked, weight, bias, groups=NETWORKS, tf32=tf32),
+                kernels.hoisted_backward(dy, own, stacked, weight, needed, tf32=tf32),
             ),
         )

@@ -29,8 +29,8 @@ from ncsr_fast.engine.folding import (
     fold_zeros_convolution,
 )
 from ncsr_fast.engine.gradient import level_pass
-from ncsr_fast.engine.hoisting import HoistedWeight, algorithm, hoisted_convolution, prepared
-from ncsr_fast.engine.memory import AT_ONCE
+from ncsr_fast.engine.hoisting import HoistedWeight, algorithm, hoisted_convolution, hoisted_networks, prepared
+from ncsr_fast.engine.memory import at_once
 from ncsr_fast.engine.options import EngineOptions
 from ncsr_fast.engine.peaks import Peaks
 from ncsr_fast.engine.program import Head, Program, stages
@@ -245,13 +245,13 @@ class LevelPlan:
         hidden, changes_all, residual = networks[0].b2.shape[-1], branch.changes_all, self.level.networks(branch).residual
         size = own[:, :1].numel() * hidden * own.element_size()
         # torch.export knows no sizes
-        together = len(networks) if isinstance(size, torch.SymInt) else max(1, AT_ONCE // size)
+        together = len(networks) if isinstance(size, torch.SymInt) else max(1, at_once(own.device) // size)
         outputs: list[Tensor] = []
         for first in range(0, len(networks), together):
             part = networks[first : first + together]
             start, end = channels[first], channels[first] + hidden * len(part)
-            pre = hoisted_convolution(self.features, weight.rows(start, end), bias[start:end], method)
-            for network, own_pre in zip(part, pre.split(hidden, dim=1)):
+            pre = hoisted_networks(self.features, weight.rows(start, end), bias[start:end], len(part), method)
+            for network, own_pre in zip(part, pre):
                 if changes_all:
                     outputs.append(evaluated(network, None, own_pre, residual, method, self._network_backend))
                 else:  # dense: read for every sample, and the pixels of a slice lie pages apart

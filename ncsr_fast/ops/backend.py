@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ncsr_fast import tuning
 from ncsr_fast.ops.fallback import Guarded
+from ncsr_fast.ops.plain_dense_blocks import DenseBlocks
 
 BACKENDS = ("reference", "native", "triton")
 _MODULES = {"reference": "ncsr_fast.ops.reference", "native": "ncsr_fast.ops.native", "triton": "ncsr_fast.kernels"}
@@ -112,6 +113,44 @@ class Kernels(Protocol):
 
     def conv3x3_weights(self, weights: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]: ...
 
+    def dense_blocks_forward(
+        self,
+        x: Tensor,
+        weights: Sequence[Tensor],
+        biases: Sequence[Tensor],
+        blocks: DenseBlocks,
+        *,
+        tf32: bool = False,
+        saves: bool = True,
+    ) -> tuple[list[Tensor], Tensor | None]: ...
+
+    def dense_blocks_backward(
+        self,
+        grads: Sequence[Tensor],
+        saved: Tensor,
+        weights: Sequence[Tensor],
+        biases: Sequence[Tensor],
+        blocks: DenseBlocks,
+        needed: tuple[bool, bool],
+        *,
+        tf32: bool = False,
+    ) -> tuple[Tensor | None, list[Tensor]]: ...
+
+    def hoisted_forward(
+        self, own: Tensor, stacked: Tensor, weight: Tensor, bias: Tensor, *, groups: int = 1, tf32: bool = False
+    ) -> list[Tensor]: ...
+
+    def hoisted_backward(
+        self,
+        dy: Tensor,
+        own: Tensor,
+        stacked: Tensor,
+        weight: Tensor,
+        needed: tuple[bool, bool, bool],
+        *,
+        tf32: bool = False,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]: ...
+
     def step_network_forward(
         self,
         z1: Tensor | None,
@@ -167,10 +206,15 @@ COVERAGE: dict[str, dict[str, Coverage]] = {
         "inverse_logdet": Coverage(("cpu", "cuda"), _FLOATS),
         "conv3x3": Coverage(("cpu", "cuda"), _NARROW),
         "conv3x3_weights": Coverage(("cpu", "cuda"), _NARROW),
+        "dense_blocks": Coverage(("cpu", "cuda"), _NARROW),
+        "hoisted": Coverage(("cpu", "cuda"), _NARROW),
         "step_network": Coverage(("cpu", "cuda"), _NARROW),
     },
 }
 
+
+# Kernels that a backend uses for several convolutions at once, wherever it is the one that convolves: without entries in tables
+COMPANIONS = {"conv3x3_weights": "conv3x3", "dense_blocks": "conv3x3", "hoisted": "conv3x3"}
 
 _KERNELS = {"affine_injector": "affine", "affine_coupling": "affine", "actnorm_invconv": "flow_step"}
 
@@ -238,6 +282,14 @@ def covering_backend(kernel: str, backend: str, like: Tensor) -> str:
     if backend == "auto":
         return _best(kernel, kind, dtype)
     return "reference" if _refusal(backend, kernel, kind, dtype) else backend
+
+
+def companion_backend(kernel: str, backend: str, like: Tensor) -> str:
+    """`covering_backend` of one of `COMPANIONS`: the backend of its other kernel, if it has both."""
+    chosen = covering_backend(COMPANIONS[kernel], backend, like)
+    if backend == "auto":
+        return chosen if kernel in COVERAGE.get(chosen, {}) else "reference"
+    return covering_backend(kernel, backend, like)
 
 
 @functools.cache

@@ -20,10 +20,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ncsr_fast.layout import is_channels_last
+from ncsr_fast.layout import dense_format, is_channels_last
 from ncsr_fast.ops.contract import compute_dtype, pass_through_channels
 from ncsr_fast.ops.inverse_logdet import invert
 from ncsr_fast.ops.plain_convolution import Needed, convolve, convolve_backward
+from ncsr_fast.ops.plain_dense_blocks import dense_blocks_backward as dense_blocks_backward
+from ncsr_fast.ops.plain_dense_blocks import dense_blocks_forward as dense_blocks_forward
 from ncsr_fast.ops.plain_inverse import inverse_logdet as inverse_logdet
 from ncsr_fast.precision import product
 
@@ -305,8 +307,47 @@ def conv3x3_weights(weights: Sequence[Tensor], dtype: torch.dtype) -> list[Tenso
     return [*weights]
 
 
-def _upsampled(x: Tensor) -> Tensor:
-    return F.interpolate(x, scale_factor=2, mode="nearest")
+def _upsampled(x: Tensor, factor: int = 2) -> Tensor:
+    return F.interpolate(x, scale_factor=factor, mode="nearest")
+
+
+def hoisted_forward(
+    own: Tensor, stacked: Tensor, weight: Tensor, bias: Tensor, *, groups: int = 1, tf32: bool = False
+) -> list[Tensor]:
+    """weight ∗ [own, stacked upsampled by nearest neighbour] + bias, in the dtype and layout of `own`.
+
+    Args:
+        own: (B, c, f·H, f·W), f a whole number.
+        stacked: (B, s, H, W).
+        weight: (N, c + s, 3, 3).
+        bias: (N,).
+        groups: Number of dense images that the outputs are in.
+        tf32: Whether a GPU may round float32 operands to TF32.
+
+    Returns:
+        The images (B, N / groups, f·H, f·W).
+    """
+    y, layout = convolve(_joined(own, stacked), weight, bias, tf32), dense_format(own)
+    return [image.contiguous(memory_format=layout) for image in y.chunk(groups, dim=1)]
+
+
+def hoisted_backward(
+    dy: Tensor, own: Tensor, stacked: Tensor, weight: Tensor, needed: Needed, *, tf32: bool = False
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of own, stacked, weight and bias of `hoisted_forward`, from that of its only image.
+
+    In the dtype of own; those of weight and bias, of which both are needed or none, may be in the one in which a backend sums.
+    """
+    wanted = needed[0] or needed[1], needed[2], needed[2]
+    joined, dweight, dbias = convolve_backward(dy, _joined(own, stacked), weight, wanted, tf32)
+    if joined is None:
+        return None, None, dweight, dbias
+    down, dlarge = joined.tensor_split([own.shape[1]], dim=1)
+    return down, F.avg_pool2d(dlarge, own.shape[2] // stacked.shape[2], divisor_override=1), dweight, dbias
+
+
+def _joined(own: Tensor, stacked: Tensor) -> Tensor:
+    return torch.cat([own, _upsampled(stacked, own.shape[2] // stacked.shape[2])], dim=1)
 
 
 def step_network_forward(

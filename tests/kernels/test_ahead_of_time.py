@@ -65,6 +65,17 @@ def test_what_every_kernel_needs(pytestconfig, target, channels, variants):
 
 
 PRODUCTS = {"conv3x3_kernel", "conv3x3_weight_kernel"}
+# Kernels of three residual blocks of the encoder, forward and backward, and of hoisted convolutions by 2 and by 1
+TOGETHER = {
+    "encoder": {
+        "pack_dense_blocks_kernel": 2, "conv3x3_kernel": 2 * 45,
+        "conv3x3_weight_kernel": 3, "sum_dense_block_partials_kernel": 3,
+    },
+    "hoisting": {
+        "weights_by_slot_kernel": 4, "hoisted_kernel": 2, "conv3x3_kernel": 2, "hoisted_backward_kernel": 2,
+        "conv3x3_weight_kernel": 2, "sum_weight_partials_kernel": 2, "hoisted_weight_kernel": 2, "sum_slots_kernel": 2,
+    },
+}  # fmt: skip
 EVERY_CONVOLUTION = [
     (target, channels, precision)
     for precision in ("bf16", "tf32", "fp32")
@@ -93,6 +104,28 @@ def test_what_a_convolution_needs(pytestconfig, target, channels, precision):
     # In TF32 a transposed operand goes to shared memory number by number: dy in the weight gradient, a third of what it reads.
     images = [row for row in rows if row.kernel in PRODUCTS and channels % 16 == 0]
     assert [row for row in images if row.wide < 0.7] == []
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("precision", ["bf16", "tf32", "fp32"])
+@pytest.mark.parametrize("target", [80, 90, 100])
+@pytest.mark.parametrize("calls", TOGETHER)
+def test_what_convolutions_together_need(pytestconfig, calls, target, precision):
+    """As single ones, at the published numbers of channels."""
+    from ncsr_fast.kernels.ahead_of_time import Row, table, worst
+
+    arguments = ["-m", "ncsr_fast.kernels.ahead_of_time", "--json", "--targets", str(target), "--channels", "64"]
+    rows = printed(pytestconfig, f"ahead_of_time-{calls}-{target}-{precision}", [*arguments, f"--{calls}", precision])
+    rows = [Row(**row) for row in rows]
+    print(table(worst(rows)))
+    assert Counter(row.kernel for row in rows) == TOGETHER[calls]
+    assert [row for row in rows if row.spills] == []
+    assert [row for row in rows if row.shared > SHARED] == []
+    products = PRODUCTS | {name for name in TOGETHER[calls] if name.startswith("hoisted")}
+    products &= set(TOGETHER[calls])
+    assert {row.kernel for row in rows if row.tensor_cores} == (set() if precision == "fp32" else products)
+    assert {row.kernel for row in rows if row.tf32} == (products if precision == "tf32" else set())
+    assert [row for row in rows if row.kernel in products and row.wide < 0.7] == []
 
 
 @pytest.mark.slow

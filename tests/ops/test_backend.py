@@ -22,6 +22,8 @@ FUNCTIONS = {
     "fold": ("fold_forward", "fold_backward"),
     "conv3x3": ("conv3x3_forward", "conv3x3_backward"),
     "conv3x3_weights": ("conv3x3_weights",),
+    "dense_blocks": ("dense_blocks_forward", "dense_blocks_backward"),
+    "hoisted": ("hoisted_forward", "hoisted_backward"),
     "step_network": ("step_network_forward", "step_network_layers"),
 }
 KERNEL_OF = {"affine_injector": "affine", "affine_coupling": "affine", "actnorm_invconv": "flow_step"}
