@@ -7,7 +7,7 @@ from ncsr_fast.kernels.conv3x3 import conv3x3_backward, conv3x3_forward, conv3x3
 from ncsr_fast.kernels.flow_step import flow_step_backward, flow_step_forward
 from ncsr_fast.kernels.gaussian_split import gaussian_split_backward, gaussian_split_forward
 from ncsr_fast.kernels.inverse_logdet import inverse_logdet
-from ncsr_fast.kernels.step_network import step_network_forward, step_network_layers
+from ncsr_fast.kernels.step_network import step_network_forward, step_network_layers, step_network_weights
 
 __all__ = [
     "KernelFailure",
@@ -24,4 +24,5 @@ __all__ = [
     "launched",
     "step_network_forward",
     "step_network_layers",
+    "step_network_weights",
 ]

@@ -121,6 +121,7 @@ class LevelGradients(NamedTuple):
     networks: list[tuple[Tensor | None, ...]]
     sources: list[Tensor | None]
     outputs: list[tuple[None, ...] | None]
+    packed: list[tuple[None, ...]]
 
 
 class _Backward:
@@ -139,6 +140,7 @@ class _Backward:
             [_empty(networks, flags) for networks, flags in zip(tensors.networks, self.needs_weights)],
             [torch.empty_like(source) if flag else None for source, flag in zip(tensors.sources, wanted.sources)],
             [None if known is None else (None,) * len(known) for known in tensors.outputs],
+            [(None,) * len(packed) for packed in tensors.packed],
         )
 
     def run(self, x: Tensor, dy: Tensor, dlogdet: Tensor) -> Tensor:

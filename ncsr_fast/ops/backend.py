@@ -123,6 +123,7 @@ class Kernels(Protocol):
         b3: Tensor,
         *,
         tf32: bool = False,
+        packed: Sequence[Tensor] = (),
     ) -> Tensor: ...
 
     def step_network_layers(
@@ -136,7 +137,10 @@ class Kernels(Protocol):
         b3: Tensor,
         *,
         tf32: bool = False,
+        packed: Sequence[Tensor] = (),
     ) -> tuple[Tensor, Tensor, Tensor]: ...
+
+    def step_network_weights(self, w1: Tensor | None, w2: Tensor, w3: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]: ...
 
 
 class Coverage(NamedTuple):
@@ -168,6 +172,7 @@ COVERAGE: dict[str, dict[str, Coverage]] = {
         "conv3x3": Coverage(("cpu", "cuda"), _NARROW),
         "conv3x3_weights": Coverage(("cpu", "cuda"), _NARROW),
         "step_network": Coverage(("cpu", "cuda"), _NARROW),
+        "step_network_weights": Coverage(("cpu", "cuda"), _NARROW),
     },
 }
 

@@ -7,7 +7,7 @@ another device than the first one raises. Tensors of the caller's that a kernel 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -192,6 +192,7 @@ def step_network_forward(
     b3: Tensor,
     *,
     tf32: bool = False,
+    packed: Sequence[Tensor] = (),
 ) -> Tensor:
     return _step_network(None, None, z1, pre, w1, w2, b2, w3, b3)
 
@@ -206,6 +207,7 @@ def step_network_layers(
     b3: Tensor,
     *,
     tf32: bool = False,
+    packed: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Tensor, Tensor]:
     h1, h2 = (torch.empty_like(pre, memory_format=torch.channels_last) for _ in range(2))
     return h1, h2, _step_network(h1, h2, z1, pre, w1, w2, b2, w3, b3)

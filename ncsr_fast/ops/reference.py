@@ -315,6 +315,7 @@ def step_network_forward(
     b3: Tensor,
     *,
     tf32: bool = False,
+    packed: Sequence[Tensor] = (),
 ) -> Tensor:
     """h (B, outputs, H, W) = w3 ∗ h2 + b3 with h1 = relu(w1 ∗ z1 + pre) and h2 = relu(w2 · h1 + b2), in the dtype of pre.
 
@@ -327,6 +328,7 @@ def step_network_forward(
         w3: (outputs, hidden, 3, 3).
         b3: (outputs,).
         tf32: Whether a GPU may round float32 operands to TF32.
+        packed: Of `step_network_weights` of the same backend, each at the number of the network, or nothing.
     """
     return step_network_layers(z1, pre, w1, w2, b2, w3, b3, tf32=tf32)[2]
 
@@ -341,8 +343,21 @@ def step_network_layers(
     b3: Tensor,
     *,
     tf32: bool = False,
+    packed: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Tensor, Tensor]:
     """h1, h2 and h of `step_network_forward`."""
     h1 = F.relu(pre if z1 is None or w1 is None else convolve(z1.to(pre.dtype), w1, None, tf32) + pre)
     h2 = F.relu(convolve(h1, w2, b2, tf32))
     return h1, h2, convolve(h2, w3, b3, tf32)
+
+
+def step_network_weights(w1: Tensor | None, w2: Tensor, w3: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """The weights of K networks, stacked, as the backend reads them best: tensors (K, …), here none.
+
+    Args:
+        w1: (K, hidden, C, 3, 3) or None.
+        w2: (K, hidden, hidden, 1, 1).
+        w3: (K, outputs, hidden, 3, 3).
+        dtype: In which the networks are evaluated.
+    """
+    return ()
