@@ -36,7 +36,9 @@ from ncsr_fast.kernels.calls import (
     VARIANTS,
     Variant,
     convolution_calls,
+    coupled_calls,
     flow_calls,
+    large_coupled_calls,
     network_calls,
 )
 from ncsr_fast.kernels.disassembly import instructions, work
@@ -44,7 +46,12 @@ from ncsr_fast.kernels.disassembly import instructions, work
 TARGETS = (80, 90, 100)  # A100, H100 and H200, B200
 CHANNELS = (12, 24, 48, 96, 192)  # of the published models
 Calls = Callable[..., Iterator[tuple[str, str, Callable]]]  # (channels, size, variants), as those of `kernels.calls`
-PRODUCTS: dict[str, Calls] = {"networks": network_calls, "convolutions": convolution_calls}  # of tensor cores
+PRODUCTS: dict[str, Calls] = {  # of tensor cores
+    "networks": network_calls,
+    "convolutions": convolution_calls,
+    "steps": coupled_calls,
+    "large-steps": large_coupled_calls,
+}
 SIZES = (SIZE, (1, 40, 36), (16, 79, 77), (10, 510, 4), (3, 6, 6))  # pixels that 16 divides, or nothing, or 8, or 4
 _KERNELS = __package__ + "."
 
@@ -256,7 +263,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", choices=PRECISIONS, nargs="+", help=f"the {name} alone, in these precisions")
     parser.add_argument("--json", action="store_true", help="every call, as a list of rows")
     options = parser.parse_args()
-    jobs = [(getattr(options, name), called) for name, called in PRODUCTS.items() if getattr(options, name)]
+    jobs = [(given, called) for name, called in PRODUCTS.items() if (given := getattr(options, name.replace("-", "_")))]
     rows = []
     for variants, called in jobs or [(VARIANTS[options.variants], flow_calls)]:
         rows += report(options.targets, options.channels, variants, called)

@@ -23,24 +23,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ncsr_fast.kernels._common import arithmetic, channel_tile, check_dtype, dense, image, launch, load, program, store
+from ncsr_fast.kernels._common import arithmetic, channel_tile, check_dtype, dense, image, launch, program, store
 from ncsr_fast.kernels._step_network import (
+    HIDDEN,
+    HIDDEN_READ,
     INPUTS,
     Packed,
     add_bias,
     add_convolved,
     block_of_pairs,
     rectangle,
-    relu,
     step_network_weights,
+    store_hidden,
     tiling,
 )
 from ncsr_fast.layout import empty_channels_last
-
-# Chosen for instructions a pixel, registers and spills by the ahead-of-time report (ncsr_fast.kernels.ahead_of_time), never
-# timed: no GPU yet.
-HIDDEN = 64  # of h2 computed at once, in the product with w2
-HIDDEN_READ = 32  # of h2 at once, by `output`; 64 need more registers and instructions
 
 
 @triton.jit(do_not_specialize=["batch", "height", "width"])
@@ -66,26 +63,13 @@ def hidden_kernel(
     BLOCK_K: tl.constexpr,
     BLOCKS_K: tl.constexpr,
 ):
-    """h1 = relu(w1 ∗ z1 + pre), stored if wanted, and h2 = relu(w2 · h1 + b2) of a tile of pixels, BLOCK_N channels at once.
-
-    Beyond `hidden` h1 is made zero: of an infinite z1 the sum there is NaN.
-    """
+    """`store_hidden` of a tile of pixels; the samples of a tile are neighbours."""
     i = tl.program_id(0).to(tl.int64)
     pixel = rectangle(i % batch, i // batch, height, width, ROWS, COLUMNS)
-    o_c = channel_tile(0, HS)
-    b_h1 = load(pre, pixel, o_c, o_c < hidden)
-    if z1 is not None:
-        b_h1, _ = add_convolved(
-            b_h1, None, z1, p_w1, pixel, o_c, height, width, channels, HS, BLOCK_K, BLOCKS_K, PRECISION, UNROLLED
-        )
-    b_h1 = tl.where(o_c < hidden, relu(b_h1), 0.0).to(p_w2.dtype.element_ty)
-    if h1 is not None:
-        store(h1, pixel, o_c, b_h1, o_c < hidden)
-    for i_n in tl.static_range(HS // BLOCK_N):
-        o_n = channel_tile(i_n, BLOCK_N)
-        b_w2 = tl.load(p_w2 + tl.trans(o_c) * HS + o_n)
-        b_h2 = relu(add_bias(tl.dot(b_h1, b_w2, input_precision=PRECISION), p_b2, o_n, o_n < hidden))
-        store(h2, pixel, o_n, b_h2, o_n < hidden)
+    store_hidden(
+        z1, pre, p_w1, p_w2, p_b2, h1, h2, pixel, pixel, height, width,
+        channels, hidden, PRECISION, UNROLLED, HS, BLOCK_N, BLOCK_K, BLOCKS_K,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["height", "width"])
@@ -168,13 +152,13 @@ def _layers(
     check_dtype(pre, "pre")
     h2, h = _empty(pre, pre.shape[1]), _empty(pre, w3.shape[0])
     if h2.numel():
-        kind, weights = arithmetic(pre, tf32), _packed(w1, w2, w3, pre.dtype, packed)
-        _launch_hidden(z1, pre, weights, b2, h1, h2, kind)
+        kind, weights = arithmetic(pre, tf32), packed_network(w1, w2, w3, pre.dtype, packed)
+        launch_hidden(z1, pre, weights, b2, h1, h2, kind)
         _launch_output(h2, weights, b3, h, kind)
     return h2, h
 
 
-def _packed(w1: Tensor | None, w2: Tensor, w3: Tensor, dtype: torch.dtype, packed: Sequence[Tensor]) -> Packed:
+def packed_network(w1: Tensor | None, w2: Tensor, w3: Tensor, dtype: torch.dtype, packed: Sequence[Tensor]) -> Packed:
     """The weights of a network as the kernels read them: packed already, or now."""
     if not packed:
         stacks = step_network_weights(None if w1 is None else w1[None], w2[None], w3[None], dtype)
@@ -182,7 +166,7 @@ def _packed(w1: Tensor | None, w2: Tensor, w3: Tensor, dtype: torch.dtype, packe
     return Packed(*packed)
 
 
-def _launch_hidden(
+def launch_hidden(
     z1: Tensor | None, pre: Tensor, weights: Packed, b2: Tensor, h1: Tensor | None, h2: Tensor, kind: str
 ) -> None:
     """Write h1, if given, and h2."""
