@@ -37,6 +37,7 @@ from ncsr_fast.kernels.calls import (
     Variant,
     convolution_calls,
     flow_calls,
+    network_backward_calls,
     network_calls,
 )
 from ncsr_fast.kernels.disassembly import instructions, work
@@ -44,7 +45,11 @@ from ncsr_fast.kernels.disassembly import instructions, work
 TARGETS = (80, 90, 100)  # A100, H100 and H200, B200
 CHANNELS = (12, 24, 48, 96, 192)  # of the published models
 Calls = Callable[..., Iterator[tuple[str, str, Callable]]]  # (channels, size, variants), as those of `kernels.calls`
-PRODUCTS: dict[str, Calls] = {"networks": network_calls, "convolutions": convolution_calls}  # of tensor cores
+PRODUCTS: dict[str, Calls] = {  # of tensor cores
+    "networks": network_calls,
+    "gradients": network_backward_calls,
+    "convolutions": convolution_calls,
+}
 SIZES = (SIZE, (1, 40, 36), (16, 79, 77), (10, 510, 4), (3, 6, 6))  # pixels that 16 divides, or nothing, or 8, or 4
 _KERNELS = __package__ + "."
 

@@ -10,13 +10,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
 
 from ncsr_fast import tuning
 from ncsr_fast.ops.fallback import Guarded
+
+if TYPE_CHECKING:
+    from ncsr_fast.ops.network_gradients import NetworkPass, StepNetwork
 
 BACKENDS = ("reference", "native", "triton")
 _MODULES = {"reference": "ncsr_fast.ops.reference", "native": "ncsr_fast.ops.native", "triton": "ncsr_fast.kernels"}
@@ -137,6 +140,36 @@ class Kernels(Protocol):
         *,
         tf32: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor]: ...
+
+    def step_network_hidden(
+        self,
+        z1: Tensor | None,
+        pre: Tensor,
+        w1: Tensor | None,
+        w2: Tensor,
+        b2: Tensor,
+        w3: Tensor,
+        b3: Tensor,
+        *,
+        tf32: bool = False,
+    ) -> tuple[Tensor, Tensor]: ...
+
+    def step_network_backward(
+        self,
+        dh: Sequence[Tensor],
+        h1: Sequence[Tensor],
+        h2: Sequence[Tensor],
+        networks: Sequence[StepNetwork],
+        dpre: Sequence[Tensor],
+        dz1: Sequence[Tensor | None],
+        *,
+        tf32: bool = False,
+        packed: Sequence[Sequence[Tensor]] = (),
+    ) -> list[Tensor]: ...
+
+    def step_network_weights_backward(
+        self, passes: Sequence[NetworkPass], gradients: Sequence[StepNetwork], *, tf32: bool = False
+    ) -> None: ...
 
 
 class Coverage(NamedTuple):
