@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ncsr_fast.kernels._common import arithmetic, at, channel_tile, launch, load
 from ncsr_fast.kernels._networks import images, one_of
-from ncsr_fast.kernels.step_network import COLUMNS, moved, rectangle
+from ncsr_fast.kernels._step_network import COLUMNS, moved, rectangle
 from ncsr_fast.layout import writable
 
 # Sizes of tiles: outputs and inputs (at most), rows of 16 pixels added at once, and stages of loads on their way; by how
@@ -30,7 +30,7 @@ OPTIONS = {
     "tf32": {"BLOCK_N": 32, "BLOCK_C": 64, "ROWS": 2, "num_warps": 4, "num_stages": 3, "maxnreg": 168},
     "ieee": {"BLOCK_N": 32, "BLOCK_C": 32, "ROWS": 2, "num_warps": 4, "num_stages": 2, "maxnreg": 255},
 }
-PARTS = 16  # at most: 16 networks and 9 taps are 17 programs a multiprocessor of 132, and their partial sums some 25 MB
+PARTS = {9: 16, 1: 48}  # by taps, at most: of 16 networks at least 6 programs a multiprocessor of 132, and 13 MB of sums
 SUM_OUTPUTS, SUM_PARTS = 128, 16  # of a program of the second kernel, at once: 512 bytes of every part
 
 
@@ -48,6 +48,7 @@ def network_weight_kernel(
     total,
     tiles,
     TAPS: tl.constexpr,
+    BIAS: tl.constexpr,
     PRECISION: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -56,7 +57,7 @@ def network_weight_kernel(
 ):
     """Of the `total` tiles of all samples the sum over `tiles` from the first of this program, for a tap and a block of dw.
 
-    The programs of the first tap and inputs sum db as well.
+    With BIAS the programs of the first tap and inputs sum db as well.
     """
     BLOCKS_C: tl.constexpr = (inputs + BLOCK_C - 1) // BLOCK_C
     BLOCKS: tl.constexpr = BLOCKS_C * ((outputs + BLOCK_N - 1) // BLOCK_N)
@@ -79,7 +80,7 @@ def network_weight_kernel(
     o_row = tl.trans(o_n)
     p_dweight = p_partial + (i_tap * outputs + o_row) * inputs + o_c
     tl.store(p_dweight, acc, mask=(o_row < outputs) & (o_c < inputs))
-    if (i_tap == 0) & (i_c == 0):
+    if (i_tap == 0) & (i_c == 0) & BIAS:
         b_sum = tl.zeros([ROWS * COLUMNS, BLOCK_N], tl.float32)
         for i_t in range(first, last):
             pixel = rectangle(i_t // tiles_of_sample, i_t % tiles_of_sample, height, width, ROWS, COLUMNS)
@@ -152,7 +153,7 @@ def _backward_weights(
         options[name] = min(options[name], max(16, triton.next_power_of_2(channels)))
     blocks = taps * triton.cdiv(outputs, options["BLOCK_N"]) * triton.cdiv(inputs, options["BLOCK_C"])
     total = batch * triton.cdiv(height, options["ROWS"]) * triton.cdiv(width, COLUMNS)
-    tiles = triton.cdiv(total, PARTS)
+    tiles = triton.cdiv(total, PARTS[taps])
     parts, sums = triton.cdiv(total, tiles), taps * outputs * inputs + outputs
     partial = torch.empty(len(dy), parts, sums, dtype=torch.float32, device=dy[0].device)
     sizes = {"inputs": inputs, "outputs": outputs, "TAPS": taps}
@@ -167,6 +168,7 @@ def _backward_weights(
         width=width,
         total=total,
         tiles=tiles,
+        BIAS=dbias is not None,
         PRECISION="tf32" if kind == "tf32" else "ieee",
         COLUMNS=COLUMNS,
         **sizes,

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from ncsr_fast.kernels._common import arithmetic, at, channel_tile, check_dtype, image, launch, load, program, store
 from ncsr_fast.kernels._networks import images, one_of
-from ncsr_fast.kernels.step_network import HIDDEN, INPUTS, _launch_hidden, _options, _packed, moved, rectangle
+from ncsr_fast.kernels._step_network import INPUTS, moved, rectangle, tiling
+from ncsr_fast.kernels.step_network import HIDDEN, _launch_hidden, _packed
 from ncsr_fast.layout import empty_channels_last, writable
 
 OUTPUTS_READ = 32  # of dh at once, at most
@@ -148,13 +149,14 @@ def step_network_hidden(
     b3: Tensor,
     *,
     tf32: bool = False,
+    packed: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Tensor]:
     """As the reference's."""
     check_dtype(pre, "pre")
     h1, h2 = (empty_channels_last(pre.shape, pre) for _ in range(2))
     if h1.numel():
-        p_w1, p_w2, _ = _packed(w1, w2, w3, pre.dtype)
-        _launch_hidden(z1, pre, p_w1, p_w2, b2, h1, h2, arithmetic(pre, tf32))
+        weights = _packed(w1, w2, w3, pre.dtype, packed)
+        _launch_hidden(z1, pre, weights, b2, h1, h2, arithmetic(pre, tf32))
     return h1, h2
 
 
@@ -175,31 +177,13 @@ def step_network_backward(
     if h2[0].numel() == 0:
         return dh2
     kind = arithmetic(h2[0], tf32)
-    packed = packed or [_packed_transposed(w1, w2, w3, h2[0].dtype) for w1, w2, _, w3, _ in networks]
+    packed = packed or [_packed(w1, w2, w3, h2[0].dtype, (), transposed=True) for w1, w2, _, w3, _ in networks]
     p_w1, p_w2, p_w3 = zip(*packed)
     _launch_hidden_backward(dh, h1, h2, dh2, dpre, p_w2, p_w3, kind)
     for own_dpre, own_w1, own_dz1 in zip(dpre, p_w1, dz1):
         if own_dz1 is not None:
             _launch_state_backward(own_dpre, own_w1, own_dz1, kind)
     return dh2
-
-
-def _packed_transposed(w1: Tensor | None, w2: Tensor, w3: Tensor, dtype) -> list[Tensor]:
-    import torch
-    found = []
-    for w in (w1, w2, w3):
-        if w is None:
-            found.append(torch.empty(9, 0, 0, dtype=dtype, device=w2.device))
-            continue
-        out, inn, k, _ = w.shape
-        pad = lambda n: triton.cdiv(n, 16) * 16
-        hid = lambda n: max(16, triton.next_power_of_2(n))
-        po = hid(out) if w is not w3 else pad(out)
-        pi = hid(inn) if w is not w1 else pad(inn)
-        p = torch.zeros(k * k, po, pi, dtype=dtype, device=w2.device)
-        p[:, :out, :inn] = w.permute(2, 3, 0, 1).reshape(k * k, out, inn).to(dtype)
-        found.append(p)
-    return found
 
 
 def _launch_hidden_backward(
@@ -215,7 +199,7 @@ def _launch_hidden_backward(
     """Write dh2 and dpre."""
     batch, hidden, height, width = h2[0].shape
     outs, hs = p_w3[0].shape[1:]
-    tiles, options = _options(kind, height, width, hs)
+    tiles, options = tiling(kind, height, width, hs)
     block_k = OUTPUTS_READ if outs % OUTPUTS_READ == 0 else INPUTS
     launch(
         hidden_backward_kernel,
@@ -246,7 +230,7 @@ def _launch_state_backward(dpre: Tensor, p_w1: Tensor, dz1: Tensor, kind: str) -
     batch, hidden, height, width = dpre.shape
     channels, (_, hs, inputs) = dz1.shape[1], p_w1.shape
     block_n = next(block for block in (64, 32, INPUTS) if inputs % block == 0)
-    tiles, options = _options(kind, height, width, block_n)
+    tiles, options = tiling(kind, height, width, block_n)
     block_k = min(OUTPUTS_READ, hs)
     launch(
         state_backward_kernel,

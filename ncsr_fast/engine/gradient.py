@@ -122,6 +122,7 @@ class LevelGradients(NamedTuple):
     networks: list[tuple[Tensor | None, ...]]
     sources: list[Tensor | None]
     outputs: list[tuple[None, ...] | None]
+    packed: list[tuple[None, ...]]
 
 
 class _Backward:
@@ -141,6 +142,7 @@ class _Backward:
             self.networks.gradients,
             sources,
             [None if known is None else (None,) * len(known) for known in tensors.outputs],
+            [(None,) * len(packed) for packed in tensors.packed],
         )
 
     def run(self, x: Tensor, dy: Tensor, dlogdet: Tensor) -> Tensor:

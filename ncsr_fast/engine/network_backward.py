@@ -18,7 +18,7 @@ from ncsr_fast.engine.program import Head
 from ncsr_fast.engine.walk import LevelTensors, Walk
 from ncsr_fast.ops.backend import kernels
 from ncsr_fast.ops.network_gradients import NetworkPass, StepNetwork
-from ncsr_fast.ops.step_network import Hidden
+from ncsr_fast.ops.step_network import Hidden, network_weights
 
 _TOGETHER = ("triton",)  # backends that take several networks in one launch
 
@@ -41,6 +41,9 @@ class NetworksBackward:
             tuple([torch.empty_like(tensor) if needed and tensor is not None else None for tensor in networks])
             for networks, needed in zip(walk.tensors.networks, self._needs_weights)
         ]
+        backend = walk.program.network_backend
+        stacks = [network_weights(n.w1, n.w2, n.w3, backend, transposed=True) for n in walk.tensors.networks]
+        self._packed = [list(zip(*map(Tensor.unbind, packed))) for packed in stacks]
         self._passes: list[list[tuple[Head, NetworkPass]]] = [[] for _ in self.gradients]
         self._waiting: list[list[tuple[Head, Tensor]]] = [[] for _ in self.gradients]
 
@@ -89,7 +92,8 @@ class NetworksBackward:
         """The gradients of the pre-activations and of z1, for networks of one branch; those of the weights wait."""
         branch, networks = heads[0].branch, [self._walk.network(head) for head in heads]
         dh, dpre = [x.to(h2[0].dtype) for x in dh], list(map(self._place, heads, h1))
-        dh2 = self._kernels.step_network_backward(dh, h1, h2, networks, dpre, dz1, tf32=self._tf32)
+        packed = [self._packed[branch][head.network] for head in heads] if self._packed[branch] else ()
+        dh2 = self._kernels.step_network_backward(dh, h1, h2, networks, dpre, dz1, tf32=self._tf32, packed=packed)
         if self._needs_weights[branch]:
             self._passes[branch] += zip(heads, map(NetworkPass, z1, h1, h2, dpre, dh2, dh))
             if len(self._passes[branch]) >= self._together(heads[0], dh[0]):

@@ -36,7 +36,7 @@ from ncsr_fast.engine.walk import LevelTensors
 from ncsr_fast.layout import laid_out
 from ncsr_fast.ops.backend import covering_backend
 from ncsr_fast.ops.conv3x3 import ConvolutionMethod, convolution
-from ncsr_fast.ops.step_network import evaluate_network
+from ncsr_fast.ops.step_network import evaluate_network, network_weights
 
 # Bytes of pre-activations computed together where nothing is saved for a backward pass.
 _AT_ONCE = 256 * 2**20
@@ -87,11 +87,13 @@ class FoldedLevel(NamedTuple):
         networks: Of every branch.
         hoisted: By condition, the rest of the first layers of all branches that have it, one branch after the other.
         weight: That of the hoisted convolution of the features, prepared for them; None where no branch reads them.
+        packed: The networks of every branch as their backend reads them.
     """
 
     networks: tuple[Networks, ...]
     hoisted: dict[str | None, Hoisted]
     weight: HoistedWeight | None
+    packed: tuple[tuple[Tensor, ...], ...]
 
 
 class PreActivations:
@@ -181,7 +183,7 @@ class LevelPlan:
         # autograd sums the gradients of what samples share
         sources = [source.expand(x.shape[0], -1, -1, -1) if source.requires_grad else source for source in sources]
         networks, outputs = self.folded.networks, tuple(self._known.outputs)
-        tensors = LevelTensors(self.mixing.mix, self.mixing.offset, networks, tuple(sources), outputs)
+        tensors = LevelTensors(self.mixing.mix, self.mixing.offset, networks, tuple(sources), outputs, self.folded.packed)
         y, logdet = level_pass(x, tensors, self.program, self.options.checkpoint, peaks)
         return y, logdet + self.mixing.logdet * (x.shape[2] * x.shape[3])
 
@@ -197,7 +199,8 @@ class LevelPlan:
         rows = sum([level.networks(level.branches[index]).norm1_bias.numel() for index in self._group["features"]])
         chosen = algorithm(self.features, rows, dtype, self.options.method)
         fold = partial(self._fold, dtype, chosen)
-        return fold() if self.recorded else level.cache.get(("networks", dtype, chosen), level.parameters(), fold)
+        name = "networks", dtype, chosen, self._network_backend
+        return fold() if self.recorded else level.cache.get(name, level.parameters(), fold)
 
     def _fold(self, dtype: torch.dtype, algorithm: str) -> FoldedLevel:
         level, found = self.level, []
@@ -211,7 +214,8 @@ class LevelPlan:
         weight, own_channels = None, self.features.own.shape[1]
         if "features" in stacked:
             weight = prepared(stacked["features"].weight, own_channels, algorithm, not self.recorded)
-        return FoldedLevel(tuple(found), stacked, weight)
+        packed = [network_weights(n.w1, n.w2, n.w3, self._network_backend) for n in found]
+        return FoldedLevel(tuple(found), stacked, weight, tuple(packed))
 
     def _add_known(self) -> None:
         """Compute the pre-activations of the features and of branches without a condition."""

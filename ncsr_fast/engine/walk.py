@@ -24,6 +24,7 @@ class LevelTensors(NamedTuple):
         networks: Folded, of every branch.
         sources: Pre-activations (B, n·hidden, h, w) or (1, n·hidden, h, w), where the heads find them.
         outputs: Of every branch the outputs of all its networks, where they are known already; else None.
+        packed: Of every branch the weights of all its networks as their backend reads them: `network_weights`.
     """
 
     mix: Tensor
@@ -31,6 +32,7 @@ class LevelTensors(NamedTuple):
     networks: tuple[Networks, ...]
     sources: tuple[Tensor, ...]
     outputs: tuple[tuple[Tensor, ...] | None, ...]
+    packed: tuple[tuple[Tensor, ...], ...]
 
 
 class Record(NamedTuple):
@@ -64,6 +66,7 @@ class Walk:
         self._maps: Kernels | RecordedKernels = called(program.backend)
         self._networks: Kernels | RecordedKernels = called(program.network_backend)
         self._weights = [networks.unbind() for networks in tensors.networks]
+        self._packed = [list(zip(*map(Tensor.unbind, packed))) for packed in tensors.packed]
         heads = zip(program.heads, self.outputs)
         # branches that read the condition alone and whose outputs are not known
         self.free = [branch for branch, (own, known) in enumerate(heads) if known is None and not own[0].pass_through]
@@ -124,15 +127,17 @@ class Walk:
     def layers(self, head: Head, x: Tensor | None) -> Layers:
         """Hidden layers and output of a head's network, where nothing is recorded; x None for one of a `free` branch."""
         program = self.program
-        return kernels(program.network_backend).step_network_layers(*self._arguments(head, x), tf32=program.method.tf32)
+        layers = kernels(program.network_backend).step_network_layers
+        return layers(*self._arguments(head, x), tf32=program.method.tf32, packed=self.packed(head))
 
     def hidden(self, head: Head, x: Tensor | None) -> Hidden:
         """The hidden layers alone."""
-        program = self.program
-        return kernels(program.network_backend).step_network_hidden(*self._arguments(head, x), tf32=program.method.tf32)
+        hidden = kernels(self.program.network_backend).step_network_hidden
+        return hidden(*self._arguments(head, x), tf32=self.program.method.tf32, packed=self.packed(head))
 
     def _evaluated(self, head: Head, x: Tensor | None) -> Tensor:
-        return self._networks.step_network_forward(*self._arguments(head, x), tf32=self.program.method.tf32)
+        tf32, packed = self.program.method.tf32, self.packed(head)
+        return self._networks.step_network_forward(*self._arguments(head, x), tf32=tf32, packed=packed)
 
     def _arguments(self, head: Head, x: Tensor | None) -> NetworkTensors:
         """The pass-through channels, for a network that reads them, the pre-activation, of as many samples, and the weights."""
@@ -144,6 +149,11 @@ class Walk:
     def network(self, head: Head) -> StepNetwork:
         """The weights of a head's network."""
         return self._weights[head.branch][head.network]
+
+    def packed(self, head: Head) -> tuple[Tensor, ...]:
+        """The same weights as the networks' backend reads them, or nothing."""
+        packed = self._packed[head.branch]
+        return packed[head.network] if packed else ()
 
     def pre_activation(self, source: Tensor, head: Head) -> Tensor:
         """That part of its source, or of the gradient, which is the pre-activation of a head's network: a view."""

@@ -126,6 +126,7 @@ class Kernels(Protocol):
         b3: Tensor,
         *,
         tf32: bool = False,
+        packed: Sequence[Tensor] = (),
     ) -> Tensor: ...
 
     def step_network_layers(
@@ -139,6 +140,7 @@ class Kernels(Protocol):
         b3: Tensor,
         *,
         tf32: bool = False,
+        packed: Sequence[Tensor] = (),
     ) -> tuple[Tensor, Tensor, Tensor]: ...
 
     def step_network_hidden(
@@ -152,6 +154,7 @@ class Kernels(Protocol):
         b3: Tensor,
         *,
         tf32: bool = False,
+        packed: Sequence[Tensor] = (),
     ) -> tuple[Tensor, Tensor]: ...
 
     def step_network_backward(
@@ -170,6 +173,10 @@ class Kernels(Protocol):
     def step_network_weights_backward(
         self, passes: Sequence[NetworkPass], gradients: Sequence[StepNetwork], *, tf32: bool = False
     ) -> None: ...
+
+    def step_network_weights(
+        self, w1: Tensor | None, w2: Tensor, w3: Tensor, dtype: torch.dtype, transposed: bool = False
+    ) -> tuple[Tensor, ...]: ...
 
 
 class Coverage(NamedTuple):
@@ -201,6 +208,7 @@ COVERAGE: dict[str, dict[str, Coverage]] = {
         "conv3x3": Coverage(("cpu", "cuda"), _NARROW),
         "conv3x3_weights": Coverage(("cpu", "cuda"), _NARROW),
         "step_network": Coverage(("cpu", "cuda"), _NARROW),
+        "step_network_weights": Coverage(("cpu", "cuda"), _NARROW),
     },
 }
 

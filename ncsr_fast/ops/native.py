@@ -195,6 +195,7 @@ def step_network_forward(
     b3: Tensor,
     *,
     tf32: bool = False,
+    packed: Sequence[Tensor] = (),
 ) -> Tensor:
     return _step_network(None, None, z1, pre, w1, w2, b2, w3, b3)
 
@@ -209,6 +210,7 @@ def step_network_layers(
     b3: Tensor,
     *,
     tf32: bool = False,
+    packed: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Tensor, Tensor]:
     h1, h2 = (torch.empty_like(pre, memory_format=torch.channels_last) for _ in range(2))
     return h1, h2, _step_network(h1, h2, z1, pre, w1, w2, b2, w3, b3)
@@ -224,6 +226,7 @@ def step_network_hidden(
     b3: Tensor,
     *,
     tf32: bool = False,
+    packed: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Tensor]:
     """As the reference's, and by it where z1 is None: the kernel gains nothing then."""
     if z1 is None:

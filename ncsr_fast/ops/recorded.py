@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from ncsr_fast.ops.affine import affine
@@ -41,5 +43,6 @@ class RecordedKernels:
         b3: Tensor,
         *,
         tf32: bool = False,
+        packed: Sequence[Tensor] = (),
     ) -> Tensor:
         return evaluate_network(StepNetwork(w1, w2, b2, w3, b3), z1, pre, tf32, self._backend)

@@ -317,6 +317,7 @@ def step_network_forward(
     b3: Tensor,
     *,
     tf32: bool = False,
+    packed: Sequence[Tensor] = (),
 ) -> Tensor:
     """h (B, outputs, H, W) = w3 ∗ h2 + b3 with h1 = relu(w1 ∗ z1 + pre) and h2 = relu(w2 · h1 + b2), in the dtype of pre.
 
@@ -329,6 +330,7 @@ def step_network_forward(
         w3: (outputs, hidden, 3, 3).
         b3: (outputs,).
         tf32: Whether a GPU may round float32 operands to TF32.
+        packed: Of `step_network_weights` of the same backend, each at the number of the network, or nothing.
     """
     return step_network_layers(z1, pre, w1, w2, b2, w3, b3, tf32=tf32)[2]
 
@@ -343,6 +345,7 @@ def step_network_layers(
     b3: Tensor,
     *,
     tf32: bool = False,
+    packed: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Tensor, Tensor]:
     """h1, h2 and h of `step_network_forward`."""
     h1, h2 = step_network_hidden(z1, pre, w1, w2, b2, w3, b3, tf32=tf32)
@@ -359,6 +362,7 @@ def step_network_hidden(
     b3: Tensor,
     *,
     tf32: bool = False,
+    packed: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Tensor]:
     """h1 and h2 of `step_network_forward`, for its arguments."""
     h1 = F.relu(pre if z1 is None or w1 is None else convolve(z1.to(pre.dtype), w1, None, tf32) + pre)
@@ -386,6 +390,7 @@ def step_network_backward(
         dpre: Are written the gradients (B, hidden, H, W) of pre; all with the same strides.
         dz1: Is added the gradient (B, C, H, W) of z1, in any dtype; None: not wanted.
         tf32: Whether a GPU may round float32 operands to TF32.
+        packed: Of each network those of `step_network_weights` of the same backend, transposed; or nothing.
     """
     return data_gradients(dh, h1, h2, networks, dpre, dz1, ConvolutionMethod(tf32, "reference"))
 
@@ -395,3 +400,18 @@ def step_network_weights_backward(
 ) -> None:
     """Write the gradients of the weights of networks of one shape to `gradients`, in the dtype that those have."""
     weight_gradients(passes, gradients, ConvolutionMethod(tf32, "reference"))
+
+
+def step_network_weights(
+    w1: Tensor | None, w2: Tensor, w3: Tensor, dtype: torch.dtype, transposed: bool = False
+) -> tuple[Tensor, ...]:
+    """The weights of K networks, stacked, as the backend reads them best: tensors (K, …), here none.
+
+    Args:
+        w1: (K, hidden, C, 3, 3) or None.
+        w2: (K, hidden, hidden, 1, 1).
+        w3: (K, outputs, hidden, 3, 3).
+        dtype: In which the networks are evaluated.
+        transposed: For `step_network_backward`, else for the forward functions.
+    """
+    return ()

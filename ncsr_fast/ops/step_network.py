@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ncsr_fast.layout import empty_channels_last
-from ncsr_fast.ops.backend import kernels, resolve_backend
+from ncsr_fast.layout import empty_channels_last, readable
+from ncsr_fast.ops.backend import COVERAGE, kernels, resolve_backend
 from ncsr_fast.ops.contract import check_image, check_tensors
 from ncsr_fast.ops.conv3x3 import ConvolutionMethod, convolution
 from ncsr_fast.ops.network_gradients import NetworkPass
@@ -85,6 +85,24 @@ def evaluate_network(network: StepNetwork, z1: Tensor | None, pre: Tensor, tf32:
     if z1 is not None:
         pre = pre.expand(z1.shape[0], -1, -1, -1)
     return _step_network((z1, pre, *network), tf32, backend)[0]
+
+
+def network_weights(w1: Tensor | None, w2: Tensor, w3: Tensor, backend: str, transposed: bool = False) -> tuple[Tensor, ...]:
+    """The weights of K networks, stacked, as a backend reads them best: tensors (K, …), for `packed` of its functions.
+
+    Nothing where operators are recorded, or where the backend reads the weights as they are. Autograd does not see it.
+
+    Args:
+        w1: (K, hidden, C, 3, 3) or None.
+        w2: (K, hidden, hidden, 1, 1).
+        w3: (K, outputs, hidden, 3, 3).
+        backend: Resolved.
+        transposed: For its backward function.
+    """
+    if "step_network_weights" not in COVERAGE.get(backend, {}) or not readable((w2, w3), by_pytorch=True):
+        return ()
+    weights = (None if w1 is None else w1.detach(), w2.detach(), w3.detach())
+    return kernels(backend).step_network_weights(*weights, w2.dtype, transposed)
 
 
 def _forward(tensors: NetworkTensors, tf32: bool, backend: str) -> tuple[tuple[Tensor], Tensors]:

@@ -137,11 +137,11 @@ def test_what_the_networks_of_the_steps_need(pytestconfig, target, channels, pre
     arguments += ["--targets", str(target), "--channels", str(channels)]
     rows = [Row(**row) for row in printed(pytestconfig, f"ahead_of_time-networks-{target}-{channels}-{precision}", arguments)]
     print(table(worst(rows)))
-    called = itertools.product(("coupling", "shared", "injector"), ("pack_network_kernel", "hidden_kernel", "output_kernel"))
+    called = itertools.product(("coupling", "shared", "injector"), ("pack_networks_kernel", "hidden_kernel", "output_kernel"))
     assert sorted((row.call, row.kernel) for row in rows) == sorted((f"{name} {precision}", kernel) for name, kernel in called)
     assert [row for row in rows if row.spills] == []
     assert [row for row in rows if row.shared > SHARED] == []
-    products = [row for row in rows if row.kernel != "pack_network_kernel"]
+    products = [row for row in rows if row.kernel != "pack_networks_kernel"]
     assert all((row.tensor_cores > 0) == (precision != "fp32") for row in products)
     assert all(row.tf32 == (precision == "tf32") for row in products)
     # Loads of 16 bytes, but of 6 channels of the state, which are 8 bytes and a third of them masked

@@ -26,6 +26,7 @@ FUNCTIONS = {
         "step_network_forward", "step_network_layers", "step_network_hidden", "step_network_backward",
         "step_network_weights_backward",
     ),
+    "step_network_weights": ("step_network_weights",),
 }  # fmt: skip
 KERNEL_OF = {"affine_injector": "affine", "affine_coupling": "affine", "actnorm_invconv": "flow_step"}
 OPERATORS = (*ops.OPERATORS, "inverse_logdet", "fold", "conv3x3", "step_network")
