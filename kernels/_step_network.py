@@ -183,20 +183,28 @@ def store_hidden(
 
 
 class Packed(NamedTuple):
-    """The weights of networks as the kernels read them, in the dtype of the products."""
+    """The weights of networks as the kernels read them, in the dtype of the products; transposed, with the last two axes
+    exchanged, as those of the backward pass do."""
 
     w1: Tensor  # (K, 9, C filled up, hidden filled up); of networks that do not read the state C is 0
     w2: Tensor  # (K, 1, hidden filled up, hidden filled up)
-    w3: Tensor  # (K, 9, hidden filled up, outputs filled up): the even outputs, then the odd ones
+    w3: Tensor  # (K, 9, hidden filled up, outputs filled up): the even outputs, then the odd ones; not if transposed
 
 
-def step_network_weights(w1: Tensor | None, w2: Tensor, w3: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+def step_network_weights(
+    w1: Tensor | None, w2: Tensor, w3: Tensor, dtype: torch.dtype, transposed: bool = False
+) -> tuple[Tensor, ...]:
     """As the reference's: the fields of `Packed`, by one launch."""
     (networks, hidden), outputs, channels = w2.shape[:2], w3.shape[1], 0 if w1 is None else w1.shape[2]
     # of an axis: its channels, as many packed, and whether they are paired
     state, inner = (channels, triton.cdiv(channels, INPUTS) * INPUTS, False), (hidden, block(hidden), False)
-    pairs = outputs, 2 * padded_pairs(outputs), True
-    jobs = [(w1, 9, inner, state), (w2, 1, inner, inner), (w3, 9, pairs, inner)]
+    if transposed:
+        outs = outputs, triton.cdiv(outputs, INPUTS) * INPUTS, False
+        weights = [None if weight is None else weight.transpose(1, 2) for weight in (w1, w2, w3)]
+        jobs = list(zip(weights, (9, 1, 9), (state, inner, inner), (inner, inner, outs)))
+    else:
+        pairs = outputs, 2 * padded_pairs(outputs), True
+        jobs = [(w1, 9, inner, state), (w2, 1, inner, inner), (w3, 9, pairs, inner)]
     packed = [torch.empty(networks, taps, ins[1], outs[1], dtype=dtype, device=w2.device) for _, taps, outs, ins in jobs]
     written = [(*job, into) for job, into in zip(jobs, packed) if into.numel()]
     if written:

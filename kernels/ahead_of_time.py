@@ -39,6 +39,7 @@ from ncsr_fast.kernels.calls import (
     coupled_calls,
     flow_calls,
     large_coupled_calls,
+    network_backward_calls,
     network_calls,
 )
 from ncsr_fast.kernels.disassembly import instructions, work
@@ -48,6 +49,7 @@ CHANNELS = (12, 24, 48, 96, 192)  # of the published models
 Calls = Callable[..., Iterator[tuple[str, str, Callable]]]  # (channels, size, variants), as those of `kernels.calls`
 PRODUCTS: dict[str, Calls] = {  # of tensor cores
     "networks": network_calls,
+    "gradients": network_backward_calls,
     "convolutions": convolution_calls,
     "steps": coupled_calls,
     "large-steps": large_coupled_calls,

@@ -139,6 +139,41 @@ def _packed(network: list[Tensor | None]) -> list[Tensor]:
     return [stack[0] for stack in kernels.step_network_weights(None if w1 is None else w1[None], w2[None], w3[None], w2.dtype)]
 
 
+def network_backward_calls(
+    channels: int, size: tuple[int, int, int] = SIZE, precisions: Sequence[str] = tuple(PRECISIONS)
+) -> Iterator[Call]:
+    """Likewise of the gradients of `step_network`: of a coupling, and of some injectors at once."""
+    batch, height, width = size
+    for precision in precisions:
+        dtype, tf32 = PRECISIONS[precision]
+
+        def image(c: int, dtype: torch.dtype = dtype) -> Tensor:
+            return torch.empty(batch, c, height, width, dtype=dtype, device="meta", memory_format=torch.channels_last)
+
+        def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor | None:
+            return torch.empty(shape, dtype=dtype, device="meta") if all(shape) else None
+
+        def network(inputs: int, outputs: int) -> tuple[Tensor | None, ...]:
+            shapes = (HIDDEN, inputs, 3, 3), (HIDDEN, HIDDEN, 1, 1), (HIDDEN,), (outputs, HIDDEN, 3, 3), (outputs,)
+            return tuple(empty(*shape) for shape in shapes)
+
+        state, sources = image(channels, torch.float32), image(4 * HIDDEN)
+        for name, inputs, outputs, count in (("coupling", channels // 2, channels, 1), ("injectors", 0, 2 * channels, 2)):
+            networks = [network(inputs, outputs)] * count
+            z1 = [state[:, :inputs] if inputs else None] * count
+            h1, h2, dh2 = ([image(HIDDEN) for _ in range(count)] for _ in range(3))
+            dh, dpre = [image(outputs)] * count, [sources[:, HIDDEN * i : HIDDEN * (i + 1)] for i in range(count)]
+            passes = list(zip(z1, h1, h2, dpre, dh2, dh))
+            yield (
+                "step_network",
+                f"{name} backward {precision}",
+                lambda: (
+                    kernels.step_network_backward(dh, h1, h2, networks, dpre, z1, tf32=tf32),
+                    kernels.step_network_weights_backward(passes, networks, tf32=tf32),
+                ),
+            )
+
+
 def convolution_calls(
     channels: int, size: tuple[int, int, int] = SIZE, precisions: Sequence[str] = tuple(PRECISIONS)
 ) -> Iterator[Call]:

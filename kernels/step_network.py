@@ -158,10 +158,12 @@ def _layers(
     return h2, h
 
 
-def packed_network(w1: Tensor | None, w2: Tensor, w3: Tensor, dtype: torch.dtype, packed: Sequence[Tensor]) -> Packed:
+def packed_network(
+    w1: Tensor | None, w2: Tensor, w3: Tensor, dtype: torch.dtype, packed: Sequence[Tensor], transposed: bool = False
+) -> Packed:
     """The weights of a network as the kernels read them: packed already, or now."""
     if not packed:
-        stacks = step_network_weights(None if w1 is None else w1[None], w2[None], w3[None], dtype)
+        stacks = step_network_weights(None if w1 is None else w1[None], w2[None], w3[None], dtype, transposed)
         packed = [stack[0] for stack in stacks]
     return Packed(*packed)
 

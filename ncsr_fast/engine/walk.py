@@ -10,8 +10,9 @@ from torch import Tensor
 from ncsr_fast.engine.folding import Networks
 from ncsr_fast.engine.program import Head, Program
 from ncsr_fast.ops.backend import Kernels, kernels
+from ncsr_fast.ops.network_gradients import StepNetwork
 from ncsr_fast.ops.recorded import RecordedKernels
-from ncsr_fast.ops.step_network import Layers, NetworkTensors, StepNetwork
+from ncsr_fast.ops.step_network import Hidden, Layers, NetworkTensors
 
 
 class LevelTensors(NamedTuple):
@@ -40,12 +41,14 @@ class Record(NamedTuple):
     Args:
         states: The state behind the mix of every stage, which its networks read; None: not wanted.
         peaks: The largest magnitude (B,) of the state behind every mix, NaN where it holds one; None: not wanted.
-        layers: Hidden layers and output of the networks that every stage evaluates; None: not wanted.
+        outputs: Of the networks that every stage evaluates; None: not wanted.
+        hidden: Hidden layers of those networks; None: not wanted.
     """
 
     states: list[Tensor] | None = None
     peaks: list[Tensor] | None = None
-    layers: list[list[Layers]] | None = None
+    outputs: list[list[Tensor]] | None = None
+    hidden: list[list[Hidden]] | None = None
 
 
 class Walk:
@@ -104,15 +107,18 @@ class Walk:
                 self.outputs[branch] = tuple(h for _, _, h in layers[-1])
 
     def output(self, head: Head, x: Tensor, record: Record | None = None) -> Tensor:
-        """The output of a head's network for all samples of x; its layers are appended to a record that wants them."""
+        """The output of a head's network for all samples of x; it is appended to a record that wants it, as are its layers."""
         known = self.outputs[head.branch]
         if known is not None:
             return known[head.network].expand(x.shape[0], -1, -1, -1)
-        if record is None or record.layers is None:
-            return self._evaluated(head, x)
-        layers = self.layers(head, x)
-        record.layers[-1].append(layers)
-        return layers[2]
+        if record is None or record.hidden is None:
+            h = self._evaluated(head, x)
+        else:
+            h1, h2, h = self.layers(head, x)
+            record.hidden[-1].append((h1, h2))
+        if record is not None and record.outputs is not None:
+            record.outputs[-1].append(h)
+        return h
 
     def fused(self, head: Head | None, x: Tensor, deferred: Tensor | None = None) -> Tensor | None:
         """The output for an affine fused to a mix: `deferred` by the stage before, or known; None without a head."""
@@ -123,6 +129,11 @@ class Walk:
         program = self.program
         layers = kernels(program.network_backend).step_network_layers
         return layers(*self._arguments(head, x), tf32=program.method.tf32, packed=self.packed(head))
+
+    def hidden(self, head: Head, x: Tensor | None) -> Hidden:
+        """The hidden layers alone."""
+        hidden = kernels(self.program.network_backend).step_network_hidden
+        return hidden(*self._arguments(head, x), tf32=self.program.method.tf32, packed=self.packed(head))
 
     def _evaluated(self, head: Head, x: Tensor | None) -> Tensor:
         tf32, packed = self.program.method.tf32, self.packed(head)
@@ -155,5 +166,6 @@ def _enter(record: Record, x: Tensor, mixed: bool) -> None:
         record.states.append(x)
     if record.peaks is not None and mixed:
         record.peaks.append(x.abs().amax(dim=(1, 2, 3)))
-    if record.layers is not None:
-        record.layers.append([])
+    for found in (record.outputs, record.hidden):
+        if found is not None:
+            found.append([])

@@ -10,13 +10,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
 
 from ncsr_fast import tuning
 from ncsr_fast.ops.fallback import Guarded
+
+if TYPE_CHECKING:
+    from ncsr_fast.ops.network_gradients import NetworkPass, StepNetwork
 
 BACKENDS = ("reference", "native", "triton")
 _MODULES = {"reference": "ncsr_fast.ops.reference", "native": "ncsr_fast.ops.native", "triton": "ncsr_fast.kernels"}
@@ -140,7 +143,40 @@ class Kernels(Protocol):
         packed: Sequence[Tensor] = (),
     ) -> tuple[Tensor, Tensor, Tensor]: ...
 
-    def step_network_weights(self, w1: Tensor | None, w2: Tensor, w3: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]: ...
+    def step_network_hidden(
+        self,
+        z1: Tensor | None,
+        pre: Tensor,
+        w1: Tensor | None,
+        w2: Tensor,
+        b2: Tensor,
+        w3: Tensor,
+        b3: Tensor,
+        *,
+        tf32: bool = False,
+        packed: Sequence[Tensor] = (),
+    ) -> tuple[Tensor, Tensor]: ...
+
+    def step_network_backward(
+        self,
+        dh: Sequence[Tensor],
+        h1: Sequence[Tensor],
+        h2: Sequence[Tensor],
+        networks: Sequence[StepNetwork],
+        dpre: Sequence[Tensor],
+        dz1: Sequence[Tensor | None],
+        *,
+        tf32: bool = False,
+        packed: Sequence[Sequence[Tensor]] = (),
+    ) -> list[Tensor]: ...
+
+    def step_network_weights_backward(
+        self, passes: Sequence[NetworkPass], gradients: Sequence[StepNetwork], *, tf32: bool = False
+    ) -> None: ...
+
+    def step_network_weights(
+        self, w1: Tensor | None, w2: Tensor, w3: Tensor, dtype: torch.dtype, transposed: bool = False
+    ) -> tuple[Tensor, ...]: ...
 
 
 class Coverage(NamedTuple):

@@ -22,7 +22,9 @@ from torch import Tensor
 
 from ncsr_fast.layout import is_channels_last
 from ncsr_fast.ops.contract import compute_dtype, pass_through_channels
+from ncsr_fast.ops.conv3x3 import ConvolutionMethod
 from ncsr_fast.ops.inverse_logdet import invert
+from ncsr_fast.ops.network_gradients import NetworkPass, StepNetwork, data_gradients, weight_gradients
 from ncsr_fast.ops.plain_convolution import Needed, convolve, convolve_backward
 from ncsr_fast.ops.plain_inverse import inverse_logdet as inverse_logdet
 from ncsr_fast.precision import product
@@ -346,12 +348,63 @@ def step_network_layers(
     packed: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Tensor, Tensor]:
     """h1, h2 and h of `step_network_forward`."""
-    h1 = F.relu(pre if z1 is None or w1 is None else convolve(z1.to(pre.dtype), w1, None, tf32) + pre)
-    h2 = F.relu(convolve(h1, w2, b2, tf32))
+    h1, h2 = step_network_hidden(z1, pre, w1, w2, b2, w3, b3, tf32=tf32)
     return h1, h2, convolve(h2, w3, b3, tf32)
 
 
-def step_network_weights(w1: Tensor | None, w2: Tensor, w3: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+def step_network_hidden(
+    z1: Tensor | None,
+    pre: Tensor,
+    w1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor,
+    w3: Tensor,
+    b3: Tensor,
+    *,
+    tf32: bool = False,
+    packed: Sequence[Tensor] = (),
+) -> tuple[Tensor, Tensor]:
+    """h1 and h2 of `step_network_forward`, for its arguments."""
+    h1 = F.relu(pre if z1 is None or w1 is None else convolve(z1.to(pre.dtype), w1, None, tf32) + pre)
+    return h1, F.relu(convolve(h1, w2, b2, tf32))
+
+
+def step_network_backward(
+    dh: Sequence[Tensor],
+    h1: Sequence[Tensor],
+    h2: Sequence[Tensor],
+    networks: Sequence[StepNetwork],
+    dpre: Sequence[Tensor],
+    dz1: Sequence[Tensor | None],
+    *,
+    tf32: bool = False,
+    packed: Sequence[Sequence[Tensor]] = (),
+) -> list[Tensor]:
+    """The gradients of the inputs of networks of one shape, in their dtype; those of the pre-activations of h2 are returned.
+
+    Args:
+        dh: Of each network, the gradient (B, outputs, H, W) of its output.
+        h1: (B, hidden, H, W).
+        h2: (B, hidden, H, W).
+        networks: The weights.
+        dpre: Are written the gradients (B, hidden, H, W) of pre; all with the same strides.
+        dz1: Is added the gradient (B, C, H, W) of z1, in any dtype; None: not wanted.
+        tf32: Whether a GPU may round float32 operands to TF32.
+        packed: Of each network those of `step_network_weights` of the same backend, transposed; or nothing.
+    """
+    return data_gradients(dh, h1, h2, networks, dpre, dz1, ConvolutionMethod(tf32, "reference"))
+
+
+def step_network_weights_backward(
+    passes: Sequence[NetworkPass], gradients: Sequence[StepNetwork], *, tf32: bool = False
+) -> None:
+    """Write the gradients of the weights of networks of one shape to `gradients`, in the dtype that those have."""
+    weight_gradients(passes, gradients, ConvolutionMethod(tf32, "reference"))
+
+
+def step_network_weights(
+    w1: Tensor | None, w2: Tensor, w3: Tensor, dtype: torch.dtype, transposed: bool = False
+) -> tuple[Tensor, ...]:
     """The weights of K networks, stacked, as the backend reads them best: tensors (K, …), here none.
 
     Args:
@@ -359,5 +412,6 @@ def step_network_weights(w1: Tensor | None, w2: Tensor, w3: Tensor, dtype: torch
         w2: (K, hidden, hidden, 1, 1).
         w3: (K, outputs, hidden, 3, 3).
         dtype: In which the networks are evaluated.
+        transposed: For `step_network_backward`, else for the forward functions.
     """
     return ()

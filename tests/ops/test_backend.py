@@ -22,9 +22,12 @@ FUNCTIONS = {
     "fold": ("fold_forward", "fold_backward"),
     "conv3x3": ("conv3x3_forward", "conv3x3_backward"),
     "conv3x3_weights": ("conv3x3_weights",),
-    "step_network": ("step_network_forward", "step_network_layers"),
+    "step_network": (
+        "step_network_forward", "step_network_layers", "step_network_hidden", "step_network_backward",
+        "step_network_weights_backward",
+    ),
     "step_network_weights": ("step_network_weights",),
-}
+}  # fmt: skip
 KERNEL_OF = {"affine_injector": "affine", "affine_coupling": "affine", "actnorm_invconv": "flow_step"}
 OPERATORS = (*ops.OPERATORS, "inverse_logdet", "fold", "conv3x3", "step_network")
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)

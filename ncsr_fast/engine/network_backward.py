@@ -1,0 +1,120 @@
+"""The backward passes of a level's networks: those of the data at once, those of the weights for several networks together.
+
+A network that reads the state has its turn in the walk backward. One that reads the condition alone can wait, and so can the
+gradients of all weights: where the backend takes several networks in one launch, they do, as many of a branch as there is
+memory for. What they wait with are the layers of a network and their gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ncsr_fast.engine.memory import spare_bytes
+from ncsr_fast.engine.program import Head
+from ncsr_fast.engine.walk import LevelTensors, Walk
+from ncsr_fast.ops.backend import kernels
+from ncsr_fast.ops.network_gradients import NetworkPass, StepNetwork
+from ncsr_fast.ops.step_network import Hidden, network_weights
+
+_TOGETHER = ("triton",)  # backends that take several networks in one launch
+
+
+class NetworksBackward:
+    """One backward pass through the networks of a level.
+
+    Args:
+        walk: The level's.
+        wanted: Which gradients.
+        sources: Are written the gradients of the pre-activations, where they are wanted.
+        free_h2: Second hidden layers of the networks of the walk's `free` branches, or none.
+    """
+
+    def __init__(self, walk: Walk, wanted: LevelTensors, sources: Sequence[Tensor | None], free_h2: list[list[Tensor]]) -> None:
+        self._walk, self._sources, self._free_h2 = walk, sources, free_h2
+        self._kernels, self._tf32 = kernels(walk.program.network_backend), walk.program.method.tf32
+        self._needs_weights = [any(flags) for flags in wanted.networks]
+        self.gradients = [
+            tuple([torch.empty_like(tensor) if needed and tensor is not None else None for tensor in networks])
+            for networks, needed in zip(walk.tensors.networks, self._needs_weights)
+        ]
+        backend = walk.program.network_backend
+        stacks = [network_weights(n.w1, n.w2, n.w3, backend, transposed=True) for n in walk.tensors.networks]
+        self._packed = [list(zip(*map(Tensor.unbind, packed))) for packed in stacks]
+        self._passes: list[list[tuple[Head, NetworkPass]]] = [[] for _ in self.gradients]
+        self._waiting: list[list[tuple[Head, Tensor]]] = [[] for _ in self.gradients]
+
+    def add(self, head: Head, x: Tensor, hidden: Hidden | None, dh: Tensor, dz1: Tensor) -> None:
+        """Add the gradient of the state x that a network read to `dz1`, from its hidden layers, or with None from x alone."""
+        h1, h2 = hidden or self._walk.hidden(head, x)
+        self._backward([head], [x[:, : head.pass_through]], [h1], [h2], [dh], [dz1])
+
+    def add_free(self, head: Head, dh: Tensor) -> None:
+        """Likewise of a network that reads the condition alone, unless its outputs were given or no gradient is wanted."""
+        wanted = self._needs_weights[head.branch] or self._sources[head.source] is not None
+        if wanted and head.branch in self._walk.free:
+            self._waiting[head.branch].append((head, dh))
+            if len(self._waiting[head.branch]) >= self._together(head, dh):
+                self._run_waiting(head.branch)
+
+    def finish(self) -> None:
+        """Compute what still waits."""
+        for branch in range(len(self.gradients)):
+            self._run_waiting(branch)
+            self._run_weights(branch)
+
+    def _run_waiting(self, branch: int) -> None:
+        waiting, self._waiting[branch] = self._waiting[branch], []
+        if waiting:
+            heads, dh = zip(*waiting)
+            h1, h2 = zip(*map(self._hidden, heads))
+            self._backward(heads, [None] * len(heads), h1, h2, dh, [None] * len(heads))
+
+    def _hidden(self, head: Head) -> Hidden:
+        """The hidden layers of a network that reads the condition alone."""
+        if not self._free_h2:
+            return self._walk.hidden(head, None)
+        h1 = F.relu(self._walk.pre_activation(self._walk.tensors.sources[head.source], head))
+        return h1, self._free_h2[self._walk.free.index(head.branch)][head.network]
+
+    def _backward(
+        self,
+        heads: Sequence[Head],
+        z1: Sequence[Tensor | None],
+        h1: Sequence[Tensor],
+        h2: Sequence[Tensor],
+        dh: Sequence[Tensor],
+        dz1: Sequence[Tensor | None],
+    ) -> None:
+        """The gradients of the pre-activations and of z1, for networks of one branch; those of the weights wait."""
+        branch, networks = heads[0].branch, [self._walk.network(head) for head in heads]
+        dh, dpre = [x.to(h2[0].dtype) for x in dh], list(map(self._place, heads, h1))
+        packed = [self._packed[branch][head.network] for head in heads] if self._packed[branch] else ()
+        dh2 = self._kernels.step_network_backward(dh, h1, h2, networks, dpre, dz1, tf32=self._tf32, packed=packed)
+        if self._needs_weights[branch]:
+            self._passes[branch] += zip(heads, map(NetworkPass, z1, h1, h2, dpre, dh2, dh))
+            if len(self._passes[branch]) >= self._together(heads[0], dh[0]):
+                self._run_weights(branch)
+
+    def _place(self, head: Head, h1: Tensor) -> Tensor:
+        """Where the gradient of a pre-activation is written."""
+        source = self._sources[head.source]
+        return torch.empty_like(h1) if source is None else self._walk.pre_activation(source, head)
+
+    def _run_weights(self, branch: int) -> None:
+        waiting, self._passes[branch] = self._passes[branch], []
+        if waiting:
+            heads, passes = zip(*waiting)
+            stacks = self.gradients[branch]
+            written = [StepNetwork._make(stack if stack is None else stack[head.network] for stack in stacks) for head in heads]
+            self._kernels.step_network_weights_backward(passes, written, tf32=self._tf32)
+
+    def _together(self, head: Head, dh: Tensor) -> int:
+        """How many networks of a branch may wait, with hidden layers, and gradients of h2 and of the output."""
+        if self._walk.program.network_backend not in _TOGETHER:
+            return 1
+        size = (3 * head.hidden + dh.shape[1]) * dh[:, 0].numel() * dh.element_size()
+        return max(1, spare_bytes(dh.device) // (size * len(self.gradients)))
