@@ -22,7 +22,7 @@ from torch import Tensor
 from ncsr_fast.kernels._common import arithmetic, at, channel_tile, check_dtype, image, launch, load, program, store
 from ncsr_fast.kernels._networks import images, one_of
 from ncsr_fast.kernels._step_network import INPUTS, moved, rectangle, tiling
-from ncsr_fast.kernels.step_network import HIDDEN, _launch_hidden, _packed
+from ncsr_fast.kernels.step_network import HIDDEN, launch_hidden, packed_network
 from ncsr_fast.layout import empty_channels_last, writable
 
 OUTPUTS_READ = 32  # of dh at once, at most
@@ -155,8 +155,8 @@ def step_network_hidden(
     check_dtype(pre, "pre")
     h1, h2 = (empty_channels_last(pre.shape, pre) for _ in range(2))
     if h1.numel():
-        weights = _packed(w1, w2, w3, pre.dtype, packed)
-        _launch_hidden(z1, pre, weights, b2, h1, h2, arithmetic(pre, tf32))
+        weights = packed_network(w1, w2, w3, pre.dtype, packed)
+        launch_hidden(z1, pre, weights, b2, h1, h2, arithmetic(pre, tf32))
     return h1, h2
 
 
@@ -177,7 +177,7 @@ def step_network_backward(
     if h2[0].numel() == 0:
         return dh2
     kind = arithmetic(h2[0], tf32)
-    packed = packed or [_packed(w1, w2, w3, h2[0].dtype, (), transposed=True) for w1, w2, _, w3, _ in networks]
+    packed = packed or [packed_network(w1, w2, w3, h2[0].dtype, (), transposed=True) for w1, w2, _, w3, _ in networks]
     p_w1, p_w2, p_w3 = zip(*packed)
     _launch_hidden_backward(dh, h1, h2, dh2, dpre, p_w2, p_w3, kind)
     for own_dpre, own_w1, own_dz1 in zip(dpre, p_w1, dz1):

@@ -134,6 +134,7 @@ class LevelPlan:
         for index, branch in enumerate(level.branches):
             self._group[branch.condition].append(index)
         self._network_backend = covering_backend("step_network", options.backend, features.own)
+        self._step_backend = covering_backend("coupled_step", options.backend, features.own)
         with without_autocast(features.own.device.type):
             self.mixing, self.folded = self._folded_mixing(), self._folded_networks()
             self._split = folded_split(level) if level.split_channels else None
@@ -199,7 +200,7 @@ class LevelPlan:
         rows = sum([level.networks(level.branches[index]).norm1_bias.numel() for index in self._group["features"]])
         chosen = algorithm(self.features, rows, dtype, self.options.method)
         fold = partial(self._fold, dtype, chosen)
-        name = "networks", dtype, chosen, self._network_backend
+        name = "networks", dtype, chosen, self._network_backend, self._step_backend
         return fold() if self.recorded else level.cache.get(name, level.parameters(), fold)
 
     def _fold(self, dtype: torch.dtype, algorithm: str) -> FoldedLevel:
@@ -214,7 +215,8 @@ class LevelPlan:
         weight, own_channels = None, self.features.own.shape[1]
         if "features" in stacked:
             weight = prepared(stacked["features"].weight, own_channels, algorithm, not self.recorded)
-        packed = [network_weights(n.w1, n.w2, n.w3, self._network_backend) for n in found]
+        reader = self._network_backend if self._step_backend == "reference" else self._step_backend
+        packed = [network_weights(n.w1, n.w2, n.w3, reader) for n in found]
         return FoldedLevel(tuple(found), stacked, weight, tuple(packed))
 
     def _add_known(self) -> None:
@@ -292,6 +294,7 @@ class LevelPlan:
             self.inverse,
             backend,
             self._network_backend,
+            self._step_backend,
             options.method,
         )
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from ncsr_fast.layout import is_channels_last
 from ncsr_fast.ops.contract import compute_dtype, pass_through_channels
 from ncsr_fast.ops.conv3x3 import ConvolutionMethod
+from ncsr_fast.ops.coupled_step import coupled_step_forward as coupled_step_forward
 from ncsr_fast.ops.inverse_logdet import invert
 from ncsr_fast.ops.network_gradients import NetworkPass, StepNetwork, data_gradients, weight_gradients
 from ncsr_fast.ops.plain_convolution import Needed, convolve, convolve_backward
