@@ -33,10 +33,11 @@ from ncsr_fast.engine.hoisting import HoistedWeight, algorithm, hoisted_convolut
 from ncsr_fast.engine.options import EngineOptions
 from ncsr_fast.engine.program import Head, Program, stages
 from ncsr_fast.engine.walk import LevelTensors
-from ncsr_fast.layout import laid_out
-from ncsr_fast.ops.backend import covering_backend
+from ncsr_fast.layout import laid_out, traced
+from ncsr_fast.ops.backend import covering_backend, kernels
 from ncsr_fast.ops.conv3x3 import ConvolutionMethod, convolution
-from ncsr_fast.ops.step_network import evaluate_network, network_weights
+from ncsr_fast.ops.recorded import RecordedKernels
+from ncsr_fast.ops.step_network import network_weights
 
 # Bytes of pre-activations computed together where nothing is saved for a backward pass.
 _AT_ONCE = 256 * 2**20
@@ -248,23 +249,32 @@ class LevelPlan:
 
     def _add_branch(self, index: int, channels: list[int], weight: HoistedWeight, bias: Tensor) -> None:
         """Add a branch, some networks at a time: their outputs if they read the features alone, else their pre-activations."""
-        networks, method, own = self.folded.networks[index].unbind(), self.options.method, self.features.own
-        hidden, changes_all = networks[0].w2.shape[0], self.level.branches[index].changes_all
+        networks, method, own = self.folded.networks[index], self.options.method, self.features.own
+        (count, hidden), changes_all = networks.w2.shape[:2], self.level.branches[index].changes_all
         size = own[:, :1].numel() * hidden * own.element_size()
         # torch.export knows no sizes
-        together = len(networks) if isinstance(size, torch.SymInt) else max(1, _AT_ONCE // size)
+        together = count if isinstance(size, torch.SymInt) else max(1, _AT_ONCE // size)
         outputs: list[Tensor] = []
-        for first in range(0, len(networks), together):
-            part = networks[first : first + together]
-            start, end = channels[first], channels[first] + hidden * len(part)
+        for first in range(0, count, together):
+            part = slice(first, min(count, first + together))
+            start, end = channels[first], channels[part.stop - 1] + hidden
             pre = hoisted_convolution(self.features, weight.rows(start, end), bias[start:end], method)
-            for network, own_pre in zip(part, pre.split(hidden, dim=1)):
-                if changes_all:
-                    outputs.append(evaluate_network(network, None, own_pre, method.tf32, self._network_backend))
-                else:  # dense: read for every sample, and the pixels of a slice lie pages apart
+            if changes_all:
+                outputs += self._tails(index, part, pre)
+            elif self._step_backend == "reference":  # dense: read for every sample, and the pixels of a slice lie pages apart
+                for own_pre in pre.split(hidden, dim=1):
                     self._known.add(laid_out(own_pre, self.options.memory_format), [(index, 0)])
+            else:
+                self._known.add(pre, [(index, channel - start) for channel in channels[part]])
         if changes_all:
             self._known.outputs[index] = tuple(outputs)
+
+    def _tails(self, index: int, part: slice, pre: Tensor) -> tuple[Tensor, ...]:
+        """The outputs of some networks of a branch that reads the features alone."""
+        backend, (_, *weights), packed = self._network_backend, self.folded.networks[index], self.folded.packed[index]
+        tails = (RecordedKernels(backend) if traced() else kernels(backend)).step_network_tails
+        stacks = [stack[part] for stack in weights]
+        return tails(pre, *stacks, tf32=self.options.method.tf32, packed=[stack[part] for stack in packed])
 
     def _noise_source(self, noise: Tensor | None) -> list[Tensor]:
         """The pre-activations of the branches whose condition is the noise, if there are any."""

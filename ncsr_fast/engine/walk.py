@@ -119,7 +119,11 @@ class Walk:
         for branch in self.free:
             heads = self.program.heads[branch]
             if layers is None:
-                self.outputs[branch] = tuple(self._evaluated(head, None) for head in heads)
+                own, source = heads[0], self.tensors.sources[heads[0].source]
+                pre = source[:, own.channel : own.channel + len(heads) * own.hidden]  # the networks' are next to each other
+                _, *weights = self.tensors.networks[branch]
+                tails, packed = self._networks.step_network_tails, self.tensors.packed[branch]
+                self.outputs[branch] = tails(pre, *weights, tf32=self.program.method.tf32, packed=packed)
             else:
                 layers.append([self.layers(head, None) for head in heads])
                 self.outputs[branch] = tuple(h for _, _, h in layers[-1])

@@ -195,6 +195,18 @@ class Kernels(Protocol):
         with_output: bool = False,
     ) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None, Tensor | None]: ...
 
+    def step_network_tails(
+        self,
+        pre: Tensor,
+        w2: Tensor,
+        b2: Tensor,
+        w3: Tensor,
+        b3: Tensor,
+        *,
+        tf32: bool = False,
+        packed: Sequence[Tensor] = (),
+    ) -> tuple[Tensor, ...]: ...
+
     def step_network_weights(
         self, w1: Tensor | None, w2: Tensor, w3: Tensor, dtype: torch.dtype, transposed: bool = False
     ) -> tuple[Tensor, ...]: ...

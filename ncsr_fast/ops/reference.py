@@ -403,6 +403,15 @@ def step_network_weights_backward(
     weight_gradients(passes, gradients, ConvolutionMethod(tf32, "reference"))
 
 
+def step_network_tails(
+    pre: Tensor, w2: Tensor, b2: Tensor, w3: Tensor, b3: Tensor, *, tf32: bool = False, packed: Sequence[Tensor] = ()
+) -> tuple[Tensor, ...]:
+    """The outputs of K networks that do not read the state: pre (B, K·hidden, H, W), and weights as `step_network_forward` has
+    them, stacked."""
+    networks = zip(pre.chunk(len(w2), dim=1), w2, b2, w3, b3, strict=True)
+    return tuple([step_network_forward(None, own, None, *weights, tf32=tf32) for own, *weights in networks])
+
+
 def step_network_weights(
     w1: Tensor | None, w2: Tensor, w3: Tensor, dtype: torch.dtype, transposed: bool = False
 ) -> tuple[Tensor, ...]:
