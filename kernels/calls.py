@@ -93,7 +93,7 @@ def coupled_calls(
     channels: int, size: tuple[int, int, int] = SIZE, precisions: Sequence[str] = tuple(PRECISIONS)
 ) -> Iterator[Call]:
     """Likewise of `coupled_step`: encoding and keeping the outputs, decoding samples that share the condition, and alone."""
-    mix, forward = torch.empty(channels, channels, device="meta"), kernels.coupled_step_forward
+    mix, forward = torch.empty(channels, channels, device="meta"), kernels.step_network_coupled
     for precision in precisions:
         dtype, tf32 = PRECISIONS[precision]
         x, (own, shared) = _image(size, channels, torch.float32), _pre_activations(size, dtype)

@@ -18,6 +18,7 @@ from ncsr_fast.layout import empty_channels_last, empty_like, in_memory, writabl
 from ncsr_fast.ops import reference
 from ncsr_fast.ops.contract import check_conditions, compute_dtype
 from ncsr_fast.ops.conv3x3 import ConvolutionMethod
+from ncsr_fast.ops.coupled_step import composed_of
 from ncsr_fast.ops.network_gradients import NetworkPass, StepNetwork, data_gradients, weight_gradients
 
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}  # csrc/core/tensor.h
@@ -256,6 +257,9 @@ def step_network_weights_backward(
 ) -> None:
     """Likewise."""
     weight_gradients(passes, gradients, ConvolutionMethod(tf32))
+
+
+step_network_coupled = composed_of("native")
 
 
 def step_network_tails(

@@ -23,7 +23,7 @@ from torch import Tensor
 from ncsr_fast.layout import is_channels_last
 from ncsr_fast.ops.contract import compute_dtype, pass_through_channels
 from ncsr_fast.ops.conv3x3 import ConvolutionMethod
-from ncsr_fast.ops.coupled_step import coupled_step_forward as coupled_step_forward
+from ncsr_fast.ops.coupled_step import composed_of
 from ncsr_fast.ops.inverse_logdet import invert
 from ncsr_fast.ops.network_gradients import NetworkPass, StepNetwork, data_gradients, weight_gradients
 from ncsr_fast.ops.plain_convolution import Needed, convolve, convolve_backward
@@ -401,6 +401,9 @@ def step_network_weights_backward(
 ) -> None:
     """Write the gradients of the weights of networks of one shape to `gradients`, in the dtype that those have."""
     weight_gradients(passes, gradients, ConvolutionMethod(tf32, "reference"))
+
+
+step_network_coupled = composed_of("reference")
 
 
 def step_network_tails(
