@@ -170,6 +170,7 @@ def coupled_step_kernel(
     COLUMNS: tl.constexpr,
     DOWN: tl.constexpr,
     ACROSS: tl.constexpr,
+    PROGRAMS: tl.constexpr,
     HS: tl.constexpr,
     OUTS: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -179,11 +180,11 @@ def coupled_step_kernel(
     READ: tl.constexpr,
     READS: tl.constexpr,
 ):
-    """Tiles of ROWS × COLUMNS pixels: one, or those of regions of DOWN × ACROSS tiles. The samples of a tile are neighbours."""
+    """A tile of ROWS × COLUMNS pixels; or with so many programs, regions of DOWN × ACROSS tiles. Samples are neighbours."""
     TILE: tl.constexpr = ROWS * COLUMNS
     n_down, n_across = tl.cdiv(height, ROWS), tl.cdiv(width, COLUMNS)
     first = tl.program_id(0).to(tl.int64)
-    if pre is None:
+    if PROGRAMS == 0:
         pixel = rectangle(first % batch, first // batch, height, width, ROWS, COLUMNS)
         logdet, peak = finish_tile(
             z, h2, p_w3, p_b3, mix, p_offset, injector, y, h, pixel, pixel, width, height, width, eps, pass_through,
@@ -197,7 +198,7 @@ def coupled_step_kernel(
         PITCH: tl.constexpr = ACROSS * COLUMNS + 2
         NEAR: tl.constexpr = (DOWN * ROWS + 2) * PITCH
         regions_across = tl.cdiv(n_across, ACROSS)
-        for i in tl.range(first, batch.to(tl.int64) * tl.cdiv(n_down, DOWN) * regions_across, tl.num_programs(0)):
+        for i in tl.range(first, batch.to(tl.int64) * tl.cdiv(n_down, DOWN) * regions_across, PROGRAMS):
             i_b, i_region = i % batch, (i // batch).to(tl.int32)
             i_row, i_column = i_region // regions_across * DOWN, i_region % regions_across * ACROSS
             for i_part in tl.range((NEAR + TILE - 1) // TILE):
@@ -322,6 +323,7 @@ def _launch(
         INVERSE=inverse,
         DOWN=REGION[0] // options["ROWS"],
         ACROSS=REGION[1] // COLUMNS,
+        PROGRAMS=programs if inside else 0,
         HS=hs,
         OUTS=outs,
         BLOCK_C=block(channels),

@@ -151,7 +151,12 @@ def mapped(
         before, after = (mixing.injector, None) if inverse else (h, mixing.injector)
         x, logdet = maps.flow_step_forward(x, mixing.mix, mixing.offset, before, after, eps, inverse)
         logdets.append(logdet)
-    return Step(x, tuple(logdets), x.abs().amax(dim=(1, 2, 3)) if watched else None, None)
+    return Step(x, tuple(logdets), largest(x) if watched else None, None)
+
+
+def largest(x: Tensor) -> Tensor:
+    """The largest magnitude (B,), NaN where there is one."""
+    return x.abs().amax(dim=(1, 2, 3))
 
 
 def total(logdets: Sequence[Tensor]) -> Tensor:
