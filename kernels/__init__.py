@@ -9,7 +9,7 @@ from ncsr_fast.kernels.flow_step import flow_step_backward, flow_step_forward
 from ncsr_fast.kernels.gaussian_split import gaussian_split_backward, gaussian_split_forward
 from ncsr_fast.kernels.inverse_logdet import inverse_logdet
 from ncsr_fast.kernels.step_network import step_network_forward, step_network_layers, step_network_weights
-from ncsr_fast.kernels.step_network_backward import step_network_backward, step_network_hidden
+from ncsr_fast.kernels.step_network_backward import step_network_backward
 
 __all__ = [
     "KernelFailure",
@@ -26,7 +26,6 @@ __all__ = [
     "launched",
     "step_network_backward",
     "step_network_forward",
-    "step_network_hidden",
     "step_network_layers",
     "step_network_weights",
     "step_network_weights_backward",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -121,17 +122,17 @@ def network_backward_calls(
         for name, inputs, outputs, count in (("coupling", channels // 2, channels, 1), ("injectors", 0, 2 * channels, 2)):
             networks = [network(inputs, outputs)] * count
             z1 = [state[:, :inputs] if inputs else None] * count
-            h1, h2, dh2 = ([image(HIDDEN) for _ in range(count)] for _ in range(3))
-            dh, dpre = [image(outputs)] * count, [sources[:, HIDDEN * i : HIDDEN * (i + 1)] for i in range(count)]
-            passes = list(zip(z1, h1, h2, dpre, dh2, dh))
-            yield (
-                "step_network",
-                f"{name} backward {precision}",
-                lambda: (
-                    kernels.step_network_backward(dh, h1, h2, networks, dpre, z1, tf32=tf32),
-                    kernels.step_network_weights_backward(passes, networks, tf32=tf32),
-                ),
-            )
+            pre, dpre = ([sources[:, HIDDEN * i : HIDDEN * (i + 1)] for i in range(count)] for _ in range(2))
+            h1, h2, dh2, dh = ([image(c) for _ in range(count)] for c in (HIDDEN, HIDDEN, HIDDEN, outputs))
+            saved = list(zip(h1 if inputs else [None] * count, h2))
+            passes = list(zip(z1, pre, h1 if inputs else [None] * count, h2, dpre, dh2, dh))
+
+            def backward(hidden: list | None) -> None:
+                kernels.step_network_backward(dh, z1, pre, hidden, networks, dpre, z1, tf32=tf32)
+                kernels.step_network_weights_backward(passes, networks, tf32=tf32)
+
+            yield "step_network", f"{name} backward {precision}", partial(backward, None)
+            yield "step_network", f"{name} backward saved {precision}", partial(backward, saved)
 
 
 def convolution_calls(

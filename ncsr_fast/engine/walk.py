@@ -128,18 +128,13 @@ class Walk:
         """Hidden layers and output of a head's network, where nothing is recorded; x None for one of a `free` branch."""
         program = self.program
         layers = kernels(program.network_backend).step_network_layers
-        return layers(*self._arguments(head, x), tf32=program.method.tf32, packed=self.packed(head))
-
-    def hidden(self, head: Head, x: Tensor | None) -> Hidden:
-        """The hidden layers alone."""
-        hidden = kernels(self.program.network_backend).step_network_hidden
-        return hidden(*self._arguments(head, x), tf32=self.program.method.tf32, packed=self.packed(head))
+        return layers(*self.arguments(head, x), tf32=program.method.tf32, packed=self.packed(head))
 
     def _evaluated(self, head: Head, x: Tensor | None) -> Tensor:
         tf32, packed = self.program.method.tf32, self.packed(head)
-        return self._networks.step_network_forward(*self._arguments(head, x), tf32=tf32, packed=packed)
+        return self._networks.step_network_forward(*self.arguments(head, x), tf32=tf32, packed=packed)
 
-    def _arguments(self, head: Head, x: Tensor | None) -> NetworkTensors:
+    def arguments(self, head: Head, x: Tensor | None) -> NetworkTensors:
         """The pass-through channels, for a network that reads them, the pre-activation, of as many samples, and the weights."""
         network, pre = self.network(head), self.pre_activation(self.tensors.sources[head.source], head)
         if x is None or not head.pass_through:

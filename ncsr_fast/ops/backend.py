@@ -19,7 +19,7 @@ from ncsr_fast import tuning
 from ncsr_fast.ops.fallback import Guarded
 
 if TYPE_CHECKING:
-    from ncsr_fast.ops.network_gradients import NetworkPass, StepNetwork
+    from ncsr_fast.ops.network_gradients import Layers, NetworkPass, StepNetwork
 
 BACKENDS = ("reference", "native", "triton")
 _MODULES = {"reference": "ncsr_fast.ops.reference", "native": "ncsr_fast.ops.native", "triton": "ncsr_fast.kernels"}
@@ -143,32 +143,19 @@ class Kernels(Protocol):
         packed: Sequence[Tensor] = (),
     ) -> tuple[Tensor, Tensor, Tensor]: ...
 
-    def step_network_hidden(
-        self,
-        z1: Tensor | None,
-        pre: Tensor,
-        w1: Tensor | None,
-        w2: Tensor,
-        b2: Tensor,
-        w3: Tensor,
-        b3: Tensor,
-        *,
-        tf32: bool = False,
-        packed: Sequence[Tensor] = (),
-    ) -> tuple[Tensor, Tensor]: ...
-
     def step_network_backward(
         self,
         dh: Sequence[Tensor],
-        h1: Sequence[Tensor],
-        h2: Sequence[Tensor],
+        z1: Sequence[Tensor | None],
+        pre: Sequence[Tensor],
+        hidden: Sequence[tuple[Tensor | None, Tensor]] | None,
         networks: Sequence[StepNetwork],
         dpre: Sequence[Tensor],
         dz1: Sequence[Tensor | None],
         *,
         tf32: bool = False,
         packed: Sequence[Sequence[Tensor]] = (),
-    ) -> list[Tensor]: ...
+    ) -> list[Layers]: ...
 
     def step_network_weights_backward(
         self, passes: Sequence[NetworkPass], gradients: Sequence[StepNetwork], *, tf32: bool = False

@@ -18,7 +18,7 @@ from ncsr_fast.layout import empty_channels_last, empty_like, in_memory, writabl
 from ncsr_fast.ops import reference
 from ncsr_fast.ops.contract import check_conditions, compute_dtype
 from ncsr_fast.ops.conv3x3 import ConvolutionMethod
-from ncsr_fast.ops.network_gradients import NetworkPass, StepNetwork, data_gradients, weight_gradients
+from ncsr_fast.ops.network_gradients import Layers, NetworkPass, StepNetwork, data_gradients, weight_gradients
 
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}  # csrc/core/tensor.h
 
@@ -216,39 +216,22 @@ def step_network_layers(
     return h1, h2, _step_network(h1, h2, z1, pre, w1, w2, b2, w3, b3)
 
 
-def step_network_hidden(
-    z1: Tensor | None,
-    pre: Tensor,
-    w1: Tensor | None,
-    w2: Tensor,
-    b2: Tensor,
-    w3: Tensor,
-    b3: Tensor,
-    *,
-    tf32: bool = False,
-    packed: Sequence[Tensor] = (),
-) -> tuple[Tensor, Tensor]:
-    """As the reference's, and by it where z1 is None: the kernel gains nothing then."""
-    if z1 is None:
-        return reference.step_network_hidden(z1, pre, w1, w2, b2, w3, b3)
-    h1, h2 = (torch.empty_like(pre, memory_format=torch.channels_last) for _ in range(2))
-    _step_network(h1, h2, z1, pre, w1, w2, b2, torch.zeros_like(w3[:1]), torch.zeros_like(b3[:1]))  # of h, one channel
-    return h1, h2
-
-
 def step_network_backward(
     dh: Sequence[Tensor],
-    h1: Sequence[Tensor],
-    h2: Sequence[Tensor],
+    z1: Sequence[Tensor | None],
+    pre: Sequence[Tensor],
+    hidden: Sequence[tuple[Tensor | None, Tensor]] | None,
     networks: Sequence[StepNetwork],
     dpre: Sequence[Tensor],
     dz1: Sequence[Tensor | None],
     *,
     tf32: bool = False,
     packed: Sequence[Sequence[Tensor]] = (),
-) -> list[Tensor]:
+) -> list[Layers]:
     """As the reference's, by convolutions that are this backend's where they pay."""
-    return data_gradients(dh, h1, h2, networks, dpre, dz1, ConvolutionMethod(tf32))
+    if hidden is None:
+        hidden = [_hidden(own_z1, own_pre, *network) for own_z1, own_pre, network in zip(z1, pre, networks)]
+    return data_gradients(dh, pre, hidden, networks, dpre, dz1, ConvolutionMethod(tf32))
 
 
 def step_network_weights_backward(
@@ -256,6 +239,17 @@ def step_network_weights_backward(
 ) -> None:
     """Likewise."""
     weight_gradients(passes, gradients, ConvolutionMethod(tf32))
+
+
+def _hidden(
+    z1: Tensor | None, pre: Tensor, w1: Tensor | None, w2: Tensor, b2: Tensor, w3: Tensor, b3: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The hidden layers, by the reference where z1 is None: the kernel gains nothing then."""
+    if z1 is None:
+        return reference.step_network_hidden(z1, pre, w1, w2, b2, w3, b3)
+    h1, h2 = (torch.empty_like(pre, memory_format=torch.channels_last) for _ in range(2))
+    _step_network(h1, h2, z1, pre, w1, w2, b2, torch.zeros_like(w3[:1]), torch.zeros_like(b3[:1]))  # of h, one channel
+    return h1, h2
 
 
 def _step_network(

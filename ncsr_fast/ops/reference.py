@@ -24,7 +24,7 @@ from ncsr_fast.layout import is_channels_last
 from ncsr_fast.ops.contract import compute_dtype, pass_through_channels
 from ncsr_fast.ops.conv3x3 import ConvolutionMethod
 from ncsr_fast.ops.inverse_logdet import invert
-from ncsr_fast.ops.network_gradients import NetworkPass, StepNetwork, data_gradients, weight_gradients
+from ncsr_fast.ops.network_gradients import Layers, NetworkPass, StepNetwork, data_gradients, weight_gradients
 from ncsr_fast.ops.plain_convolution import Needed, convolve, convolve_backward
 from ncsr_fast.ops.plain_inverse import inverse_logdet as inverse_logdet
 from ncsr_fast.precision import product
@@ -362,7 +362,6 @@ def step_network_hidden(
     b3: Tensor,
     *,
     tf32: bool = False,
-    packed: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Tensor]:
     """h1 and h2 of `step_network_forward`, for its arguments."""
     h1 = F.relu(pre if z1 is None or w1 is None else convolve(z1.to(pre.dtype), w1, None, tf32) + pre)
@@ -371,28 +370,37 @@ def step_network_hidden(
 
 def step_network_backward(
     dh: Sequence[Tensor],
-    h1: Sequence[Tensor],
-    h2: Sequence[Tensor],
+    z1: Sequence[Tensor | None],
+    pre: Sequence[Tensor],
+    hidden: Sequence[tuple[Tensor | None, Tensor]] | None,
     networks: Sequence[StepNetwork],
     dpre: Sequence[Tensor],
     dz1: Sequence[Tensor | None],
     *,
     tf32: bool = False,
     packed: Sequence[Sequence[Tensor]] = (),
-) -> list[Tensor]:
-    """The gradients of the inputs of networks of one shape, in their dtype; those of the pre-activations of h2 are returned.
+) -> list[Layers]:
+    """Gradients of the inputs of networks of one shape.
 
     Args:
-        dh: Of each network, the gradient (B, outputs, H, W) of its output.
-        h1: (B, hidden, H, W).
-        h2: (B, hidden, H, W).
+        dh: Of each network, the gradient (B, outputs, H, W) of its output, in the dtype of pre.
+        z1: (B, C, H, W) of any dtype, or None.
+        pre: (B, hidden, H, W).
+        hidden: h1, None where it is the positive part of pre, and h2 (B, hidden, H, W). None: they are recomputed.
         networks: The weights.
         dpre: Are written the gradients (B, hidden, H, W) of pre; all with the same strides.
         dz1: Is added the gradient (B, C, H, W) of z1, in any dtype; None: not wanted.
         tf32: Whether a GPU may round float32 operands to TF32.
-        packed: Of each network those of `step_network_weights` of the same backend, transposed; or nothing.
+        packed: Of each network those of `step_network_weights` of the same backend, then those transposed; or nothing.
+
+    Returns:
+        Of each network h1, or None, h2, and the gradient of the pre-activation of h2.
     """
-    return data_gradients(dh, h1, h2, networks, dpre, dz1, ConvolutionMethod(tf32, "reference"))
+    if hidden is None:
+        hidden = [
+            step_network_hidden(own_z1, own_pre, *network, tf32=tf32) for own_z1, own_pre, network in zip(z1, pre, networks)
+        ]
+    return data_gradients(dh, pre, hidden, networks, dpre, dz1, ConvolutionMethod(tf32, "reference"))
 
 
 def step_network_weights_backward(

@@ -23,8 +23,7 @@ FUNCTIONS = {
     "conv3x3": ("conv3x3_forward", "conv3x3_backward"),
     "conv3x3_weights": ("conv3x3_weights",),
     "step_network": (
-        "step_network_forward", "step_network_layers", "step_network_hidden", "step_network_backward",
-        "step_network_weights_backward",
+        "step_network_forward", "step_network_layers", "step_network_backward", "step_network_weights_backward",
     ),
     "step_network_weights": ("step_network_weights",),
 }  # fmt: skip
