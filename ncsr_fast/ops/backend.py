@@ -86,6 +86,27 @@ class Kernels(Protocol):
         self, bias: Tensor, logs: Tensor, weight: Tensor, inverse: bool, dmix: Tensor, doffset: Tensor, dlogdet: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]: ...
 
+    def fold_filters_forward(
+        self,
+        weights: Sequence[Tensor],
+        biases: Sequence[Tensor],
+        logs: Sequence[Tensor],
+        factors: Sequence[float],
+        first: Sequence[int],
+        dtype: torch.dtype,
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]: ...
+
+    def fold_filters_backward(
+        self,
+        dfirst: Sequence[Tensor],
+        drest: Sequence[Tensor],
+        dfolded: Sequence[Tensor],
+        weights: Sequence[Tensor],
+        biases: Sequence[Tensor],
+        logs: Sequence[Tensor],
+        factors: Sequence[float],
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]: ...
+
     def conv3x3_forward(
         self,
         x: Tensor,
@@ -192,6 +213,7 @@ COVERAGE: dict[str, dict[str, Coverage]] = {
         "gaussian_split": Coverage(("cpu", "cuda"), _NARROW),
         "flow_step": Coverage(("cpu", "cuda"), _NARROW),
         "inverse_logdet": Coverage(("cpu", "cuda"), _FLOATS),
+        "fold_filters": Coverage(("cpu", "cuda"), _NARROW),
         "conv3x3": Coverage(("cpu", "cuda"), _NARROW),
         "conv3x3_weights": Coverage(("cpu", "cuda"), _NARROW),
         "step_network": Coverage(("cpu", "cuda"), _NARROW),

@@ -4,6 +4,7 @@
     gaussian_split   eps = (x - mean)·exp(-logs) on the last channels, or its inverse, and the log-density
     flow_step        y = after(mix·before(x) + offset), with two such affines
     inverse_logdet   W⁻¹, log|det W| and the condition number of W
+    fold_filters     weights and biases of convolutions times the scales of their outputs
     fold             actnorm and 1×1 convolution as one affine map y = mix·x + offset of a pixel
     conv3x3          zero-padded 3×3 convolution, of an upsampled input, added to an output, through the mask of a leaky ReLU
     step_network     w3 ∗ relu(w2 · relu(w1 ∗ z1 + pre) + b2) + b3
@@ -225,6 +226,56 @@ def fold_backward(
         dbias, dlogs = (mix.mT @ doffset[..., None])[..., 0], (total * mix).sum(dim=-2) + dlogdet[..., None]
         dweight = total * scale + g * turned
     return dbias.to(dtypes[0]), dlogs.to(dtypes[1]), dweight.to(dtypes[2])
+
+
+def fold_filters_forward(
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    logs: Sequence[Tensor],
+    factors: Sequence[float],
+    first: Sequence[int],
+    dtype: torch.dtype,
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Weights and biases of stacks of convolutions times the scales exp(factor · logs) of their outputs, in `dtype`, dense.
+
+    Args:
+        weights: (K, outputs, inputs, k, k) of each stack.
+        biases: (K, outputs).
+        logs: (K, outputs).
+        factors: Of each stack one.
+        first: Of each stack, the inputs whose weights become a tensor of their own.
+        dtype: Of the results.
+
+    Returns:
+        The weights of the first inputs, those of the others, and the biases, of each stack one.
+    """
+    folded: tuple[list[Tensor], list[Tensor], list[Tensor]] = ([], [], [])
+    for weight, bias, own_logs, factor, count in zip(weights, biases, logs, factors, first):
+        scale = torch.exp(factor * own_logs)
+        parts = (weight * scale[..., None, None, None]).to(dtype).tensor_split([count], dim=2)
+        for into, part in zip(folded, (*parts, (bias * scale).to(dtype))):
+            into.append(part.contiguous())
+    return folded
+
+
+def fold_filters_backward(
+    dfirst: Sequence[Tensor],
+    drest: Sequence[Tensor],
+    dfolded: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    logs: Sequence[Tensor],
+    factors: Sequence[float],
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Gradients of weights, biases and logs from those of the three results of `fold_filters_forward`."""
+    gradients: tuple[list[Tensor], list[Tensor], list[Tensor]] = ([], [], [])
+    for first, rest, dbias, weight, bias, own_logs, factor in zip(dfirst, drest, dfolded, weights, biases, logs, factors):
+        scale, dweight = torch.exp(factor * own_logs), torch.cat([first, rest], dim=2).to(weight.dtype)
+        dbias = dbias.to(bias.dtype)
+        dscale = (dweight * weight).sum(dim=(2, 3, 4)) + dbias * bias
+        for into, part in zip(gradients, (dweight * scale[..., None, None, None], dbias * scale, factor * scale * dscale)):
+            into.append(part)
+    return gradients
 
 
 def conv3x3_forward(

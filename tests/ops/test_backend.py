@@ -20,6 +20,7 @@ FUNCTIONS = {
     "flow_step": ("flow_step_forward", "flow_step_backward"),
     "inverse_logdet": ("inverse_logdet",),
     "fold": ("fold_forward", "fold_backward"),
+    "fold_filters": ("fold_filters_forward", "fold_filters_backward"),
     "conv3x3": ("conv3x3_forward", "conv3x3_backward"),
     "conv3x3_weights": ("conv3x3_weights",),
     "step_network": (
