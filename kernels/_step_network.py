@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ncsr_fast.kernels._common import at, channel_tile, launch
+from ncsr_fast.kernels._common import at, channel_tile, launch, load, store
 from ncsr_fast.layout import in_memory
 
 # Sizes of the tiles. Chosen for instructions a pixel, registers and spills by the ahead-of-time report
@@ -27,6 +27,8 @@ from ncsr_fast.layout import in_memory
 COLUMNS = 16  # of a tile of pixels
 PIXELS = 128  # of a tile, at most
 INPUTS = 16  # of z1 at once; 32 and 64 need more instructions for 48
+HIDDEN = 64  # of h2 computed at once, in the product with w2
+HIDDEN_READ = 32  # of h2 at once, by what convolves it; 64 need more registers and instructions
 PAIRS = 64  # of outputs, of a program, at most
 PACKED = 1024  # weights that a program packs, 8 a thread
 # By how numbers are multiplied
@@ -69,23 +71,30 @@ def pack_networks_kernel(weights, networks, BLOCK: tl.constexpr):
 @triton.jit
 def rectangle(i_b, i_p, height, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Tile i_p of a sample, of ROWS × COLUMNS pixels, as `pixel_tile` has them."""
-    across = tl.cdiv(width, COLUMNS)
-    o = tl.arange(0, ROWS * COLUMNS)[:, None]
-    o_row = (i_p // across * ROWS).to(tl.int32) + o // COLUMNS
-    o_column = (i_p % across * COLUMNS).to(tl.int32) + o % COLUMNS
-    m = (o_row < height) & (o_column < width)
+    across, o = tl.cdiv(width, COLUMNS), tl.arange(0, ROWS * COLUMNS)[:, None]
+    o_row, o_column = (i_p // across * ROWS).to(tl.int32), (i_p % across * COLUMNS).to(tl.int32)
+    return pixels_at(i_b, o_row + o // COLUMNS, o_column + o % COLUMNS, height, width)
+
+
+@triton.jit
+def pixels_at(i_b, o_row, o_column, height, width):
+    """The pixels of a sample at these rows and columns, int32, as `pixel_tile` has them; those outside the image are masked."""
+    m = (o_row >= 0) & (o_row < height) & (o_column >= 0) & (o_column < width)
     o_row, o_column = o_row.to(tl.int64), o_column.to(tl.int64)
     o_p = o_row * width + o_column
     return i_b, o_row, o_column, m, o_p, i_b * height * width + o_p
 
 
 @triton.jit
-def moved(pixel, i_tap, height, width):
-    """The pixels a tap away, 0 to 8 row by row; those outside the image are masked, by comparisons of 32 bits."""
+def moved(pixel, i_tap, height, width, pitch=None):
+    """The pixels a tap away, 0 to 8 row by row; those outside the image are masked, by comparisons of 32 bits.
+
+    pitch: pixels of memory from a row to the next, None for the width
+    """
     down, right = i_tap // 3 - 1, i_tap % 3 - 1
     o_row, o_column = pixel[1].to(tl.int32) + down, pixel[2].to(tl.int32) + right
     m = pixel[3] & (o_row >= 0) & (o_row < height) & (o_column >= 0) & (o_column < width)
-    further = down * width + right
+    further = down * (width if pitch is None else pitch) + right
     return pixel[0], o_row.to(tl.int64), o_column.to(tl.int64), m, pixel[4] + further, pixel[5] + further
 
 
@@ -105,13 +114,14 @@ def add_convolved(
     BLOCKS_K: tl.constexpr,
     PRECISION: tl.constexpr,
     UNROLLED: tl.constexpr,
+    pitch=None,  # as `moved` has it
 ):
     """acc + weight ∗ x at the pixels, of the packed outputs o_n, and `paired` + those OUTS/2 further; x is rounded to the
     dtype of the weight."""
     o_row = tl.trans(channel_tile(0, BLOCK_K))
     for i in tl.range(9 * BLOCKS_K, loop_unroll_factor=9 * BLOCKS_K if UNROLLED else 1):
         o_k = channel_tile(i % BLOCKS_K, BLOCK_K)
-        near = moved(pixel, i // BLOCKS_K, height, width)
+        near = moved(pixel, i // BLOCKS_K, height, width, pitch)
         b_x = tl.load(at(x, near, o_k), mask=near[3] & (o_k < channels), other=0.0).to(p_weight.dtype.element_ty)
         p = p_weight + (i * BLOCK_K + o_row) * OUTS + o_n
         acc = tl.dot(b_x, tl.load(p), acc, input_precision=PRECISION)
@@ -128,6 +138,48 @@ def relu(b):
 @triton.jit
 def add_bias(b, p_bias, o_n, m_n):
     return b + tl.load(p_bias + o_n, mask=m_n, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store_hidden(
+    z1,  # (B, C, H, W) or None
+    pre,  # (B, hidden, H, W)
+    p_w1,  # packed
+    p_w2,  # packed
+    p_b2,  # (hidden,)
+    h1,  # (B, hidden, H, W) or None
+    h2,  # (B, hidden, H, W)
+    pixel,
+    stored,  # the same pixels in the memory of h2
+    height,
+    width,
+    channels: tl.constexpr,
+    hidden: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UNROLLED: tl.constexpr,
+    HS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCKS_K: tl.constexpr,
+):
+    """h1 = relu(w1 ∗ z1 + pre), stored if wanted, and h2 = relu(w2 · h1 + b2) of a tile of pixels, BLOCK_N channels at once.
+
+    Beyond `hidden` h1 is made zero: of an infinite z1 the sum there is NaN.
+    """
+    o_c = channel_tile(0, HS)
+    b_h1 = load(pre, pixel, o_c, o_c < hidden)
+    if z1 is not None:
+        b_h1, _ = add_convolved(
+            b_h1, None, z1, p_w1, pixel, o_c, height, width, channels, HS, BLOCK_K, BLOCKS_K, PRECISION, UNROLLED
+        )
+    b_h1 = tl.where(o_c < hidden, relu(b_h1), 0.0).to(p_w2.dtype.element_ty)
+    if h1 is not None:
+        store(h1, pixel, o_c, b_h1, o_c < hidden)
+    for i_n in tl.static_range(HS // BLOCK_N):
+        o_n = channel_tile(i_n, BLOCK_N)
+        b_w2 = tl.load(p_w2 + tl.trans(o_c) * HS + o_n)
+        b_h2 = relu(add_bias(tl.dot(b_h1, b_w2, input_precision=PRECISION), p_b2, o_n, o_n < hidden))
+        store(h2, stored, o_n, b_h2, o_n < hidden)
 
 
 class Packed(NamedTuple):

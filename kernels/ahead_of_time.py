@@ -36,7 +36,9 @@ from ncsr_fast.kernels.calls import (
     VARIANTS,
     Variant,
     convolution_calls,
+    coupled_calls,
     flow_calls,
+    large_coupled_calls,
     network_backward_calls,
     network_calls,
 )
@@ -49,6 +51,8 @@ PRODUCTS: dict[str, Calls] = {  # of tensor cores
     "networks": network_calls,
     "gradients": network_backward_calls,
     "convolutions": convolution_calls,
+    "steps": coupled_calls,
+    "large-steps": large_coupled_calls,
 }
 SIZES = (SIZE, (1, 40, 36), (16, 79, 77), (10, 510, 4), (3, 6, 6))  # pixels that 16 divides, or nothing, or 8, or 4
 _KERNELS = __package__ + "."
@@ -261,7 +265,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", choices=PRECISIONS, nargs="+", help=f"the {name} alone, in these precisions")
     parser.add_argument("--json", action="store_true", help="every call, as a list of rows")
     options = parser.parse_args()
-    jobs = [(getattr(options, name), called) for name, called in PRODUCTS.items() if getattr(options, name)]
+    jobs = [(given, called) for name, called in PRODUCTS.items() if (given := getattr(options, name.replace("-", "_")))]
     rows = []
     for variants, called in jobs or [(VARIANTS[options.variants], flow_calls)]:
         rows += report(options.targets, options.channels, variants, called)

@@ -80,24 +80,64 @@ def network_calls(
     channels: int, size: tuple[int, int, int] = SIZE, precisions: Sequence[str] = tuple(PRECISIONS)
 ) -> Iterator[Call]:
     """Likewise of `step_network` as the engine calls it: z1 is some channels of the state, pre of all pre-activations."""
-    batch, height, width = size
     for precision in precisions:
         dtype, tf32 = PRECISIONS[precision]
-
-        def image(c: int, dtype: torch.dtype = dtype, batch: int = batch) -> Tensor:
-            shape = batch, c, height, width
-            return torch.empty(shape, dtype=dtype, device="meta", memory_format=torch.channels_last)
-
-        def network(inputs: int, outputs: int, dtype: torch.dtype = dtype) -> list[Tensor | None]:
-            shapes = (HIDDEN, inputs, 3, 3), (HIDDEN, HIDDEN, 1, 1), (HIDDEN,), (outputs, HIDDEN, 3, 3), (outputs,)
-            return [torch.empty(shape, dtype=dtype, device="meta") if all(shape) else None for shape in shapes]
-
-        z1 = image(channels, torch.float32)[:, : channels // 2]
-        own, one = (image(4 * HIDDEN, batch=count)[:, HIDDEN : 2 * HIDDEN] for count in (batch, 1))
-        shared, coupling, injector = one.expand(batch, -1, -1, -1), network(channels // 2, channels), network(0, 2 * channels)
+        z1 = _image(size, channels, torch.float32)[:, : channels // 2]
+        own, shared = _pre_activations(size, dtype)
+        coupling, injector = _network(channels // 2, channels, dtype), _network(0, 2 * channels, dtype)
         yield "step_network", f"coupling {precision}", lambda: kernels.step_network_forward(z1, own, *coupling, tf32=tf32)
         yield "step_network", f"shared {precision}", lambda: kernels.step_network_layers(z1, shared, *coupling, tf32=tf32)
         yield "step_network", f"injector {precision}", lambda: kernels.step_network_forward(None, own, *injector, tf32=tf32)
+
+
+def coupled_calls(
+    channels: int, size: tuple[int, int, int] = SIZE, precisions: Sequence[str] = tuple(PRECISIONS)
+) -> Iterator[Call]:
+    """Likewise of `coupled_step`: encoding and keeping the outputs, decoding samples that share the condition, and alone."""
+    mix, forward = torch.empty(channels, channels, device="meta"), kernels.coupled_step_forward
+    for precision in precisions:
+        dtype, tf32 = PRECISIONS[precision]
+        x, (own, shared) = _image(size, channels, torch.float32), _pre_activations(size, dtype)
+        network = _network(channels // 2, channels, dtype)
+        injector = _image(size, 2 * channels, dtype)
+        one, options = injector[:1].expand(size[0], -1, -1, -1), {"tf32": tf32, "packed": _packed(network)}
+        encoding, decoding = (mix, mix[0], injector, 1e-4, False), (mix, mix[0], one, 1e-4, True)
+        alone = None, None, None, 1e-4, True
+        yield "coupled_step", f"encoding {precision}", lambda: forward(x, own, *network, *encoding, with_output=True, **options)
+        yield "coupled_step", f"decoding {precision}", lambda: forward(x, shared, *network, *decoding, watched=True, **options)
+        yield "coupled_step", f"coupling {precision}", lambda: forward(x, shared, *network, *alone, **options)
+
+
+def large_coupled_calls(
+    channels: int, size: tuple[int, int, int] = SIZE, precisions: Sequence[str] = tuple(PRECISIONS)
+) -> Iterator[Call]:
+    """The same of ten times as many samples, which takes another kernel."""
+    return coupled_calls(channels, (10 * size[0], *size[1:]), precisions)
+
+
+def _image(size: tuple[int, int, int], channels: int, dtype: torch.dtype) -> Tensor:
+    batch, height, width = size
+    shape = batch, channels, height, width
+    return torch.empty(shape, dtype=dtype, device="meta", memory_format=torch.channels_last)
+
+
+def _pre_activations(size: tuple[int, int, int], dtype: torch.dtype) -> list[Tensor]:
+    """Of one network among several: of every sample, and of one that all share."""
+    batch, height, width = size
+    own, one = (_image((count, height, width), 4 * HIDDEN, dtype)[:, HIDDEN : 2 * HIDDEN] for count in (batch, 1))
+    return [own, one.expand(batch, -1, -1, -1)]
+
+
+def _network(inputs: int, outputs: int, dtype: torch.dtype) -> list[Tensor | None]:
+    shapes = (HIDDEN, inputs, 3, 3), (HIDDEN, HIDDEN, 1, 1), (HIDDEN,), (outputs, HIDDEN, 3, 3), (outputs,)
+    return [torch.empty(shape, dtype=dtype, device="meta") if all(shape) else None for shape in shapes]
+
+
+def _packed(network: list[Tensor | None]) -> list[Tensor]:
+    """The weights of a network packed, which the engine does once for many."""
+    w1, w2, _, w3, _ = network
+    assert w2 is not None and w3 is not None
+    return [stack[0] for stack in kernels.step_network_weights(None if w1 is None else w1[None], w2[None], w3[None], w2.dtype)]
 
 
 def network_backward_calls(

@@ -57,6 +57,13 @@ def load_matrix(matrix, o_row, o_column, channels: tl.constexpr):
 
 
 @triton.jit
+def largest(b):
+    """The largest magnitude of a tile, NaN where it holds one."""
+    unsound = tl.max(tl.max((b != b).to(tl.int32), axis=1), axis=0)
+    return tl.where(unsound > 0, float("nan"), tl.max(tl.max(tl.abs(b), axis=1), axis=0))
+
+
+@triton.jit
 def affine_if_any(
     b_x,
     h,
@@ -134,6 +141,7 @@ def flow_step_forward_kernel(
     h_after,  # (B, 2(C - pass_after), H, W) or None
     y,  # (B, C, H, W)
     p_partial,  # (programs,), B times the tiles of a sample
+    p_peak,  # likewise, or None
     pass_before: tl.constexpr,
     pass_after: tl.constexpr,
     eps,
@@ -148,7 +156,7 @@ def flow_step_forward_kernel(
     BLOCK_K: tl.constexpr,
     BLOCKS_K: tl.constexpr,
 ):
-    """a = pre(x), w = mix·a + offset, y = post(w), and this tile's share of the two log-dets.
+    """a = pre(x), w = mix·a + offset, y = post(w), this tile's share of the two log-dets, and its largest magnitude of y.
 
     Every program of a pixel tile computes all of a for its own channels of w; the first of them counts its log-det.
     """
@@ -168,6 +176,8 @@ def flow_step_forward_kernel(
     store(y, pixel, o_c, b_y, o_c < channels)
     logdet = tl.sum(b_logdet) + tl.where(i_c == 0, tl.sum(b_logdet_before), 0.0)
     tl.store(p_partial + tl.program_id(0), logdet)
+    if p_peak is not None:
+        tl.store(p_peak + tl.program_id(0), largest(tl.where(pixel[3] & (o_c < channels), b_y, 0.0)))
 
 
 @triton.jit(do_not_specialize=["pixels", "width"])
@@ -310,13 +320,32 @@ def flow_step_forward(
     x: Tensor, mix: Tensor, offset: Tensor, h_before: Tensor | None, h_after: Tensor | None, eps: float, inverse: bool
 ) -> tuple[Tensor, Tensor]:
     """(y, logdet); mix (C, C), offset (C,) float32, h_before and h_after shift and raw interleaved, or None."""
-    check_dtype(x)
-    y, logdet = empty_like(x), torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
-    if x.numel() == 0:
+    logdet = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
+    y, partial, _ = flow_step_parts(x, mix, offset, h_before, h_after, eps, inverse, watched=False)
+    if partial.numel() == 0:
         return y, logdet.zero_()
-    sizes = extent(x, h_before, h_after, y)
+    sum_partials(partial, 1, logdet)
+    return y, logdet
+
+
+def flow_step_parts(
+    x: Tensor,
+    mix: Tensor,
+    offset: Tensor,
+    h_before: Tensor | None,
+    h_after: Tensor | None,
+    eps: float,
+    inverse: bool,
+    watched: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """y, and of every tile of a sample the share of the log-det, and if `watched` the largest magnitude of y: (B, tiles)."""
+    check_dtype(x)
+    y, sizes = empty_like(x), extent(x, h_before, h_after, x)
     count, blocks = _tiles(x.device, "flow_step_forward", **sizes)
-    partial = torch.empty(x.shape[0], count, dtype=torch.float32, device=x.device)
+    parts = torch.empty(1 + watched, x.shape[0], count, dtype=torch.float32, device=x.device)
+    partial, peak = parts[0], parts[1] if watched else None
+    if x.numel() == 0:
+        return y, partial, peak
     launch(
         flow_step_forward_kernel,
         partial.numel(),
@@ -328,14 +357,14 @@ def flow_step_forward(
         h_after=image(h_after),
         y=image(y),
         p_partial=partial,
+        p_peak=peak,
         eps=eps,
         INVERSE=inverse,
         **_pass_through(x.shape[1], inverse),
         **sizes,
         **blocks,
     )
-    sum_partials(partial, 1, logdet)
-    return y, logdet
+    return y, partial, peak
 
 
 def flow_step_backward(

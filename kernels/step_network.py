@@ -23,35 +23,32 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ncsr_fast.kernels._common import arithmetic, channel_tile, check_dtype, dense, image, launch, load, program, store
+from ncsr_fast.kernels._common import arithmetic, channel_tile, check_dtype, dense, from_channel, image, launch, program, store
 from ncsr_fast.kernels._step_network import (
+    HIDDEN,
+    HIDDEN_READ,
     INPUTS,
     Packed,
     add_bias,
     add_convolved,
     block_of_pairs,
     rectangle,
-    relu,
     step_network_weights,
+    store_hidden,
     tiling,
 )
 from ncsr_fast.layout import empty_channels_last
-
-# Chosen for instructions a pixel, registers and spills by the ahead-of-time report (ncsr_fast.kernels.ahead_of_time), never
-# timed: no GPU yet.
-HIDDEN = 64  # of h2 computed at once, in the product with w2
-HIDDEN_READ = 32  # of h2 at once, by `output`; 64 need more registers and instructions
 
 
 @triton.jit(do_not_specialize=["batch", "height", "width"])
 def hidden_kernel(
     z1,  # (B, C, H, W) or None
-    pre,  # (B, hidden, H, W)
-    p_w1,  # packed
-    p_w2,  # packed
-    p_b2,  # (hidden,)
+    pre,  # (B, K·hidden, H, W)
+    p_w1,  # packed, of K networks; 1 where there is z1
+    p_w2,
+    p_b2,  # (K, hidden)
     h1,  # (B, hidden, H, W) or None
-    h2,  # (B, hidden, H, W)
+    h2,  # (B, K·hidden, H, W)
     batch,
     height,
     width,
@@ -66,34 +63,25 @@ def hidden_kernel(
     BLOCK_K: tl.constexpr,
     BLOCKS_K: tl.constexpr,
 ):
-    """h1 = relu(w1 ∗ z1 + pre), stored if wanted, and h2 = relu(w2 · h1 + b2) of a tile of pixels, BLOCK_N channels at once.
-
-    Beyond `hidden` h1 is made zero: of an infinite z1 the sum there is NaN.
-    """
+    """`store_hidden` of a tile of pixels of a network; the samples of a tile are neighbours."""
     i = tl.program_id(0).to(tl.int64)
-    pixel = rectangle(i % batch, i // batch, height, width, ROWS, COLUMNS)
-    o_c = channel_tile(0, HS)
-    b_h1 = load(pre, pixel, o_c, o_c < hidden)
-    if z1 is not None:
-        b_h1, _ = add_convolved(
-            b_h1, None, z1, p_w1, pixel, o_c, height, width, channels, HS, BLOCK_K, BLOCKS_K, PRECISION, UNROLLED
-        )
-    b_h1 = tl.where(o_c < hidden, relu(b_h1), 0.0).to(p_w2.dtype.element_ty)
-    if h1 is not None:
-        store(h1, pixel, o_c, b_h1, o_c < hidden)
-    for i_n in tl.static_range(HS // BLOCK_N):
-        o_n = channel_tile(i_n, BLOCK_N)
-        b_w2 = tl.load(p_w2 + tl.trans(o_c) * HS + o_n)
-        b_h2 = relu(add_bias(tl.dot(b_h1, b_w2, input_precision=PRECISION), p_b2, o_n, o_n < hidden))
-        store(h2, pixel, o_n, b_h2, o_n < hidden)
+    n_tiles = tl.cdiv(height, ROWS) * tl.cdiv(width, COLUMNS)
+    i_network = i // batch // n_tiles
+    pixel = rectangle(i % batch, i // batch % n_tiles, height, width, ROWS, COLUMNS)
+    pre, h2 = from_channel(pre, i_network * hidden), from_channel(h2, i_network * hidden)
+    store_hidden(
+        z1, pre, p_w1, p_w2 + i_network * HS * HS, p_b2 + i_network * hidden, h1, h2, pixel, pixel, height, width,
+        channels, hidden, PRECISION, UNROLLED, HS, BLOCK_N, BLOCK_K, BLOCKS_K,
+    )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["height", "width"])
+@triton.jit(do_not_specialize=["batch", "height", "width"])
 def output_kernel(
-    h2,  # (B, hidden, H, W)
-    p_w3,  # packed
-    p_b3,  # (outputs,)
-    h,  # (B, outputs, H, W)
+    h2,  # (B, K·hidden, H, W)
+    p_w3,  # packed, of K networks
+    p_b3,  # (K, outputs)
+    h,  # (K·B, outputs, H, W)
+    batch,
     height,
     width,
     hidden: tl.constexpr,
@@ -107,16 +95,19 @@ def output_kernel(
     BLOCK_K: tl.constexpr,
     BLOCKS_K: tl.constexpr,
 ):
-    """h = w3 ∗ h2 + b3 of a tile of pixels and pairs of outputs."""
-    i_b, i_p, i_n = program(tl.cdiv(height, ROWS) * tl.cdiv(width, COLUMNS), OUTS // (2 * BLOCK_N))
-    pixel = rectangle(i_b, i_p, height, width, ROWS, COLUMNS)
+    """h = w3 ∗ h2 + b3 of a tile of pixels and pairs of outputs of a network."""
+    i_h, i_p, i_n = program(tl.cdiv(height, ROWS) * tl.cdiv(width, COLUMNS), OUTS // (2 * BLOCK_N))
+    i_network = i_h // batch
+    pixel = rectangle(i_h % batch, i_p, height, width, ROWS, COLUMNS)
+    h2, p_w3 = from_channel(h2, i_network * hidden), p_w3 + i_network * (9 * BLOCKS_K * BLOCK_K * OUTS)
     b_zero = tl.zeros([ROWS * COLUMNS, BLOCK_N], tl.float32)
     o_n = channel_tile(i_n, BLOCK_N)
     b_even, b_odd = add_convolved(
         b_zero, b_zero, h2, p_w3, pixel, o_n, height, width, hidden, OUTS, BLOCK_K, BLOCKS_K, PRECISION, UNROLLED
     )
     o_h = channel_tile(i_n, 2 * BLOCK_N)
-    store(h, pixel, o_h, add_bias(tl.interleave(b_even, b_odd), p_b3, o_h, o_h < outputs), o_h < outputs)
+    b_h = add_bias(tl.interleave(b_even, b_odd), p_b3 + i_network * outputs, o_h, o_h < outputs)
+    store(h, rectangle(i_h, i_p, height, width, ROWS, COLUMNS), o_h, b_h, o_h < outputs)
 
 
 def step_network_forward(
@@ -152,6 +143,20 @@ def step_network_layers(
     return h1, *_layers(z1, pre, w1, w2, b2, w3, b3, tf32, packed, h1)
 
 
+def step_network_tails(
+    pre: Tensor, w2: Tensor, b2: Tensor, w3: Tensor, b3: Tensor, *, tf32: bool = False, packed: Sequence[Tensor] = ()
+) -> tuple[Tensor, ...]:
+    """As the reference's: two launches."""
+    check_dtype(pre, "pre")
+    networks, outputs, (batch, channels, height, width) = len(w2), w3.shape[1], pre.shape
+    h2, h = _empty(pre, channels), empty_channels_last((networks * batch, outputs, height, width), pre)
+    if h.numel():
+        kind, weights = arithmetic(pre, tf32), Packed(*(packed or step_network_weights(None, w2, w3, pre.dtype)))
+        launch_hidden(None, pre, weights, b2, None, h2, kind, networks)
+        _launch_output(h2, weights, b3, h, kind, networks)
+    return h.split(batch)
+
+
 def _layers(
     z1: Tensor | None,
     pre: Tensor,
@@ -168,13 +173,13 @@ def _layers(
     check_dtype(pre, "pre")
     h2, h = _empty(pre, pre.shape[1]), _empty(pre, w3.shape[0])
     if h2.numel():
-        kind, weights = arithmetic(pre, tf32), _packed(w1, w2, w3, pre.dtype, packed)
-        _launch_hidden(z1, pre, weights, b2, h1, h2, kind)
+        kind, weights = arithmetic(pre, tf32), packed_network(w1, w2, w3, pre.dtype, packed)
+        launch_hidden(z1, pre, weights, b2, h1, h2, kind)
         _launch_output(h2, weights, b3, h, kind)
     return h2, h
 
 
-def _packed(
+def packed_network(
     w1: Tensor | None, w2: Tensor, w3: Tensor, dtype: torch.dtype, packed: Sequence[Tensor], transposed: bool = False
 ) -> Packed:
     """The weights of a network as the kernels read them: packed already, or now."""
@@ -184,16 +189,23 @@ def _packed(
     return Packed(*packed)
 
 
-def _launch_hidden(
-    z1: Tensor | None, pre: Tensor, weights: Packed, b2: Tensor, h1: Tensor | None, h2: Tensor, kind: str
+def launch_hidden(
+    z1: Tensor | None,
+    pre: Tensor,
+    weights: Packed,
+    b2: Tensor,
+    h1: Tensor | None,
+    h2: Tensor,
+    kind: str,
+    networks: int = 1,
 ) -> None:
     """Write h1, if given, and h2."""
-    batch, hidden, height, width = pre.shape
+    batch, channels, height, width = pre.shape
     hs = weights.w2.shape[-1]
     tiles, options = tiling(kind, height, width, hs)
     launch(
         hidden_kernel,
-        tiles * batch,
+        networks * tiles * batch,
         pre.device,
         z1=image(z1),
         pre=image(pre),
@@ -206,32 +218,32 @@ def _launch_hidden(
         height=height,
         width=width,
         channels=0 if z1 is None else z1.shape[1],
-        hidden=hidden,
+        hidden=channels // networks,
         HS=hs,
         BLOCK_N=min(HIDDEN, hs),
         BLOCK_K=INPUTS,
-        BLOCKS_K=weights.w1.shape[1] // INPUTS,
+        BLOCKS_K=weights.w1.shape[-2] // INPUTS,
         **options,
     )
 
 
-def _launch_output(h2: Tensor, weights: Packed, b3: Tensor, h: Tensor, kind: str) -> None:
+def _launch_output(h2: Tensor, weights: Packed, b3: Tensor, h: Tensor, kind: str, networks: int = 1) -> None:
     """Write h."""
-    batch, outputs, height, width = h.shape
-    _, hs, outs = weights.w3.shape
+    (batch, channels, height, width), outputs, (hs, outs) = h2.shape, h.shape[1], weights.w3.shape[-2:]
     block_n, block_k = block_of_pairs(outputs), min(HIDDEN_READ, hs)
     tiles, options = tiling(kind, height, width, 2 * block_n)
     launch(
         output_kernel,
-        batch * tiles * (outs // (2 * block_n)),
+        networks * batch * tiles * (outs // (2 * block_n)),
         h.device,
         h2=image(h2),
         p_w3=weights.w3,
         p_b3=dense(b3),
         h=image(h),
+        batch=batch,
         height=height,
         width=width,
-        hidden=h2.shape[1],
+        hidden=channels // networks,
         outputs=outputs,
         OUTS=outs,
         BLOCK_N=block_n,

@@ -34,7 +34,7 @@ from ncsr_fast.kernels._step_network import (
     step_network_weights,
     tiling,
 )
-from ncsr_fast.kernels.step_network import _launch_hidden
+from ncsr_fast.kernels.step_network import launch_hidden
 from ncsr_fast.layout import empty_channels_last, writable
 
 OUTPUTS_READ = 32  # of dh at once, at most
@@ -192,7 +192,7 @@ def step_network_backward(
     biases = [network[2] for network in networks]
     if recomputed and block(pre[0].shape[1]) > FUSED:
         for x, own_pre, weights, b2, (h1, h2, _) in zip(z1, pre, packed, biases, layers):
-            _launch_hidden(x, own_pre, Packed(*weights[:3]), b2, h1, h2, kind)
+            launch_hidden(x, own_pre, Packed(*weights[:3]), b2, h1, h2, kind)
         recomputed = False
     _launch_hidden_backward(dh, z1, pre, layers, dpre, packed, biases, kind, recomputed)
     for own_dpre, weights, own_dz1 in zip(dpre, packed, dz1):

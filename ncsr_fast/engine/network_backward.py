@@ -84,7 +84,8 @@ class NetworksBackward:
         branch, walk = heads[0].branch, self._walk
         z1, pre, *weights = zip(*[walk.arguments(head, x) for head in heads])
         networks, dpre = list(map(StepNetwork, *weights)), list(map(self._place, heads, pre))
-        packed = [(*walk.packed(head), *self._transposed[branch][head.network]) for head in heads if walk.packed(head)]
+        transposed = self._transposed[branch]
+        packed = [(*walk.packed(head), *transposed[head.network]) for head in heads] if transposed else []
         dh = [own.to(pre[0].dtype) for own in dh]
         backward = self._kernels.step_network_backward
         layers = backward(dh, z1, pre, hidden, networks, dpre, dz1, tf32=self._tf32, packed=packed)

@@ -33,10 +33,11 @@ from ncsr_fast.engine.hoisting import HoistedWeight, algorithm, hoisted_convolut
 from ncsr_fast.engine.options import EngineOptions
 from ncsr_fast.engine.program import Head, Program, stages
 from ncsr_fast.engine.walk import LevelTensors
-from ncsr_fast.layout import laid_out
-from ncsr_fast.ops.backend import covering_backend
+from ncsr_fast.layout import laid_out, traced
+from ncsr_fast.ops.backend import covering_backend, kernels
 from ncsr_fast.ops.conv3x3 import ConvolutionMethod, convolution
-from ncsr_fast.ops.step_network import evaluate_network, network_weights
+from ncsr_fast.ops.recorded import RecordedKernels
+from ncsr_fast.ops.step_network import network_weights
 
 # Bytes of pre-activations computed together where nothing is saved for a backward pass.
 _AT_ONCE = 256 * 2**20
@@ -134,6 +135,7 @@ class LevelPlan:
         for index, branch in enumerate(level.branches):
             self._group[branch.condition].append(index)
         self._network_backend = covering_backend("step_network", options.backend, features.own)
+        self._step_backend = covering_backend("coupled_step", options.backend, features.own)
         with without_autocast(features.own.device.type):
             self.mixing, self.folded = self._folded_mixing(), self._folded_networks()
             self._split = folded_split(level) if level.split_channels else None
@@ -199,7 +201,7 @@ class LevelPlan:
         rows = sum([level.networks(level.branches[index]).norm1_bias.numel() for index in self._group["features"]])
         chosen = algorithm(self.features, rows, dtype, self.options.method)
         fold = partial(self._fold, dtype, chosen)
-        name = "networks", dtype, chosen, self._network_backend
+        name = "networks", dtype, chosen, self._network_backend, self._step_backend
         return fold() if self.recorded else level.cache.get(name, level.parameters(), fold)
 
     def _fold(self, dtype: torch.dtype, algorithm: str) -> FoldedLevel:
@@ -215,7 +217,8 @@ class LevelPlan:
         weight, own_channels = None, self.features.own.shape[1]
         if "features" in stacked:
             weight = prepared(stacked["features"].weight, own_channels, algorithm, not self.recorded)
-        packed = [network_weights(n.w1, n.w2, n.w3, self._network_backend) for n in found]
+        reader = self._network_backend if self._step_backend == "reference" else self._step_backend
+        packed = [network_weights(n.w1, n.w2, n.w3, reader) for n in found]
         return FoldedLevel(found, stacked, weight, tuple(packed))
 
     def _add_known(self) -> None:
@@ -247,23 +250,32 @@ class LevelPlan:
 
     def _add_branch(self, index: int, channels: list[int], weight: HoistedWeight, bias: Tensor) -> None:
         """Add a branch, some networks at a time: their outputs if they read the features alone, else their pre-activations."""
-        networks, method, own = self.folded.networks[index].unbind(), self.options.method, self.features.own
-        hidden, changes_all = networks[0].w2.shape[0], self.level.branches[index].changes_all
+        networks, method, own = self.folded.networks[index], self.options.method, self.features.own
+        (count, hidden), changes_all = networks.w2.shape[:2], self.level.branches[index].changes_all
         size = own[:, :1].numel() * hidden * own.element_size()
         # torch.export knows no sizes
-        together = len(networks) if isinstance(size, torch.SymInt) else max(1, _AT_ONCE // size)
+        together = count if isinstance(size, torch.SymInt) else max(1, _AT_ONCE // size)
         outputs: list[Tensor] = []
-        for first in range(0, len(networks), together):
-            part = networks[first : first + together]
-            start, end = channels[first], channels[first] + hidden * len(part)
+        for first in range(0, count, together):
+            part = slice(first, min(count, first + together))
+            start, end = channels[first], channels[part.stop - 1] + hidden
             pre = hoisted_convolution(self.features, weight.rows(start, end), bias[start:end], method)
-            for network, own_pre in zip(part, pre.split(hidden, dim=1)):
-                if changes_all:
-                    outputs.append(evaluate_network(network, None, own_pre, method.tf32, self._network_backend))
-                else:  # dense: read for every sample, and the pixels of a slice lie pages apart
+            if changes_all:
+                outputs += self._tails(index, part, pre)
+            elif self._step_backend == "reference":  # dense: read for every sample, and the pixels of a slice lie pages apart
+                for own_pre in pre.split(hidden, dim=1):
                     self._known.add(laid_out(own_pre, self.options.memory_format), [(index, 0)])
+            else:
+                self._known.add(pre, [(index, channel - start) for channel in channels[part]])
         if changes_all:
             self._known.outputs[index] = tuple(outputs)
+
+    def _tails(self, index: int, part: slice, pre: Tensor) -> tuple[Tensor, ...]:
+        """The outputs of some networks of a branch that reads the features alone."""
+        backend, (_, *weights), packed = self._network_backend, self.folded.networks[index], self.folded.packed[index]
+        tails = (RecordedKernels(backend) if traced() else kernels(backend)).step_network_tails
+        stacks = [stack[part] for stack in weights]
+        return tails(pre, *stacks, tf32=self.options.method.tf32, packed=[stack[part] for stack in packed])
 
     def _noise_source(self, noise: Tensor | None) -> list[Tensor]:
         """The pre-activations of the branches whose condition is the noise, if there are any."""
@@ -293,6 +305,7 @@ class LevelPlan:
             self.inverse,
             backend,
             self._network_backend,
+            self._step_backend,
             options.method,
         )
 

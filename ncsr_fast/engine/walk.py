@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from ncsr_fast.engine.folding import Networks
-from ncsr_fast.engine.program import Head, Program
+from ncsr_fast.engine.program import Head, Link, Program
 from ncsr_fast.ops.backend import Kernels, kernels
+from ncsr_fast.ops.coupled_step import Mixing, Step, coupled_step, mapped, peaks, total
 from ncsr_fast.ops.network_gradients import StepNetwork
 from ncsr_fast.ops.recorded import RecordedKernels
 from ncsr_fast.ops.step_network import Hidden, Layers, NetworkTensors
@@ -65,6 +65,7 @@ class Walk:
         called = RecordedKernels if recorded else kernels
         self._maps: Kernels | RecordedKernels = called(program.backend)
         self._networks: Kernels | RecordedKernels = called(program.network_backend)
+        self._coupled = coupled_step("reference" if recorded else program.step_backend, self._maps, self._networks)
         self._weights = [networks.unbind() for networks in tensors.networks]
         self._packed = [list(zip(*map(Tensor.unbind, packed))) for packed in tensors.packed]
         heads = zip(program.heads, self.outputs)
@@ -73,24 +74,41 @@ class Walk:
 
     def run(self, x: Tensor, record: Record | None = None) -> tuple[Tensor, Tensor]:
         """The state after the program (B, C, h, w), and the log|det| (B,) of all affines."""
-        program, (mix, offset, *_) = self.program, self.tensors
         logdets: list[Tensor] = []
-        deferred = None
-        for stage in program.stages:
-            if stage.mix is not None:
-                before, after = self.fused(stage.before, x, deferred), self.fused(stage.after, x)
-                x, logdet = self._maps.flow_step_forward(
-                    x, mix[stage.mix], offset[stage.mix], before, after, program.eps, program.inverse
-                )
-                logdets.append(logdet)
-            if record is not None:
-                _enter(record, x, stage.mix is not None)
-            for head in stage.heads:
-                h = self.output(head, x, record)
-                x, logdet = self._maps.affine_forward(x, h, head.pass_through, program.eps, program.inverse)
-                logdets.append(logdet)
-            deferred = None if stage.deferred is None else self.output(stage.deferred, x, record)
-        return x, torch.stack(logdets).sum(dim=0)
+        found: list[Tensor] = []  # peaks
+        record = record or Record()
+        if self.program.stages[0].mix is None:
+            _enter(record, x)
+        for link in self.program.links:
+            step = self._step(link, x, record)
+            x = step.y
+            logdets += step.logdets
+            if step.peak is not None:
+                found.append(step.peak)
+            if link.mix is not None:
+                _enter(record, x)
+        if record.peaks is not None:
+            record.peaks.extend(peaks(found))
+        return x, total(logdets)
+
+    def _step(self, link: Link, x: Tensor, record: Record) -> Step:
+        """The maps of a link, with the evaluation of its network if that reads the state."""
+        program, head, mixing = self.program, link.head, self._mixing(link, x)
+        watched = record.peaks is not None and link.mix is not None
+        if head is None or self.outputs[head.branch] is not None or record.hidden is not None:
+            h, pass_through = (None, 0) if head is None else (self.output(head, x, record), head.pass_through)
+            return mapped(self._maps, x, h, pass_through, mixing, program.eps, program.inverse, watched)
+        network, packed, with_output = self.arguments(head, x)[1:], self.packed(head), record.outputs is not None
+        options = {"tf32": program.method.tf32, "packed": packed, "watched": watched, "with_output": with_output}
+        step = Step(*self._coupled(x, *network, *mixing, program.eps, program.inverse, **options))
+        if record.outputs is not None and step.output is not None:
+            record.outputs[-1].append(step.output)
+        return step
+
+    def _mixing(self, link: Link, x: Tensor) -> Mixing:
+        if link.mix is None:
+            return Mixing()
+        return Mixing(self.tensors.mix[link.mix], self.tensors.offset[link.mix], self.fused(link.injector, x))
 
     def evaluate_free(self, layers: list[list[Layers]] | None = None) -> None:
         """Evaluate the networks of the branches `free`; their outputs are known from now on.
@@ -101,7 +119,11 @@ class Walk:
         for branch in self.free:
             heads = self.program.heads[branch]
             if layers is None:
-                self.outputs[branch] = tuple(self._evaluated(head, None) for head in heads)
+                own, source = heads[0], self.tensors.sources[heads[0].source]
+                pre = source[:, own.channel : own.channel + len(heads) * own.hidden]  # the networks' are next to each other
+                _, *weights = self.tensors.networks[branch]
+                tails, packed = self._networks.step_network_tails, self.tensors.packed[branch]
+                self.outputs[branch] = tails(pre, *weights, tf32=self.program.method.tf32, packed=packed)
             else:
                 layers.append([self.layers(head, None) for head in heads])
                 self.outputs[branch] = tuple(h for _, _, h in layers[-1])
@@ -155,12 +177,10 @@ class Walk:
         return source if source.shape[1] == head.hidden else source[:, head.channel : head.channel + head.hidden]
 
 
-def _enter(record: Record, x: Tensor, mixed: bool) -> None:
-    """Add the state behind the mix of a stage."""
+def _enter(record: Record, x: Tensor) -> None:
+    """Begin a stage, whose networks read x."""
     if record.states is not None:
         record.states.append(x)
-    if record.peaks is not None and mixed:
-        record.peaks.append(x.abs().amax(dim=(1, 2, 3)))
     for found in (record.outputs, record.hidden):
         if found is not None:
             found.append([])

@@ -182,6 +182,39 @@ class Kernels(Protocol):
         self, passes: Sequence[NetworkPass], gradients: Sequence[StepNetwork], *, tf32: bool = False
     ) -> None: ...
 
+    def coupled_step_forward(
+        self,
+        x: Tensor,
+        pre: Tensor,
+        w1: Tensor,
+        w2: Tensor,
+        b2: Tensor,
+        w3: Tensor,
+        b3: Tensor,
+        mix: Tensor | None,
+        offset: Tensor | None,
+        injector: Tensor | None,
+        eps: float,
+        inverse: bool,
+        *,
+        tf32: bool = False,
+        packed: Sequence[Tensor] = (),
+        watched: bool = False,
+        with_output: bool = False,
+    ) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None, Tensor | None]: ...
+
+    def step_network_tails(
+        self,
+        pre: Tensor,
+        w2: Tensor,
+        b2: Tensor,
+        w3: Tensor,
+        b3: Tensor,
+        *,
+        tf32: bool = False,
+        packed: Sequence[Tensor] = (),
+    ) -> tuple[Tensor, ...]: ...
+
     def step_network_weights(
         self, w1: Tensor | None, w2: Tensor, w3: Tensor, dtype: torch.dtype, transposed: bool = False
     ) -> tuple[Tensor, ...]: ...
@@ -216,6 +249,7 @@ COVERAGE: dict[str, dict[str, Coverage]] = {
         "fold_filters": Coverage(("cpu", "cuda"), _NARROW),
         "conv3x3": Coverage(("cpu", "cuda"), _NARROW),
         "conv3x3_weights": Coverage(("cpu", "cuda"), _NARROW),
+        "coupled_step": Coverage(("cpu", "cuda"), _NARROW),
         "step_network": Coverage(("cpu", "cuda"), _NARROW),
         "step_network_weights": Coverage(("cpu", "cuda"), _NARROW),
     },

@@ -252,6 +252,13 @@ def _hidden(
     return h1, h2
 
 
+def step_network_tails(
+    pre: Tensor, w2: Tensor, b2: Tensor, w3: Tensor, b3: Tensor, *, tf32: bool = False, packed: Sequence[Tensor] = ()
+) -> tuple[Tensor, ...]:
+    networks = zip(pre.chunk(len(w2), dim=1), w2, b2, w3, b3, strict=True)
+    return tuple([_step_network(None, None, None, own, None, *weights) for own, *weights in networks])
+
+
 def _step_network(
     h1: Tensor | None,
     h2: Tensor | None,
