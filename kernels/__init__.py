@@ -2,6 +2,7 @@
 convolutions."""
 
 from ncsr_fast.kernels._common import KernelFailure, launched
+from ncsr_fast.kernels._flow_step_mix import flow_step_mix_backward
 from ncsr_fast.kernels._network_weight import step_network_weights_backward
 from ncsr_fast.kernels.affine import affine_backward, affine_forward
 from ncsr_fast.kernels.conv3x3 import conv3x3_backward, conv3x3_forward, conv3x3_weights
@@ -23,6 +24,7 @@ __all__ = [
     "coupled_step_forward",
     "flow_step_backward",
     "flow_step_forward",
+    "flow_step_mix_backward",
     "fold_filters_backward",
     "fold_filters_forward",
     "gaussian_split_backward",

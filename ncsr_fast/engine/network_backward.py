@@ -20,7 +20,7 @@ from ncsr_fast.ops.backend import kernels
 from ncsr_fast.ops.network_gradients import NetworkPass, StepNetwork
 from ncsr_fast.ops.step_network import Hidden, network_weights
 
-_TOGETHER = ("triton",)  # backends that take several networks in one launch
+BATCHED = ("triton",)  # backends that take several networks, or steps, in one launch
 
 
 class NetworksBackward:
@@ -113,7 +113,7 @@ class NetworksBackward:
 
     def _together(self, head: Head, dh: Tensor) -> int:
         """How many networks of a branch may wait, with hidden layers, and gradients of h2 and of the output."""
-        if self._walk.program.network_backend not in _TOGETHER:
+        if self._walk.program.network_backend not in BATCHED:
             return 1
         size = (3 * head.hidden + dh.shape[1]) * dh[:, 0].numel() * dh.element_size()
         return max(1, spare_bytes(dh.device) // (size * len(self.gradients)))

@@ -27,6 +27,9 @@ _NOT_INSTALLED = "this is a source tree that was not installed; in it: pip insta
 _PREFERRED = {"cpu": ("native",)}  # what "auto" tries before the reference; on a GPU its table says so (`ncsr_fast.tuning`)
 
 
+Step = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # dy, x, h_before and h_after of `flow_step_backward`
+
+
 class Kernels(Protocol):
     """The functions of a backend, of checked tensors and without autograd, each documented in `ncsr_fast.ops.reference`.
 
@@ -67,7 +70,10 @@ class Kernels(Protocol):
         h_after: Tensor | None,
         eps: float,
         inverse: bool,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]: ...
+        mix_later: bool = False,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]: ...
+
+    def flow_step_mix_backward(self, steps: Sequence[Step], eps: float, inverse: bool) -> tuple[Tensor, Tensor]: ...
 
     def inverse_logdet(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]: ...
 
@@ -245,6 +251,7 @@ COVERAGE: dict[str, dict[str, Coverage]] = {
         "affine": Coverage(("cpu", "cuda"), _NARROW),
         "gaussian_split": Coverage(("cpu", "cuda"), _NARROW),
         "flow_step": Coverage(("cpu", "cuda"), _NARROW),
+        "flow_step_mix": Coverage(("cpu", "cuda"), _NARROW),
         "inverse_logdet": Coverage(("cpu", "cuda"), _FLOATS),
         "fold_filters": Coverage(("cpu", "cuda"), _NARROW),
         "conv3x3": Coverage(("cpu", "cuda"), _NARROW),

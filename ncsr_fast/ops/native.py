@@ -172,7 +172,8 @@ def flow_step_backward(
     h_after: Tensor | None,
     eps: float,
     inverse: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    mix_later: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     dtype, channels = compute_dtype(x), x.shape[1]
     dx, dmix, doffset = empty_like(x), x.new_empty((channels, channels), dtype=dtype), x.new_empty(channels, dtype=dtype)
     dh_before = None if h_before is None else empty_like(h_before)
@@ -182,6 +183,8 @@ def flow_step_backward(
         x.shape, eps, inverse, _image(dy), _per_sample(dlogdet, dtype), _image(x), _image(y), _dense(mix, dtype),
         _image(h_before), _image(h_after), _image(dx), _dense(dmix), _dense(doffset), _image(dh_before), _image(dh_after),
     )  # fmt: skip
+    if mix_later:
+        return dx, None, None, dh_before, dh_after
     return dx, dmix.to(mix.dtype), doffset.to(mix.dtype), dh_before, dh_after
 
 

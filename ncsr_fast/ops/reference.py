@@ -132,22 +132,49 @@ def flow_step_backward(
     h_after: Tensor | None,
     eps: float,
     inverse: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Gradients of x, mix, offset, h_before and h_after, from the input x and the output y."""
+    mix_later: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of x, mix, offset, h_before and h_after, from the input x and the output y; with `mix_later` None for mix and
+    offset, which are left to `flow_step_mix_backward`."""
     pass_before, pass_after = _pass_through(x, inverse)
-    dh_before = dh_after = None
+    dh_before = dh_after = dmix = doffset = None
     dw = dy.to(mix.dtype)
     if h_after is not None:
         dw, dh_after = _affine_gradients(dw, dlogdet, y.to(mix.dtype), h_after, pass_after, eps, inverse)
     a = x.to(mix.dtype)
     if h_before is not None:
         a, _ = affine_forward(a, h_before, pass_before, eps, inverse)
-    pixels = dw.flatten(2)
-    dmix, doffset = product(pixels, a.flatten(2).mT).sum(dim=0), pixels.sum(dim=(0, 2))
+    if not mix_later:
+        dmix, doffset = _mix_gradients(dw, a)
     dx = mixed(mix.mT, dw)
     if h_before is not None:
         dx, dh_before = _affine_gradients(dx, dlogdet, a, h_before, pass_before, eps, inverse)
     return dx.to(x.dtype), dmix, doffset, dh_before, dh_after
+
+
+def flow_step_mix_backward(
+    steps: Sequence[tuple[Tensor, Tensor, Tensor | None, Tensor | None]], eps: float, inverse: bool
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the matrices (n, C, C) and offsets (n, C) of n steps, from dy, x, h_before and h_after of each."""
+    found = []
+    for dy, x, h_before, h_after in steps:
+        (pass_before, pass_after), dtype = _pass_through(x, inverse), compute_dtype(x)
+        dw, a = dy.to(dtype), x.to(dtype)
+        if h_after is not None:
+            scale = torch.sigmoid(h_after[:, 1::2].to(dtype) + 2) + eps
+            changed = dw[:, pass_after:] / scale if inverse else dw[:, pass_after:] * scale
+            dw = torch.cat([dw[:, :pass_after], changed], dim=1)
+        if h_before is not None:
+            a, _ = affine_forward(a, h_before, pass_before, eps, inverse)
+        found.append(_mix_gradients(dw, a))
+    dmix, doffset = map(torch.stack, zip(*found))
+    return dmix, doffset
+
+
+def _mix_gradients(dw: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
+    """Of w = mix·a + offset."""
+    pixels = dw.flatten(2)
+    return product(pixels, a.flatten(2).mT).sum(dim=0), pixels.sum(dim=(0, 2))
 
 
 def mixed(mix: Tensor, x: Tensor) -> Tensor:
