@@ -34,6 +34,13 @@ def poisoned(monkeypatch):
     monkeypatch.setattr(torch, "empty", lambda *a, **k: allocate(*a, **k).fill_(float("nan")))
 
 
+@pytest.fixture(autouse=True)
+def few_programs(monkeypatch):
+    """In the interpreter three parts of a sum, which are as good as 48 to go wrong and take seconds less."""
+    if interpreted("triton"):
+        monkeypatch.setattr(_network_weight, "PARTS", {1: 3, 9: 3})
+
+
 class Case:
     """A network, what it reads, and the gradient of its output, in the engine's layout, as `step_network_backward` takes them.
 
