@@ -89,8 +89,11 @@ def gaussian_split_forward(x: Tensor, h: Tensor, inverse: bool) -> tuple[Tensor,
 
 
 def gaussian_split_backward(dy: Tensor, dlogdet: Tensor, x: Tensor, h: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
-    """Gradients of x and h. With d = dy - g·eps: dx = d·exp(-logs), dmean = -dx, dlogs = -d·eps - g; the inverse, whose x is
-    eps: dx = dy·exp(logs) + g·x, dmean = dy, dlogs = dy·exp(logs)·x + g."""
+    """Gradients of x and h.
+
+    With d = dy - g·eps: dx = d·exp(-logs), dmean = -dx, dlogs = -d·eps - g. For the inverse, whose x is eps:
+    dx = dy·exp(logs) + g·x, dmean = dy, dlogs = dy·exp(logs)·x + g.
+    """
     taken, dtype, g = h.shape[1] // 2, compute_dtype(x), dlogdet[:, None, None, None]
     mean, logs = h[:, 0::2].to(dtype), h[:, 1::2].to(dtype)
     last, dlast = x[:, -taken:].to(dtype), dy[:, -taken:].to(dtype)
@@ -320,11 +323,12 @@ def conv3x3_forward(
     """leaky_relu(weight ∗ x + bias), zeros around x, in the dtype of x.
 
     Args:
-        x: (B, C, H, W), read with nearest-neighbour upsampling ×2 with `upsample2x`.
+        x: (B, C, H, W).
+        upsample2x: Read x with nearest-neighbour upsampling ×2.
         weight: (N, C, 3, 3).
         bias: (N,) or None.
         slope: Of the leaky ReLU; 1 is none.
-        tf32: Whether a GPU may round float32 operands to TF32.
+        tf32: Permit a GPU to round float32 operands to TF32.
         out: Written to and returned, if given; may be other channels of the memory of x.
         accumulate: Add to `out` instead.
     """

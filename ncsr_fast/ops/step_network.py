@@ -59,6 +59,13 @@ def step_network(
 
     Raises:
         ValueError, TypeError: A wrong shape, dtype or device; the message names the argument.
+
+    Example:
+        >>> z1, pre = torch.randn(2, 6, 8, 8), torch.randn(2, 64, 8, 8)
+        >>> w1, w2, w3 = torch.randn(64, 6, 3, 3), torch.randn(64, 64, 1, 1), torch.randn(12, 64, 3, 3)
+        >>> h = ops.step_network(z1, pre, w1, w2, torch.zeros(64), w3, torch.zeros(12))
+        >>> tuple(h.shape)
+        (2, 12, 8, 8)
     """
     batch, hidden, height, width = check_image("step_network", "pre", pre)
     if (z1 is None) != (w1 is None):
