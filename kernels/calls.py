@@ -146,7 +146,7 @@ def _packed(network: Sequence[Tensor | None], transposed: bool = False) -> list[
 def network_backward_calls(
     channels: int, size: tuple[int, int, int] = SIZE, precisions: Sequence[str] = tuple(PRECISIONS)
 ) -> Iterator[Call]:
-    """Likewise of the gradients of `step_network`, hidden layers recomputed and saved: of a coupling, of two injectors at once."""
+    """Likewise of the gradients of `step_network`, hidden layers recomputed or saved: of a coupling, of two injectors."""
     for precision in precisions:
         dtype, tf32 = PRECISIONS[precision]
         state, sources = _image(size, channels, torch.float32), _image(size, 4 * HIDDEN, dtype)

@@ -137,8 +137,10 @@ def flow_step_backward(
     inverse: bool,
     mix_later: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of x, mix, offset, h_before and h_after, from the input x and the output y; with `mix_later` None for mix and
-    offset, which are left to `flow_step_mix_backward`."""
+    """Gradients of x, mix, offset, h_before and h_after, from the input x and the output y.
+
+    With `mix_later` None for mix and offset, which are left to `flow_step_mix_backward`.
+    """
     pass_before, pass_after = _pass_through(x, inverse)
     dh_before = dh_after = dmix = doffset = None
     dw = dy.to(mix.dtype)
@@ -497,7 +499,8 @@ def step_network_tails(
     pre: Tensor, w2: Tensor, b2: Tensor, w3: Tensor, b3: Tensor, *, tf32: bool = False, packed: Sequence[Tensor] = ()
 ) -> tuple[Tensor, ...]:
     """The outputs of K networks that do not read the state: pre (B, K·hidden, H, W), and weights as `step_network_forward` has
-    them, stacked."""
+    them, stacked.
+    """
     networks = zip(pre.chunk(len(w2), dim=1), w2, b2, w3, b3, strict=True)
     return tuple([step_network_forward(None, own, None, *weights, tf32=tf32) for own, *weights in networks])
 
