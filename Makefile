@@ -7,6 +7,8 @@
 #   make test      what CI runs: lint, and every test but those marked exhaustive, against an installed copy
 #   make test-all  the exhaustive ones too
 #   make matrix    the fast tests with other versions of Python and torch, and on lesser CPUs
+#   make docs      the pages of docs/ and the API as a site in build/site, with what `make dev` installed
+#   make figures PUBLISHED=CHECKOUT  measure all that the pages' tables say, on an idle machine, and write them: an hour
 #   make wheel-gpu wheels with CUDA kernels in wheels/, for benchmarks/gpu.sh on a machine with a GPU; minutes for each Python
 #
 # Two environments, which never touch each other. $(VENV) has a copy of the package, as users get it: `demo` and `test`
@@ -28,7 +30,7 @@ PYTEST_FLAGS_SLOW := -n $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n < 3 
 # what [build-system] in pyproject.toml requires, for builds that find their objects of the last time
 BUILD := 'setuptools>=68' 'pybind11>=2.13' ninja
 
-.PHONY: demo dev check lint test test-all matrix wheel-gpu clean
+.PHONY: demo dev check lint test test-all matrix docs figures wheel-gpu clean
 
 demo: $(BIN)/python
 	$(call install_copy,demo)
@@ -59,6 +61,16 @@ test-all: $(BIN)/python
 
 matrix:
 	$(PYTHON) .ci/matrix.py --torch '$(TORCH)'
+
+docs: $(DEV)/bin/ruff
+	$(DEV)/bin/python -m sphinx --fail-on-warning --keep-going --quiet docs build/site
+
+figures: export OMP_NUM_THREADS := 2
+figures: $(BIN)/python
+	$(call install_copy,dev)
+	$(BIN)/python -m ncsr_fast.benchmarks.end_to_end --published $(PUBLISHED) --threads 2 --out benchmarks/results
+	$(BIN)/ncsr-fast bench --threads 2 --no-compile --out benchmarks/results
+	$(BIN)/python -m ncsr_fast.benchmarks.pages
 
 wheel-gpu:
 	$(PYTHON) .ci/wheels.py $(PYTHONS)

@@ -87,6 +87,11 @@ TRIPS: dict[str, Callable[[dict[str, int]], tuple[int, ...]]] = {
     "hidden_kernel": lambda given: (9 * given["BLOCKS_K"],),
     "output_kernel": lambda given: (9 * given["BLOCKS_K"],),
     "coupled_step_kernel": lambda given: _regions_and_tiles(given),
+    # in float32; of the two loops one after the other the longer
+    "hidden_backward_kernel": lambda given: (9 * max(given["BLOCKS_C"], given["BLOCKS_K"]),),
+    "state_backward_kernel": lambda given: (9 * given["BLOCKS_K"],),
+    "network_weight_kernel": lambda given: (given["tiles"],),
+    "sum_network_partials_kernel": lambda given: (math.ceil(given["parts"] / given["BLOCK_PARTS"]),),
     "conv3x3_kernel": lambda given: (_taps(given) * math.ceil(given["inputs"] / given["BLOCK_K"]),),
     "conv3x3_weight_kernel": lambda given: (given["tiles"],),
     "sum_weight_partials_kernel": lambda given: (math.ceil(given["parts"] / given["BLOCK_PARTS"]),),
@@ -136,6 +141,8 @@ CALLS: dict[str, Callable[[Task], Sequence[Any]]] = {
     "flow_calls": lambda task: [(task.direction, "nhwc", dtype) for dtype in ("float32", "bfloat16")],
     "network_calls": lambda task: ["bf16", "tf32", "fp32"],
     "coupled_calls": lambda task: ["bf16", "tf32", "fp32"],
+    "network_backward_calls": lambda task: ["bf16", "tf32", "fp32"] if task.backward else [],
+    "filter_calls": lambda task: ["bf16", "fp32"],
 }
 # Words in the names of calls, and the dtype that decides between backends
 DTYPES = {"float32": "float32", "fp32": "float32", "tf32": "float32", "bfloat16": "bfloat16", "bf16": "bfloat16"}

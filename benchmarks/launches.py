@@ -36,10 +36,10 @@ PARTS: dict[str, dict[str, str]] = {
         "split_prior": "split",
     },
     "ncsr_fast.engine.walk": {"run": "steps", "output": "steps", "evaluate_free": "injectors"},
-    "ncsr_fast.engine.gradient": {
-        "_free_backward": "injectors", "_forward": "steps", "_backward": "steps",
-    },
+    "ncsr_fast.engine.gradient": {"_forward": "steps", "_backward": "steps"},
+    "ncsr_fast.engine.network_backward": {"_run_waiting": "injectors"},
     "ncsr_fast.ops.coupled_step": {"largest": "watch", "peaks": "watch"},
+    "ncsr_fast.ops.fold_filters": {"*": "fold"},
     "ncsr_fast.ops.gaussian_split": {"*": "split"},
     "ncsr_fast.flow.samples": {"draw": "draws", "draw_latents": "draws", "_first_bad": "watch"},
     "ncsr_fast.training.batch": {"*": "data"},

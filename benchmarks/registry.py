@@ -180,9 +180,8 @@ class Operator:
     def bytes_moved(self, inputs: dict[str, Tensor], outputs: tuple[Tensor, ...], shape: Shape, backward: bool) -> int:
         """Bytes no implementation can avoid moving.
 
-        forward, inverse   each input read once, each output written once
-        backward           the gradients of the outputs and the saved inputs read once (of the state only the changed
-                           channels), the gradients of the inputs written once
+        Forward and inverse: each input read once, each output written once. Backward: the gradients of the outputs and the
+        saved inputs read once (of the state only the changed channels), the gradients of the inputs written once.
         """
         state, *others = (tensor.nbytes for tensor in inputs.values())
         every_input, every_output = state + sum(others), sum(tensor.nbytes for tensor in outputs)

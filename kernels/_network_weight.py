@@ -1,7 +1,7 @@
 """The gradients of the weights of several networks: products over all pixels, divided among programs.
 
     dw3[n, c, d] = Σ_p dh[p, n] · h2[p + d, c],   db3[n] = Σ_p dh[p, n]       taps d of a 3×3 convolution
-    dw2[n, c]    = Σ_p dh2[p, n] · h1[p, c],      db2[n] = Σ_p dh2[p, n]
+    dw2[n, c]    = Σ_p dh2[p, n] · h1[p, c],      db2[n] = Σ_p dh2[p, n]      h1 as it is, or the positive part of pre
     dw1[n, c, d] = Σ_p dpre[p, n] · z1[p + d, c]
 
 A program sums one tap of a block of the weight of one network over one part of the tiles of all samples, on tensor cores where
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ncsr_fast.kernels._common import arithmetic, at, channel_tile, launch, load
 from ncsr_fast.kernels._networks import images, one_of
-from ncsr_fast.kernels._step_network import COLUMNS, moved, rectangle
+from ncsr_fast.kernels._step_network import COLUMNS, moved, rectangle, relu
 from ncsr_fast.layout import writable
 
 # Sizes of tiles: outputs and inputs (at most), rows of 16 pixels added at once, and stages of loads on their way; by how
@@ -49,6 +49,7 @@ def network_weight_kernel(
     tiles,
     TAPS: tl.constexpr,
     BIAS: tl.constexpr,
+    POSITIVE: tl.constexpr,
     PRECISION: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -75,6 +76,7 @@ def network_weight_kernel(
         b_dy = tl.load(at(dy, pixel, o_n), mask=pixel[3] & (o_n < outputs), other=0.0)
         near = moved(pixel, i_tap, height, width) if TAPS == 9 else pixel
         b_x = tl.load(at(x, near, o_c), mask=near[3] & (o_c < inputs), other=0.0)
+        b_x = relu(b_x) if POSITIVE else b_x
         acc = tl.dot(tl.trans(b_dy), b_x.to(b_dy.dtype), acc, input_precision=PRECISION)
     p_partial += i_all.to(tl.int64) * (TAPS * outputs * inputs + outputs)
     o_row = tl.trans(o_n)
@@ -126,10 +128,13 @@ def sum_network_partials_kernel(
 
 def step_network_weights_backward(passes: Sequence[tuple], gradients: Sequence[tuple], *, tf32: bool = False) -> None:
     """As the reference's."""
-    z1, h1, h2, dpre, dh2, dh = zip(*passes)
+    z1, pre, h1, h2, dpre, dh2, dh = zip(*passes)
     dw1, dw2, db2, dw3, db3 = zip(*gradients)
     _backward_weights(dh, h2, dw3, db3, tf32)
-    _backward_weights(dh2, h1, dw2, db2, tf32)
+    if h1[0] is None:
+        _backward_weights(dh2, pre, dw2, db2, tf32, positive=True)
+    else:
+        _backward_weights(dh2, h1, dw2, db2, tf32)
     if z1[0] is not None:
         _backward_weights(dpre, z1, dw1, None, tf32)
 
@@ -140,8 +145,12 @@ def _backward_weights(
     dweight: Sequence[Tensor],
     dbias: Sequence[Tensor] | None,
     tf32: bool,
+    positive: bool = False,
 ) -> None:
-    """Write the gradients of weights (outputs, inputs, k, k), all with the same strides, and of biases, contiguous."""
+    """Write the gradients of weights (outputs, inputs, k, k), all with the same strides, and of biases, contiguous.
+
+    positive: of x the positive part was multiplied by the weights
+    """
     (batch, outputs, height, width), inputs, taps = dy[0].shape, x[0].shape[1], dweight[0].shape[2] ** 2
     if dy[0].numel() == 0:
         for gradient in (*dweight, *(dbias or ())):
@@ -169,6 +178,7 @@ def _backward_weights(
         total=total,
         tiles=tiles,
         BIAS=dbias is not None,
+        POSITIVE=positive,
         PRECISION="tf32" if kind == "tf32" else "ieee",
         COLUMNS=COLUMNS,
         **sizes,

@@ -21,17 +21,20 @@ def one_of(pointers, i):
     return p
 
 
-def images(name: str, xs: Sequence[Tensor], written: bool = False) -> dict[str, tuple]:
+def images(name: str, xs: Sequence[Tensor | None], written: bool = False) -> dict[str, tuple | None]:
     """The form in which a kernel takes images of one shape and dtype: their pointers, and the strides that all of them have.
 
-    Those that lie differently are copied, but not if they are `written`.
+    Those that lie differently are copied, but not if they are `written`. Both are None where the first image is.
 
     Raises:
         ValueError: They are written and lie differently.
     """
-    if any(x.stride() != xs[0].stride() for x in xs):
+    given = [x for x in xs if x is not None]
+    if not given:
+        return {f"p_{name}": None, f"{name}_strides": None}
+    if any(x.stride() != given[0].stride() for x in given):
         if written:
             raise ValueError(f"{name}: the tensors written must all have the same strides")
-        xs = [empty_channels_last(x.shape, x).copy_(x) for x in xs]
-    forms = [image(x) for x in xs]
+        given = [empty_channels_last(x.shape, x).copy_(x) for x in given]
+    forms = [image(x) for x in given]
     return {f"p_{name}": tuple(form[0] for form in forms), f"{name}_strides": forms[0][1:]}

@@ -26,6 +26,7 @@ from typing import Any
 
 import triton
 from torch import Tensor
+from torch.utils import _pytree as pytree
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
@@ -37,6 +38,7 @@ from ncsr_fast.kernels.calls import (
     Variant,
     convolution_calls,
     coupled_calls,
+    filter_calls,
     flow_calls,
     large_coupled_calls,
     network_backward_calls,
@@ -50,6 +52,7 @@ Calls = Callable[..., Iterator[tuple[str, str, Callable]]]  # (channels, size, v
 PRODUCTS: dict[str, Calls] = {  # of tensor cores
     "networks": network_calls,
     "gradients": network_backward_calls,
+    "filters": filter_calls,
     "convolutions": convolution_calls,
     "steps": coupled_calls,
     "large-steps": large_coupled_calls,
@@ -165,9 +168,9 @@ def _host_function() -> str:
 
 
 def _bytes(arguments: Iterable[Any]) -> int:
-    """Of the tensors among the arguments of a kernel, tuples of a tensor and its strides included."""
-    first = [argument[0] if isinstance(argument, tuple) else argument for argument in arguments]
-    return sum(tensor.numel() * tensor.element_size() for tensor in first if isinstance(tensor, Tensor))
+    """Of the tensors among the arguments of a kernel, those in tuples included."""
+    found = [argument for argument in pytree.tree_leaves(list(arguments)) if isinstance(argument, Tensor)]
+    return sum(tensor.numel() * tensor.element_size() for tensor in found)
 
 
 def _output_of(*command: str) -> str:

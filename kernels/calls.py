@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from ncsr_fast import kernels
+from ncsr_fast.ops.network_gradients import NetworkPass, StepNetwork
 
 Call = tuple[str, str, Callable]  # operator, name and body
 LAYOUTS = {"nhwc": torch.channels_last, "nchw": torch.contiguous_format}
@@ -25,6 +27,7 @@ PAIRS: tuple[Variant, ...] = (
 VARIANTS = {"every": EVERY_VARIANT, "pairs": PAIRS, "engine": PAIRS[:2]}
 CONVOLUTIONS = ((32, False), (64, False), (64, True))  # of the encoder: outputs, and whether the input is read upsampled
 PRECISIONS = {"bf16": (torch.bfloat16, False), "tf32": (torch.float32, True), "fp32": (torch.float32, False)}
+FEATURES = 320  # channels of the condition of the published networks
 HIDDEN = 64  # channels of the hidden layers of the published networks
 SIZE = (18, 80, 80)  # batch, height and width of the calls, as in training: the weight gradient loops over many tiles
 
@@ -132,46 +135,55 @@ def _network(inputs: int, outputs: int, dtype: torch.dtype) -> list[Tensor | Non
     return [torch.empty(shape, dtype=dtype, device="meta") if all(shape) else None for shape in shapes]
 
 
-def _packed(network: list[Tensor | None]) -> list[Tensor]:
+def _packed(network: Sequence[Tensor | None], transposed: bool = False) -> list[Tensor]:
     """The weights of a network packed, which the engine does once for many."""
     w1, w2, _, w3, _ = network
     assert w2 is not None and w3 is not None
-    return [stack[0] for stack in kernels.step_network_weights(None if w1 is None else w1[None], w2[None], w3[None], w2.dtype)]
+    stacks = kernels.step_network_weights(None if w1 is None else w1[None], w2[None], w3[None], w2.dtype, transposed)
+    return [stack[0] for stack in stacks]
 
 
 def network_backward_calls(
     channels: int, size: tuple[int, int, int] = SIZE, precisions: Sequence[str] = tuple(PRECISIONS)
 ) -> Iterator[Call]:
-    """Likewise of the gradients of `step_network`: of a coupling, and of some injectors at once."""
-    batch, height, width = size
+    """Likewise of the gradients of `step_network`, hidden layers recomputed or saved: of a coupling, of two injectors."""
     for precision in precisions:
         dtype, tf32 = PRECISIONS[precision]
-
-        def image(c: int, dtype: torch.dtype = dtype) -> Tensor:
-            return torch.empty(batch, c, height, width, dtype=dtype, device="meta", memory_format=torch.channels_last)
-
-        def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor | None:
-            return torch.empty(shape, dtype=dtype, device="meta") if all(shape) else None
-
-        def network(inputs: int, outputs: int) -> tuple[Tensor | None, ...]:
-            shapes = (HIDDEN, inputs, 3, 3), (HIDDEN, HIDDEN, 1, 1), (HIDDEN,), (outputs, HIDDEN, 3, 3), (outputs,)
-            return tuple(empty(*shape) for shape in shapes)
-
-        state, sources = image(channels, torch.float32), image(4 * HIDDEN)
+        state, sources = _image(size, channels, torch.float32), _image(size, 4 * HIDDEN, dtype)
         for name, inputs, outputs, count in (("coupling", channels // 2, channels, 1), ("injectors", 0, 2 * channels, 2)):
-            networks = [network(inputs, outputs)] * count
+            networks = [StepNetwork._make(_network(inputs, outputs, dtype))] * count
             z1 = [state[:, :inputs] if inputs else None] * count
-            h1, h2, dh2 = ([image(HIDDEN) for _ in range(count)] for _ in range(3))
-            dh, dpre = [image(outputs)] * count, [sources[:, HIDDEN * i : HIDDEN * (i + 1)] for i in range(count)]
-            passes = list(zip(z1, h1, h2, dpre, dh2, dh))
-            yield (
-                "step_network",
-                f"{name} backward {precision}",
-                lambda: (
-                    kernels.step_network_backward(dh, h1, h2, networks, dpre, z1, tf32=tf32),
-                    kernels.step_network_weights_backward(passes, networks, tf32=tf32),
-                ),
-            )
+            pre, dpre = ([sources[:, HIDDEN * i : HIDDEN * (i + 1)] for i in range(count)] for _ in range(2))
+            h1, h2, dh2, dh = ([_image(size, c, dtype) for _ in range(count)] for c in (HIDDEN, HIDDEN, HIDDEN, outputs))
+            saved = list(zip(h1 if inputs else [None] * count, h2))
+            passes = list(map(NetworkPass, z1, pre, h1 if inputs else [None] * count, h2, dpre, dh2, dh))
+            packed = [[*_packed(network), *_packed(network, transposed=True)] for network in networks]
+
+            def backward(hidden: list | None) -> None:
+                kernels.step_network_backward(dh, z1, pre, hidden, networks, dpre, z1, tf32=tf32, packed=packed)
+                kernels.step_network_weights_backward(passes, networks, tf32=tf32)
+
+            yield "step_network", f"{name} backward {precision}", partial(backward, None)
+            yield "step_network", f"{name} backward saved {precision}", partial(backward, saved)
+
+
+def filter_calls(
+    channels: int, size: tuple[int, int, int] = SIZE, precisions: Sequence[str] = tuple(PRECISIONS)
+) -> Iterator[Call]:
+    """Likewise of `fold_filters`, of the networks of a level of 16 steps: couplings and injectors."""
+    for precision in precisions:
+        dtype, half = PRECISIONS[precision][0], channels // 2
+        inputs = [half + FEATURES, HIDDEN, HIDDEN, FEATURES, HIDDEN, HIDDEN]
+        outputs = [HIDDEN, HIDDEN, channels, HIDDEN, HIDDEN, 2 * channels]
+        weights = [torch.empty(16, n, c, k, k, device="meta") for n, c, k in zip(outputs, inputs, (3, 1, 3) * 2)]
+        biases = [torch.empty(16, n, device="meta") for n in outputs]
+        factors, first = [1.0, 1.0, 3.0] * 2, [half, HIDDEN, HIDDEN, 0, HIDDEN, HIDDEN]
+
+        def fold() -> None:
+            folded = kernels.fold_filters_forward(weights, biases, biases, factors, first, dtype)
+            kernels.fold_filters_backward(*folded, weights, biases, biases, factors)
+
+        yield "fold_filters", f"any {precision}", fold
 
 
 def convolution_calls(

@@ -15,17 +15,30 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ncsr_fast.kernels._common import arithmetic, at, channel_tile, check_dtype, image, launch, load, program, store
+from ncsr_fast.kernels._common import arithmetic, at, channel_tile, check_dtype, dense, image, launch, load, program, store
 from ncsr_fast.kernels._networks import images, one_of
-from ncsr_fast.kernels._step_network import INPUTS, moved, rectangle, tiling
-from ncsr_fast.kernels.step_network import HIDDEN, launch_hidden, packed_network
+from ncsr_fast.kernels._step_network import (
+    INPUTS,
+    Packed,
+    add_bias,
+    add_convolved,
+    block,
+    moved,
+    rectangle,
+    relu,
+    step_network_weights,
+    tiling,
+)
+from ncsr_fast.kernels.step_network import launch_hidden
 from ncsr_fast.layout import empty_channels_last, writable
 
 OUTPUTS_READ = 32  # of dh at once, at most
+FUSED = 128  # channels, filled up, of hidden layers that are recomputed in the same kernel: w2 is in shared memory as a whole
 
 
 @triton.jit
@@ -55,17 +68,15 @@ def add_transposed(
     return acc
 
 
-@triton.jit
-def gated(b, layer, pixel, o_c, m_c):
-    """b where a layer, behind its ReLU, is positive or NaN; else zero."""
-    return tl.where(load(layer, pixel, o_c, m_c) <= 0.0, 0.0, b)
-
-
 @triton.jit(do_not_specialize=["batch", "height", "width"])
 def hidden_backward_kernel(
     p_dh,  # of each network, (B, outputs, H, W)
     dh_strides,
-    p_h1,  # (B, hidden, H, W)
+    p_z1,  # (B, C, H, W), or None
+    z1_strides,
+    p_pre,  # (B, hidden, H, W), or None: h1 and h2 are read
+    pre_strides,
+    p_h1,  # (B, hidden, H, W), or None: not written
     h1_strides,
     p_h2,  # (B, hidden, H, W)
     h2_strides,
@@ -73,11 +84,15 @@ def hidden_backward_kernel(
     dh2_strides,
     p_dpre,  # (B, hidden, H, W)
     dpre_strides,
-    p_w2,  # of each network, packed: (1, HS, HS)
-    p_w3,  # (9, BLOCKS_K·BLOCK_K, HS)
+    p_w1,  # packed: (9, CS, HS)
+    p_w2,  # (1, HS, HS)
+    p_b2,  # (hidden,)
+    p_w2_transposed,  # (1, HS, HS)
+    p_w3_transposed,  # (9, BLOCKS_K·BLOCK_K, HS)
     batch,
     height,
     width,
+    channels: tl.constexpr,
     hidden: tl.constexpr,
     outputs: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -85,31 +100,45 @@ def hidden_backward_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     HS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCKS_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCKS_K: tl.constexpr,
 ):
-    """dh2 and dpre of a tile of pixels, the latter BLOCK_N channels at once."""
+    """dh2 and dpre of a tile of pixels, and ahead of them h1 and h2 as `hidden_kernel` has them."""
     i = tl.program_id(0).to(tl.int64)
     tiles = tl.cdiv(height, ROWS) * tl.cdiv(width, COLUMNS)
-    i_network, i = i // (tiles * batch), i % (tiles * batch)
-    dh = (one_of(p_dh, i_network),) + dh_strides
-    h1 = (one_of(p_h1, i_network),) + h1_strides
-    h2 = (one_of(p_h2, i_network),) + h2_strides
-    dh2 = (one_of(p_dh2, i_network),) + dh2_strides
-    dpre = (one_of(p_dpre, i_network),) + dpre_strides
-    p_w2, p_w3 = one_of(p_w2, i_network), one_of(p_w3, i_network)
+    n, i = i // (tiles * batch), i % (tiles * batch)
+    dh, h2 = (one_of(p_dh, n),) + dh_strides, (one_of(p_h2, n),) + h2_strides
+    dh2, dpre = (one_of(p_dh2, n),) + dh2_strides, (one_of(p_dpre, n),) + dpre_strides
     pixel = rectangle(i % batch, i // batch, height, width, ROWS, COLUMNS)
     o_c = channel_tile(0, HS)
-    acc = tl.zeros([ROWS * COLUMNS, HS], tl.float32)
-    acc = add_transposed(acc, dh, p_w3, pixel, o_c, height, width, outputs, HS, BLOCK_K, BLOCKS_K, PRECISION, UNROLLED)
-    b_dh2 = gated(acc, h2, pixel, o_c, o_c < hidden).to(p_w2.dtype.element_ty)
+    o_w2 = tl.trans(o_c) * HS + o_c
+    p_w3 = one_of(p_w3_transposed, n)
+    b_dh2 = tl.zeros([ROWS * COLUMNS, HS], tl.float32)
+    b_dh2 = add_transposed(b_dh2, dh, p_w3, pixel, o_c, height, width, outputs, HS, BLOCK_K, BLOCKS_K, PRECISION, UNROLLED)
+    if p_pre is None:
+        b_h2 = load(h2, pixel, o_c, o_c < hidden)
+    else:
+        pre = (one_of(p_pre, n),) + pre_strides
+        b_h1 = load(pre, pixel, o_c, o_c < hidden)
+        if p_z1 is not None:
+            z1, p_own = (one_of(p_z1, n),) + z1_strides, one_of(p_w1, n)
+            b_h1, _ = add_convolved(
+                b_h1, None, z1, p_own, pixel, o_c, height, width, channels, HS, BLOCK_C, BLOCKS_C, PRECISION, UNROLLED
+            )
+        b_h1 = tl.where(o_c < hidden, relu(b_h1), 0.0).to(p_w3.dtype.element_ty)
+        if p_h1 is not None:
+            store((one_of(p_h1, n),) + h1_strides, pixel, o_c, b_h1, o_c < hidden)
+        b_h2 = tl.dot(b_h1, tl.load(one_of(p_w2, n) + o_w2), input_precision=PRECISION)
+        b_h2 = relu(add_bias(b_h2, one_of(p_b2, n), o_c, o_c < hidden))
+        store(h2, pixel, o_c, b_h2, o_c < hidden)
+    b_dh2 = tl.where(b_h2 <= 0.0, 0.0, b_dh2).to(p_w3.dtype.element_ty)
     store(dh2, pixel, o_c, b_dh2, o_c < hidden)
-    for i_n in tl.static_range(HS // BLOCK_N):
-        o_n = channel_tile(i_n, BLOCK_N)
-        b_w2 = tl.load(p_w2 + tl.trans(o_c) * HS + o_n)
-        b_dpre = tl.dot(b_dh2, b_w2, input_precision=PRECISION)
-        store(dpre, pixel, o_n, gated(b_dpre, h1, pixel, o_n, o_n < hidden), o_n < hidden)
+    b_dpre = tl.dot(b_dh2, tl.load(one_of(p_w2_transposed, n) + o_w2), input_precision=PRECISION)
+    if p_pre is None:
+        b_h1 = load((one_of(p_h1, n),) + h1_strides, pixel, o_c, o_c < hidden)
+    store(dpre, pixel, o_c, tl.where(b_h1 <= 0.0, 0.0, b_dpre), o_c < hidden)
 
 
 @triton.jit(do_not_specialize=["height", "width"])
@@ -139,86 +168,98 @@ def state_backward_kernel(
     store(dz1, pixel, o_n, acc, o_n < channels)
 
 
-def step_network_hidden(
-    z1: Tensor | None,
-    pre: Tensor,
-    w1: Tensor | None,
-    w2: Tensor,
-    b2: Tensor,
-    w3: Tensor,
-    b3: Tensor,
-    *,
-    tf32: bool = False,
-    packed: Sequence[Tensor] = (),
-) -> tuple[Tensor, Tensor]:
-    """As the reference's."""
-    check_dtype(pre, "pre")
-    h1, h2 = (empty_channels_last(pre.shape, pre) for _ in range(2))
-    if h1.numel():
-        weights = packed_network(w1, w2, w3, pre.dtype, packed)
-        launch_hidden(z1, pre, weights, b2, h1, h2, arithmetic(pre, tf32))
-    return h1, h2
-
-
 def step_network_backward(
     dh: Sequence[Tensor],
-    h1: Sequence[Tensor],
-    h2: Sequence[Tensor],
+    z1: Sequence[Tensor | None],
+    pre: Sequence[Tensor],
+    hidden: Sequence[tuple[Tensor | None, Tensor]] | None,
     networks: Sequence[tuple],
     dpre: Sequence[Tensor],
     dz1: Sequence[Tensor | None],
     *,
     tf32: bool = False,
     packed: Sequence[Sequence[Tensor]] = (),
-) -> list[Tensor]:
-    """As the reference's. What is added to is written by the last kernels alone."""
-    check_dtype(h2[0], "h2")
-    dh2 = [empty_channels_last(x.shape, x) for x in h2]
-    if h2[0].numel() == 0:
-        return dh2
-    kind = arithmetic(h2[0], tf32)
-    packed = packed or [packed_network(w1, w2, w3, h2[0].dtype, (), transposed=True) for w1, w2, _, w3, _ in networks]
-    p_w1, p_w2, p_w3 = zip(*packed)
-    _launch_hidden_backward(dh, h1, h2, dh2, dpre, p_w2, p_w3, kind)
-    for own_dpre, own_w1, own_dz1 in zip(dpre, p_w1, dz1):
+) -> list[tuple[Tensor | None, Tensor, Tensor]]:
+    """As the reference's, but that h1 is not written where it is the positive part of pre. The last kernels add to dz1."""
+    check_dtype(pre[0], "pre")
+    kind, recomputed = arithmetic(pre[0], tf32), hidden is None
+    if hidden is None:
+        hidden = [(None if x is None else _empty(p), _empty(p)) for x, p in zip(z1, pre)]
+    layers = [(h1, h2, _empty(h2)) for h1, h2 in hidden]
+    if pre[0].numel() == 0:
+        return layers
+    packed = packed or [_packed_twice(w1, w2, w3, pre[0].dtype) for w1, w2, _, w3, _ in networks]
+    biases = [network[2] for network in networks]
+    if recomputed and block(pre[0].shape[1]) > FUSED:
+        for x, own_pre, weights, b2, (h1, h2, _) in zip(z1, pre, packed, biases, layers):
+            launch_hidden(x, own_pre, Packed(*weights[:3]), b2, h1, h2, kind)
+        recomputed = False
+    _launch_hidden_backward(dh, z1, pre, layers, dpre, packed, biases, kind, recomputed)
+    for own_dpre, weights, own_dz1 in zip(dpre, packed, dz1):
         if own_dz1 is not None:
-            _launch_state_backward(own_dpre, own_w1, own_dz1, kind)
-    return dh2
+            _launch_state_backward(own_dpre, weights[3], own_dz1, kind)
+    return layers
+
+
+def _empty(x: Tensor) -> Tensor:
+    return empty_channels_last(x.shape, x)
+
+
+def _packed_twice(w1: Tensor | None, w2: Tensor, w3: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """The weights of a network as the forward kernels read them, and transposed."""
+    stacks = [None if weight is None else weight[None] for weight in (w1, w2, w3)]
+    both = [step_network_weights(*stacks, dtype, transposed) for transposed in (False, True)]
+    return tuple(stack[0] for found in both for stack in found)
 
 
 def _launch_hidden_backward(
     dh: Sequence[Tensor],
-    h1: Sequence[Tensor],
-    h2: Sequence[Tensor],
-    dh2: Sequence[Tensor],
+    z1: Sequence[Tensor | None],
+    pre: Sequence[Tensor],
+    layers: Sequence[tuple[Tensor | None, Tensor, Tensor]],
     dpre: Sequence[Tensor],
-    p_w2: Sequence[Tensor],
-    p_w3: Sequence[Tensor],
+    packed: Sequence[Sequence[Tensor]],
+    biases: Sequence[Tensor],
     kind: str,
+    recomputed: bool,
 ) -> None:
-    """Write dh2 and dpre."""
-    batch, hidden, height, width = h2[0].shape
-    outs, hs = p_w3[0].shape[1:]
-    tiles, options = tiling(kind, height, width, hs)
+    """Write dh2 and dpre, and h1 and h2 if they are `recomputed`."""
+    batch, hidden, height, width = pre[0].shape
+    w1, w2, _, _, w2_transposed, w3_transposed = zip(*packed)
+    outs, hs = w3_transposed[0].shape[1:]
+    h1, h2, dh2 = zip(*layers)
+    if not recomputed:
+        z1 = [None] * len(dh)
+        h1 = [own_pre if own is None else own for own, own_pre in zip(h1, pre)]  # as good, to see what is positive
+    tiles, options = tiling(kind, height, width, 2 * hs if kind == "ieee" else hs)  # as many pixels as the forward pass spill
+    if recomputed:  # two sums a pixel and channel: 4 warps spill
+        options["num_warps"] = 8
     block_k = OUTPUTS_READ if outs % OUTPUTS_READ == 0 else INPUTS
     launch(
         hidden_backward_kernel,
         len(dh) * tiles * batch,
-        h2[0].device,
+        pre[0].device,
         **images("dh", dh),
+        **images("z1", z1),
+        **images("pre", pre if recomputed else [None]),
         **images("h1", h1),
         **images("h2", h2),
-        **images("dh2", dh2, written=True),
+        **images("dh2", dh2),
         **images("dpre", [writable(x) for x in dpre], written=True),
-        p_w2=tuple(p_w2),
-        p_w3=tuple(p_w3),
+        p_w1=w1,
+        p_w2=w2,
+        p_b2=tuple(map(dense, biases)),
+        p_w2_transposed=w2_transposed,
+        p_w3_transposed=w3_transposed,
         batch=batch,
         height=height,
         width=width,
+        channels=0 if z1[0] is None else z1[0].shape[1],
         hidden=hidden,
         outputs=dh[0].shape[1],
         HS=hs,
-        BLOCK_N=min(HIDDEN, hs),
+        BLOCK_C=INPUTS,
+        BLOCKS_C=w1[0].shape[1] // INPUTS,
         BLOCK_K=block_k,
         BLOCKS_K=outs // block_k,
         **options,

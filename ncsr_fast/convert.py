@@ -34,6 +34,7 @@ class Conversion:
 
     @property
     def renamed(self) -> list[tuple[str, str]]:
+        """Old and new names of the tensors whose names differ."""
         return [(old, new) for old, new in self.tensors if old and new and old != new]
 
     @property
@@ -68,20 +69,22 @@ def convert(
 ) -> Conversion:
     """Write the model `source` to `out`, in the kind of file that the name of `out` asks for. Values are not changed.
 
-    source  whatever `NCSR.from_pretrained` or `RRDB.from_pretrained` reads: a flow or a generator, a published .pth or
-            .safetensors in any naming and wrapping, a checkpoint of `ncsr-fast train`, a directory, a name
-    out     NAME.pth or NAME.pt: a published file, as the published programs load it; NAME.safetensors: the same tensors under
-            the same names; any other name: a directory of config.json and model.safetensors, as `from_pretrained` and the
-            Hugging Face Hub have it. Generators get the names of SRFlow, NCSR and ESRGAN's new architecture; of ESRGAN+ its
-            own, and those with a pixel unshuffle BasicSR's. A directory records where a generator's long skip starts; a
-            file cannot, and is read as "conv_first" unless `RRDB.from_pretrained` is told otherwise.
-    config  of a flow in a file; None finds it as `NCSR.from_pretrained` does
-    long_skip  of a generator, as for `RRDB.from_pretrained`: "last_block" for the RRDB files of SRFlow and NCSR
-
     Each file is written to a temporary name and renamed. What is there before is replaced.
 
-    raises  ValueError where a file that is written is one that is read; and as `from_pretrained`, before anything is written.
-            The `problems` of a CheckpointError are every tensor that is missing, unexpected or of the wrong shape.
+    Args:
+        source: Whatever `NCSR.from_pretrained` or `RRDB.from_pretrained` reads: a flow or a generator, a published .pth or
+            .safetensors in any naming and wrapping, a checkpoint of `ncsr-fast train`, a directory, a name.
+        out: NAME.pth or NAME.pt: a published file, as the published programs load it; NAME.safetensors: the same tensors
+            under the same names; any other name: a directory of config.json and model.safetensors, as `from_pretrained` and
+            the Hugging Face Hub have it. Generators get the names of SRFlow, NCSR and ESRGAN's new architecture; of ESRGAN+
+            its own, and those with a pixel unshuffle BasicSR's. A directory records where a generator's long skip starts; a
+            file cannot, and is read as "conv_first" unless `RRDB.from_pretrained` is told otherwise.
+        config: Of a flow in a file; None finds it as `NCSR.from_pretrained` does.
+        long_skip: Of a generator, as for `RRDB.from_pretrained`: "last_block" for the RRDB files of SRFlow and NCSR.
+
+    Raises:
+        ValueError: A file that is written is one that is read; and as `from_pretrained`, before anything is written. The
+            `problems` of a CheckpointError are every tensor that is missing, unexpected or of the wrong shape.
     """
     path, out = find_model(source), Path(out)
     check_apart({"out": written_files(out)}, {"the source": files_of_model(path)})

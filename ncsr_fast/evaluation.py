@@ -28,10 +28,12 @@ class Scores:
     values: dict[str, list[float]] = field(default_factory=dict)
 
     def add(self, **values: float) -> None:
+        """Add the values of one more image."""
         for key, value in values.items():
             self.values.setdefault(key, []).append(value)
 
     def means(self) -> dict[str, float]:
+        """The mean of every value over the images."""
         return {key: sum(values) / len(values) for key, values in self.values.items()}
 
 

@@ -47,15 +47,6 @@ def export_onnx(
 ) -> float | None:
     """Write the `Decoder` of a model as an ONNX file, in float32; what it takes and computes is said there.
 
-    deterministic, clip  as of the `Decoder`
-    opset    of ONNX, 18 or more
-    check    run the graph in onnxruntime, at sizes and batches other than it was traced with, against the model's definition
-             in float64, and write nothing when a pixel differs by more than 1e-4 (of the largest one, where that is above 1)
-    returns  the largest difference found, None without the check
-    raises   ValueError for weights that are not finite, a singular 1×1 convolution, an opset that the exporter has not, or a
-             graph that fails the check; ImportError for a package of the extra `export` that is missing, or a PyTorch too
-             old to export
-
     Inputs are "lr" and, unless deterministic, "latent0" …; the output is "sr". Batch, height and width are dynamic. The file
     is written to a temporary name and renamed. Its metadata are texts: "scale"; "latents", JSON of name, channels and scale of
     each, which is (B, channels, scale·H, scale·W); "clip"; "deterministic"; "lr_multiple", what H and W must be multiples of;
@@ -64,6 +55,24 @@ def export_onnx(
         >>> export_onnx(NCSR.from_pretrained("ncsr-compact-x4"), "decoder.onnx")
         >>> session = onnxruntime.InferenceSession("decoder.onnx")
         >>> sr, = session.run(None, {"lr": lr, "latent0": 0.8 * noise0, "latent1": 0.8 * noise1})
+
+    Args:
+        model: The model.
+        path: Of the file.
+        deterministic: As of the `Decoder`.
+        clip: As of the `Decoder`.
+        opset: Of ONNX, 18 or more.
+        check: Run the graph in onnxruntime, at sizes and batches other than it was traced with, against the model's
+            reference in float64, and write nothing when a pixel differs by more than 1e-4 (of the largest one, where that
+            is above 1).
+
+    Returns:
+        The largest difference found, None without the check.
+
+    Raises:
+        ValueError: Weights that are not finite, a singular 1×1 convolution, an opset that the exporter has not, or a graph
+            that fails the check.
+        ImportError: A package of the extra `export` that is missing, or a PyTorch too old to export.
     """
     for name in ("onnx", "onnxscript", *(["onnxruntime"] if check else [])):
         try:
@@ -155,14 +164,16 @@ def _difference(graph: bytes, decoder: Decoder, reference: NCSR) -> float:
 class Decoder(nn.Module):
     """`decoder(lr, *latents)` → sr (B, 3, sH, sW), what `model.decode(latents, lr)` computes: the noise condition is zero.
 
-    lr       (B, 3, H, W), RGB in [0, 1], H and W even (`NCSR` pads odd ones; here it is left to the caller)
-    latents  as `model.latent_shapes(H, W)` has them, drawn from N(0, temperature²); with `deterministic` there are none:
-             they are zero, and `decoder(lr)` is the image of temperature 0
-    clip     to [0, 1] as `model.sample` does: a pixel that overflowed is NaN. False: as `model.decode` does
-
     It has copies of the weights, as buffers: changes of the model do not reach it. No gradients of the weights.
 
-    raises   ValueError for weights that are not finite, or a 1×1 convolution without an inverse
+    Args:
+        lr: (B, 3, H, W), RGB in [0, 1], H and W even (`NCSR` pads odd ones; here it is left to the caller).
+        latents: As `model.latent_shapes(H, W)` has them, drawn from N(0, temperature²); with `deterministic` there are
+            none: they are zero, and `decoder(lr)` is the image of temperature 0.
+        clip: To [0, 1] as `model.sample` does: a pixel that overflowed is NaN. False: as `model.decode` does.
+
+    Raises:
+        ValueError: Weights that are not finite, or a 1×1 convolution without an inverse.
     """
 
     def __init__(self, model: NCSR, deterministic: bool = False, clip: bool = True) -> None:
@@ -198,6 +209,7 @@ class Decoder(nn.Module):
         return {"lr": {0: batch, 2: 2 * h, 3: 2 * w}, **({"latents": latents} if latents else {})}
 
     def forward(self, lr: Tensor, *latents: Tensor) -> Tensor:
+        """The HR images (B, 3, sH, sW) of LR images and latents."""
         if self.deterministic:
             halves = lr.shape[2] // 2, lr.shape[3] // 2
             latents = tuple(lr.new_zeros(lr.shape[0], c, *(side * half for half in halves)) for c, side in self.latents)
@@ -262,7 +274,8 @@ class _Level(nn.Module):
 class _Network(nn.Module):
     """One of the stacked networks: (z1, pre) → shift and, shifted by 2, what the scale is the sigmoid of.
 
-    bias  of the first layer, where nothing is hoisted from it
+    Args:
+        bias: Of the first layer, where nothing is hoisted from it.
     """
 
     def __init__(self, networks, index: int, bias: Tensor | None = None) -> None:

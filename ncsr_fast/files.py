@@ -30,8 +30,9 @@ _LISTED = 5  # names an error spells out of each kind
 class CheckpointError(ValueError):
     """A file or state dict that is not the model's: corrupt, or with other tensors.
 
-    problems  all tensors that are "missing", "unexpected", "of the wrong shape", "not finite" or of another kind than weights
-              are, of which the message has the first few
+    Args:
+        problems: All tensors that are "missing", "unexpected", "of the wrong shape", "not finite" or of another kind than
+            weights are, of which the message has the first few.
     """
 
     def __init__(self, message: str, problems: Mapping[str, list[str]] | None = None) -> None:
@@ -143,7 +144,9 @@ def save_directory(model: nn.Module, model_type: str, configuration: dict[str, A
 def load_directory(directory: Path, model_type: str, build: Callable[[dict[str, Any]], nn.Module]) -> nn.Module:
     """The model of a directory written by `save_directory`; `build` makes it from its configuration.
 
-    raises  FileNotFoundError, or CheckpointError for files that are corrupt, of another type, or do not fit each other
+    Raises:
+        FileNotFoundError: There is no such directory, or a file of it is missing.
+        CheckpointError: Files that are corrupt, of another type, or do not fit each other.
     """
     for name in (CONFIG, WEIGHTS):
         if not (directory / name).is_file():
@@ -204,8 +207,10 @@ def _read_pickled(path: str | os.PathLike) -> Any:
 
 
 def _reason(path: str | os.PathLike, error: Exception) -> str:
-    """The cause in one line. PyTorch's own message for what it refuses advises to let the file run code: only the name in it
-    is passed on."""
+    """The cause in one line.
+
+    PyTorch's own message for a refused file advises to let the file run code, so only the name in that message is passed on.
+    """
     # of a file that ends early torch 2.4 makes a refusal, with that advice
     cause = error.__context__ if "unexpected EOF" in str(error.__context__) else error
     if not isinstance(cause, pickle.UnpicklingError):

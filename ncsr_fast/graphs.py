@@ -34,9 +34,14 @@ def adam(
 ) -> torch.optim.Adam:
     """An Adam that a graph can hold: fused, on a GPU capturable, and with the learning rate of every group in a tensor.
 
-    parameters  a model, for those that are trained; or what torch.optim takes: parameters, or groups with their own "lr"
-
     A schedule writes to the tensors: `optimizer.param_groups[0]["lr"].fill_(value)`.
+
+    Args:
+        parameters: A model, for those that are trained; or what torch.optim takes: parameters, or groups with their own
+            "lr".
+        lr: Learning rate of the groups that have none of their own.
+        betas: Of Adam.
+        weight_decay: Of Adam.
     """
     if isinstance(parameters, nn.Module):
         parameters = [parameter for parameter in parameters.parameters() if parameter.requires_grad]
@@ -51,28 +56,30 @@ def adam(
 class TrainingStep:
     """Forward, backward, clipping and optimizer step of one batch shape: `result, norm = step(hr, lr, noise)`.
 
-    model             whatever `loss` takes: an NCSR, or a module around one
-    optimizer         as `adam` makes it, or another fused one. None: gradients alone, which stay where they are from call to
-                      call, to be reduced over processes before a step
-    max_grad_norm     gradients are clipped to it; None leaves them
-    loss              (model, *inputs) → a scalar, or a vector whose first element is minimised; it must not wait for the
-                      device. Inputs are tensors or None.
-    graph             capture at the first call. Weights, optimizer state and gradients are then as a step without capture
-                      leaves them: the runs before the capture are undone. A batch of another shape or dtype is captured
-                      anew, and so is all after the model was moved, frozen or thawed, after a parameter's `requires_grad`,
-                      an option, or a number of the optimizer changed, and after its `load_state_dict`. Of a model in
-                      DistributedDataParallel, every process must make the same calls.
-    backoff           what `rate` is multiplied by at a skipped step
-    reduce            called with what `loss` returned, detached, to make it that of all processes, in place
-    returns           what `loss` returned and the gradient norm, tensors on the device that the next call overwrites
-
-    Every call changes the weights, the gradients and what it returned before: one thread at a time.
+    A call returns the result of `loss` and the gradient norm, tensors on the device that the next call overwrites. Every call
+    changes the weights and the gradients too: one thread at a time.
 
     A step whose loss or gradient norm is not finite is skipped: weights and optimizer stay as they were. On the device,
     `counters` (int64: steps, skipped ones, skipped in a row, number of the last skipped one or -1) says so, and `rate`, a
     factor for a schedule to apply, falls by `backoff`. Reading either on a GPU waits for it.
 
-    raises  ValueError for a model on the CPU with graph=True, or for an optimizer that is not fused or cannot be captured
+    Args:
+        model: The model that `loss` takes: an NCSR, or a module around one.
+        optimizer: As `adam` makes it, or another fused one. None: gradients alone, which stay where they are from call to
+            call, to be reduced over processes before a step.
+        max_grad_norm: Gradients are clipped to it; None leaves them.
+        loss: `(model, *inputs)` → a scalar, or a vector whose first element is minimised; it must not wait for the device.
+            Inputs are tensors or None.
+        graph: Capture at the first call. Weights, optimizer state and gradients are then as a step without capture leaves
+            them: the runs before the capture are undone. A batch of another shape or dtype is captured anew, and so is all
+            after the model was moved, frozen or thawed, after a parameter's `requires_grad`, an option, or a number of the
+            optimizer changed, and after its `load_state_dict`. Of a model in DistributedDataParallel, every process must
+            make the same calls.
+        backoff: The factor of `rate` at a skipped step.
+        reduce: Called with the detached result of `loss`, to make it the result of all processes, in place.
+
+    Raises:
+        ValueError: A model on the CPU with graph=True, or an optimizer that is not fused or cannot be captured.
     """
 
     def __init__(
@@ -106,6 +113,7 @@ class TrainingStep:
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
     def __call__(self, *inputs: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The result of `loss` and the gradient norm of one step on a batch."""
         if not self.graph:
             return self._run(*inputs)
         if self._memory is not None and not self._memory.is_still_that_of(self.model, self._changed()):
@@ -188,15 +196,15 @@ class TrainingStep:
 class Sampler:
     """`NCSR.sample` of one LR shape and number of samples as a graph: `sr, first_bad = sampler(lr, temperature, generator)`.
 
-    sr         (B, n, 3, sH, sW) as `NCSR.sample` returns it
-    first_bad  (B, n): the number of the decoding step after which a state was first beyond bounds or not finite, at least
-               `sampler.sound` where none was; it stays on the device
-
     Captured at the first call, and anew for another LR shape or after an option of the model has changed, after the model was
     moved, frozen or thawed, or a parameter was put in another's place. The graph begins with the weights as they are when it
     is replayed. Threads may share a sampler, one of which waits for the other; all of them on one CUDA stream.
 
-    raises  ValueError for a model on the CPU with graph=True
+    A call returns sr (B, n, 3, sH, sW), as `NCSR.sample` does, and first_bad (B, n): the number of the decoding step after
+    which a state was first beyond bounds or not finite, at least `sampler.sound` where none was; first_bad stays on the device.
+
+    Raises:
+        ValueError: A model on the CPU with graph=True.
     """
 
     def __init__(self, model: NCSR, n: int, *, graph: bool = True) -> None:
@@ -209,6 +217,7 @@ class Sampler:
 
     @torch.no_grad()
     def __call__(self, lr: Tensor, temperature: float = 0.9, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        """Samples (B, n, 3, sH, sW), and (B, n) the decoding step at which each of them blew up."""
         padded = self.model.padded(lr)
         shapes = self.model.latent_shapes(*lr.shape[2:])
         latents = draw_latents(shapes, lr.shape[0], self.n, temperature, lr, generator)

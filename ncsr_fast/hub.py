@@ -19,7 +19,9 @@ def find_model(
     token: str | bool | None = None,
     local_files_only: bool = False,
 ) -> Path:
-    """The file or folder of the model that `path` names. The first of these that holds decides:
+    """The file or folder of the model that `path` names.
+
+    The first of these that holds decides:
 
     1. something exists at `path`: that
     2. it is the name of a model in the package: that
@@ -28,9 +30,17 @@ def find_model(
 
     So a mistyped path to a file, to a folder beside others, absolute, or with a `./` before it, is never looked for elsewhere.
 
-    revision, cache_dir, token, local_files_only  of the Hub, as `huggingface_hub.snapshot_download` has them
-    raises  FileNotFoundError saying where was looked; ImportError for a repository's name without huggingface_hub;
-            ValueError for a revision of what is no repository
+    Args:
+        path: A path, the name of a model in the package, or a repository.
+        revision: Of the Hub, as `huggingface_hub.snapshot_download` has it; so are the following.
+        cache_dir: Likewise.
+        token: Likewise.
+        local_files_only: Likewise.
+
+    Raises:
+        FileNotFoundError: There is none; the message says where was looked.
+        ImportError: A repository's name without huggingface_hub.
+        ValueError: A revision of what is no repository.
     """
     name = os.fspath(path)
     here = Path(path)

@@ -21,8 +21,11 @@ def readable(tensors: Iterable[Tensor], by_pytorch: bool = False) -> bool:
 
 
 def is_eager(x: Tensor) -> bool:
-    """True for a plain tensor, one on the meta device included: no fake one, no other subclass that says what operators do to
-    it (DTensor …), none that a transform of `torch.func` or a batched gradient wraps."""
+    """True for a plain tensor, one on the meta device included.
+
+    False for a fake tensor, for any other subclass that says what operators do to it (DTensor …), and for a tensor that a
+    transform of `torch.func` or a batched gradient wraps.
+    """
     return _is_plain(x) and not is_wrapped(x)
 
 
@@ -38,8 +41,11 @@ def is_wrapped(x: Tensor) -> bool:
 
 
 def traced() -> bool:
-    """True where what operators do is recorded, or done to something else than memory: `torch.compile`, `torch.func`,
-    forward-mode differentiation, `make_fx`, `FakeTensorMode`, `torch.jit.trace`. Nothing there would see what a kernel does."""
+    """True where operators are recorded, or work on something else than memory, so that nothing would see a kernel's work.
+
+    That is inside `torch.compile`, `torch.func`, forward-mode differentiation, `make_fx`, `FakeTensorMode` and
+    `torch.jit.trace`.
+    """
     if torch.compiler.is_compiling():
         return True
     modes, mode = torch._C._TorchDispatchModeKey, torch._C._get_dispatch_mode
@@ -58,8 +64,11 @@ def laid_out(x: Tensor, memory_format: torch.memory_format) -> Tensor:
 
 
 def in_memory(x: Tensor) -> Tensor:
-    """x, or a copy where its memory does not hold its values: a negated or known-to-be-zero tensor (`torch._neg_view`,
-    forward-mode gradients). Raises TypeError for a tensor without memory of its own."""
+    """x, or a copy where its memory does not hold its values.
+
+    Such are negated and known-to-be-zero tensors (`torch._neg_view`, forward-mode gradients). Raises TypeError for a tensor
+    without memory of its own.
+    """
     if not _is_plain(x):
         raise TypeError(
             f"a kernel reads memory, and a {type(x).__name__} tensor may have none: use backend='reference' and engine='plain'"

@@ -77,8 +77,8 @@ class NCSR(nn.Module):
         self.unused_published: dict[str, Tensor] = {}  # tensors of a published file that no computation reads
         self._freezer = Freezer()
 
-    engine = _option("engine", 'The evaluation of the model: "fused", or "plain", step by step as it is defined.')
-    precision = _option("precision", 'The precision of the networks: "fp32", "tf32" or "bf16".')
+    engine = _option("engine", 'Evaluation of the model, "fused" or "plain", the reference, which goes step by step.')
+    precision = _option("precision", 'Precision of the networks, "fp32", "tf32" or "bf16".')
     checkpoint = _option("checkpoint", "True if the backward pass recomputes hidden layers instead of saving them.")
 
     @property
@@ -358,7 +358,10 @@ class NCSR(nn.Module):
             path: A directory; a published .pth or .safetensors, or a checkpoint of `ncsr-fast train`; the name of the shipped
                 model, "ncsr-compact-x4"; or a repository "user/name" of the Hub. `ncsr_fast.hub.find_model` has the rules.
             config: Of a file; None finds the preset whose tensors have the file's names and shapes, or a training run's own.
-            revision: As cache_dir, token and local_files_only for the Hub, see `huggingface_hub.snapshot_download`.
+            revision: Of the Hub, as `huggingface_hub.snapshot_download` has it; so are the following.
+            cache_dir: Likewise.
+            token: Likewise.
+            local_files_only: Likewise.
             options: Of `EngineOptions`.
 
         Raises:

@@ -8,8 +8,10 @@ from ncsr_fast.layout import has_memory, traced
 
 
 def reading_is_free(tensor: Tensor) -> bool:
-    """True if values of `tensor` may be read in a training step or a sampling pass: on the CPU only, and not where it has
-    none yet, in a graph that is traced or under a transform of `torch.func`.
+    """True if values of `tensor` may be read in a training step or a sampling pass.
+
+    That is on the CPU only, and not where the tensor has no values yet, in a graph that is traced or under a transform of
+    `torch.func`.
 
     All checks that look at values ask this, so that on a GPU such a pass never waits and can be captured in a CUDA graph.
     """

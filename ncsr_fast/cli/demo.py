@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ncsr_fast.cli._common import add_device, add_model, check_folder, count, path, pick_device, seed, temperature
+from ncsr_fast.cli._common import Gathered, add_device, add_model, check_folder, count, path, pick_device, seed, temperature
 
 HELP = "super-resolve three photographs and write a contact sheet"
 EXAMPLE = """\
@@ -15,7 +15,7 @@ example:
 writes demo_output/contact_sheet.png: the LR image, bicubic, temperature 0, three samples, the standard deviation of
 all samples at every pixel, and the original. The photographs come with scikit-image; nothing is downloaded."""
 
-# name, and the top left corner of the window the sheet shows
+# By name, the top left corner of the window that the sheet shows
 _PHOTOGRAPHS = {"astronaut": (0, 100), "chelsea": (20, 110), "coffee": (60, 200)}
 _SHEET = "contact_sheet.png"
 _WINDOW = 240  # pixels of the HR image, a multiple of the scale
@@ -24,6 +24,18 @@ _TEMPERATURE = 0.8
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", default="demo_output", type=path, help="folder for the pictures (default: %(default)s)")
+    parser.add_argument(
+        "--photographs",
+        nargs="+",
+        action=Gathered,
+        choices=_PHOTOGRAPHS,
+        default=list(_PHOTOGRAPHS),
+        metavar="NAME",
+        help=f"of {', '.join(_PHOTOGRAPHS)} (default: all)",
+    )
+    parser.add_argument(
+        "--window", type=count, default=_WINDOW, help="side of what the sheet shows of each, HR pixels (default: %(default)s)"
+    )
     add_model(parser)
     parser.add_argument("--n", type=count, default=10, help="samples of each photograph, at least 3 (default: %(default)s)")
     parser.add_argument("--temperature", type=temperature, default=_TEMPERATURE, help="of the samples (default: %(default)s)")
@@ -52,13 +64,14 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"the sheet shows three samples, so --n must be at least 3, not {args.n}")
     device = pick_device(args.device)
     out = check_folder("--out", args.out)
-    check_apart({"--out": _targets(out, args.n)}, {"--model": files_of_model(args.model)})
+    check_apart({"--out": _targets(out, args.photographs, args.n)}, {"--model": files_of_model(args.model)})
     model = NCSR.from_pretrained(args.model).to(device).eval()
     scale = model.config.scale
     rows, deviations = [], []
     print(f"{args.model} on {device}: ×{scale}, {args.n} samples of each photograph at temperature {args.temperature:g}")
     print(f"{'':12}{'PSNR bicubic':>14}{'PSNR T=0':>10}{'LR-PSNR T=0':>13}{'LR-PSNR':>9}{'diversity':>11}{'s/sample':>10}")
-    for name, (top, left) in _PHOTOGRAPHS.items():
+    for name in args.photographs:
+        top, left = _PHOTOGRAPHS[name]
         image = crop_to_multiple(torch.from_numpy(getattr(data, name)()).permute(2, 0, 1), 8).to(device)
         lr8 = degrade(image, scale)
         hr, lr = to_float(image), to_float(lr8)[None]
@@ -74,7 +87,7 @@ def run(args: argparse.Namespace) -> None:
         for index, sample in enumerate(samples):
             write_image(_sample(out, name, index), sample)
         tiles = [F.interpolate(lr, scale_factor=scale, mode="nearest")[0], bicubic, likely[0], *samples[:3], hr]
-        window = (..., slice(top, top + _WINDOW), slice(left, left + _WINDOW))
+        window = (..., slice(top, top + args.window), slice(left, left + args.window))
         deviations.append(samples.std(dim=0).mean(dim=0)[window])
         rows.append((name, [tile[window] for tile in tiles]))
     brightest = float(torch.cat([deviation.flatten() for deviation in deviations]).quantile(0.995))
@@ -99,6 +112,6 @@ def _sample(out: Path, name: str, index: int) -> Path:
     return out / f"{name}_sample{index:05d}.png"
 
 
-def _targets(out: Path, n: int) -> list[Path]:
+def _targets(out: Path, names: list[str], n: int) -> list[Path]:
     """All that is written."""
-    return [out / _SHEET, *(_sample(out, name, index) for name in _PHOTOGRAPHS for index in range(n))]
+    return [out / _SHEET, *(_sample(out, name, index) for name in names for index in range(n))]

@@ -34,10 +34,6 @@ class AccelerationReport:
 def accelerate(module: nn.Module, **options: Any) -> AccelerationReport:
     """Let the published NCSR and SRFlow networks, and the Glow layers, in `module` run on the engine and the fused operators.
 
-    module   a network, or anything that holds one: DataParallel, DistributedDataParallel, a module of your own
-    options  of `EngineOptions`, for whole networks: `precision="bf16"`, … `checkpoint` is False unless given: what the
-             published network keeps for its backward pass is more than the engine does without
-
     In place: modules and Parameter objects stay the same objects, so optimizers, `state_dict`, checkpoints, hooks of the
     network and wrappers around it do not notice. Calls, and what they return, are as before, and equal up to rounding;
     seeded samples are the same samples. A network is recognised by its structure, and the formulas of its code by running a
@@ -47,10 +43,18 @@ def accelerate(module: nn.Module, **options: Any) -> AccelerationReport:
     have the precision it asks for, and the state, which the published code rounds too, stays float32. Of the RRDB encoder what
     only the super-resolved image uses is not evaluated.
 
-    returns  a report of what was replaced and of what was not, and why
-    raises   ValueError when nothing in `module` could be replaced
-
     See `ncsr_fast.compat.layers` for the layers. `restore(module)` undoes it.
+
+    Args:
+        module: A network, or anything that holds one: DataParallel, DistributedDataParallel, a module of your own.
+        options: Of `EngineOptions`, for whole networks: `precision="bf16"`, … `checkpoint` is False unless given: even
+            so the engine saves less for the backward pass than the published network does.
+
+    Returns:
+        A report of what was replaced and of what was not, and why.
+
+    Raises:
+        ValueError: Nothing in `module` could be replaced.
     """
     if EngineOptions(**options).engine != "fused":
         raise ValueError("accelerate is the fused engine; engine='plain' is what restore(module) brings back")

@@ -24,8 +24,9 @@ class NetworkForward(Replacement):
     `net(gt=…, lr=…)` → (z, or the list `epses` with all latents; nll (B,) in bits per pixel position; logdet (B,)), and with
     `reverse=True` → (image, logdet). What is drawn inside comes from the same generators in the same order.
 
-    options  of `EngineOptions`; without `precision`, float32 convolutions on a GPU are rounded to TF32 when PyTorch's flags
-             say so, as those of the published network are
+    Args:
+        options: Of `EngineOptions`; without `precision`, float32 convolutions on a GPU are rounded to TF32 when PyTorch's
+            flags say so, as those of the published network are.
     """
 
     def __init__(
@@ -155,8 +156,11 @@ class NetworkForward(Replacement):
         return image, logdet
 
     def _latents(self, call: Call, filled: Filled) -> list[Tensor]:
-        """In encoding order. Those of the splits that are not given are drawn as the network draws them: on the default device,
-        in the default dtype, those nearest to the top first."""
+        """Latents in encoding order.
+
+        Latents of splits that are not given are drawn as the network draws them: on the default device, in the default dtype,
+        those nearest to the top first.
+        """
         if isinstance(call.epses, list):
             return [latent.to(call.lr) for latent in call.epses]
         *shapes, _ = filled.model.latent_shapes(*call.lr.shape[2:])

@@ -23,9 +23,9 @@ class Unsupported(ValueError):
 
 
 class Replacement:
-    """In place of the `methods` of one module: attributes of the instance, so that hooks of the module, wrappers around it and
-    its class stay as they are.
+    """A substitute for the `methods` of one module.
 
+    The methods are attributes of the instance, so that the module's hooks, its class and wrappers around it stay as they are.
     Parameters stay where they are too: every call reads them from the module. What it cannot serve it hands over to the
     module's own method, and counts the reason in `handed_over`. A copy or a pickle of the module, and the replicas that
     DataParallel makes of it, have a replacement of their own.
@@ -128,8 +128,10 @@ def check_context() -> None:
 
 
 def check_tensor(name: str, tensor: Any, shape: tuple[int | None, ...], like: Tensor, anywhere: bool = False) -> None:
-    """Raise Unsupported unless it is a plain tensor of that shape (None: any) and of the dtype and device of `like`, or
-    `anywhere`."""
+    """Raise Unsupported unless it is a plain tensor of a shape, and of the dtype and, unless `anywhere`, the device of `like`.
+
+    Sizes of the shape that are None may be any.
+    """
     if type(tensor) not in (Tensor, nn.Parameter):
         raise Unsupported(f"{name} is not a plain tensor")
     if tensor.dim() != len(shape) or any(size not in (None, there) for size, there in zip(shape, tensor.shape)):

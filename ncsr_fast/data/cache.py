@@ -42,14 +42,15 @@ _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 class ImageCache:
     """The pixels of image files, decoded once.
 
-    folder  of the cache, made if there is none. Of several machines that share a disk each needs one of its own.
-    limit   bytes of pixels on disk at most, and never more than half of what is free there. Images that do not fit,
-            in the order of `sizes`, are decoded every time.
-    sizes   (height, width) of each file, as its header tells
-
     A cache of the same files, sizes and limit that is there already is used, any other replaced. Where none can be
     kept (a folder that cannot be written to or locked, or that a running process uses for other images, or a disk
     that is full) a warning says so, and images are decoded every time.
+
+    Args:
+        folder: Of the cache, made if there is none. Of several machines that share a disk each needs one of its own.
+        limit: Bytes of pixels on disk at most, and never more than half of what is free there. Images that do not fit, in
+            the order of `sizes`, are decoded every time.
+        sizes: (height, width) of each file, as its header tells.
     """
 
     def __init__(self, folder: str | os.PathLike, limit: int, sizes: Mapping[Path, tuple[int, int]]) -> None:

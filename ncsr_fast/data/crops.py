@@ -27,22 +27,26 @@ Place = str | os.PathLike
 class RandomCrops(Dataset):
     """Item n is a random crop of an image of the n-th place in an endless shuffle.
 
-    images        places of HR images, one or several: folders, searched recursively, and published `.pklv4` files
-    lr_images     places of their LR counterparts, one for each of `images` and of its kind; () where there are none
-    scale         of the pair; crops start at multiples of it
-    crop          side of an HR crop, a multiple of 2·scale
-    seed          with the item's number it decides everything: a run resumed at item n goes on as it would have
-    degradation   makes the LR crop: what `load_degradation` takes. "bicubic" is left to `to_pair`, on the device.
-    cache_folder, cache_bytes   where decoded image files are kept, and how many bytes of them: see `ImageCache`.
-                  None or 0: each is decoded every time.
-
     An item is {"hr": uint8 (3, crop, crop)}, with {"lr": uint8 (3, crop/scale, crop/scale)} if there are `lr_images` or
     there is a degradation of one's own.
 
     Files that cannot be read and images smaller than a crop are left out with a warning that counts and names
     them, at the start for what the header tells, later (by each worker process) for the rest; ValueError when none
     is left.
-    raises  FileNotFoundError for a folder or file that is not there, ValueError for arguments that do not fit together
+
+    Args:
+        images: Places of HR images, one or several: folders, searched recursively, and published `.pklv4` files.
+        lr_images: Places of their LR counterparts, one for each of `images` and of its kind; () where there are none.
+        scale: Of the pair; crops start at multiples of it.
+        crop: Side of an HR crop, a multiple of 2·scale.
+        seed: With the item's number it decides everything: a run resumed at item n goes on as it would have.
+        degradation: Makes the LR crop: what `load_degradation` takes. "bicubic" is left to `to_pair`, on the device.
+        cache_folder, cache_bytes: Where decoded image files are kept, and how many bytes of them: see `ImageCache`. None or
+            0: each is decoded every time.
+
+    Raises:
+        FileNotFoundError: A folder or file that is not there.
+        ValueError: Arguments that do not fit together.
     """
 
     def __init__(
@@ -196,11 +200,19 @@ def crop_loader(
 ) -> DataLoader:
     """The batches of training steps first_step … stop_step - 1, the same ones whatever `first_step` is.
 
-    batch    crops a step over all `world` processes together; each reads batch / world of them, those of `rank` in turn,
-             so that a step's crops are the same for any number of processes
-    workers  processes that read images; 0 reads them when they are asked for. They leave SIGINT and SIGTERM to the
-             main process, and have one thread each.
-    raises   ValueError for a batch that `world` does not divide, or a rank outside it
+    Args:
+        crops: The crops.
+        batch: Crops a step over all `world` processes together; each reads batch / world of them, those of `rank` in turn,
+            so that a step's crops are the same for any number of processes.
+        first_step: The first of the steps.
+        stop_step: The step behind the last one.
+        workers: Processes that read images; 0 reads them when they are asked for. They leave SIGINT and SIGTERM to the main
+            process, and have one thread each.
+        rank: Of this process among the `world` ones.
+        world: Number of the processes that train together.
+
+    Raises:
+        ValueError: A batch that `world` does not divide, or a rank outside it.
     """
     if not 0 <= rank < world:
         raise ValueError(f"rank must be one of the {world} of world, 0 … {world - 1}, not {rank!r}")

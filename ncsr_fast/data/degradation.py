@@ -17,11 +17,17 @@ _EXAMPLE = 'write "bicubic", or "module:function", as in "my_degradations:blur" 
 class Degradation:
     """`function(hr, scale, generator) → lr`, its result checked.
 
-    hr         uint8 (3, scale·H, scale·W), on the CPU and its own: it may be written to
-    generator  torch.Generator seeded by the run's seed and the crop's number. A function whose only randomness it
-               is gives the same crops in every run, and in one that was resumed.
-    returns    uint8 (3, H, W)
-    raises     ValueError, naming the function, for anything else it returns; what it raises itself
+    Args:
+        hr: uint8 (3, scale·H, scale·W), on the CPU and its own: it may be written to.
+        generator: torch.Generator, seeded by the run's seed and the crop's number. A function whose only randomness it is
+            gives the same crops in every run, and in one that was resumed.
+
+    Returns:
+        lr, uint8 (3, H, W).
+
+    Raises:
+        ValueError: The function returned anything else; the message names the function. What the function raises itself
+            passes through.
     """
 
     def __init__(self, function: Callable[[Tensor, int, torch.Generator], Tensor], name: str | None = None) -> None:
@@ -31,6 +37,7 @@ class Degradation:
         return self.name or getattr(self._function, "__qualname__", repr(self._function))
 
     def __call__(self, hr: Tensor, scale: int, generator: torch.Generator) -> Tensor:
+        """The LR image of hr; hr itself is left as it is."""
         expected = (hr.shape[0], hr.shape[1] // scale, hr.shape[2] // scale)
         lr = self._function(hr.clone(), scale, generator)
         if not isinstance(lr, Tensor):
@@ -56,7 +63,9 @@ def load_degradation(degradation: str | Callable[[Tensor, int, torch.Generator],
     """None for "bicubic", else the `Degradation` of a function, or of the one named as "module:function".
 
     The module is looked for in the current folder first, as by `python -m`.
-    raises  ValueError for a name that is malformed, or of no function; what the module raises when imported
+
+    Raises:
+        ValueError: A name that is malformed, or of no function. What the module raises when it is imported passes through.
     """
     if degradation == "bicubic":
         return None

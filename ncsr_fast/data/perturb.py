@@ -26,13 +26,25 @@ def perturb(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Add NCSR's noise: `v ~ N(0, c²I)` with `c ~ U(0, max_std)` for each image, and its LR counterpart.
 
-    hr, lr          (B, 3, sH, sW) and (B, 3, H, W) on one device
-    generator       of that device; None is torch's default one
-    noise_channels  what the model is conditioned on (`NCSRConfig.noise_channels`)
-    returns         hr + v, lr + imresize(v, 1/s), and the condition: v (B, 3, sH, sW), c (B, 1, 1, 1) when
-                    noise_channels is 1, None when it is 0
-    raises          ValueError for a pair whose sizes are no integer scale apart, or a negative max_std
-    source          Kim & Son 2021; the resize is MATLAB's bicubic, as in the published program
+    Source: Kim & Son 2021; the resize is MATLAB's bicubic, as in the published program.
+
+    Args:
+        hr: (B, 3, sH, sW).
+        lr: (B, 3, H, W), on the same device.
+        max_std: Largest standard deviation of the noise.
+        generator: Of that device; None is torch's default one.
+        noise_channels: Of the noise condition, as in `NCSRConfig.noise_channels`.
+
+    Returns:
+        hr + v, lr + imresize(v, 1/s), and the condition: v (B, 3, sH, sW), c (B, 1, 1, 1) when noise_channels is 1, None
+        when it is 0.
+
+    Raises:
+        ValueError: A pair whose sizes are no integer scale apart, or a negative max_std.
+
+    Example:
+        >>> hr, lr = torch.rand(2, 3, 32, 32), torch.rand(2, 3, 8, 8)
+        >>> noisy_hr, noisy_lr, noise = perturb(hr, lr, max_std=0.05)
     """
     if not max_std >= 0:
         raise ValueError(f"max_std must not be negative, not {max_std!r}")
@@ -46,8 +58,11 @@ def perturbed(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """`perturb` with given random numbers: std c (B, 1, 1, 1) and `normal` (B, 3, sH, sW), v = c · normal.
 
-    returns  hr + v, lr + imresize(v, 1/s), and v, c, or None, as noise_channels is 3, 1 or 0
-    raises   ValueError for a pair whose sizes are no integer scale apart
+    Returns:
+        hr + v, lr + imresize(v, 1/s), and v, c, or None, as noise_channels is 3, 1 or 0.
+
+    Raises:
+        ValueError: A pair whose sizes are no integer scale apart.
     """
     scale = hr.shape[-1] // lr.shape[-1]
     if tuple(hr.shape) != (lr.shape[0], lr.shape[1], lr.shape[2] * scale, lr.shape[3] * scale):

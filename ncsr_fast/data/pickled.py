@@ -31,8 +31,11 @@ class PickledImages:
 
     They are kept one after the other in a single tensor, which worker processes share: forked ones by inheritance,
     spawned ones through shared memory.
-    raises  FileNotFoundError; PickleRefused; ImageError, naming the file, for one that is truncated or holds
-            anything but such a list
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        PickleRefused: The pickle asks for anything but arrays of uint8.
+        ImageError: The file is truncated or holds anything but such a list; the message names the file.
     """
 
     def __init__(self, path: str | os.PathLike) -> None:
@@ -71,7 +74,7 @@ class PickledImage:
 
     @property
     def size(self) -> tuple[int, int]:
-        """(height, width)"""
+        """Height and width."""
         return self.images.sizes[self.index]
 
     def read(self) -> Tensor:

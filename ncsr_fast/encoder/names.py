@@ -131,8 +131,11 @@ def _from_basicsr(name: str) -> str:
 
 
 def _old_esrgan_layers(doublings: int) -> dict[int, str]:
-    """ESRGAN's old architecture numbers all layers; model.1 are the blocks, a doubling is three layers (nearest neighbour,
-    convolution, LeakyReLU), and two convolutions end the network."""
+    """Names of the layers behind the blocks by their number in ESRGAN's old architecture.
+
+    That architecture numbers all layers: model.1 are the blocks, a doubling is three layers (nearest neighbour, convolution,
+    LeakyReLU), and two convolutions end the network.
+    """
     end = 3 * doublings
     upsampling = {3 * number: f"upconv{number}" for number in range(1, doublings + 1)}
     return {0: "conv_first", **upsampling, end + 2: "HRconv", end + 4: "conv_last"}

@@ -52,6 +52,7 @@ class ResidualNoise(nn.Module):
         self.draw = torch.randn_like
 
     def forward(self, y: Tensor) -> Tensor:
+        """y with its noise, in training where there is one."""
         return y * (1 + NOISE * self.draw(y)) if self.active and self.training else y
 
 
@@ -71,6 +72,7 @@ class DenseBlock(nn.Module):
         self.noise = ResidualNoise()
 
     def forward(self, x: Tensor, method: ConvolutionMethod | None = ENGINE) -> Tensor:
+        """The block's output, of the shape of x."""
         if self.conv1x1 is not None:
             return self.noise(self._with_residuals(x, method))
         convolutions = (self.conv1, self.conv2, self.conv3, self.conv4, self.conv5)
@@ -97,6 +99,7 @@ class ResidualBlock(nn.Module):
         self.noise = ResidualNoise()
 
     def forward(self, x: Tensor, method: ConvolutionMethod | None = ENGINE) -> Tensor:
+        """The block's output, of the shape of x."""
         y = x
         for dense in (self.rdb1, self.rdb2, self.rdb3):
             y = dense(y, method)
@@ -301,7 +304,10 @@ class RRDB(nn.Module):
             unshuffle: Pixel unshuffle before the first convolution of a file, which no file says. None: the shapes decide. It
                 is 2, 4, … where the first convolution reads 4, 16, … times the channels that the last one makes, as in
                 BasicSR's ×2 and ×1 generators, and the network doubles often enough; otherwise 1.
-            revision: As cache_dir, token and local_files_only for the Hub, see `huggingface_hub.snapshot_download`.
+            revision: Of the Hub, as `huggingface_hub.snapshot_download` has it; so are the following.
+            cache_dir: Likewise.
+            token: Likewise.
+            local_files_only: Likewise.
 
         Raises:
             ValueError: long_skip or unshuffle is not what the flow or directory has.

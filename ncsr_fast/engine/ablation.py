@@ -31,7 +31,7 @@ def ablation() -> Ablation:
 
 @contextlib.contextmanager
 def ablated(**switches: bool) -> Iterator[None]:
-    """Set switches inside, for the whole process: `with ablated(winograd=False): ...`."""
+    """Set switches inside a `with` statement, for the whole process: `ablated(winograd=False)` turns one off."""
     global _current
     before, _current = _current, _current._replace(**switches)
     try:

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ncsr_fast.engine.network_backward import NetworksBackward
+from ncsr_fast.engine.network_backward import BATCHED, NetworksBackward
 from ncsr_fast.engine.program import Program
 from ncsr_fast.engine.walk import LevelTensors, Record, Walk
 from ncsr_fast.layout import readable
-from ncsr_fast.ops.backend import kernels
+from ncsr_fast.ops.backend import Step, kernels
 from ncsr_fast.ops.operator import Operator, Outputs, Pair, Tensors
 from ncsr_fast.ops.step_network import Hidden, Layers
 
@@ -134,6 +134,8 @@ class _Backward:
         for branch, found in zip(walk.free, saved.outputs):
             walk.outputs[branch] = found
         self.kernels = kernels(walk.program.backend)
+        self.later = walk.program.backend in BATCHED  # the gradients of all mixes and offsets at once
+        self.steps: list[tuple[int, Step]] = []
         sources = [torch.empty_like(source) if flag else None for source, flag in zip(tensors.sources, wanted.sources)]
         self.networks = NetworksBackward(walk, wanted, sources, saved.free_h2)
         self.gradients = LevelGradients(
@@ -157,6 +159,10 @@ class _Backward:
             dy = self._heads_backward(index, dy, dlogdet, states, outputs, ddeferred)
         dx = dy if stages[0].mix is None else self._mix_backward(0, dy, dlogdet, x, None)[0]
         self.networks.finish()
+        if self.steps:
+            steps = [step for _, step in sorted(self.steps, key=lambda numbered: numbered[0])]
+            mix, offset = self.kernels.flow_step_mix_backward(steps, self.program.eps, self.program.inverse)
+            self.gradients = self.gradients._replace(mix=mix, offset=offset)
         return dx
 
     def _recomputed(self, index: int) -> tuple[list[Tensor], list[Tensor]]:
@@ -181,9 +187,13 @@ class _Backward:
         program, stage, y = self.program, self.program.stages[index], self.saved.states[index]
         before, after = self.walk.fused(stage.before, x, deferred), self.walk.fused(stage.after, x)
         dx, dmix, doffset, dbefore, dafter = self.kernels.flow_step_backward(
-            dy, dlogdet, x, y, self.walk.tensors.mix[stage.mix], before, after, program.eps, program.inverse
+            dy, dlogdet, x, y, self.walk.tensors.mix[stage.mix], before, after, program.eps, program.inverse, self.later
         )
-        self.gradients.mix[stage.mix], self.gradients.offset[stage.mix] = dmix, doffset
+        if dmix is None or doffset is None:
+            assert stage.mix is not None
+            self.steps.append((stage.mix, (dy, x, before, after)))
+        else:
+            self.gradients.mix[stage.mix], self.gradients.offset[stage.mix] = dmix, doffset
         if stage.after is not None and dafter is not None:
             self.networks.add_free(stage.after, dafter)
         if stage.before is not None and dbefore is not None and deferred is None:

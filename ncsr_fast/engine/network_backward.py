@@ -10,17 +10,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ncsr_fast.engine.memory import spare_bytes
 from ncsr_fast.engine.program import Head
 from ncsr_fast.engine.walk import LevelTensors, Walk
+from ncsr_fast.layout import empty_channels_last
 from ncsr_fast.ops.backend import kernels
 from ncsr_fast.ops.network_gradients import NetworkPass, StepNetwork
 from ncsr_fast.ops.step_network import Hidden, network_weights
 
-_TOGETHER = ("triton",)  # backends that take several networks in one launch
+BATCHED = ("triton",)  # backends that take several networks, or steps, in one launch
 
 
 class NetworksBackward:
@@ -43,14 +43,13 @@ class NetworksBackward:
         ]
         backend = walk.program.network_backend
         stacks = [network_weights(n.w1, n.w2, n.w3, backend, transposed=True) for n in walk.tensors.networks]
-        self._packed = [list(zip(*map(Tensor.unbind, packed))) for packed in stacks]
+        self._transposed = [list(zip(*map(Tensor.unbind, packed))) for packed in stacks]
         self._passes: list[list[tuple[Head, NetworkPass]]] = [[] for _ in self.gradients]
         self._waiting: list[list[tuple[Head, Tensor]]] = [[] for _ in self.gradients]
 
     def add(self, head: Head, x: Tensor, hidden: Hidden | None, dh: Tensor, dz1: Tensor) -> None:
         """Add the gradient of the state x that a network read to `dz1`, from its hidden layers, or with None from x alone."""
-        h1, h2 = hidden or self._walk.hidden(head, x)
-        self._backward([head], [x[:, : head.pass_through]], [h1], [h2], [dh], [dz1])
+        self._backward([head], x, None if hidden is None else [hidden], [dh], [dz1])
 
     def add_free(self, head: Head, dh: Tensor) -> None:
         """Likewise of a network that reads the condition alone, unless its outputs were given or no gradient is wanted."""
@@ -70,39 +69,39 @@ class NetworksBackward:
         waiting, self._waiting[branch] = self._waiting[branch], []
         if waiting:
             heads, dh = zip(*waiting)
-            h1, h2 = zip(*map(self._hidden, heads))
-            self._backward(heads, [None] * len(heads), h1, h2, dh, [None] * len(heads))
-
-    def _hidden(self, head: Head) -> Hidden:
-        """The hidden layers of a network that reads the condition alone."""
-        if not self._free_h2:
-            return self._walk.hidden(head, None)
-        h1 = F.relu(self._walk.pre_activation(self._walk.tensors.sources[head.source], head))
-        return h1, self._free_h2[self._walk.free.index(head.branch)][head.network]
+            h2 = self._free_h2[self._walk.free.index(branch)] if self._free_h2 else []
+            self._backward(heads, None, [(None, h2[head.network]) for head in heads] if h2 else None, dh, [None] * len(heads))
 
     def _backward(
         self,
         heads: Sequence[Head],
-        z1: Sequence[Tensor | None],
-        h1: Sequence[Tensor],
-        h2: Sequence[Tensor],
+        x: Tensor | None,
+        hidden: Sequence[tuple[Tensor | None, Tensor]] | None,
         dh: Sequence[Tensor],
         dz1: Sequence[Tensor | None],
     ) -> None:
         """The gradients of the pre-activations and of z1, for networks of one branch; those of the weights wait."""
-        branch, networks = heads[0].branch, [self._walk.network(head) for head in heads]
-        dh, dpre = [x.to(h2[0].dtype) for x in dh], list(map(self._place, heads, h1))
-        packed = [self._packed[branch][head.network] for head in heads] if self._packed[branch] else ()
-        dh2 = self._kernels.step_network_backward(dh, h1, h2, networks, dpre, dz1, tf32=self._tf32, packed=packed)
+        branch, walk = heads[0].branch, self._walk
+        z1, pre, *weights = zip(*[walk.arguments(head, x) for head in heads])
+        networks, dpre = list(map(StepNetwork, *weights)), list(map(self._place, heads, pre))
+        transposed = self._transposed[branch]
+        packed = [(*walk.packed(head), *transposed[head.network]) for head in heads] if transposed else []
+        dh = [own.to(pre[0].dtype) for own in dh]
+        backward = self._kernels.step_network_backward
+        layers = backward(dh, z1, pre, hidden, networks, dpre, dz1, tf32=self._tf32, packed=packed)
         if self._needs_weights[branch]:
-            self._passes[branch] += zip(heads, map(NetworkPass, z1, h1, h2, dpre, dh2, dh))
+            found = zip(z1, pre, layers, dpre, dh)
+            self._passes[branch] += [
+                (head, NetworkPass(own_z1, own_pre, h1, h2, own_dpre, dh2, own_dh))
+                for head, (own_z1, own_pre, (h1, h2, dh2), own_dpre, own_dh) in zip(heads, found)
+            ]
             if len(self._passes[branch]) >= self._together(heads[0], dh[0]):
                 self._run_weights(branch)
 
-    def _place(self, head: Head, h1: Tensor) -> Tensor:
+    def _place(self, head: Head, pre: Tensor) -> Tensor:
         """Where the gradient of a pre-activation is written."""
         source = self._sources[head.source]
-        return torch.empty_like(h1) if source is None else self._walk.pre_activation(source, head)
+        return empty_channels_last(pre.shape, pre) if source is None else self._walk.pre_activation(source, head)
 
     def _run_weights(self, branch: int) -> None:
         waiting, self._passes[branch] = self._passes[branch], []
@@ -114,7 +113,7 @@ class NetworksBackward:
 
     def _together(self, head: Head, dh: Tensor) -> int:
         """How many networks of a branch may wait, with hidden layers, and gradients of h2 and of the output."""
-        if self._walk.program.network_backend not in _TOGETHER:
+        if self._walk.program.network_backend not in BATCHED:
             return 1
         size = (3 * head.hidden + dh.shape[1]) * dh[:, 0].numel() * dh.element_size()
         return max(1, spare_bytes(dh.device) // (size * len(self.gradients)))

@@ -68,7 +68,9 @@ class EngineOptions:
         return _DTYPES.get(self.precision, dtype)
 
     def under_autocast(self, like: Tensor) -> EngineOptions:
-        """The options for a model whose parameter `like` is: under `torch.autocast`, with the precision it asks for. A model
-        of another dtype than float32 is not touched."""
+        """The options for a model whose parameter `like` is: under `torch.autocast`, with the precision it asks for.
+
+        Options of a model of another dtype than float32 stay as they are.
+        """
         precision = _AUTOCAST.get(autocast_dtype(like.device.type)) if like.dtype == torch.float32 else None
         return self if precision is None else replace(self, precision=precision)

@@ -24,8 +24,8 @@ from ncsr_fast.engine.folding import (
     Mixing,
     NetworkParameters,
     Networks,
+    fold_level,
     fold_mixing,
-    fold_networks,
     fold_zeros_convolution,
 )
 from ncsr_fast.engine.gradient import level_pass
@@ -204,19 +204,20 @@ class LevelPlan:
         return fold() if self.recorded else level.cache.get(name, level.parameters(), fold)
 
     def _fold(self, dtype: torch.dtype, algorithm: str) -> FoldedLevel:
-        level, found = self.level, []
+        level = self.level
         hoisted: dict[str | None, list[Hoisted]] = {}
-        for branch in level.branches:
-            state_channels = 0 if branch.changes_all else level.pass_through
-            networks, rest = fold_networks(level.networks(branch), state_channels, dtype)
-            found.append(networks)
+        branches = level.branches
+        stacks = [(level.networks(branch), 0 if branch.changes_all else level.pass_through) for branch in branches]
+        backend = covering_backend("fold_filters", self.options.backend, level.actnorm_bias)
+        found, rests = zip(*fold_level(stacks, dtype, backend))
+        for branch, rest in zip(branches, rests):
             hoisted.setdefault(branch.condition, []).append(rest)
         stacked = {condition: _stacked(parts) for condition, parts in hoisted.items()}
         weight, own_channels = None, self.features.own.shape[1]
         if "features" in stacked:
             weight = prepared(stacked["features"].weight, own_channels, algorithm, not self.recorded)
         packed = [network_weights(n.w1, n.w2, n.w3, self._network_backend) for n in found]
-        return FoldedLevel(tuple(found), stacked, weight, tuple(packed))
+        return FoldedLevel(found, stacked, weight, tuple(packed))
 
     def _add_known(self) -> None:
         """Compute the pre-activations of the features and of branches without a condition."""

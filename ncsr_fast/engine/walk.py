@@ -152,11 +152,6 @@ class Walk:
         layers = kernels(program.network_backend).step_network_layers
         return layers(*self.arguments(head, x), tf32=program.method.tf32, packed=self.packed(head))
 
-    def hidden(self, head: Head, x: Tensor | None) -> Hidden:
-        """The hidden layers alone."""
-        hidden = kernels(self.program.network_backend).step_network_hidden
-        return hidden(*self.arguments(head, x), tf32=self.program.method.tf32, packed=self.packed(head))
-
     def _evaluated(self, head: Head, x: Tensor | None) -> Tensor:
         tf32, packed = self.program.method.tf32, self.packed(head)
         return self._networks.step_network_forward(*self.arguments(head, x), tf32=tf32, packed=packed)

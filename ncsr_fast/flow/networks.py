@@ -59,8 +59,10 @@ class StackedNetworks(nn.Module):
         self.bias3, self.logs3 = zeros(outputs), zeros(outputs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """Apply `to()`, `half()`, `share_memory()` … to stacked weights as to the 4-D weights of single networks, which can
-        have the memory format `torch.channels_last`."""
+        """Apply `to()`, `half()`, `share_memory()` … to stacked weights as to the 4-D weights of single networks.
+
+        Such weights can have the memory format `torch.channels_last`.
+        """
         return super()._apply(lambda tensor: _apply_single(fn, tensor), recurse)  # type: ignore[no-untyped-call]
 
     def unbind(self) -> list[Network]:

@@ -73,9 +73,13 @@ class ConditionedFlow:
         *,
         on_nonfinite: str = "warn",
     ) -> Tensor:
-        """n images (B, n, 3, sH, sW) of each LR image, clipped to [0, 1]: as `NCSR.sample`, which documents the arguments.
+        """n images (B, n, 3, sH, sW) of each LR image, clipped to [0, 1].
 
         Args:
+            n: As for `NCSR.sample`; so are temperature and generator.
+            temperature: Standard deviation of the latents.
+            generator: Of the model's device; None is torch's default one.
+            on_nonfinite: As for `NCSR.sample`.
             latents: The images' latents (B, n, …), in the order of `encode`, in place of drawn ones.
 
         Raises:
@@ -193,7 +197,6 @@ def draw_latents(
     generator: torch.Generator | None,
 ) -> list[Tensor]:
     """Latents (batch, n, *shape) ~ N(0, temperature²), drawn sample by sample: the first m do not depend on n."""
-
     draws = []
     for _ in range(n):
         own = [torch.randn((batch, *shape), generator=generator, dtype=like.dtype, device=like.device) for shape in shapes]

@@ -16,8 +16,12 @@ def to_uint8(image: Tensor) -> Tensor:
 def psnr(image: Tensor, target: Tensor) -> Tensor:
     """Peak signal-to-noise ratio (B,) in dB of 8-bit images, `10 log10(255² / MSE)` over all channels.
 
-    image, target   (B, 3, H, W), uint8, or floats in [0, 1], which are rounded to 8 bits first
-    returns         (B,) float64; infinite for equal images
+    Args:
+        image: (B, 3, H, W), uint8, or floats in [0, 1], which are rounded to 8 bits first.
+        target: Likewise.
+
+    Returns:
+        (B,) float64; infinite for equal images.
     """
     image, target = to_uint8(image), to_uint8(target)
     if image.shape != target.shape:

@@ -16,13 +16,20 @@ from ncsr_fast.precision import product
 def imresize(x: Tensor, scale: float) -> Tensor:
     """Resize the last two axes by `scale` with the bicubic kernel a = -0.5, as MATLAB's `imresize` does.
 
-    x        (…, H, W), floating point, or uint8
-    scale    output size = ceil(scale · input size); below 1 the kernel is widened by 1/scale
-    returns  (…, ⌈scale·H⌉, ⌈scale·W⌉) on the device and in the dtype of x
-
     Borders are mirrored (the edge pixel is repeated). Two matrix products, rows first, computed in float64 for
     float64 and uint8 input and in float32 otherwise; differentiable. A uint8 image is rounded and clipped after
     each of the two, as MATLAB does. Raises ValueError for scale ≤ 0, TypeError for another integer dtype.
+
+    Args:
+        x: (…, H, W), floating point, or uint8.
+        scale: Output size = ceil(scale · input size); below 1 the kernel is widened by 1/scale.
+
+    Returns:
+        (…, ⌈scale·H⌉, ⌈scale·W⌉) on the device and in the dtype of x.
+
+    Example:
+        >>> tuple(imresize(torch.rand(3, 64, 48), 1 / 4).shape)
+        (3, 16, 12)
     """
     if not scale > 0:
         raise ValueError(f"scale must be positive, not {scale!r}")

@@ -13,11 +13,15 @@ from ncsr_fast.precision import true_float32
 def diversity_score(distances: Tensor) -> float:
     """How much better than the best sample the samples are together, in percent (0 when all are the same).
 
-    distances   (n, H, W): a map of each sample's distance to the original, lower is better; LPIPS maps (`lpips`
-                with spatial=True) give the challenge's score
-    returns     `100 · (global - local) / global`: `global` is the smallest mean of a map, `local` the mean of the
-                pixelwise smallest distance
-    source      the NTIRE 2021 "Learning the Super-Resolution Space" toolkit
+    Source: the NTIRE 2021 "Learning the Super-Resolution Space" toolkit.
+
+    Args:
+        distances: (n, H, W): a map of each sample's distance to the original, lower is better; LPIPS maps (`lpips` with
+            spatial=True) give the challenge's score.
+
+    Returns:
+        `100 · (global - local) / global`: `global` is the smallest mean of a map, `local` the mean of the pixelwise
+        smallest distance.
     """
     if distances.dim() != 3 or distances.shape[0] < 1:
         raise ValueError(f"distances must have shape (n, H, W) with n ≥ 1, not {tuple(distances.shape)}")
@@ -43,7 +47,8 @@ class LPIPSUnavailable(RuntimeError):
 def lpips_model(network: str = "alex", device: torch.device | str = "cpu"):
     """The LPIPS network (Zhang et al. 2018), spatial, from the `lpips` package.
 
-    raises  LPIPSUnavailable when the package, torchvision or the backbone's weights (a download) are missing
+    Raises:
+        LPIPSUnavailable: The package, torchvision or the backbone's weights (a download) are missing.
     """
     try:
         import lpips as package
@@ -61,8 +66,13 @@ def lpips_model(network: str = "alex", device: torch.device | str = "cpu"):
 def lpips(samples: Tensor, target: Tensor, model) -> Tensor:
     """LPIPS maps (n, H, W) of `samples` (n, 3, H, W) against `target` (3, H, W), floats in [0, 1].
 
-    model   from `lpips_model`; the mean of a map is the LPIPS distance of that sample
-    raises  ValueError for images too small for its network
+    Args:
+        samples: (n, 3, H, W).
+        target: (3, H, W).
+        model: From `lpips_model`; the mean of a map is the LPIPS distance of that sample.
+
+    Raises:
+        ValueError: Images too small for its network.
     """
     try:
         with true_float32(samples):

@@ -31,6 +31,12 @@ def actnorm_invconv(
     Raises:
         ValueError: `inverse` meets a weight that is singular or not finite (on the CPU).
         ValueError, TypeError: A wrong shape, dtype or device; the message names the argument.
+
+    Example:
+        >>> bias, logs, weight = torch.zeros(12), torch.zeros(12), torch.eye(12)
+        >>> y, logdet = ops.actnorm_invconv(torch.randn(2, 12, 8, 8), bias, logs, weight)
+        >>> logdet.tolist()
+        [0.0, 0.0]
     """
     _, channels, _, _ = check_state("actnorm_invconv", "x", x)
     check_tensors("actnorm_invconv", x, *parameters(channels, bias, logs, weight))

@@ -32,6 +32,12 @@ def affine_injector(
 
     Raises:
         ValueError, TypeError: A wrong shape, dtype, device or eps; the message names the argument.
+
+    Example:
+        >>> z, h = torch.randn(2, 12, 8, 8), torch.randn(2, 24, 8, 8)
+        >>> y, logdet = ops.affine_injector(z, h)
+        >>> tuple(y.shape), tuple(logdet.shape)
+        ((2, 12, 8, 8), (2,))
     """
     batch, channels, height, width = check_state("affine_injector", "z", z)
     check_tensors("affine_injector", z, ("h", h, (batch, 2 * channels, height, width)))
@@ -60,6 +66,13 @@ def affine_coupling(
 
     Raises:
         ValueError, TypeError: A wrong shape, dtype, device or eps; the message names the argument.
+
+    Example:
+        >>> z, h = torch.randn(2, 12, 8, 8), torch.randn(2, 12, 8, 8)
+        >>> y, logdet = ops.affine_coupling(z, h)
+        >>> back, negative = ops.affine_coupling(y, h, inverse=True)
+        >>> torch.allclose(back, z, atol=1e-4), torch.allclose(negative, -logdet)
+        (True, True)
     """
     batch, channels, height, width = check_state("affine_coupling", "z", z)
     pass_through = pass_through_channels(channels)

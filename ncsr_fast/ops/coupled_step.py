@@ -88,8 +88,14 @@ def composed_of(backend: str) -> Coupled:
 
         Args:
             x: (B, C, H, W).
-            pre: (B, hidden, H, W), and the weights of the network as `step_network_forward` has them, with b3 (2·changed,).
-            mix: (C, C) or None, with offset (C,): as `flow_step_forward` has them.
+            pre: (B, hidden, H, W), of the network, whose weights `step_network_forward` describes.
+            w1: (hidden, C - changed, 3, 3).
+            w2: (hidden, hidden, 1, 1).
+            b2: (hidden,).
+            w3: (2·changed, hidden, 3, 3).
+            b3: (2·changed,).
+            mix: (C, C), or None: the coupling alone.
+            offset: (C,), or None with it.
             injector: (B, 2C, H, W) or None: of the affine behind the mix when encoding, ahead of it for the inverse.
             eps: Lower bound of the scales.
             inverse: All affines are inverse maps.

@@ -54,6 +54,11 @@ def flow_step(
     Raises:
         ValueError: `inverse` meets a weight that is singular or not finite (on the CPU).
         ValueError, TypeError: A wrong shape, dtype, device or eps; the message names the argument.
+
+    Example:
+        >>> bias, logs, weight = torch.zeros(12), torch.zeros(12), torch.eye(12)
+        >>> z, h_coupling, h_injector = torch.randn(2, 12, 8, 8), torch.randn(2, 12, 8, 8), torch.randn(2, 24, 8, 8)
+        >>> y, logdet = ops.flow_step(z, h_coupling, bias, logs, weight, h_injector)
     """
     batch, channels, height, width = check_state("flow_step", "z", z)
     check_tensors("flow_step", z, *parameters(channels, bias, logs, weight))
@@ -132,6 +137,7 @@ def _backward(
     before, after = (h_injector, h_coupling) if inverse else (h_coupling, h_injector)
     found = kernels(backend).flow_step_backward(dy, dlogdet, z, *saved, mix, before, after, eps, inverse)
     dz, dmix, doffset, dbefore, dafter = found
+    assert dmix is not None and doffset is not None
     dlogdet_of_pixel = dlogdet.sum(dtype=torch.float64) * (z.shape[2] * z.shape[3])
     dbias, dlogs, dweight = folding.fold_backward(bias, logs, weight, inverse, dmix, doffset, dlogdet_of_pixel)
     dcoupling, dinjector = (dafter, dbefore) if inverse else (dbefore, dafter)

@@ -52,6 +52,11 @@ def folded(bias: Tensor, logs: Tensor, weight: Tensor, inverse: bool, name: str,
     """`fold` of checked arguments, by the reference where the backend has no kernel; "auto" also where it is faster.
 
     Args:
+        bias: (N, C).
+        logs: (N, C).
+        weight: (N, C, C).
+        inverse: The inverse maps.
+        backend: "auto", or one by name.
         name: The argument that messages name where a matrix has no inverse; {} becomes its number.
     """
     if backend == "auto" and inverse and weight.shape[-1] > _WIDEST_INVERSE:

@@ -11,12 +11,13 @@ from collections.abc import Sequence
 from typing import NamedTuple, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ncsr_fast.ops.conv3x3 import ConvolutionMethod, convolution_backward
 from ncsr_fast.ops.plain_convolution import Gradients
 
-DATA, WEIGHTS = (True, False, False), (False, True, True)  # of the gradients of a convolution's input, weight and bias
+Layers = tuple[Tensor | None, Tensor, Tensor]  # h1, None where it is the positive part of pre, h2 and dh2
 
 
 class StepNetwork(NamedTuple):
@@ -34,7 +35,8 @@ class NetworkPass(NamedTuple):
 
     Args:
         z1: (B, C, H, W) of any dtype, or None.
-        h1: (B, hidden, H, W).
+        pre: Pre-activation of h1 (B, hidden, H, W), but for what z1 adds to it.
+        h1: (B, hidden, H, W); None: the positive part of pre, z1 being None.
         h2: (B, hidden, H, W).
         dpre: Gradient of the pre-activation of h1.
         dh2: Gradient of the pre-activation of h2.
@@ -42,7 +44,8 @@ class NetworkPass(NamedTuple):
     """
 
     z1: Tensor | None
-    h1: Tensor
+    pre: Tensor
+    h1: Tensor | None
     h2: Tensor
     dpre: Tensor
     dh2: Tensor
@@ -51,22 +54,23 @@ class NetworkPass(NamedTuple):
 
 def data_gradients(
     dh: Sequence[Tensor],
-    h1: Sequence[Tensor],
-    h2: Sequence[Tensor],
+    pre: Sequence[Tensor],
+    hidden: Sequence[tuple[Tensor | None, Tensor]],
     networks: Sequence[StepNetwork],
     dpre: Sequence[Tensor],
     dz1: Sequence[Tensor | None],
     method: ConvolutionMethod,
-) -> list[Tensor]:
-    """`ncsr_fast.ops.reference.step_network_backward` by convolutions of this method."""
-    found = []
-    for own_dh, own_h1, own_h2, network, own_dpre, own_dz1 in zip(dh, h1, h2, networks, dpre, dz1):
-        dh2 = _input_gradient(own_dh, own_h2, network.w3, method, relu=(own_h2, 0.0))
-        dh1 = _input_gradient(dh2, own_h1, network.w2, method)
-        torch.ops.aten.threshold_backward.grad_input(dh1, own_h1, 0, grad_input=own_dpre)
+) -> list[Layers]:
+    """`ncsr_fast.ops.reference.step_network_backward` by convolutions of this method, from the hidden layers."""
+    found: list[Layers] = []
+    for own_dh, own_pre, (h1, h2), network, own_dpre, own_dz1 in zip(dh, pre, hidden, networks, dpre, dz1):
+        h1 = F.relu(own_pre) if h1 is None else h1
+        dh2 = _input_gradient(own_dh, h2, network.w3, method, relu=(h2, 0.0))
+        dh1 = _input_gradient(dh2, h1, network.w2, method)
+        torch.ops.aten.threshold_backward.grad_input(dh1, h1, 0, grad_input=own_dpre)
         if own_dz1 is not None and network.w1 is not None:
             own_dz1.add_(_input_gradient(own_dpre, torch.empty_like(own_dz1, dtype=own_dpre.dtype), network.w1, method))
-        found.append(dh2)
+        found.append((h1, h2, dh2))
     return found
 
 
@@ -74,10 +78,10 @@ def weight_gradients(passes: Sequence[NetworkPass], gradients: Sequence[StepNetw
     """`ncsr_fast.ops.reference.step_network_weights_backward` by convolutions of this method."""
     for own, written in zip(passes, gradients):
         _, dw3, db3 = _weight_gradient(own.dh, own.h2, written.w3, method)
-        _, dw2, db2 = _weight_gradient(own.dh2, own.h1, written.w2, method)
+        _, dw2, db2 = _weight_gradient(own.dh2, F.relu(own.pre) if own.h1 is None else own.h1, written.w2, method)
         dw1 = None
         if own.z1 is not None and written.w1 is not None:
-            dw1 = _weight_gradient(own.dpre, own.z1.to(own.h1.dtype), written.w1, method, needs_bias=False)[1]
+            dw1 = _weight_gradient(own.dpre, own.z1.to(own.h2.dtype), written.w1, method, needs_bias=False)[1]
         for gradient, found in zip(written, (dw1, dw2, db2, dw3, db3)):
             if gradient is not None and found is not None:
                 gradient.copy_(found)
@@ -86,7 +90,7 @@ def weight_gradients(passes: Sequence[NetworkPass], gradients: Sequence[StepNetw
 def _input_gradient(
     dy: Tensor, x: Tensor, weight: Tensor, method: ConvolutionMethod, relu: tuple[Tensor, float] | None = None
 ) -> Tensor:
-    return cast(Tensor, convolution_backward(dy, x, weight, DATA, method, relu=relu)[0])
+    return cast(Tensor, convolution_backward(dy, x, weight, (True, False, False), method, relu=relu)[0])
 
 
 def _weight_gradient(dy: Tensor, x: Tensor, weight: Tensor, method: ConvolutionMethod, needs_bias: bool = True) -> Gradients:

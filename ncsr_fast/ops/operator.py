@@ -100,8 +100,11 @@ class Operator:
         backward: Callable[..., Tensors],
         accepted: Callable[[Tensor], bool],
     ) -> Tensors:
-        """The gradient of every input, None where it is not needed: by `backward`, or by autograd on the reference where a
-        gradient of it is wanted (create_graph=True) or one of `grads` is not `accepted`."""
+        """The gradient of every input, None where it is not needed.
+
+        By `backward`, or by autograd on the reference where a gradient of the gradient is wanted (create_graph=True) or one of
+        `grads` is not `accepted`.
+        """
         given = [grad for grad in grads if grad is not None]
         with without_autocast(given[0].device.type):
             if torch.is_grad_enabled() or not all(map(accepted, given)):

@@ -4,6 +4,7 @@
     gaussian_split   eps = (x - mean)·exp(-logs) on the last channels, or its inverse, and the log-density
     flow_step        y = after(mix·before(x) + offset), with two such affines
     inverse_logdet   W⁻¹, log|det W| and the condition number of W
+    fold_filters     weights and biases of convolutions times the scales of their outputs
     fold             actnorm and 1×1 convolution as one affine map y = mix·x + offset of a pixel
     conv3x3          zero-padded 3×3 convolution, of an upsampled input, added to an output, through the mask of a leaky ReLU
     step_network     w3 ∗ relu(w2 · relu(w1 ∗ z1 + pre) + b2) + b3
@@ -25,7 +26,7 @@ from ncsr_fast.ops.contract import compute_dtype, pass_through_channels
 from ncsr_fast.ops.conv3x3 import ConvolutionMethod
 from ncsr_fast.ops.coupled_step import composed_of
 from ncsr_fast.ops.inverse_logdet import invert
-from ncsr_fast.ops.network_gradients import NetworkPass, StepNetwork, data_gradients, weight_gradients
+from ncsr_fast.ops.network_gradients import Layers, NetworkPass, StepNetwork, data_gradients, weight_gradients
 from ncsr_fast.ops.plain_convolution import Needed, convolve, convolve_backward
 from ncsr_fast.ops.plain_inverse import inverse_logdet as inverse_logdet
 from ncsr_fast.precision import product
@@ -88,8 +89,11 @@ def gaussian_split_forward(x: Tensor, h: Tensor, inverse: bool) -> tuple[Tensor,
 
 
 def gaussian_split_backward(dy: Tensor, dlogdet: Tensor, x: Tensor, h: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
-    """Gradients of x and h. With d = dy - g·eps: dx = d·exp(-logs), dmean = -dx, dlogs = -d·eps - g; the inverse, whose x is
-    eps: dx = dy·exp(logs) + g·x, dmean = dy, dlogs = dy·exp(logs)·x + g."""
+    """Gradients of x and h.
+
+    With d = dy - g·eps: dx = d·exp(-logs), dmean = -dx, dlogs = -d·eps - g. For the inverse, whose x is eps:
+    dx = dy·exp(logs) + g·x, dmean = dy, dlogs = dy·exp(logs)·x + g.
+    """
     taken, dtype, g = h.shape[1] // 2, compute_dtype(x), dlogdet[:, None, None, None]
     mean, logs = h[:, 0::2].to(dtype), h[:, 1::2].to(dtype)
     last, dlast = x[:, -taken:].to(dtype), dy[:, -taken:].to(dtype)
@@ -131,22 +135,51 @@ def flow_step_backward(
     h_after: Tensor | None,
     eps: float,
     inverse: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Gradients of x, mix, offset, h_before and h_after, from the input x and the output y."""
+    mix_later: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of x, mix, offset, h_before and h_after, from the input x and the output y.
+
+    With `mix_later` None for mix and offset, which are left to `flow_step_mix_backward`.
+    """
     pass_before, pass_after = _pass_through(x, inverse)
-    dh_before = dh_after = None
+    dh_before = dh_after = dmix = doffset = None
     dw = dy.to(mix.dtype)
     if h_after is not None:
         dw, dh_after = _affine_gradients(dw, dlogdet, y.to(mix.dtype), h_after, pass_after, eps, inverse)
     a = x.to(mix.dtype)
     if h_before is not None:
         a, _ = affine_forward(a, h_before, pass_before, eps, inverse)
-    pixels = dw.flatten(2)
-    dmix, doffset = product(pixels, a.flatten(2).mT).sum(dim=0), pixels.sum(dim=(0, 2))
+    if not mix_later:
+        dmix, doffset = _mix_gradients(dw, a)
     dx = mixed(mix.mT, dw)
     if h_before is not None:
         dx, dh_before = _affine_gradients(dx, dlogdet, a, h_before, pass_before, eps, inverse)
     return dx.to(x.dtype), dmix, doffset, dh_before, dh_after
+
+
+def flow_step_mix_backward(
+    steps: Sequence[tuple[Tensor, Tensor, Tensor | None, Tensor | None]], eps: float, inverse: bool
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the matrices (n, C, C) and offsets (n, C) of n steps, from dy, x, h_before and h_after of each."""
+    found = []
+    for dy, x, h_before, h_after in steps:
+        (pass_before, pass_after), dtype = _pass_through(x, inverse), compute_dtype(x)
+        dw, a = dy.to(dtype), x.to(dtype)
+        if h_after is not None:
+            scale = torch.sigmoid(h_after[:, 1::2].to(dtype) + 2) + eps
+            changed = dw[:, pass_after:] / scale if inverse else dw[:, pass_after:] * scale
+            dw = torch.cat([dw[:, :pass_after], changed], dim=1)
+        if h_before is not None:
+            a, _ = affine_forward(a, h_before, pass_before, eps, inverse)
+        found.append(_mix_gradients(dw, a))
+    dmix, doffset = map(torch.stack, zip(*found))
+    return dmix, doffset
+
+
+def _mix_gradients(dw: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
+    """Of w = mix·a + offset."""
+    pixels = dw.flatten(2)
+    return product(pixels, a.flatten(2).mT).sum(dim=0), pixels.sum(dim=(0, 2))
 
 
 def mixed(mix: Tensor, x: Tensor) -> Tensor:
@@ -228,6 +261,56 @@ def fold_backward(
     return dbias.to(dtypes[0]), dlogs.to(dtypes[1]), dweight.to(dtypes[2])
 
 
+def fold_filters_forward(
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    logs: Sequence[Tensor],
+    factors: Sequence[float],
+    first: Sequence[int],
+    dtype: torch.dtype,
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Weights and biases of stacks of convolutions times the scales exp(factor · logs) of their outputs, in `dtype`, dense.
+
+    Args:
+        weights: (K, outputs, inputs, k, k) of each stack.
+        biases: (K, outputs).
+        logs: (K, outputs).
+        factors: Of each stack one.
+        first: Of each stack, the inputs whose weights become a tensor of their own.
+        dtype: Of the results.
+
+    Returns:
+        The weights of the first inputs, those of the others, and the biases, of each stack one.
+    """
+    folded: tuple[list[Tensor], list[Tensor], list[Tensor]] = ([], [], [])
+    for weight, bias, own_logs, factor, count in zip(weights, biases, logs, factors, first):
+        scale = torch.exp(factor * own_logs)
+        parts = (weight * scale[..., None, None, None]).to(dtype).tensor_split([count], dim=2)
+        for into, part in zip(folded, (*parts, (bias * scale).to(dtype))):
+            into.append(part.contiguous())
+    return folded
+
+
+def fold_filters_backward(
+    dfirst: Sequence[Tensor],
+    drest: Sequence[Tensor],
+    dfolded: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    logs: Sequence[Tensor],
+    factors: Sequence[float],
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Gradients of weights, biases and logs from those of the three results of `fold_filters_forward`."""
+    gradients: tuple[list[Tensor], list[Tensor], list[Tensor]] = ([], [], [])
+    for first, rest, dbias, weight, bias, own_logs, factor in zip(dfirst, drest, dfolded, weights, biases, logs, factors):
+        scale, dweight = torch.exp(factor * own_logs), torch.cat([first, rest], dim=2).to(weight.dtype)
+        dbias = dbias.to(bias.dtype)
+        dscale = (dweight * weight).sum(dim=(2, 3, 4)) + dbias * bias
+        for into, part in zip(gradients, (dweight * scale[..., None, None, None], dbias * scale, factor * scale * dscale)):
+            into.append(part)
+    return gradients
+
+
 def conv3x3_forward(
     x: Tensor,
     weight: Tensor,
@@ -242,11 +325,12 @@ def conv3x3_forward(
     """leaky_relu(weight ∗ x + bias), zeros around x, in the dtype of x.
 
     Args:
-        x: (B, C, H, W), read with nearest-neighbour upsampling ×2 with `upsample2x`.
+        x: (B, C, H, W).
+        upsample2x: Read x with nearest-neighbour upsampling ×2.
         weight: (N, C, 3, 3).
         bias: (N,) or None.
         slope: Of the leaky ReLU; 1 is none.
-        tf32: Whether a GPU may round float32 operands to TF32.
+        tf32: Permit a GPU to round float32 operands to TF32.
         out: Written to and returned, if given; may be other channels of the memory of x.
         accumulate: Add to `out` instead.
     """
@@ -363,7 +447,6 @@ def step_network_hidden(
     b3: Tensor,
     *,
     tf32: bool = False,
-    packed: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Tensor]:
     """h1 and h2 of `step_network_forward`, for its arguments."""
     h1 = F.relu(pre if z1 is None or w1 is None else convolve(z1.to(pre.dtype), w1, None, tf32) + pre)
@@ -372,28 +455,37 @@ def step_network_hidden(
 
 def step_network_backward(
     dh: Sequence[Tensor],
-    h1: Sequence[Tensor],
-    h2: Sequence[Tensor],
+    z1: Sequence[Tensor | None],
+    pre: Sequence[Tensor],
+    hidden: Sequence[tuple[Tensor | None, Tensor]] | None,
     networks: Sequence[StepNetwork],
     dpre: Sequence[Tensor],
     dz1: Sequence[Tensor | None],
     *,
     tf32: bool = False,
     packed: Sequence[Sequence[Tensor]] = (),
-) -> list[Tensor]:
-    """The gradients of the inputs of networks of one shape, in their dtype; those of the pre-activations of h2 are returned.
+) -> list[Layers]:
+    """Gradients of the inputs of networks of one shape.
 
     Args:
-        dh: Of each network, the gradient (B, outputs, H, W) of its output.
-        h1: (B, hidden, H, W).
-        h2: (B, hidden, H, W).
+        dh: Of each network, the gradient (B, outputs, H, W) of its output, in the dtype of pre.
+        z1: (B, C, H, W) of any dtype, or None.
+        pre: (B, hidden, H, W).
+        hidden: h1, None where it is the positive part of pre, and h2 (B, hidden, H, W). None: they are recomputed.
         networks: The weights.
         dpre: Are written the gradients (B, hidden, H, W) of pre; all with the same strides.
         dz1: Is added the gradient (B, C, H, W) of z1, in any dtype; None: not wanted.
         tf32: Whether a GPU may round float32 operands to TF32.
-        packed: Of each network those of `step_network_weights` of the same backend, transposed; or nothing.
+        packed: Of each network those of `step_network_weights` of the same backend, then those transposed; or nothing.
+
+    Returns:
+        Of each network h1, or None, h2, and the gradient of the pre-activation of h2.
     """
-    return data_gradients(dh, h1, h2, networks, dpre, dz1, ConvolutionMethod(tf32, "reference"))
+    if hidden is None:
+        hidden = [
+            step_network_hidden(own_z1, own_pre, *network, tf32=tf32) for own_z1, own_pre, network in zip(z1, pre, networks)
+        ]
+    return data_gradients(dh, pre, hidden, networks, dpre, dz1, ConvolutionMethod(tf32, "reference"))
 
 
 def step_network_weights_backward(
@@ -409,8 +501,17 @@ step_network_coupled = composed_of("reference")
 def step_network_tails(
     pre: Tensor, w2: Tensor, b2: Tensor, w3: Tensor, b3: Tensor, *, tf32: bool = False, packed: Sequence[Tensor] = ()
 ) -> tuple[Tensor, ...]:
-    """The outputs of K networks that do not read the state: pre (B, K·hidden, H, W), and weights as `step_network_forward` has
-    them, stacked."""
+    """The outputs of K networks that do not read the state.
+
+    Args:
+        pre: (B, K·hidden, H, W), of one after the other.
+        w2: (K, hidden, hidden, 1, 1).
+        b2: (K, hidden).
+        w3: (K, outputs, hidden, 3, 3).
+        b3: (K, outputs).
+        tf32: Whether a GPU may round float32 operands to TF32.
+        packed: Of `step_network_weights` of the same backend, or nothing.
+    """
     networks = zip(pre.chunk(len(w2), dim=1), w2, b2, w3, b3, strict=True)
     return tuple([step_network_forward(None, own, None, *weights, tf32=tf32) for own, *weights in networks])
 

@@ -59,6 +59,13 @@ def step_network(
 
     Raises:
         ValueError, TypeError: A wrong shape, dtype or device; the message names the argument.
+
+    Example:
+        >>> z1, pre = torch.randn(2, 6, 8, 8), torch.randn(2, 64, 8, 8)
+        >>> w1, w2, w3 = torch.randn(64, 6, 3, 3), torch.randn(64, 64, 1, 1), torch.randn(12, 64, 3, 3)
+        >>> h = ops.step_network(z1, pre, w1, w2, torch.zeros(64), w3, torch.zeros(12))
+        >>> tuple(h.shape)
+        (2, 12, 8, 8)
     """
     batch, hidden, height, width = check_image("step_network", "pre", pre)
     if (z1 is None) != (w1 is None):
@@ -114,13 +121,13 @@ def _backward(
 ) -> Tensors:
     (z1, pre, *weights), functions = tensors, kernels(backend)
     network = StepNetwork._make(weights)
-    h1, h2 = functions.step_network_hidden(*tensors, tf32=tf32)
-    dh, dpre, dz1 = grads[0].to(pre.dtype), torch.empty_like(h1), None if z1 is None else torch.zeros_like(z1)
-    (dh2,) = functions.step_network_backward([dh], [h1], [h2], [network], [dpre], [dz1], tf32=tf32)
+    dh, dpre = grads[0].to(pre.dtype), empty_channels_last(pre.shape, pre)
+    dz1 = None if z1 is None else torch.zeros_like(z1)
+    ((h1, h2, dh2),) = functions.step_network_backward([dh], [z1], [pre], None, [network], [dpre], [dz1], tf32=tf32)
     if not any(needed[2:]):
         return dz1, dpre, *(None,) * 5
     gradient = StepNetwork._make(None if weight is None else torch.empty_like(weight) for weight in network)
-    functions.step_network_weights_backward([NetworkPass(z1, h1, h2, dpre, dh2, dh)], [gradient], tf32=tf32)
+    functions.step_network_weights_backward([NetworkPass(z1, pre, h1, h2, dpre, dh2, dh)], [gradient], tf32=tf32)
     return dz1, dpre, *gradient
 
 

@@ -16,7 +16,8 @@ class Board:
     The first thing written of a stage says where its curves go on: what a run that was stopped wrote of that step and of
     later ones is not shown, since the resumed run writes it again.
 
-    raises  ImportError when TensorBoard is not installed
+    Raises:
+        ImportError: TensorBoard is not installed.
     """
 
     def __init__(self, folder: str | os.PathLike) -> None:

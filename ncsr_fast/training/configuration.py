@@ -36,10 +36,13 @@ class Configuration:
 def configure(path: str | os.PathLike | None = None, overrides: Mapping[str, Any] | None = None) -> Configuration:
     """The run of a YAML: defaults < preset < variant < the YAML at `path` < `overrides`.
 
-    path       YAML with the fields of TrainSettings, flat, and `preset`, `variant` and `run`; its `model` holds fields of
-               NCSRConfig over the preset's. Or a published YAML, known by its network_G, which stands for a preset.
-    overrides  the same keys; texts are read as a YAML's would be
-    raises     ValueError with one line for each wrong value
+    Args:
+        path: YAML with the fields of TrainSettings, flat, and `preset`, `variant` and `run`; its `model` holds fields of
+            NCSRConfig over the preset's. Or a published YAML, known by its network_G, which stands for a preset.
+        overrides: The same keys; texts are read as a YAML's would be.
+
+    Raises:
+        ValueError: A wrong value; the message has one line for each.
     """
     path = None if path is None else os.fspath(path)
     overrides, given = dict(overrides or {}), _read(path) if path is not None else {}

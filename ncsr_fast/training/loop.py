@@ -60,6 +60,7 @@ def train(settings: TrainSettings, folder: str | os.PathLike, device: str = "aut
     to it what one process would.
 
     Args:
+        settings: Of the run.
         folder: The run's: new, empty, or that of a run, and outside the folders of images.
         device: "auto", "cpu", "cuda" or "cuda:1" and so on.
         report: Lines for RUN/published_options.txt.

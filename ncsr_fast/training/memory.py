@@ -144,9 +144,13 @@ def available_memory(device: torch.device | str) -> int:
 
 
 def advice(settings: TrainSettings, error: BaseException, available_bytes: int | None = None, processes: int = 1) -> str:
-    """What to say when memory ran out: what was asked for, and what by the estimate would fit.
+    """A message for a run that is out of memory: the memory asked for, and the batches and options that would fit.
 
-    available_bytes  None: all of the GPU's, or of the machine's where there is no GPU
+    Args:
+        settings: Of the run.
+        error: The error that ended it.
+        processes: That train together.
+        available_bytes: None: all of the GPU's, or of the machine's where there is no GPU.
     """
     if available_bytes is None:
         available_bytes = available_memory("cuda" if torch.cuda.is_available() else "cpu")

@@ -119,7 +119,8 @@ class Processes:
 def joined(device: str) -> Iterator[Processes]:
     """Join the processes that torchrun started (or that the caller's own script has joined); `device` may be "auto".
 
-    raises  ValueError for a device that is not here
+    Raises:
+        ValueError: A device that is not here.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"

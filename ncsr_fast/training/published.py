@@ -120,9 +120,12 @@ _IGNORED["train.beta2"] = _IGNORED["train.beta1"]
 def from_published(options: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """Settings of a published YAML, given as the dict a YAML reader returns, and what of it is not done as it says.
 
-    returns  values of fields of TrainSettings, those that the file decides; and a line for each key that is ignored, or
-             followed with a difference
-    raises   ValueError naming a key that asks for something this library does not do
+    Returns:
+        Values of fields of TrainSettings, those that the file decides; and a line for each key that is ignored, or followed
+        with a difference.
+
+    Raises:
+        ValueError: A key asks for something that this library does not do; the message names the key.
     """
     leaves = dict(_leaves(options))
     _refuse(leaves)

@@ -30,8 +30,10 @@ _NAMED = 3  # images spelled out of each kind
 
 
 def data_record(crops: RandomCrops) -> dict[str, Any]:
-    """JSON-ready: "images" in the order crops are drawn from, each as name, height, width, bytes and checksum, a pair as both
-    one after the other; and "left_out", the reasons by file. Names begin with the number of the place, which may move.
+    """The images that crops are drawn from, as JSON-ready values.
+
+    "images" is in the order of drawing, each as name, height, width, bytes and checksum, a pair as both one after the other;
+    "left_out" has the reasons by file. Names begin with the number of the place, which may move.
 
     The checksum is of a compressed file's beginning, middle and end, 64 KiB each, so that a data set is not read whole at each
     start; of all other files (BMP, TIFF, Netpbm, TGA), and of the pixels of an image in a `.pklv4`, it is of everything. The

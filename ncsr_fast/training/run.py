@@ -44,10 +44,10 @@ _MIB = 2**20
 
 
 class Run:
-    """A run's folder, which holds, beside the `_FOLDERS`:
+    """A run's folder.
 
-    settings.json, data.json (the images trained on), log.jsonl, checkpoints/STAGE-STEP.pt, samples/*.png, lock while a
-    process trains, and published_options.txt where the settings are those of a published YAML.
+    Beside the `_FOLDERS` it holds settings.json, data.json (the images trained on), log.jsonl, checkpoints/STAGE-STEP.pt,
+    samples/*.png, lock while a process trains, and published_options.txt where the settings are those of a published YAML.
 
     Of the processes that train together, only the first (`writes`) writes any of it. Nothing is written before `begin`.
     """

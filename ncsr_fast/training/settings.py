@@ -55,7 +55,7 @@ class TrainSettings:
     unfreeze           fraction of the stage after which the encoder is trained too (0: from the start, 1: never)
     unfrozen_lr        the encoder's learning rate then, None for `lr`
     max_std            M of NCSR's noise, c ~ U(0, M)
-    lr_noise           whether the LR image gets the noise too, downsampled
+    lr_noise           the LR image gets the noise too, downsampled
     nll_weight, l1_weight   loss = nll_weight · NLL + l1_weight · mean |temperature-0 sample - hr| (published `weight_fl`,
                        `weight_l1`)
 
@@ -69,7 +69,7 @@ class TrainSettings:
 
     How it is computed (none of it but precision changes a result by more than rounding)
     precision          of the networks: "fp32", "tf32", "bf16"
-    checkpoint         compute small networks anew in the backward pass instead of keeping their activations
+    checkpoint         recompute hidden layers of the small networks in the backward pass instead of saving them
     graph              steps as CUDA graphs; None: on a GPU, where one process trains
 
     What is seen and kept

@@ -109,6 +109,7 @@ def validation_pairs(settings: TrainSettings, training: Sequence[tuple[Source, .
     """The middles of the images validated on, by number: of the validation folder, or without one of training images.
 
     Args:
+        settings: Of the run.
         training: The training images; those that cannot be read are passed over, as in training.
         numbers: The part of the images to return; the processes share them.
 

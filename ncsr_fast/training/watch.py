@@ -17,8 +17,11 @@ _EXAMINED = 32  # side of the LR image looked at step by step
 def sample_metrics(
     model: NCSR, hr: Tensor, lr: Tensor, temperature: float, generator: torch.Generator
 ) -> tuple[dict[str, float], Tensor]:
-    """Of one sample of an image (1, 3, H, W): psnr, lr_psnr and, with scikit-image, ssim; shares of its pixels that are
-    nonfinite, and saturated: beyond [0, 1] before they are clipped. And the sample (3, sH, sW)."""
+    """Figures of one sample of an image (1, 3, H, W), and the sample (3, sH, sW).
+
+    The figures are psnr, lr_psnr and, with scikit-image, ssim; the shares of its pixels that are nonfinite, and saturated:
+    beyond [0, 1] before they are clipped.
+    """
     padded = model.padded(lr)
     levels = model.conditioned_levels(padded)
     images, _ = decode_samples(levels, draw(levels, padded, 1, temperature, generator), watch=False)
