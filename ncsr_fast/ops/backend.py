@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -19,10 +19,16 @@ from ncsr_fast import tuning
 from ncsr_fast.ops.fallback import Guarded
 from ncsr_fast.ops.plain_dense_blocks import DenseBlocks
 
+if TYPE_CHECKING:
+    from ncsr_fast.ops.network_gradients import Layers, NetworkPass, StepNetwork
+
 BACKENDS = ("reference", "native", "triton")
 _MODULES = {"reference": "ncsr_fast.ops.reference", "native": "ncsr_fast.ops.native", "triton": "ncsr_fast.kernels"}
 _NOT_INSTALLED = "this is a source tree that was not installed; in it: pip install -e ."
 _PREFERRED = {"cpu": ("native",)}  # what "auto" tries before the reference; on a GPU its table says so (`ncsr_fast.tuning`)
+
+
+Step = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # dy, x, h_before and h_after of `flow_step_backward`
 
 
 class Kernels(Protocol):
@@ -65,7 +71,10 @@ class Kernels(Protocol):
         h_after: Tensor | None,
         eps: float,
         inverse: bool,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]: ...
+        mix_later: bool = False,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]: ...
+
+    def flow_step_mix_backward(self, steps: Sequence[Step], eps: float, inverse: bool) -> tuple[Tensor, Tensor]: ...
 
     def inverse_logdet(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]: ...
 
@@ -83,6 +92,27 @@ class Kernels(Protocol):
     def fold_backward(
         self, bias: Tensor, logs: Tensor, weight: Tensor, inverse: bool, dmix: Tensor, doffset: Tensor, dlogdet: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]: ...
+
+    def fold_filters_forward(
+        self,
+        weights: Sequence[Tensor],
+        biases: Sequence[Tensor],
+        logs: Sequence[Tensor],
+        factors: Sequence[float],
+        first: Sequence[int],
+        dtype: torch.dtype,
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]: ...
+
+    def fold_filters_backward(
+        self,
+        dfirst: Sequence[Tensor],
+        drest: Sequence[Tensor],
+        dfolded: Sequence[Tensor],
+        weights: Sequence[Tensor],
+        biases: Sequence[Tensor],
+        logs: Sequence[Tensor],
+        factors: Sequence[float],
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]: ...
 
     def conv3x3_forward(
         self,
@@ -162,6 +192,7 @@ class Kernels(Protocol):
         b3: Tensor,
         *,
         tf32: bool = False,
+        packed: Sequence[Tensor] = (),
     ) -> Tensor: ...
 
     def step_network_layers(
@@ -175,7 +206,63 @@ class Kernels(Protocol):
         b3: Tensor,
         *,
         tf32: bool = False,
+        packed: Sequence[Tensor] = (),
     ) -> tuple[Tensor, Tensor, Tensor]: ...
+
+    def step_network_backward(
+        self,
+        dh: Sequence[Tensor],
+        z1: Sequence[Tensor | None],
+        pre: Sequence[Tensor],
+        hidden: Sequence[tuple[Tensor | None, Tensor]] | None,
+        networks: Sequence[StepNetwork],
+        dpre: Sequence[Tensor],
+        dz1: Sequence[Tensor | None],
+        *,
+        tf32: bool = False,
+        packed: Sequence[Sequence[Tensor]] = (),
+    ) -> list[Layers]: ...
+
+    def step_network_weights_backward(
+        self, passes: Sequence[NetworkPass], gradients: Sequence[StepNetwork], *, tf32: bool = False
+    ) -> None: ...
+
+    def step_network_coupled(
+        self,
+        x: Tensor,
+        pre: Tensor,
+        w1: Tensor,
+        w2: Tensor,
+        b2: Tensor,
+        w3: Tensor,
+        b3: Tensor,
+        mix: Tensor | None,
+        offset: Tensor | None,
+        injector: Tensor | None,
+        eps: float,
+        inverse: bool,
+        *,
+        tf32: bool = False,
+        packed: Sequence[Tensor] = (),
+        watched: bool = False,
+        with_output: bool = False,
+    ) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None, Tensor | None]: ...
+
+    def step_network_tails(
+        self,
+        pre: Tensor,
+        w2: Tensor,
+        b2: Tensor,
+        w3: Tensor,
+        b3: Tensor,
+        *,
+        tf32: bool = False,
+        packed: Sequence[Tensor] = (),
+    ) -> tuple[Tensor, ...]: ...
+
+    def step_network_weights(
+        self, w1: Tensor | None, w2: Tensor, w3: Tensor, dtype: torch.dtype, transposed: bool = False
+    ) -> tuple[Tensor, ...]: ...
 
 
 class Coverage(NamedTuple):
@@ -203,12 +290,15 @@ COVERAGE: dict[str, dict[str, Coverage]] = {
         "affine": Coverage(("cpu", "cuda"), _NARROW),
         "gaussian_split": Coverage(("cpu", "cuda"), _NARROW),
         "flow_step": Coverage(("cpu", "cuda"), _NARROW),
+        "flow_step_mix": Coverage(("cpu", "cuda"), _NARROW),
         "inverse_logdet": Coverage(("cpu", "cuda"), _FLOATS),
+        "fold_filters": Coverage(("cpu", "cuda"), _NARROW),
         "conv3x3": Coverage(("cpu", "cuda"), _NARROW),
         "conv3x3_weights": Coverage(("cpu", "cuda"), _NARROW),
         "dense_blocks": Coverage(("cpu", "cuda"), _NARROW),
         "hoisted": Coverage(("cpu", "cuda"), _NARROW),
         "step_network": Coverage(("cpu", "cuda"), _NARROW),
+        "step_network_weights": Coverage(("cpu", "cuda"), _NARROW),
     },
 }
 

@@ -170,16 +170,57 @@ def test_what_the_networks_of_the_steps_need(pytestconfig, target, channels, pre
     arguments += ["--targets", str(target), "--channels", str(channels)]
     rows = [Row(**row) for row in printed(pytestconfig, f"ahead_of_time-networks-{target}-{channels}-{precision}", arguments)]
     print(table(worst(rows)))
-    called = itertools.product(("coupling", "shared", "injector"), ("pack_network_kernel", "hidden_kernel", "output_kernel"))
+    called = itertools.product(("coupling", "shared", "injector"), ("pack_networks_kernel", "hidden_kernel", "output_kernel"))
     assert sorted((row.call, row.kernel) for row in rows) == sorted((f"{name} {precision}", kernel) for name, kernel in called)
     assert [row for row in rows if row.spills] == []
     assert [row for row in rows if row.shared > SHARED] == []
-    products = [row for row in rows if row.kernel != "pack_network_kernel"]
+    products = [row for row in rows if row.kernel != "pack_networks_kernel"]
     assert all((row.tensor_cores > 0) == (precision != "fp32") for row in products)
     assert all(row.tf32 == (precision == "tf32") for row in products)
     # Loads of 16 bytes, but of 6 channels of the state, which are 8 bytes and a third of them masked
     least = 0.4 if channels == 12 else 0.85
     assert [row for row in products if row.wide < least or row.middling < 0.85] == []
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("target, channels, precision", NETWORKS)
+def test_what_the_gradients_of_the_networks_need(pytestconfig, target, channels, precision):
+    """Likewise, with hidden layers recomputed and saved; sums over parts are of no tensor cores."""
+    from ncsr_fast.kernels.ahead_of_time import Row, table, worst
+
+    arguments = ["-m", "ncsr_fast.kernels.ahead_of_time", "--gradients", precision, "--json"]
+    arguments += ["--targets", str(target), "--channels", str(channels)]
+    rows = [Row(**row) for row in printed(pytestconfig, f"ahead_of_time-gradients-{target}-{channels}-{precision}", arguments)]
+    print(table(worst(rows)))
+    rows = [row for row in rows if row.kernel != "pack_networks_kernel"]
+    sums = ["network_weight_kernel", "sum_network_partials_kernel"]
+    kernels = {"coupling": ["hidden_backward_kernel", "state_backward_kernel", *3 * sums]}
+    kernels["injectors"] = ["hidden_backward_kernel", *2 * sums]
+    expected = [(name, kernel) for name, own in kernels.items() for kernel in 2 * own]
+    assert sorted((row.call.split()[0], row.kernel) for row in rows) == sorted(expected)
+    assert [row for row in rows if row.spills] == []
+    assert [row for row in rows if row.shared > SHARED] == []
+    products = [row for row in rows if row.kernel != "sum_network_partials_kernel"]
+    assert all((row.tensor_cores > 0) == (precision != "fp32") for row in products)
+    assert all(row.tf32 == (precision == "tf32") for row in products)
+    # Loads of 16 bytes, but of 6 channels of the state and 12 of dh, which are 8 bytes
+    data = [row for row in products if row.kernel != "network_weight_kernel"]
+    least = 0.35 if channels == 12 else 0.8
+    assert [row for row in data if row.wide < least or row.middling < 0.85] == []
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("target", [80, 90, 100])
+def test_what_the_folding_of_networks_needs(pytestconfig, target):
+    """Rows of 9·326 numbers are no multiple of 16 bytes, and are read 8 or 16 bytes at once all the same."""
+    from ncsr_fast.kernels.ahead_of_time import Row, table, worst
+
+    arguments = ["-m", "ncsr_fast.kernels.ahead_of_time", "--filters", "bf16", "--json", "--targets", str(target)]
+    arguments += ["--channels", "12"]
+    rows = [Row(**row) for row in printed(pytestconfig, f"ahead_of_time-filters-{target}", arguments)]
+    print(table(worst(rows)))
+    assert [row.kernel for row in rows] == ["fold_filters_forward_kernel", "fold_filters_backward_kernel"]
+    assert [row for row in rows if row.spills or row.shared > SHARED or row.middling < 0.5] == []
 
 
 @pytest.mark.exhaustive
