@@ -27,7 +27,7 @@ class Difference:
 
     @property
     def verdict(self) -> str:
-        """What may be said of it, in words."""
+        """The conclusion, in words."""
         if self.interval is None:
             return "cannot be told"
         if not self.exceeds_noise:

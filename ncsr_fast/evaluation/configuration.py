@@ -45,7 +45,7 @@ class RowSource:
 
 @dataclass(frozen=True)
 class TableConfiguration:
-    """What a table is measured on, and its rows by name."""
+    """The data that a table is measured on, and its rows by name."""
 
     originals: str | None = None
     protocol: str = "ntire2021"

@@ -24,7 +24,7 @@ TEMPERATURE = 0.9  # of NCSR's and SRFlow's published samples
 
 
 class Method(Protocol):
-    """What makes samples of LR images, or has them."""
+    """A maker of samples of LR images, or a holder of them."""
 
     n: int  # samples of each image
     to_8bit: str | None  # how they became 8 bits, for reports: "round" or "truncate"; None where that is not known
@@ -39,7 +39,7 @@ class Method(Protocol):
         """
 
     def description(self) -> dict[str, Any]:
-        """What it is, for reports."""
+        """Kind, origin and settings, for reports."""
 
 
 class _Unlikely:
@@ -71,7 +71,7 @@ class Folder(_Unlikely):
             yield waiting.result()
 
     def description(self) -> dict[str, Any]:
-        """What it is, for reports."""
+        """Kind, origin and settings, for reports."""
         return {"kind": "folder", "path": str(self.folder)}
 
 
@@ -88,7 +88,7 @@ class Bicubic(_Unlikely):
         yield imresize(lr, self._scale)
 
     def description(self) -> dict[str, Any]:
-        """What it is, for reports."""
+        """Kind, origin and settings, for reports."""
         return {"kind": BICUBIC}
 
 
@@ -121,7 +121,7 @@ class Generator(_Unlikely):
             yield to_uint8(_finite(self._model(to_float(lr)[None].to(like))[0]), self.to_8bit)
 
     def description(self) -> dict[str, Any]:
-        """What it is, for reports."""
+        """Kind, origin and settings, for reports."""
         return {"kind": "generator", "path": self._path, "network": self._model.describe(), "noise": self.noise}
 
 
@@ -175,7 +175,7 @@ class Flow:
         return {"nll": bits, "bits_per_dim": bits / len(hr)}
 
     def description(self) -> dict[str, Any]:
-        """What it is, for reports."""
+        """Kind, origin and settings, for reports."""
         return {"kind": "flow", "path": self._path, "temperature": self._temperature, "seed": self._seed}
 
 

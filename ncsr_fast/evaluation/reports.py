@@ -31,7 +31,7 @@ _REQUIRED = ("protocol", "scale", "n", "method", "images")
 
 @dataclass(frozen=True)
 class Report:
-    """What was measured of a method by a protocol.
+    """The measurements of a method by a protocol.
 
     Attributes:
         protocol: Its name.

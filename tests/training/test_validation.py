@@ -39,6 +39,7 @@ def test_of_a_sound_sample(model):
     assert calm["saturated"] == pytest.approx(float(((raw < 0) | (raw > 1)).float().mean()))
 
 
+@torch.no_grad()
 def test_eight_bits_are_those_of_the_settings(model):
     """Its metrics are of what the published programs would have written to a file, where the settings say so."""
     lr, hr = image(1, 3, 6, 7, dtype=torch.float32), image(1, 3, 24, 28, seed=1, dtype=torch.float32)
