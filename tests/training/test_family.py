@@ -191,6 +191,9 @@ def test_the_prior_of_each_image():
         assert torch.equal(model.nll(hr, lr, prior=chosen), torch.where(chosen, words["reference"], words["condition"]))
     with pytest.raises(ValueError, match="prior='reference' is for flows whose prior has a mean"):
         NCSR(tiny_config()).double().nll(hr[:, :, :32, :32], hr[:, :, :8, :8], prior=chosen)
+    for wrong in (chosen[:2], chosen.double()):
+        with pytest.raises(ValueError, match=r"prior must be .3,. bool, one for each image, not"):
+            model.nll(hr, lr, prior=wrong)
 
 
 def test_l1_of_a_low_light_model_is_of_the_most_likely_image(low_light):
