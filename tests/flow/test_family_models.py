@@ -110,6 +110,20 @@ def test_samples(system):
 
 @slow_but_for_three
 @every_system
+def test_a_condition_without_gradients_gives_the_weights_none(system):
+    """Those of latents alone, as when the condition is made under `torch.no_grad()`."""
+    model = model_of(system)
+    _, lr = images(model, (8, 8), batch=1)
+    with torch.no_grad():
+        flow = model.condition(lr)
+    latents = [torch.zeros(1, *shape, dtype=lr.dtype, requires_grad=True) for shape in model.latent_shapes(8, 8)]
+    flow.decode(latents).square().sum().backward()
+    assert all(latent.grad.abs().max() > 0 for latent in latents)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@slow_but_for_three
+@every_system
 def test_frozen_and_checked(system):
     model = model_of(system)
     hr, lr = images(model, (8, 8))
