@@ -139,7 +139,12 @@ class ConditionedFlow:
 
     def encode(self, hr: Tensor, noise: Tensor | None = None, *, prior: str | Tensor = "condition") -> Encoded:
         """Latents and log-likelihood of the HR images; see `NCSR.encode`."""
-        if not isinstance(prior, Tensor) and prior not in PRIORS:
+        if isinstance(prior, Tensor):
+            if prior.dtype != torch.bool or tuple(prior.shape) != (hr.shape[0],):
+                raise ValueError(
+                    f"prior must be ({hr.shape[0]},) bool, one for each image, not {tuple(prior.shape)} {prior.dtype}"
+                )
+        elif prior not in PRIORS:
             raise ValueError(f"prior must be one of {', '.join(map(repr, PRIORS))}, not {prior!r}")
         by_reference = isinstance(prior, Tensor) or prior == "reference"
         if by_reference and self._reference_mean is None:

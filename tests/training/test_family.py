@@ -107,15 +107,15 @@ def test_validation_has_the_noise_of_training(photos):
     """SRFlow-DA's LR images have none, and its noise is as large in every image."""
     torch.manual_seed(0)
     config = DEEP["srflow-da"]
-    model = randomize(NCSR(config)).float()
-    stage = FlowStage(model, tiny_settings(photos, model=config, temperatures=(), **DEEP_NOISE))
+    model = randomize(NCSR(config), amount=0.2).float()
+    stage = FlowStage(model, tiny_settings(photos, model=config, temperatures=(), **{**DEEP_NOISE, "max_std": 0.5}))
     hr, lr = torch.rand(1, 3, 32, 32), torch.rand(1, 3, 8, 8)
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         found, _ = stage.validate(hr, lr, generator)
         torch.rand(1, generator=generator.manual_seed(5))  # the share of the standard deviation, which is not used
         noise = torch.randn(hr.shape, generator=generator)
-        expected = model.nll(hr + DEEP_NOISE["max_std"] * noise, lr)
+        expected = model.nll(hr + 0.5 * noise, lr)
     assert found["nll"] == pytest.approx(float(expected), rel=1e-5)
 
 
@@ -191,6 +191,9 @@ def test_the_prior_of_each_image():
         assert torch.equal(model.nll(hr, lr, prior=chosen), torch.where(chosen, words["reference"], words["condition"]))
     with pytest.raises(ValueError, match="prior='reference' is for flows whose prior has a mean"):
         NCSR(tiny_config()).double().nll(hr[:, :, :32, :32], hr[:, :, :8, :8], prior=chosen)
+    for wrong in (chosen[:2], chosen.double()):
+        with pytest.raises(ValueError, match=r"prior must be .3,. bool, one for each image, not"):
+            model.nll(hr, lr, prior=wrong)
 
 
 def test_l1_of_a_low_light_model_is_of_the_most_likely_image(low_light):
