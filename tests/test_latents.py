@@ -9,6 +9,7 @@ from torch import Tensor
 from variants import model_of
 
 from ncsr_fast import NCSR, latents
+from ncsr_fast.consistency import projected
 from ncsr_fast.engine import tiles
 from ncsr_fast.flow.estimate import resolutions
 
@@ -159,6 +160,8 @@ def test_what_is_transferred_has_latents_of_the_temperature_where_it_is(model):
         assert torch.equal(z[~inside], old[~inside])
     found = latents.transfer(flow, pasted, mask, 0.5)
     assert torch.equal(found, latents.images_of(flow, normalized))
+    first = projected(pasted, lr, 4)
+    assert torch.equal(latents.transfer(flow, pasted, mask, 0.5, project=True), latents.transfer(flow, first, mask, 0.5))
     assert relative_error(latents.transfer(flow, original, torch.zeros_like(mask), 0.5), original) < 1e-9, "nothing to change"
 
 
