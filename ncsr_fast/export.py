@@ -189,7 +189,7 @@ class Decoder(nn.Module):
         if not isinstance(model.config, NCSRConfig):
             raise ValueError("the exporter knows the architectures of NCSRConfig, and this model is a flow of one's own")
         self.deterministic, self.clip = deterministic, clip
-        self.multiple, self.lr_channels, self.scale = model.flow.lr_multiple, model.flow.lr_channels, model.flow.scale
+        self.multiple, self.lr_channels = model.flow.lr_multiple, model.flow.lr_channels
         self.base = model.flow.base if clip else None
         shapes = model.latent_shapes(self.multiple, self.multiple)
         self.latents = [(channels, side) for channels, side, _ in shapes]  # side to `multiple` LR pixels
@@ -230,7 +230,7 @@ class Decoder(nn.Module):
         for index, level, latent in downward(self.levels, latents):
             z = level(z, latent, features[index].joined)
         if self.base is not None:
-            z = z + F.interpolate(lr, scale_factor=self.scale, mode=self.base, align_corners=False)
+            z = z + F.interpolate(lr, size=z.shape[2:], mode=self.base, align_corners=False)
         return torch.where(z.isfinite(), z.clamp(0, 1), torch.nan) if self.clip else z
 
 

@@ -31,7 +31,7 @@ def architecture(options: Mapping[str, Any]) -> dict[str, Any]:
     """
     network = _section(options, "network_G")
     flow = _section(network, "flow", "network_G.flow")
-    name = system_of(options)
+    name = described_system(options)
     system, scale = SYSTEMS[name], options.get("scale", network.get("upscale"))
     if scale is None:
         raise ValueError("the options have no 'scale'")
@@ -71,7 +71,7 @@ def _check_levels(kind: str, system: System, scale: int, given: Any) -> None:
         raise ValueError(f"network_G.flow.L = {given} is not supported: {title} has {levels} levels at scale {scale}{hint}")
 
 
-def system_of(options: Mapping[str, Any]) -> str:
+def described_system(options: Mapping[str, Any]) -> str:
     """The name in `SYSTEMS` of the system that a published YAML is of.
 
     Raises:

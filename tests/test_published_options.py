@@ -126,6 +126,8 @@ KIND = ("network_G", "which_model_G")
         (changed("llflow-lol", "cond_encoder", value="NAFNet"), "cond_encoder = 'NAFNet' is not supported, only 'ConEncoder1'"),
         (changed("llflow-lol", "to_yuv", value=True), "to_yuv = True is not supported, only False"),
         (changed("llflow-lol", "datasets", value={"train": {"log_low": False}}), "datasets.train.log_low = False"),
+        # its program's default
+        (low_light(32, 4, [1], {"K": 4}), "conditionInFeaDim = 320 is not supported, only 64"),
         (changed("llflow-lol", "scale", value=2), "scale must be 1 for LLFlow, not 2"),
         (changed("llflow-lol-smallnet", "network_G", "flow", "conditionInFeaDim", value=320), "conditionInFeaDim = 320 is not"),
         (

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ncsr_fast import files
 from ncsr_fast.checkpoints import published
-from ncsr_fast.checkpoints.recognition import system_in
+from ncsr_fast.checkpoints.recognition import recognised_system
 from ncsr_fast.checkpoints.state_dicts import read_state_dict
 from ncsr_fast.config import PRESETS, NCSRConfig
 
@@ -86,7 +86,7 @@ def _matching_config(make: Callable[[NCSRConfig], NCSR], state: Mapping[str, Ten
 
     Of FS-NCSR, whose files are as NCSR's, it is NCSR's.
     """
-    system = system_in(state) or "ncsr"
+    system = recognised_system({name: tensor.shape for name, tensor in state.items()}) or "ncsr"
     presets = [config for config in map(NCSRConfig.preset, PRESETS) if config.system == system]
     if system == "ncsr":
         presets += [replace(config, noise_channels=1) for config in presets if config.noise_channels == 3]

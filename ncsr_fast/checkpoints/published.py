@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ncsr_fast.flow.level import FlowLevel
     from ncsr_fast.model import NCSR
 
-_LLFLOW_WIDTH = 64
+_LLFLOW_WIDTH = 64  # that its program takes for granted
 
 
 def layout(model: NCSR) -> Iterator[Entry]:
@@ -80,12 +80,13 @@ def _step(prefix: str, model: NCSR, level: FlowLevel, index: int) -> Iterator[En
 def load_network(model: NCSR, state: Mapping[str, Tensor]) -> None:
     """Copy a published state dict into `model`; strict, and nothing is changed when it does not fit."""
     entries = list(layout(model))
-    problems = differences({entry.name: entry.shape for entry in entries}, state)
+    expected = {entry.name: entry.shape for entry in entries}
+    problems = differences(expected, state)
     if problems:
+        found = likeness({name: tensor.shape for name, tensor in state.items()})
+        hint = "" if found == likeness(expected) else f", but looks like that of {found}"
         raise CheckpointError(
-            f"the checkpoint is not that of this model ({model.describe()}), but looks like that of {likeness(state)}; "
-            f"{listed(problems)}",
-            problems,
+            f"the checkpoint is not that of this model ({model.describe()}){hint}; {listed(problems)}", problems
         )
     for entry in entries:
         if entry.tensor is not None:

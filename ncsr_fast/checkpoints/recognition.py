@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-
-from torch import Tensor
+from collections.abc import Mapping, Sequence
 
 from ncsr_fast.systems import SYSTEMS
 
@@ -19,34 +17,29 @@ _SIGNS = {
 }
 
 
-def system_in(state: Mapping[str, Tensor]) -> str | None:
+def recognised_system(shapes: Mapping[str, Sequence[int]]) -> str | None:
     """The name in `SYSTEMS` of the system that a published state dict looks like; None for one that is no flow's.
 
     FS-NCSR's networks are NCSR's, and those of SRFlow are those of NCSR without noise: "ncsr".
+
+    Args:
+        shapes: Of the state dict's tensors, by name.
     """
-    if not any(name.startswith("flowUpsamplerNet.layers.") for name in state):
+    if not any(name.startswith("flowUpsamplerNet.layers.") for name in shapes):
         return None
-    system = next((system for system, sign in _SIGNS.items() if any(re.search(sign, name) for name in state)), "ncsr")
-    if system == "srflow-da" and _first_channels(state) != _first_channels_of("srflow-da"):
+    system = next((system for system, sign in _SIGNS.items() if any(re.search(sign, name) for name in shapes)), "ncsr")
+    # the first squeeze is by 2, but for one variant
+    channels = (*shapes.get("flowUpsamplerNet.layers.1.invconv.weight", ()), 0)[0]
+    if system == "srflow-da" and channels != 4 * SYSTEMS["srflow-da"].channels:
         return "srflow-da-s"
-    return "ctflow" if system == "ncsr" and _first_channels(state) == _first_channels_of("ctflow") else system
+    return "ctflow" if system == "ncsr" and channels == 4 * SYSTEMS["ctflow"].channels else system
 
 
-def likeness(state: Mapping[str, Tensor]) -> str:
-    """The system that a state dict looks like, in words."""
-    system = system_in(state)
+def likeness(shapes: Mapping[str, Sequence[int]]) -> str:
+    """The system that a state dict with tensors of these shapes looks like, in words."""
+    system = recognised_system(shapes)
     if system is None:
         return "no flow"
     if system != "ncsr":
         return SYSTEMS[system].title
-    return "NCSR or FS-NCSR" if any("fAffine_std" in name for name in state) else "SRFlow"
-
-
-def _first_channels(state: Mapping[str, Tensor]) -> int:
-    """Channels of the state in the first level; 0 where no tensor tells."""
-    weight = state.get("flowUpsamplerNet.layers.1.invconv.weight")
-    return 0 if weight is None else weight.shape[0]
-
-
-def _first_channels_of(system: str) -> int:
-    return 4 * SYSTEMS[system].channels
+    return "NCSR or FS-NCSR" if any("fAffine_std" in name for name in shapes) else "SRFlow"

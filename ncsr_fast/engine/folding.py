@@ -105,9 +105,12 @@ def _fold_glow(parameters: NetworkParameters) -> tuple[Tensor, ...]:
 
 
 def _fold_deep(parameters: NetworkParameters) -> tuple[Tensor, ...]:
-    """The first layer and the hidden ones behind it, which have nothing to fold."""
+    """The first layer and the hidden ones behind it, which have nothing to fold.
+
+    As views: where autograd records nothing, what is made of parameters wants no gradients, and a parameter itself would.
+    """
     given = cast(DeepParameters, parameters)
-    return given.conv1, given.bias1, given.conv2, given.bias2
+    return tuple(tensor.view_as(tensor) for tensor in (given.conv1, given.bias1, given.conv2, given.bias2))
 
 
 def fold_zeros_convolution(weight: Tensor, bias: Tensor, logs: Tensor) -> tuple[Tensor, Tensor]:

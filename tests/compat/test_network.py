@@ -291,3 +291,10 @@ def test_report():
     ]
     again = ncsr_fast.accelerate(net)  # anew
     assert again.replaced.keys() == {""} and "the module itself" in str(again)
+
+
+def test_a_network_of_fs_ncsr_is_ncsrs():
+    """Its program's idea is in what goes in and comes out."""
+    net = SMALL.build()
+    net.opt = {**net.opt, "divide_freq": True}
+    assert ncsr_fast.accelerate(net).replaced

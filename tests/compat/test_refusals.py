@@ -24,6 +24,14 @@ def changed_options(**changes):
     return net
 
 
+def of_another_system():
+    net = SRFLOW.build()
+    net.opt = {**copy.deepcopy(net.opt), "model": "SRFlow-DA"}
+    net.opt["network_G"]["nf"] = 64
+    net.opt["network_G"]["flow"]["L"] = 2
+    return net
+
+
 def with_layer_attribute(index, path, attribute, value):
     net = SMALL.build()
     setattr(net.flowUpsamplerNet.layers[index].get_submodule(path), attribute, value)
@@ -99,6 +107,7 @@ def patched():
 
 REFUSED = {
     "condition of a split": (lambda: changed_options(split={"enable": True, "conditional": True}), "split.conditional = True"),
+    "system": (of_another_system, "it is SRFlow-DA's, which is served by ncsr_fast.from_published alone"),
     "coupling": (lambda: changed_options(coupling="CondAffine"), "flow.coupling = 'CondAffine' is not supported"),
     "steps": (lambda: changed_options(K=3), "expected .* it is unknown|it is missing"),
     "eps": (lambda: with_layer_attribute(3, "affine", "affine_eps", 1e-3), "affine_eps is 0.001, and only 0.0001"),

@@ -22,6 +22,8 @@ CASES = [*DEEP, "ctflow_small", *LOW_LIGHT, "fs_ncsr_x4_small"]
 every_case = pytest.mark.parametrize("name", CASES, scope="module")
 # networks and encoders of both kinds, at the least cost
 slow_but_for_two = marked("slow", lambda name: name not in ("srflow_da_r_x4_small", "ctflow_small"))
+# tests/flow/test_family_models.py has the ways to evaluate a level against one another
+slow_but_for_fused = marked("slow", lambda engine: engine != "fused")
 # a mistake in float32 alone is in the engine's kernels; the reference has none of its own
 exhaustive_in_reference = marked("exhaustive", lambda dtype, engine: dtype == torch.float32 and engine == "plain")
 low_light_cases = pytest.mark.parametrize("name", LOW_LIGHT, scope="module")
@@ -82,6 +84,7 @@ def test_actnorm_initialisation(name, dtype):
 
 
 @slow_but_for_two
+@slow_but_for_fused
 @exhaustive_in_reference
 @pytest.mark.parametrize("engine", ["fused", "plain"])
 @every_dtype
@@ -102,6 +105,7 @@ def test_likelihood_and_latents(name, dtype, engine):
 
 
 @slow_but_for_two
+@slow_but_for_fused
 @pytest.mark.parametrize("engine", ENGINES)
 @every_case
 def test_gradients(name, engine):
@@ -145,6 +149,7 @@ def assert_gradients(vectors: FamilyCase, model: NCSR, prefix: str, prior: str) 
 
 
 @slow_but_for_two
+@slow_but_for_fused
 @exhaustive_in_reference
 @pytest.mark.parametrize("engine", ["fused", "plain"])
 @every_dtype

@@ -110,6 +110,20 @@ def test_samples(system):
 
 @slow_but_for_three
 @every_system
+def test_a_condition_without_gradients_gives_the_weights_none(system):
+    """Those of latents alone, as when the condition is made under `torch.no_grad()`."""
+    model = model_of(system)
+    _, lr = images(model, (8, 8), batch=1)
+    with torch.no_grad():
+        flow = model.condition(lr)
+    latents = [torch.zeros(1, *shape, dtype=lr.dtype, requires_grad=True) for shape in model.latent_shapes(8, 8)]
+    flow.decode(latents).square().sum().backward()
+    assert all(latent.grad.abs().max() > 0 for latent in latents)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@slow_but_for_three
+@every_system
 def test_frozen_and_checked(system):
     model = model_of(system)
     hr, lr = images(model, (8, 8))
@@ -172,6 +186,12 @@ def test_a_state_dict_of_another_system_is_recognised(system):
     assert all(torch.equal(before[name], tensor) for name, tensor in other.state_dict().items())
 
 
+def test_a_state_dict_of_another_size_looks_like_nothing_else():
+    other = NCSR(config_of("ctflow", blocks=3))
+    with pytest.raises(CheckpointError, match="of this model .CTFlow, ×1, 2 blocks, 1 steps a level.; 30 unexpected"):
+        model_of("ctflow").load_published(other.published_state_dict())
+
+
 def test_a_state_dict_of_a_generator_is_no_flow():
     model = model_of("srflow-da")
     with pytest.raises(CheckpointError, match="looks like that of no flow; .* missing: flowUpsamplerNet.layers.1"):
@@ -188,6 +208,13 @@ def test_the_mean_of_the_reference_is_for_flows_that_have_one():
     bright = model_of("llflow")
     hr, lr = images(bright, (8, 8))
     assert (bright(hr, lr, prior="reference") - bright.nll(hr, lr)).abs().max() > 1e-3
+
+
+def test_the_mean_of_the_prior_is_of_the_dtype_of_the_state():
+    model = model_of("llflow", precision="bf16").float()
+    hr, lr = (image.float() for image in images(model, (8, 8)))
+    encoded = model.encode(hr, lr)
+    assert encoded.prior_mean.dtype == encoded.latents[-1].dtype == torch.float32
 
 
 def test_lr_images_have_channels_of_their_own():

@@ -40,6 +40,11 @@ def test_a_preset_is_its_architecture_and_settings(preset):
     assert done.run is None and done.report == ()
 
 
+def test_systems_that_the_trainer_has_not():
+    with pytest.raises(ValueError, match="model must be an NCSR or an SRFlow: the trainer has no CTFlow"):
+        TrainSettings(NCSRConfig.preset("ctflow"), ("photos",))
+
+
 def test_a_yaml(write):
     done = configure(
         write("preset: ncsr-x8\nimages: [a, b]\nlr: 2e-4\nencoder_lr: 1.0e-3\nsteps: 1e5\nsave_every: 500.0\nflip: no\n"
