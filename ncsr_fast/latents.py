@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ncsr_fast.checks import check_temperature
+from ncsr_fast.consistency import projected
 from ncsr_fast.flow.samples import ConditionedFlow, around_prior_mean, draw_latents
 
 _PARALLEL = 1e-4  # the sine of an angle below which two latents are interpolated along the chord: the error is its square
@@ -146,7 +147,14 @@ def restore(
     return images_of(flow, normalize(encoded.latents, temperature, window=window, prior_mean=encoded.prior_mean))
 
 
-def transfer(flow: ConditionedFlow, pasted: Tensor, mask: Tensor, temperature: float | Sequence[float] = 0.9) -> Tensor:
+def transfer(
+    flow: ConditionedFlow,
+    pasted: Tensor,
+    mask: Tensor,
+    temperature: float | Sequence[float] = 0.9,
+    *,
+    project: bool = False,
+) -> Tensor:
     """An image into which something was pasted, made to belong there: (B, C, sH, sW).
 
     What was pasted is encoded given the LR image, which does not know of it, so that its latents are improbably large; in the
@@ -157,7 +165,11 @@ def transfer(flow: ConditionedFlow, pasted: Tensor, mask: Tensor, temperature: f
         pasted: (B, C, sH, sW), for instance by `paste`.
         mask: (B or 1, 1, H, W): the LR pixels of what was pasted.
         temperature: Of the latents in the mask.
+        project: True: what was pasted is put onto the LR image first (`ncsr_fast.consistency`), so that its detail comes along
+            where its colours do not.
     """
+    if project:
+        pasted = projected(pasted, flow.lr, flow.config.scale)
     masks, encoded = latent_masks(flow, mask), flow.encode(flow.residual(pasted))
     return images_of(flow, normalize(encoded.latents, temperature, masks, prior_mean=encoded.prior_mean))
 

@@ -9,8 +9,10 @@ from torch import Tensor
 from variants import model_of
 
 from ncsr_fast import NCSR, latents
+from ncsr_fast.consistency import projected
 from ncsr_fast.engine import tiles
 from ncsr_fast.flow.estimate import resolutions
+from ncsr_fast.metrics import imresize
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -159,6 +161,11 @@ def test_what_is_transferred_has_latents_of_the_temperature_where_it_is(model):
         assert torch.equal(z[~inside], old[~inside])
     found = latents.transfer(flow, pasted, mask, 0.5)
     assert torch.equal(found, latents.images_of(flow, normalized))
+    own = model.condition(imresize(original, 1 / 4))
+    pasted = latents.paste(original, original[..., 8:16, 8:16], 4, 12)
+    expected = latents.transfer(own, projected(pasted, own.lr, 4), mask, 0.1)
+    assert torch.equal(latents.transfer(own, pasted, mask, 0.1, project=True), expected)
+    assert not torch.equal(latents.transfer(own, pasted, mask, 0.1), expected)
     assert relative_error(latents.transfer(flow, original, torch.zeros_like(mask), 0.5), original) < 1e-9, "nothing to change"
 
 

@@ -136,6 +136,7 @@ def _restore(args: argparse.Namespace, flow: ConditionedFlow | None) -> list[Pat
 def _add_transfer(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("image", type=path, help="HR image")
     parser.add_argument("content", type=path, help="what is pasted into it")
+    parser.add_argument("--project", action="store_true", help="put it onto the LR image first: its detail, not its colours")
     parser.add_argument("--at", required=True, type=int, nargs=2, metavar=("ROW", "COLUMN"), help="in HR pixels")
     parser.add_argument("--out", required=True, type=path, help="the PNG file to write")
 
@@ -150,7 +151,7 @@ def _transfer(args: argparse.Namespace, flow: ConditionedFlow | None) -> list[Pa
         first = [place // scale for place in args.at]
         last = [-(-(place + side) // scale) for place, side in zip(args.at, content.shape[2:])]
         mask = box_mask(flow.lr, *first, last[0] - first[0], last[1] - first[1])
-        _write(target, transfer(flow, pasted, mask, args.temperature), args.to_8bit)
+        _write(target, transfer(flow, pasted, mask, args.temperature, project=args.project), args.to_8bit)
     return [target]
 
 

@@ -29,6 +29,11 @@ class Span(NamedTuple):
     crop: slice
 
     @property
+    def length(self) -> int:
+        """The number of pixels computed."""
+        return int(self.crop.stop - self.crop.start)
+
+    @property
     def inner(self) -> slice:
         """The core as pixels of the crop."""
         return slice(self.core.start - self.crop.start, self.core.stop - self.crop.start)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fractions import Fraction
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 from ncsr_fast.engine.memory import at_once, budget, spare_bytes
 from ncsr_fast.engine.tiles import halo
@@ -79,7 +79,8 @@ def samples_memory(model: NCSR, height: int, width: int, n: int, tile: int | str
 
 def _level_bytes(model: NCSR, index: int, lr_pixels: int, n: int, tile: int | str | None, element: int) -> tuple[int, bool]:
     """Bytes of what is computed at a level beside its state, and True where there are several tiles of it."""
-    flow, level, device = model.flow, model.levels[index], model.inputs.like.device
+    flow, device = model.flow, model.inputs.like.device
+    level = cast("FlowLevel", model.levels[index])
     resolution, reach = resolutions(flow)[index], halo(level)
     plan, walk = plan_bytes(level, flow, element), walk_bytes(level, flow, element)
     pixels = crop = int(lr_pixels * resolution**2)

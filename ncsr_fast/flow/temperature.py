@@ -40,8 +40,13 @@ class Temperature:
 
     def image(self, index: int) -> Temperature:
         """Of one image of the batch."""
-        batches = (isinstance(own, Tensor) and own.dim() > 0 and len(own) > 1 for own in self.factors)
-        return Temperature([own[index : index + 1] if many else own for own, many in zip(self.factors, batches)])
+        return Temperature([_of_image(own, index) for own in self.factors])
+
+
+def _of_image(factor: Factor, index: int) -> Factor:
+    if isinstance(factor, Tensor) and factor.dim() > 0 and len(factor) > 1:
+        return factor[index : index + 1]
+    return factor
 
 
 def temperature_for(value: Any, flow: FlowConfig, lr: Tensor) -> Temperature:

@@ -48,7 +48,7 @@ class Tiles(NamedTuple):
     @property
     def pixels(self) -> int:
         """Pixels that are computed, those of halos as often as they are."""
-        height, width = (sum(span.crop.stop - span.crop.start for span in axis) for axis in (self.rows, self.columns))
+        height, width = (sum(span.length for span in axis) for axis in (self.rows, self.columns))
         return height * width
 
 
@@ -150,12 +150,12 @@ class Tiling:
             for columns in tiles.columns:
                 seen = None if peaks is None else Peaks(rows.inner, columns.inner)
                 crop = (..., rows.crop, columns.crop)
-                own = [None if tensor is None else tensor[crop] for tensor in (latent, noise)]
+                own_latent, own_noise = (None if tensor is None else tensor[crop] for tensor in (latent, noise))
                 planned = levels.region_plan(index, rows.crop, columns.crop)
-                x, _ = levels.decode_level(index, planned, z[crop], *own, seen)
+                x, _ = levels.decode_level(index, planned, z[crop], own_latent, own_noise, seen)
                 band.append(x[..., _times(rows.inner, squeeze), _times(columns.inner, squeeze)].clone())
                 found += [] if seen is None else [seen]
-                done += (rows.crop.stop - rows.crop.start) * (columns.crop.stop - columns.crop.start)
+                done += rows.length * columns.length
                 self._report(done / tiles.pixels, index)
             bands.append(torch.cat(band, dim=3))
         _add(peaks, found)

@@ -84,10 +84,10 @@ def test_restore(settled, files):
 
 
 def test_transfer(settled, files):
-    """The mask has the LR pixels that the content lies in, at row 7 and column 10: rows 1 to 2, columns 2 to 3."""
-    assert edit(settled, files, "transfer", "lr.png", "hr.png", "content.png", "--at", 7, 10, "--out", "edited.png") == 0
+    """The mask has the LR pixels that the content lies in, at row 6 and column 9: rows 1 to 2, columns 2 to 3."""
+    assert edit(settled, files, "transfer", "lr.png", "hr.png", "content.png", "--at", 6, 9, "--out", "edited.png") == 0
     flow, pixels = flow_of(settled, files)
-    pasted = latents.paste(pixels("hr.png"), pixels("content.png"), 7, 10)
+    pasted = latents.paste(pixels("hr.png"), pixels("content.png"), 6, 9)
     assert_written(files / "edited.png", latents.transfer(flow, pasted, latents.box_mask(flow.lr, 1, 2, 2, 2), 0.4))
 
 

@@ -315,7 +315,7 @@ def test_projected_samples_are_reported(tmp_path, capsys, monkeypatch):
     measured = [float(lr_psnr(read_image(tmp_path / "out" / f"b_sample0000{k}.png")[None], lr, 4)) for k in range(2)]
     assert float(told[1]) == round(min(measured), 1)
     assert main(["sample", str(tmp_path / "b.png"), *arguments]) == 0
-    assert "projected" not in capsys.readouterr().out
+    assert "projected onto" not in capsys.readouterr().out
     monkeypatch.setattr("ncsr_fast.cli._sampling.Sampler.lr_psnr", lambda *_: math.inf)
     assert main(["sample", str(tmp_path / "b.png"), *arguments, "--project"]) == 0
     assert "projected onto the LR images: their bicubic reductions are the LR images\n" in capsys.readouterr().out

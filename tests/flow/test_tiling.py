@@ -10,10 +10,11 @@ import pytest
 import torch
 from support import image, relative_error, tiny_model
 from torch import Tensor
-from variants import BRANCHES, FLOW, OwnNetworks, model_of
+from variants import BRANCHES, FLOW, NOISY, OwnNetworks, model_of
 
 from ncsr_fast import NCSR, NCSRConfig
 from ncsr_fast.encoder.blocks import ENGINE
+from ncsr_fast.encoder.tiled import TiledBlock
 from ncsr_fast.engine import tiles
 from ncsr_fast.engine.peaks import Peaks
 from ncsr_fast.flow.conditioned import Levels
@@ -113,22 +114,34 @@ def test_networks_that_do_not_say_how_far_they_reach(monkeypatch):
     assert torch.equal(whole, auto)
 
 
+def reach(levels: Levels, index: int) -> list[int]:
+    """How far above and below a row of a level its decoded pixels depend on the state."""
+    level, (height, width) = levels.levels[index], levels.condition.features[index].size
+    z = image(1, level.channels - level.split_channels, height, width, seed=2).requires_grad_()
+    latent = image(1, level.split_channels, height, width, seed=3) if level.split_channels else None
+    x, _ = levels.plan(index, inverse=True).decode(z, latent)
+    row = height // 2
+    x[0, :, 2 * row].sum().backward()
+    reached = z.grad.abs().amax(dim=(0, 1, 3)).nonzero().flatten()
+    return [row - int(reached.min()), int(reached.max()) - row]
+
+
 @pytest.mark.parametrize("name", ["ncsr-x4", "two steps", "srflow-da"])
 def test_the_halo_is_as_wide_as_pixels_depend_on_each_other(name):
     """Every pixel in it counts, and none outside."""
     model = healthy(**MODELS[name])
-    lr = image(1, 3, 24, 24, seed=1)
     with torch.no_grad():
-        levels = model.conditioned_levels(model.padded(lr))
-    for index, level in enumerate(model.levels):
-        height, width = levels.condition.features[index].size
-        z = image(1, level.channels - level.split_channels, height, width, seed=2).requires_grad_()
-        latent = image(1, level.split_channels, height, width, seed=3) if level.split_channels else None
-        x, _ = levels.plan(index, inverse=True).decode(z, latent)
-        row = height // 2
-        x[0, :, 2 * row].sum().backward()
-        reached = z.grad.abs().amax(dim=(0, 1, 3)).nonzero().flatten()
-        assert [row - int(reached.min()), int(reached.max()) - row] == [tiles.halo(level)] * 2
+        levels = model.conditioned_levels(image(1, 3, 24, 24, seed=1))
+    assert [reach(levels, index) for index in range(len(model.levels))] == [[tiles.halo(level)] * 2 for level in model.levels]
+
+
+def test_the_halo_of_a_split_that_couplings_read():
+    """It takes more than half of the channels, so that the mean of the others is passed through couplings."""
+    first = replace(FLOW.levels[0], branches=(BRANCHES[0], NOISY), split_channels=8)
+    model = model_of(replace(FLOW, levels=(first, FLOW.levels[1])))
+    with torch.no_grad():
+        levels = model.conditioned_levels(image(1, 3, 24, 24, seed=1))
+    assert reach(levels, 0) == [tiles.halo(model.levels[0])] * 2 == [5, 5]
 
 
 @pytest.mark.parametrize(
@@ -142,6 +155,15 @@ def test_tiles_cover_every_pixel_once_with_their_halo(size, side, halo, multiple
         assert span.crop.start <= max(0, span.core.start - halo) and span.crop.stop >= min(size, span.core.stop + halo)
         assert span.crop.start % multiple == span.crop.stop % multiple == 0
         assert range(size)[span.crop][span.inner] == range(size)[span.core]
+
+
+def test_the_halo_of_a_block():
+    """As far as its output depends on its input, however little there."""
+    block = tiny_model().encoder.body[0]
+    x = image(1, 4, 40, 3, seed=1).requires_grad_()
+    block(x, None)[0, :, 20].sum().backward()
+    reached = x.grad.abs().amax(dim=(0, 1, 3)).nonzero().flatten()
+    assert [20 - int(reached.min()), int(reached.max()) - 20] == [TiledBlock(block, 1).halo] * 2 == [15, 15]
 
 
 @torch.no_grad()

@@ -52,6 +52,14 @@ def strictly(text: str):
     return json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
 
 
+def test_a_run_of_an_earlier_version_goes_on(settings, run):
+    """Whose model had no field that came later, which then has its default."""
+    stored = json.loads((run / "settings.json").read_text())
+    del stored["model"]["temperature"]
+    (run / "settings.json").write_text(json.dumps(stored))
+    train(settings, run, "cpu")
+
+
 def test_other_settings_are_refused_with_a_way_on(settings, run):
     with pytest.raises(ValueError) as caught:
         train(replace(settings, lr=0.01), run, "cpu")
