@@ -2,10 +2,9 @@
 
     dw[n, c, d] = Σ_p dy[p, n] · x[p + d, c],    dbias[n] = Σ_p dy[p, n]
 
-A program sums one row of taps of a block of the weight over one part of the tiles of all samples, on tensor cores where the
-convolution is, and reads dy once for three products: bytes of the L2 cache bind it. A second kernel adds the parts in float64,
-always in the same order, so the same inputs give the same bits, and writes the gradients where and in which dtype they are
-wanted.
+A program sums one tap of a block of the weight over one part of the tiles of all samples, on tensor cores where the
+convolution is; a second kernel adds the parts in float64, always in the same order, so the same inputs give the same bits,
+and writes the gradients where and in which dtype they are wanted.
 """
 
 from __future__ import annotations
@@ -22,8 +21,8 @@ from ncsr_fast.kernels._conv3x3 import cell_tile, distance, in_runs, inside, pix
 # multiplied. Chosen for registers and shared memory by the ahead-of-time report, never timed: no GPU yet. Unless told how many
 # registers a thread may have, ptxas spills a few bytes to fit another program.
 OPTIONS = {
-    "half": {"BLOCK_N": 64, "BLOCK_C": 64, "BLOCK_P": 64, "num_warps": 8, "num_stages": 3},
-    "tf32": {"BLOCK_N": 32, "BLOCK_C": 64, "BLOCK_P": 32, "num_warps": 8, "num_stages": 3, "maxnreg": 128},
+    "half": {"BLOCK_N": 64, "BLOCK_C": 64, "BLOCK_P": 64, "num_warps": 4, "num_stages": 3, "maxnreg": 168},
+    "tf32": {"BLOCK_N": 32, "BLOCK_C": 64, "BLOCK_P": 32, "num_warps": 4, "num_stages": 3, "maxnreg": 168},
     "ieee": {"BLOCK_N": 32, "BLOCK_C": 32, "BLOCK_P": 32, "num_warps": 4, "num_stages": 2, "maxnreg": 255},
 }
 PROGRAMS = 512  # about: two rounds of 132 multiprocessors, whose partial sums are a few MB
@@ -50,9 +49,9 @@ def conv3x3_weight_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    """Of the `total` tiles of all samples the sum over `tiles` from the first of this program, for a block and a row of dw.
+    """Of the `total` tiles of all samples the sum over `tiles` from the first of this program, for a tap and a block of dw.
 
-    height, width: of x, whose pixels are the cells. The programs of the first row and inputs sum dbias as well.
+    height, width: of x, whose pixels are the cells. The programs of the first tap and inputs sum dbias as well.
     parts: of one batch; the samples are those of as many batches, one after the other, as there are programs for
     GROWTH, GROWN: where they are not 0, outputs are those of GROWN convolutions of GROWTH outputs and of another, each of which
         reads GROWTH channels more than the one before, the last one all; what no convolution reads is 0
@@ -60,8 +59,8 @@ def conv3x3_weight_kernel(
     SIDE: tl.constexpr = 2 if UPSAMPLE2X else 1
     BLOCKS_C: tl.constexpr = (inputs + BLOCK_C - 1) // BLOCK_C
     BLOCKS: tl.constexpr = BLOCKS_C * ((outputs + BLOCK_N - 1) // BLOCK_N)
-    i_part, i = tl.program_id(0) // (3 * BLOCKS), tl.program_id(0) % (3 * BLOCKS)
-    i_row, i_n, i_c = i // BLOCKS, i % BLOCKS // BLOCKS_C, i % BLOCKS_C
+    i_part, i = tl.program_id(0) // (9 * BLOCKS), tl.program_id(0) % (9 * BLOCKS)
+    i_tap, i_n, i_c = i // BLOCKS, i % BLOCKS // BLOCKS_C, i % BLOCKS_C
     o_n, o_c = channel_tile(i_n, BLOCK_N), channel_tile(i_c, BLOCK_C)
     tiles_of_phase = tl.cdiv(height.to(tl.int64) * width, BLOCK_P)
     i_batch = (i_part // parts).to(tl.int64)
@@ -72,43 +71,26 @@ def conv3x3_weight_kernel(
         end = tl.where(i_c * BLOCK_C < inputs - unread, last, first)
     else:
         end = last
-    acc_0 = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
-    acc_1 = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
-    acc_2 = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
+    acc = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
     for i_t in range(first, end):
         i_b, phase, cell = tile_of(i_t, tiles_of_phase, height, width, SIDE, BLOCK_P)
         pixel = pixel_of(cell, i_b, phase, height, width, SIDE)
         b_dy = tl.load(at(dy, pixel, o_n), mask=pixel[3] & (o_n < outputs), other=0.0)
-        b_dy_t = tl.trans(b_dy)
-        p_x = at(x, pixel_of(cell, i_b, (0, 0), height, width, 1), o_c)
-        b_x = tap(x, p_x, cell, 3 * i_row, phase, o_c < inputs, height, width, SIDE)
-        acc_0 = tl.dot(b_dy_t, b_x.to(b_dy.dtype), acc_0, input_precision=PRECISION)
-        b_x = tap(x, p_x, cell, 3 * i_row + 1, phase, o_c < inputs, height, width, SIDE)
-        acc_1 = tl.dot(b_dy_t, b_x.to(b_dy.dtype), acc_1, input_precision=PRECISION)
-        b_x = tap(x, p_x, cell, 3 * i_row + 2, phase, o_c < inputs, height, width, SIDE)
-        acc_2 = tl.dot(b_dy_t, b_x.to(b_dy.dtype), acc_2, input_precision=PRECISION)
+        rows, columns = step(i_tap, phase, 1, SIDE)
+        p_x = at(x, pixel_of(cell, i_b, (0, 0), height, width, 1), o_c) + distance(x, rows, columns, width)
+        b_x = tl.load(p_x, mask=inside(cell, rows, columns, height, width, 1) & (o_c < inputs), other=0.0)
+        acc = tl.dot(tl.trans(b_dy), b_x.to(b_dy.dtype), acc, input_precision=PRECISION)
     p_partial += i_part.to(tl.int64) * (9 * outputs * inputs + outputs)
     o_row = tl.trans(o_n)
-    p_dweight = p_partial + (3 * i_row * outputs + o_row) * inputs + o_c
-    m = (o_row < outputs) & (o_c < inputs)
-    tl.store(p_dweight, acc_0, mask=m)
-    tl.store(p_dweight + outputs * inputs, acc_1, mask=m)
-    tl.store(p_dweight + 2 * outputs * inputs, acc_2, mask=m)
-    if (i_row == 0) & (i_c == 0):
+    p_dweight = p_partial + (i_tap * outputs + o_row) * inputs + o_c
+    tl.store(p_dweight, acc, mask=(o_row < outputs) & (o_c < inputs))
+    if (i_tap == 0) & (i_c == 0):
         b_sum = tl.zeros([BLOCK_P, BLOCK_N], tl.float32)
         for i_t in range(first, last):
             i_b, phase, cell = tile_of(i_t, tiles_of_phase, height, width, SIDE, BLOCK_P)
             b_sum += load(dy, pixel_of(cell, i_b, phase, height, width, SIDE), o_n, o_n < outputs)
         p_dbias = p_partial + 9 * outputs * inputs + o_n
         tl.store(p_dbias, tl.sum(b_sum, axis=0)[None, :], mask=o_n < outputs)
-
-
-@triton.jit
-def tap(x, p_x, cell, i_tap, phase, m_c, height, width, SIDE: tl.constexpr):
-    """The channels of x that a tap reads for a phase of cells, at which p_x points."""
-    rows, columns = step(i_tap, phase, 1, SIDE)
-    m = inside(cell, rows, columns, height, width, 1) & m_c
-    return tl.load(p_x + distance(x, rows, columns, width), mask=m, other=0.0)
 
 
 @triton.jit
@@ -167,10 +149,12 @@ def weight_partials(
     """
     samples, inputs, height, width = x.shape
     outputs, kind, side = dy.shape[1], arithmetic(dy, tf32), 2 if upsample2x else 1
-    options = tiles_of(OPTIONS, kind, outputs, inputs, in_runs(x) and in_runs(dy))
-    blocks = 3 * triton.cdiv(outputs, options["BLOCK_N"]) * triton.cdiv(inputs, options["BLOCK_C"])
+    options = OPTIONS[kind] | ({} if in_runs(x) and in_runs(dy) else {"num_warps": 8})
+    for name, channels in (("BLOCK_N", outputs), ("BLOCK_C", inputs)):
+        options[name] = min(options[name], max(16, triton.next_power_of_2(channels)))
+    blocks = 9 * triton.cdiv(outputs, options["BLOCK_N"]) * triton.cdiv(inputs, options["BLOCK_C"])
     total = samples // batches * side**2 * triton.cdiv(height * width, options["BLOCK_P"])
-    tiles = triton.cdiv(total, triton.cdiv(PROGRAMS, blocks * batches))
+    tiles = triton.cdiv(total, max(1, PROGRAMS // (blocks * batches)))
     parts = triton.cdiv(total, tiles)
     partial = torch.empty(batches, parts, 9 * outputs * inputs + outputs, dtype=torch.float32, device=x.device)
     launch(
@@ -194,14 +178,6 @@ def weight_partials(
         **options,
     )
     return partial
-
-
-def tiles_of(options: dict[str, dict[str, int]], kind: str, outputs: int, inputs: int, runs: bool) -> dict[str, int]:
-    """Sizes of the tiles: no wider than the channels; of numbers that have addresses of their own divided among more warps."""
-    chosen = options[kind] | ({} if runs else {"num_warps": 8})
-    for name, channels in (("BLOCK_N", outputs), ("BLOCK_C", inputs)):
-        chosen[name] = min(chosen[name], max(16, triton.next_power_of_2(channels)))
-    return chosen
 
 
 def sum_partials(partial: Tensor, dweight: Tensor, dbias: Tensor) -> None:

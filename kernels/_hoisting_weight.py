@@ -15,15 +15,9 @@ from torch import Tensor
 
 from ncsr_fast.kernels._common import arithmetic, at, channel_tile, image, launch
 from ncsr_fast.kernels._conv3x3 import cell_tile, distance, in_runs, inside, pixel_of
-from ncsr_fast.kernels._conv3x3_weight import PROGRAMS, sum_partials, tiles_of, weight_partials
+from ncsr_fast.kernels._conv3x3_weight import OPTIONS, PROGRAMS, sum_partials, weight_partials
 from ncsr_fast.layout import in_memory
 
-# Sizes of tiles, as those of `_conv3x3_weight`; larger, as there are thousands of outputs.
-OPTIONS = {
-    "half": {"BLOCK_N": 128, "BLOCK_C": 128, "BLOCK_P": 64, "num_warps": 8, "num_stages": 3},
-    "tf32": {"BLOCK_N": 64, "BLOCK_C": 128, "BLOCK_P": 32, "num_warps": 8, "num_stages": 3},
-    "ieee": {"BLOCK_N": 64, "BLOCK_C": 64, "BLOCK_P": 16, "num_warps": 8, "num_stages": 2},
-}
 BLOCK = 64  # inputs that a program of the two small kernels reads at once, of up to 32 slots, 16 numbers a thread
 
 
@@ -178,10 +172,12 @@ def backward_weight(dy: Tensor, own: Tensor, stacked: Tensor, dweight: Tensor, d
     (batch, inputs, height, width), owned, outputs = stacked.shape, own.shape[1], dy.shape[1]
     sum_partials(weight_partials(dy, own, tf32=tf32)[0], dweight[:, :owned], dbias)
     kind = arithmetic(dy, tf32)
-    options = tiles_of(OPTIONS, kind, outputs, inputs, in_runs(stacked) and in_runs(dy))
+    options = OPTIONS[kind] | ({} if in_runs(stacked) and in_runs(dy) else {"num_warps": 8})
+    for name, channels in (("BLOCK_N", outputs), ("BLOCK_C", inputs)):
+        options[name] = min(options[name], max(16, triton.next_power_of_2(channels)))
     blocks = slots(factor) ** 2 * triton.cdiv(outputs, options["BLOCK_N"]) * triton.cdiv(inputs, options["BLOCK_C"])
     total = batch * triton.cdiv(height * width, options["BLOCK_P"])
-    tiles = triton.cdiv(total, triton.cdiv(PROGRAMS, blocks))
+    tiles = triton.cdiv(total, max(1, PROGRAMS // blocks))
     parts = triton.cdiv(total, tiles)
     partial = torch.empty(parts, slots(factor) ** 2, outputs, inputs, dtype=torch.float32, device=dy.device)
     sizes = {"inputs": inputs, "outputs": outputs, "SLOTS": slots(factor)}

@@ -32,7 +32,7 @@ from torch import Tensor
 from ncsr_fast.kernels._common import check_dtype, dense, launch
 from ncsr_fast.kernels._conv3x3_weight import SUM_OUTPUTS, SUM_PARTS, weight_partials
 from ncsr_fast.kernels.conv3x3 import convolve
-from ncsr_fast.layout import empty_channels_last, in_memory
+from ncsr_fast.layout import empty_channels_last, empty_like, in_memory
 from ncsr_fast.ops.plain_dense_blocks import DenseBlocks
 
 PACKED = 1024  # numbers that a program of `pack_dense_blocks_kernel` copies, 8 a thread
@@ -171,10 +171,10 @@ def dense_blocks_backward(
     incoming, found, of_block = dict(zip(blocks.kept, grads)), [], blocks.dense * batch
     count = len(weights) // (blocks.dense * blocks.convolutions)
     features = [saved[block * of_block :][:of_block] for block in range(count)]
-    gradients, dx = empty_channels_last(features[-1].shape, last), torch.empty_like(last)
+    gradients, dx = empty_channels_last(features[-1].shape, last), empty_like(last)
     gradients[-batch:, grown:] = last
     for block in reversed(range(count)):
-        previous = torch.empty_like(gradients) if block else None
+        previous = empty_like(gradients) if block else None
         given = gradients[-batch:, grown:]
         for index in reversed(range(blocks.dense)):
             of_index, i = slice(index * batch, (index + 1) * batch), block * blocks.dense + index

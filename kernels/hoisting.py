@@ -27,7 +27,7 @@ from ncsr_fast.kernels._common import arithmetic, at, channel_tile, check_dtype,
 from ncsr_fast.kernels._conv3x3 import cell_tile, channels_at, distance, in_runs, inside, pixel_of
 from ncsr_fast.kernels._hoisting_weight import backward_weight, slots, weights_by_slot
 from ncsr_fast.kernels.conv3x3 import convolve
-from ncsr_fast.layout import empty_channels_last
+from ncsr_fast.layout import empty_channels_last, empty_like
 
 # Sizes of tiles: pixels, outputs and inputs (at most), and stages of loads on their way; by how numbers are multiplied. There
 # are thousands of outputs, so that tiles are larger than those of `conv3x3`: bytes of the L2 cache would bind. Chosen for
@@ -209,7 +209,7 @@ def hoisted_backward(
     check_dtype(own, "own")
     (batch, inputs, height, width), owned, outputs = stacked.shape, own.shape[1], len(weight)
     factor, kind = own.shape[2] // height, arithmetic(dy, tf32)
-    down, dstacked = (torch.empty_like(x) if need else None for x, need in zip((own, stacked), needed))
+    down, dstacked = (empty_like(x) if need else None for x, need in zip((own, stacked), needed))
     if dy.numel() == 0:
         zeros = weight.new_zeros(weight.shape), weight.new_zeros(outputs)
         return down, dstacked, *(zeros if needed[2] else (None, None))
