@@ -86,6 +86,7 @@ TRIPS: dict[str, Callable[[dict[str, int]], tuple[int, ...]]] = {
     "flow_step_backward_weight_kernel": lambda given: (given["tiles"],),
     "hidden_kernel": lambda given: (9 * given["BLOCKS_K"],),
     "output_kernel": lambda given: (9 * given["BLOCKS_K"],),
+    "coupled_step_kernel": lambda given: _regions_and_tiles(given),
     # in float32; of the two loops one after the other the longer
     "hidden_backward_kernel": lambda given: (9 * max(given["BLOCKS_C"], given["BLOCKS_K"]),),
     "state_backward_kernel": lambda given: (9 * given["BLOCKS_K"],),
@@ -96,6 +97,17 @@ TRIPS: dict[str, Callable[[dict[str, int]], tuple[int, ...]]] = {
     "sum_weight_partials_kernel": lambda given: (math.ceil(given["parts"] / given["BLOCK_PARTS"]),),
     "inverse_logdet_kernel": lambda given: (given["channels"], math.ceil(given["channels"] / given["ROWS"])),
 }
+
+
+def _regions_and_tiles(given: dict[str, int]) -> tuple[int, ...]:
+    """Regions of a program, tiles of a region with its border, and products of a convolution; the last alone of one tile."""
+    products = 9 * max(given["BLOCKS_K"], given["READS"])
+    if not given["PROGRAMS"]:
+        return (products,)
+    rows, columns = given["DOWN"] * given["ROWS"], given["ACROSS"] * given["COLUMNS"]
+    regions = given["batch"] * math.ceil(given["height"] / rows) * math.ceil(given["width"] / columns)
+    tiles = math.ceil((rows + 2) * (columns + 2) / (given["ROWS"] * given["COLUMNS"]))
+    return math.ceil(regions / given["PROGRAMS"]), tiles, products
 
 
 def _taps(given: dict[str, int]) -> int:
@@ -128,6 +140,7 @@ TASKS = {
 CALLS: dict[str, Callable[[Task], Sequence[Any]]] = {
     "flow_calls": lambda task: [(task.direction, "nhwc", dtype) for dtype in ("float32", "bfloat16")],
     "network_calls": lambda task: ["bf16", "tf32", "fp32"],
+    "coupled_calls": lambda task: ["bf16", "tf32", "fp32"],
     "network_backward_calls": lambda task: ["bf16", "tf32", "fp32"] if task.backward else [],
     "filter_calls": lambda task: ["bf16", "fp32"],
 }

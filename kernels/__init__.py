@@ -6,7 +6,7 @@ from ncsr_fast.kernels._flow_step_mix import flow_step_mix_backward
 from ncsr_fast.kernels._network_weight import step_network_weights_backward
 from ncsr_fast.kernels.affine import affine_backward, affine_forward
 from ncsr_fast.kernels.conv3x3 import conv3x3_backward, conv3x3_forward, conv3x3_weights
-from ncsr_fast.kernels.coupled_step import coupled_step_forward
+from ncsr_fast.kernels.coupled_step import step_network_coupled
 from ncsr_fast.kernels.flow_step import flow_step_backward, flow_step_forward
 from ncsr_fast.kernels.fold_filters import fold_filters_backward, fold_filters_forward
 from ncsr_fast.kernels.gaussian_split import gaussian_split_backward, gaussian_split_forward
@@ -21,7 +21,7 @@ __all__ = [
     "conv3x3_backward",
     "conv3x3_forward",
     "conv3x3_weights",
-    "coupled_step_forward",
+    "step_network_coupled",
     "flow_step_backward",
     "flow_step_forward",
     "flow_step_mix_backward",

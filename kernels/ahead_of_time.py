@@ -65,7 +65,7 @@ _KERNELS = __package__ + "."
 class Row:
     """A kernel of a call, compiled for a target: registers of a thread, bytes of shared memory of a program, and more.
 
-    spills: bytes of a thread's stack, where what does not fit in registers is kept
+    spills: bytes of a thread's stack, where what does not fit in registers is kept; of one that is read or written
     instructions: of the binary, each counted once
     wide: share of the bytes of its instructions to global memory that are in those of 16 bytes, the most of sm_80 and sm_90
     middling: the same of 8 bytes or more
@@ -138,7 +138,8 @@ class _CompilingDriver:
             usage = _output_of(triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name)
             sass = _output_of(triton.knobs.nvidia.nvdisasm.path, "-c", file.name)
         registers, stack = map(int, re.search(rf"Function {name}:\s+REG:(\d+) STACK:(\d+)", usage).groups())
-        needs = {"registers": registers, "shared": shared, "spills": stack, "tf32": "tf32" in self.ptx, **instructions(sass)}
+        spills = stack if re.search(r"\b(LDL|STL)\b", sass) else 0  # ptxas reserves some that it does not use
+        needs = {"registers": registers, "shared": shared, "spills": spills, "tf32": "tf32" in self.ptx, **instructions(sass)}
         needs |= work(sass)
         return self, {"kernel": name, **needs}, registers, stack, 1024
 

@@ -95,8 +95,8 @@ def network_calls(
 def coupled_calls(
     channels: int, size: tuple[int, int, int] = SIZE, precisions: Sequence[str] = tuple(PRECISIONS)
 ) -> Iterator[Call]:
-    """Likewise of `coupled_step`: encoding and keeping the outputs, decoding samples that share the condition, and alone."""
-    mix, forward = torch.empty(channels, channels, device="meta"), kernels.coupled_step_forward
+    """Likewise with the maps behind: encoding and keeping the outputs, decoding samples that share the condition, and alone."""
+    mix, forward = torch.empty(channels, channels, device="meta"), kernels.step_network_coupled
     for precision in precisions:
         dtype, tf32 = PRECISIONS[precision]
         x, (own, shared) = _image(size, channels, torch.float32), _pre_activations(size, dtype)
@@ -105,9 +105,9 @@ def coupled_calls(
         one, options = injector[:1].expand(size[0], -1, -1, -1), {"tf32": tf32, "packed": _packed(network)}
         encoding, decoding = (mix, mix[0], injector, 1e-4, False), (mix, mix[0], one, 1e-4, True)
         alone = None, None, None, 1e-4, True
-        yield "coupled_step", f"encoding {precision}", lambda: forward(x, own, *network, *encoding, with_output=True, **options)
-        yield "coupled_step", f"decoding {precision}", lambda: forward(x, shared, *network, *decoding, watched=True, **options)
-        yield "coupled_step", f"coupling {precision}", lambda: forward(x, shared, *network, *alone, **options)
+        yield "step_network", f"encoding {precision}", lambda: forward(x, own, *network, *encoding, with_output=True, **options)
+        yield "step_network", f"decoding {precision}", lambda: forward(x, shared, *network, *decoding, watched=True, **options)
+        yield "step_network", f"coupling {precision}", lambda: forward(x, shared, *network, *alone, **options)
 
 
 def large_coupled_calls(

@@ -53,9 +53,9 @@ from ncsr_fast.layout import empty_channels_last, empty_like
 MIXED = 24  # channels of a state, at most, whose mix is in the kernel
 REGION = (16, 32)  # rows and columns: a fifth more pixels of h2 than of the region, and 80 KB of them
 PROGRAMS = 264  # at once, two of each of 132 multiprocessors: 21 MB of h2, of 50 MB of L2 cache
-# Registers of a thread, at most, and stages of loads: unless told, ptxas spills a few bytes to fit another program, and Triton
-# keeps several iterations of the loops over a region in shared memory
-ALONE, INSIDE = {"maxnreg": 168}, {"maxnreg": 255, "num_stages": 1}
+# Unless told how many registers a thread may have, ptxas spills a few bytes to fit another program; and of several stages of
+# the loops over a region Triton keeps 230 KB in shared memory
+ALONE, INSIDE = {"maxnreg": 255}, {"maxnreg": 255, "num_stages": 1}
 ROUNDS = 2  # of regions, at least, where the first layers are in the kernel: of fewer the last one leaves half a GPU idle
 
 
@@ -113,23 +113,24 @@ def finish_tile(
     if h is not None:
         o_h = channel_tile(0, OUTS)
         store(h, pixel, o_h, tl.interleave(b_shift, b_raw), o_h < 2 * changed)
-    b_1, b_2 = load(z, pixel, o_n, m_1), load(z, pixel, o_n + pass_through, m_2)
-    b_2, b_terms = affine_map(b_2, b_shift, b_raw, eps, INVERSE)
-    b_2, logdet = tl.where(m_2, b_2, 0.0), tl.sum(tl.where(pixel[3] & m_2, b_terms, 0.0))
+    b_z, b_terms = affine_map(load(z, pixel, o_n + pass_through, m_2), b_shift, b_raw, eps, INVERSE)
+    b_z, logdet = tl.where(m_2, b_z, 0.0), tl.sum(tl.where(pixel[3] & m_2, b_terms, 0.0))
     if mix is None:
-        store(y, pixel, o_n, b_1, m_1)
-        store(y, pixel, o_n + pass_through, b_2, m_2)
+        store(y, pixel, o_n, load(z, pixel, o_n, m_1), m_1)
+        store(y, pixel, o_n + pass_through, b_z, m_2)
         return logdet, 0.0
-    else:
+    else:  # one half of the channels after the other: both at once would not leave enough registers
         if INVERSE:
-            b_1, b_terms = injected(b_1, injector, pixel, 0, pass_through, eps, INVERSE, PAIRS)
+            b_z, b_terms = injected(b_z, injector, pixel, pass_through, changed, eps, INVERSE, PAIRS)
             logdet += tl.sum(b_terms)
-            b_2, b_terms = injected(b_2, injector, pixel, pass_through, changed, eps, INVERSE, PAIRS)
+        b_mix = load_matrix(mix, o_c, tl.trans(o_n) + pass_through, channels)
+        b_w = tl.dot(tl.where(m_2, b_z, 0.0), b_mix, input_precision="ieee")
+        b_z = load(z, pixel, o_n, m_1)
+        if INVERSE:
+            b_z, b_terms = injected(b_z, injector, pixel, 0, pass_through, eps, INVERSE, PAIRS)
             logdet += tl.sum(b_terms)
         b_mix = load_matrix(mix, o_c, tl.trans(o_n), channels)
-        b_w = tl.dot(tl.where(m_1, b_1, 0.0), b_mix, input_precision="ieee")
-        b_mix = load_matrix(mix, o_c, tl.trans(o_n) + pass_through, channels)
-        b_w = tl.dot(tl.where(m_2, b_2, 0.0), b_mix, b_w, input_precision="ieee")
+        b_w = tl.dot(tl.where(m_1, b_z, 0.0), b_mix, b_w, input_precision="ieee")
         b_w = add_bias(b_w, p_offset, o_c, o_c < channels)
         if not INVERSE:
             b_w, b_terms = injected(b_w, injector, pixel, 0, channels, eps, INVERSE, BLOCK_C)
@@ -169,6 +170,7 @@ def coupled_step_kernel(
     COLUMNS: tl.constexpr,
     DOWN: tl.constexpr,
     ACROSS: tl.constexpr,
+    PROGRAMS: tl.constexpr,
     HS: tl.constexpr,
     OUTS: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -178,11 +180,11 @@ def coupled_step_kernel(
     READ: tl.constexpr,
     READS: tl.constexpr,
 ):
-    """Tiles of ROWS × COLUMNS pixels: one, or those of regions of DOWN × ACROSS tiles. The samples of a tile are neighbours."""
+    """A tile of ROWS × COLUMNS pixels; or with so many programs, regions of DOWN × ACROSS tiles. Samples are neighbours."""
     TILE: tl.constexpr = ROWS * COLUMNS
     n_down, n_across = tl.cdiv(height, ROWS), tl.cdiv(width, COLUMNS)
     first = tl.program_id(0).to(tl.int64)
-    if pre is None:
+    if PROGRAMS == 0:
         pixel = rectangle(first % batch, first // batch, height, width, ROWS, COLUMNS)
         logdet, peak = finish_tile(
             z, h2, p_w3, p_b3, mix, p_offset, injector, y, h, pixel, pixel, width, height, width, eps, pass_through,
@@ -196,7 +198,7 @@ def coupled_step_kernel(
         PITCH: tl.constexpr = ACROSS * COLUMNS + 2
         NEAR: tl.constexpr = (DOWN * ROWS + 2) * PITCH
         regions_across = tl.cdiv(n_across, ACROSS)
-        for i in tl.range(first, batch.to(tl.int64) * tl.cdiv(n_down, DOWN) * regions_across, tl.num_programs(0)):
+        for i in tl.range(first, batch.to(tl.int64) * tl.cdiv(n_down, DOWN) * regions_across, PROGRAMS):
             i_b, i_region = i % batch, (i // batch).to(tl.int32)
             i_row, i_column = i_region // regions_across * DOWN, i_region % regions_across * ACROSS
             for i_part in tl.range((NEAR + TILE - 1) // TILE):
@@ -228,7 +230,7 @@ def coupled_step_kernel(
             tl.debug_barrier()
 
 
-def coupled_step_forward(
+def step_network_coupled(
     x: Tensor,
     pre: Tensor,
     w1: Tensor,
@@ -321,6 +323,7 @@ def _launch(
         INVERSE=inverse,
         DOWN=REGION[0] // options["ROWS"],
         ACROSS=REGION[1] // COLUMNS,
+        PROGRAMS=programs if inside else 0,
         HS=hs,
         OUTS=outs,
         BLOCK_C=block(channels),

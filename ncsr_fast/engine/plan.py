@@ -135,7 +135,6 @@ class LevelPlan:
         for index, branch in enumerate(level.branches):
             self._group[branch.condition].append(index)
         self._network_backend = covering_backend("step_network", options.backend, features.own)
-        self._step_backend = covering_backend("coupled_step", options.backend, features.own)
         with without_autocast(features.own.device.type):
             self.mixing, self.folded = self._folded_mixing(), self._folded_networks()
             self._split = folded_split(level) if level.split_channels else None
@@ -201,7 +200,7 @@ class LevelPlan:
         rows = sum([level.networks(level.branches[index]).norm1_bias.numel() for index in self._group["features"]])
         chosen = algorithm(self.features, rows, dtype, self.options.method)
         fold = partial(self._fold, dtype, chosen)
-        name = "networks", dtype, chosen, self._network_backend, self._step_backend
+        name = "networks", dtype, chosen, self._network_backend
         return fold() if self.recorded else level.cache.get(name, level.parameters(), fold)
 
     def _fold(self, dtype: torch.dtype, algorithm: str) -> FoldedLevel:
@@ -217,8 +216,7 @@ class LevelPlan:
         weight, own_channels = None, self.features.own.shape[1]
         if "features" in stacked:
             weight = prepared(stacked["features"].weight, own_channels, algorithm, not self.recorded)
-        reader = self._network_backend if self._step_backend == "reference" else self._step_backend
-        packed = [network_weights(n.w1, n.w2, n.w3, reader) for n in found]
+        packed = [network_weights(n.w1, n.w2, n.w3, self._network_backend) for n in found]
         return FoldedLevel(found, stacked, weight, tuple(packed))
 
     def _add_known(self) -> None:
@@ -262,11 +260,11 @@ class LevelPlan:
             pre = hoisted_convolution(self.features, weight.rows(start, end), bias[start:end], method)
             if changes_all:
                 outputs += self._tails(index, part, pre)
-            elif self._step_backend == "reference":  # dense: read for every sample, and the pixels of a slice lie pages apart
+            elif self.folded.packed[index]:  # of kernels that read tiles of pixels
+                self._known.add(pre, [(index, channel - start) for channel in channels[part]])
+            else:  # dense: read for every sample, and the pixels of a slice lie pages apart
                 for own_pre in pre.split(hidden, dim=1):
                     self._known.add(laid_out(own_pre, self.options.memory_format), [(index, 0)])
-            else:
-                self._known.add(pre, [(index, channel - start) for channel in channels[part]])
         if changes_all:
             self._known.outputs[index] = tuple(outputs)
 
@@ -305,7 +303,6 @@ class LevelPlan:
             self.inverse,
             backend,
             self._network_backend,
-            self._step_backend,
             options.method,
         )
 

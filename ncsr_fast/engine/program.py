@@ -86,7 +86,6 @@ class Program(NamedTuple):
         inverse: The affines are inverse maps: decoding.
         backend: Of the maps, resolved.
         network_backend: Of the networks, resolved.
-        step_backend: Of couplings with their networks and the maps behind them; "reference": composed of the two others.
         method: How the gradients of networks are convolved.
     """
 
@@ -96,7 +95,6 @@ class Program(NamedTuple):
     inverse: bool
     backend: str
     network_backend: str
-    step_backend: str
     method: ConvolutionMethod
 
     @property

@@ -65,7 +65,7 @@ class Walk:
         called = RecordedKernels if recorded else kernels
         self._maps: Kernels | RecordedKernels = called(program.backend)
         self._networks: Kernels | RecordedKernels = called(program.network_backend)
-        self._coupled = coupled_step("reference" if recorded else program.step_backend, self._maps, self._networks)
+        self._coupled = coupled_step(program.backend, program.network_backend, recorded)
         self._weights = [networks.unbind() for networks in tensors.networks]
         self._packed = [list(zip(*map(Tensor.unbind, packed))) for packed in tensors.packed]
         heads = zip(program.heads, self.outputs)

@@ -188,7 +188,7 @@ class Kernels(Protocol):
         self, passes: Sequence[NetworkPass], gradients: Sequence[StepNetwork], *, tf32: bool = False
     ) -> None: ...
 
-    def coupled_step_forward(
+    def step_network_coupled(
         self,
         x: Tensor,
         pre: Tensor,
@@ -256,7 +256,6 @@ COVERAGE: dict[str, dict[str, Coverage]] = {
         "fold_filters": Coverage(("cpu", "cuda"), _NARROW),
         "conv3x3": Coverage(("cpu", "cuda"), _NARROW),
         "conv3x3_weights": Coverage(("cpu", "cuda"), _NARROW),
-        "coupled_step": Coverage(("cpu", "cuda"), _NARROW),
         "step_network": Coverage(("cpu", "cuda"), _NARROW),
         "step_network_weights": Coverage(("cpu", "cuda"), _NARROW),
     },

@@ -18,6 +18,8 @@ from ncsr_fast.ops.backend import Kernels, kernels
 if TYPE_CHECKING:
     from ncsr_fast.ops.recorded import RecordedKernels
 
+Coupled = Callable[..., tuple[Tensor, tuple[Tensor, ...], Tensor | None, Tensor | None]]
+
 
 class Mixing(NamedTuple):
     """The map of a pixel behind a coupling and the injector fused to it; a mix of None: neither."""
@@ -43,50 +45,69 @@ class Step(NamedTuple):
     output: Tensor | None
 
 
-def coupled_step(
-    backend: str, maps: Kernels | RecordedKernels, networks: Kernels | RecordedKernels
-) -> Callable[..., tuple[Tensor, tuple[Tensor, ...], Tensor | None, Tensor | None]]:
-    """`Kernels.coupled_step_forward` of a resolved backend; "reference": composed of functions for maps and for networks."""
-    if backend == "reference":
-        return partial(composed, maps, networks)
-    return kernels(backend).coupled_step_forward
-
-
-def coupled_step_forward(
-    x: Tensor,
-    pre: Tensor,
-    w1: Tensor,
-    w2: Tensor,
-    b2: Tensor,
-    w3: Tensor,
-    b3: Tensor,
-    mix: Tensor | None,
-    offset: Tensor | None,
-    injector: Tensor | None,
-    eps: float,
-    inverse: bool,
-    *,
-    tf32: bool = False,
-    packed: Sequence[Tensor] = (),
-    watched: bool = False,
-    with_output: bool = False,
-) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None, Tensor | None]:
-    """`Step`: a coupling whose network reads the first channels of x, and the mix and injector behind it.
+def coupled_step(backend: str, network_backend: str, recorded: bool) -> Coupled:
+    """`Kernels.step_network_coupled` for maps and networks of resolved backends: composed of both, where they are not one.
 
     Args:
-        x: (B, C, H, W).
-        pre: (B, hidden, H, W), and the weights of the network as `step_network_forward` has them; b3 (2 · channels changed,).
-        mix: (C, C) or None, with offset (C,): as `flow_step_forward` has them.
-        injector: (B, 2C, H, W) or None: of the affine behind the mix when encoding, ahead of it for the inverse.
-        eps: Lower bound of the scales.
-        inverse: All affines are inverse maps.
-        tf32: Whether a GPU may round float32 operands of the network to TF32.
-        packed: As `step_network_forward` has it.
-        watched: The peak of y is wanted.
-        with_output: The output of the network is wanted.
+        backend: Of the maps.
+        network_backend: Of the networks.
+        recorded: Of operators, for autograd.
     """
-    tensors, own = (x, pre, w1, w2, b2, w3, b3, mix, offset, injector), kernels("reference")
-    return composed(own, own, *tensors, eps, inverse, tf32=tf32, watched=watched, with_output=with_output)
+    if recorded:
+        from ncsr_fast.ops.recorded import RecordedKernels  # whose operators need the reference, which is made here
+
+        return partial(composed, RecordedKernels(backend), RecordedKernels(network_backend))
+    if backend == network_backend:
+        return kernels(backend).step_network_coupled
+    return partial(composed, kernels(backend), kernels(network_backend))
+
+
+def composed_of(backend: str) -> Coupled:
+    """`Kernels.step_network_coupled` of a backend that has no kernel of it: composed of its other functions."""
+
+    def step_network_coupled(
+        x: Tensor,
+        pre: Tensor,
+        w1: Tensor,
+        w2: Tensor,
+        b2: Tensor,
+        w3: Tensor,
+        b3: Tensor,
+        mix: Tensor | None,
+        offset: Tensor | None,
+        injector: Tensor | None,
+        eps: float,
+        inverse: bool,
+        *,
+        tf32: bool = False,
+        packed: Sequence[Tensor] = (),
+        watched: bool = False,
+        with_output: bool = False,
+    ) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None, Tensor | None]:
+        """`Step`: a coupling whose network reads the first channels of x, and the mix and injector behind it.
+
+        Args:
+            x: (B, C, H, W).
+            pre: (B, hidden, H, W), of the network, whose weights `step_network_forward` describes.
+            w1: (hidden, C - changed, 3, 3).
+            w2: (hidden, hidden, 1, 1).
+            b2: (hidden,).
+            w3: (2·changed, hidden, 3, 3).
+            b3: (2·changed,).
+            mix: (C, C), or None: the coupling alone.
+            offset: (C,), or None with it.
+            injector: (B, 2C, H, W) or None: of the affine behind the mix when encoding, ahead of it for the inverse.
+            eps: Lower bound of the scales.
+            inverse: All affines are inverse maps.
+            tf32: Whether a GPU may round float32 operands of the network to TF32.
+            packed: As `step_network_forward` has it.
+            watched: The peak of y is wanted.
+            with_output: The output of the network is wanted.
+        """
+        tensors, own = (x, pre, w1, w2, b2, w3, b3, mix, offset, injector), kernels(backend)
+        return composed(own, own, *tensors, eps, inverse, tf32=tf32, watched=watched, with_output=with_output)
+
+    return step_network_coupled
 
 
 def composed(
@@ -110,7 +131,7 @@ def composed(
     watched: bool = False,
     with_output: bool = False,
 ) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None, Tensor | None]:
-    """`Kernels.coupled_step_forward` by the functions of a backend for the maps, and of one for the network."""
+    """`Kernels.step_network_coupled` by the functions of a backend for the maps, and of one for the network."""
     pass_through = x.shape[1] - b3.shape[0] // 2
     h = networks.step_network_forward(x[:, :pass_through], pre, w1, w2, b2, w3, b3, tf32=tf32, packed=packed)
     step = mapped(maps, x, h, pass_through, Mixing(mix, offset, injector), eps, inverse, watched)
@@ -136,7 +157,12 @@ def mapped(
         before, after = (mixing.injector, None) if inverse else (h, mixing.injector)
         x, logdet = maps.flow_step_forward(x, mixing.mix, mixing.offset, before, after, eps, inverse)
         logdets.append(logdet)
-    return Step(x, tuple(logdets), x.abs().amax(dim=(1, 2, 3)) if watched else None, None)
+    return Step(x, tuple(logdets), largest(x) if watched else None, None)
+
+
+def largest(x: Tensor) -> Tensor:
+    """The largest magnitude (B,), NaN where there is one."""
+    return x.abs().amax(dim=(1, 2, 3))
 
 
 def total(logdets: Sequence[Tensor]) -> Tensor:

@@ -69,7 +69,7 @@ class Guarded:
 
 def _kernel(function: str) -> str:
     """The kernel, as `COVERAGE` names it, that a function belongs to."""
-    for suffix in ("_forward", "_weights_backward", "_backward", "_layers", "_tails"):
+    for suffix in ("_forward", "_weights_backward", "_backward", "_layers", "_tails", "_coupled"):
         if function.endswith(suffix):
             return function.removesuffix(suffix)
     return function

@@ -18,6 +18,7 @@ from ncsr_fast.layout import empty_channels_last, empty_like, in_memory, writabl
 from ncsr_fast.ops import reference
 from ncsr_fast.ops.contract import check_conditions, compute_dtype
 from ncsr_fast.ops.conv3x3 import ConvolutionMethod
+from ncsr_fast.ops.coupled_step import composed_of
 from ncsr_fast.ops.network_gradients import Layers, NetworkPass, StepNetwork, data_gradients, weight_gradients
 
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}  # csrc/core/tensor.h
@@ -253,6 +254,9 @@ def _hidden(
     h1, h2 = (torch.empty_like(pre, memory_format=torch.channels_last) for _ in range(2))
     _step_network(h1, h2, z1, pre, w1, w2, b2, torch.zeros_like(w3[:1]), torch.zeros_like(b3[:1]))  # of h, one channel
     return h1, h2
+
+
+step_network_coupled = composed_of("native")
 
 
 def step_network_tails(

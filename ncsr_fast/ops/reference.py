@@ -24,7 +24,7 @@ from torch import Tensor
 from ncsr_fast.layout import is_channels_last
 from ncsr_fast.ops.contract import compute_dtype, pass_through_channels
 from ncsr_fast.ops.conv3x3 import ConvolutionMethod
-from ncsr_fast.ops.coupled_step import coupled_step_forward as coupled_step_forward
+from ncsr_fast.ops.coupled_step import composed_of
 from ncsr_fast.ops.inverse_logdet import invert
 from ncsr_fast.ops.network_gradients import Layers, NetworkPass, StepNetwork, data_gradients, weight_gradients
 from ncsr_fast.ops.plain_convolution import Needed, convolve, convolve_backward
@@ -495,11 +495,22 @@ def step_network_weights_backward(
     weight_gradients(passes, gradients, ConvolutionMethod(tf32, "reference"))
 
 
+step_network_coupled = composed_of("reference")
+
+
 def step_network_tails(
     pre: Tensor, w2: Tensor, b2: Tensor, w3: Tensor, b3: Tensor, *, tf32: bool = False, packed: Sequence[Tensor] = ()
 ) -> tuple[Tensor, ...]:
-    """The outputs of K networks that do not read the state: pre (B, K·hidden, H, W), and weights as `step_network_forward` has
-    them, stacked.
+    """The outputs of K networks that do not read the state.
+
+    Args:
+        pre: (B, K·hidden, H, W), of one after the other.
+        w2: (K, hidden, hidden, 1, 1).
+        b2: (K, hidden).
+        w3: (K, outputs, hidden, 3, 3).
+        b3: (K, outputs).
+        tf32: Whether a GPU may round float32 operands to TF32.
+        packed: Of `step_network_weights` of the same backend, or nothing.
     """
     networks = zip(pre.chunk(len(w2), dim=1), w2, b2, w3, b3, strict=True)
     return tuple([step_network_forward(None, own, None, *weights, tf32=tf32) for own, *weights in networks])

@@ -340,7 +340,7 @@ def test_the_engine_walks_by_it(everything, checkpoint, monkeypatch):
     called, triton = set(), functions_of("triton")
     names = {"step_network_tails", "step_network_backward", "step_network_weights_backward"}
     names |= {
-        "coupled_step_forward" if everything else "step_network_forward",
+        "step_network_coupled" if everything else "step_network_forward",
         *([] if checkpoint else ["step_network_layers"]),
     }
     for name in names:

@@ -27,9 +27,8 @@ FUNCTIONS = {
     "conv3x3_weights": ("conv3x3_weights",),
     "step_network": (
         "step_network_forward", "step_network_layers", "step_network_tails", "step_network_backward",
-        "step_network_weights_backward",
+        "step_network_weights_backward", "step_network_coupled",
     ),
-    "coupled_step": ("coupled_step_forward",),
     "step_network_weights": ("step_network_weights",),
 }  # fmt: skip
 KERNEL_OF = {"affine_injector": "affine", "affine_coupling": "affine", "actnorm_invconv": "flow_step"}
