@@ -37,10 +37,11 @@ from ncsr_fast.engine.options import EngineOptions
 from ncsr_fast.engine.peaks import Peaks
 from ncsr_fast.engine.program import Head, Program, stages
 from ncsr_fast.engine.walk import LevelTensors, packed_weights
-from ncsr_fast.layout import laid_out, traced
+from ncsr_fast.layout import laid_out, readable
 from ncsr_fast.ops.backend import covering_backend, kernels
 from ncsr_fast.ops.conv3x3 import ConvolutionMethod, convolution
 from ncsr_fast.ops.recorded import RecordedKernels
+from ncsr_fast.ops.step_network import packs_weights
 
 
 class Level(Protocol):
@@ -200,7 +201,7 @@ class LevelPlan:
         rows = sum([conv1.shape[0] * conv1.shape[1] for conv1 in firsts])
         chosen = algorithm(self.features, rows, dtype, self.options.method)
         fold = partial(self._fold, dtype, chosen)
-        name = "networks", dtype, chosen, self._network_backend
+        name = "networks", dtype, chosen, self._network_backend if packs_weights(self._network_backend) else None
         return fold() if self.recorded else level.cache.get(name, level.parameters(), fold)
 
     def _fold(self, dtype: torch.dtype, algorithm: str) -> FoldedLevel:
@@ -274,8 +275,9 @@ class LevelPlan:
             residual, own = self.level.networks(self.level.branches[index]).residual, networks.unbind()[part]
             each = pre.chunk(len(own), dim=1)
             return tuple(deep_network(None, one, network, residual, method) for one, network in zip(each, own))
-        tails = (RecordedKernels if traced() else kernels)(self._network_backend).step_network_tails
         _, w2, b2, w3, b3 = networks
+        called = kernels if readable((pre, w2, b2, w3, b3), by_pytorch=True) else RecordedKernels
+        tails = called(self._network_backend).step_network_tails
         return tails(pre, w2[part], b2[part], w3[part], b3[part], tf32=method.tf32, packed=[stack[part] for stack in packed])
 
     def _noise_source(self, noise: Tensor | None) -> list[Tensor]:

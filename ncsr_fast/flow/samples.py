@@ -155,7 +155,10 @@ class ConditionedFlow:
             mean = self._levels.condition.prior_mean
             if by_reference and self._reference_mean is not None:
                 reference = self._reference_mean(hr)
-                mean = torch.where(prior[:, None, None, None], reference, mean) if isinstance(prior, Tensor) else reference
+                if isinstance(prior, Tensor) and mean is not None:
+                    mean = torch.where(prior[:, None, None, None], reference, mean)
+                else:
+                    mean = reference
             return self._levels.encoded(hr, noise, mean)
 
     def log_prob(self, hr: Tensor, noise: Tensor | None = None, *, prior: str | Tensor = "condition") -> Tensor:

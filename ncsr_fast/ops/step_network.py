@@ -94,6 +94,11 @@ def evaluate_network(network: StepNetwork, z1: Tensor | None, pre: Tensor, tf32:
     return _step_network((z1, pre, *network), tf32, backend)[0]
 
 
+def packs_weights(backend: str) -> bool:
+    """True for a backend that reads the weights of networks otherwise than they are."""
+    return "step_network_weights" in COVERAGE.get(backend, {})
+
+
 def network_weights(w1: Tensor | None, w2: Tensor, w3: Tensor, backend: str, transposed: bool = False) -> tuple[Tensor, ...]:
     """The weights of K networks, stacked, as a backend reads them best: tensors (K, …), for `packed` of its functions.
 
@@ -106,7 +111,7 @@ def network_weights(w1: Tensor | None, w2: Tensor, w3: Tensor, backend: str, tra
         backend: Resolved.
         transposed: For its backward function.
     """
-    if "step_network_weights" not in COVERAGE.get(backend, {}) or not readable((w2, w3), by_pytorch=True):
+    if not packs_weights(backend) or not readable((w2, w3), by_pytorch=True):
         return ()
     weights = (None if w1 is None else w1.detach(), w2.detach(), w3.detach())
     return kernels(backend).step_network_weights(*weights, w2.dtype, transposed)
