@@ -54,7 +54,7 @@ MIXED = 24  # channels of a state, at most, whose mix is in the kernel
 REGION = (16, 32)  # rows and columns: a fifth more pixels of h2 than of the region, and 80 KB of them
 PROGRAMS = 264  # at once, two of each of 132 multiprocessors: 21 MB of h2, of 50 MB of L2 cache
 # Unless told how many registers a thread may have, ptxas spills a few bytes to fit another program; and of several stages of
-# the loops over a region Triton keeps 230 KB in shared memory. By the block of the state's channels, 16 or more: sums of a pixel
+# the loops over a region Triton keeps 230 KB in shared memory. By the block of the channels, 16 or more: sums of a pixel
 # at least, so that a tile has 128 or 64 pixels in half precision, and registers of a thread
 SUMS = {16: 64, 32: 128}
 REGISTERS = {16: 255, 32: 168}
