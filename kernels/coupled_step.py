@@ -55,7 +55,8 @@ REGION = (16, 32)  # rows and columns: a fifth more pixels of h2 than of the reg
 PROGRAMS = 264  # at once, two of each of 132 multiprocessors: 21 MB of h2, of 50 MB of L2 cache
 # Unless told how many registers a thread may have, ptxas spills a few bytes to fit another program; and of several stages of
 # the loops over a region Triton keeps 230 KB in shared memory
-ALONE, INSIDE = {"maxnreg": 255}, {"maxnreg": 255, "num_stages": 1}
+ALONE, INSIDE = {"maxnreg": 168}, {"maxnreg": 168, "num_stages": 1}
+SUMS = 128  # of a pixel, at least: a tile of 64 pixels in half precision; of 128 the mix of 24 channels spills
 ROUNDS = 2  # of regions, at least, where the first layers are in the kernel: of fewer the last one leaves half a GPU idle
 
 
@@ -284,7 +285,7 @@ def _launch(
     """y, and of every tile the share of the log-det and if `watched` the largest magnitude."""
     (batch, channels, height, width), hidden, (hs, outs) = x.shape, pre.shape[1], network.w3.shape[1:]
     pass_through, y = channels - b3.shape[0] // 2, empty_like(x)
-    tiles, options = tiling(kind, height, width, max(hs, outs))
+    tiles, options = tiling(kind, height, width, max(SUMS, hs, outs))
     parts = torch.empty(1 + watched, batch, tiles, dtype=torch.float32, device=x.device)
     regions, programs = batch * triton.cdiv(height, REGION[0]) * triton.cdiv(width, REGION[1]), batch * tiles
     inside = regions >= ROUNDS * PROGRAMS  # the first layers are in the kernel

@@ -191,6 +191,33 @@ def test_what_the_folding_of_networks_needs(pytestconfig, target):
 
 
 @pytest.mark.exhaustive
+@pytest.mark.parametrize("target, channels, precision", NETWORKS)
+@pytest.mark.parametrize("calls", ["steps", "large-steps"])
+def test_what_coupled_steps_need(pytestconfig, target, channels, precision, calls):
+    """With the first layers in the kernel and without: no spills, tensor cores, and TF32 where it is asked for alone."""
+    from ncsr_fast.kernels.ahead_of_time import Row, table, worst
+    from ncsr_fast.kernels.coupled_step import MIXED
+
+    arguments = ["-m", "ncsr_fast.kernels.ahead_of_time", f"--{calls}", precision, "--json"]
+    arguments += ["--targets", str(target), "--channels", str(channels)]
+    rows = [Row(**row) for row in printed(pytestconfig, f"ahead_of_time-{calls}-{target}-{channels}-{precision}", arguments)]
+    print(table(worst(rows)))
+    mixing = [] if channels <= MIXED else ["flow_step_forward_kernel"]
+    first = ["hidden_kernel"] if calls == "steps" else []
+    expected = {"encoding": [*first, "coupled_step_kernel", *mixing], "coupling": [*first, "coupled_step_kernel"]}
+    expected["decoding"] = expected["encoding"]
+    called = [(f"{name} {precision}", kernel) for name, kernels in expected.items() for kernel in kernels]
+    assert sorted((row.call, row.kernel) for row in rows) == sorted(called)
+    assert [row for row in rows if row.spills] == []
+    assert [row for row in rows if row.shared > SHARED] == []
+    coupled = [row for row in rows if row.kernel == "coupled_step_kernel"]
+    assert all((row.tensor_cores > 0) == (precision != "fp32") for row in coupled)
+    assert all(row.tf32 == (precision == "tf32") for row in coupled)
+    # 6 channels of the state are 24 bytes, and a slice of the injector's begins at 24
+    assert [row for row in coupled if row.wide < (0.4 if channels == 12 else 0.75) or row.middling < 0.8] == []
+
+
+@pytest.mark.exhaustive
 def test_networks_of_images_of_other_sizes_compile_no_other_kernels(pytestconfig):
     code = "from ncsr_fast.kernels import ahead_of_time as a; print(a.compiled_kernels(90, 12, 'bf16', a.network_calls))"
     assert printed(pytestconfig, "compiled_kernels-networks", ["-c", code]) == 1
