@@ -92,6 +92,7 @@ class NetworksBackward:
                 self._deep_backward(head, x, hidden[index] if hidden else None, dh[index], dz1[index])
             return
         z1, pre, *weights = zip(*[walk.arguments(head, x) for head in heads])
+        pre = tuple([own.expand(len(own_dh), -1, -1, -1) for own, own_dh in zip(pre, dh)])
         networks, dpre = list(map(StepNetwork, *weights)), list(map(self._place, heads, pre))
         transposed = self._transposed[branch]
         packed = [(*walk.packed(head), *transposed[head.network]) for head in heads] if transposed else []
@@ -145,4 +146,4 @@ class NetworksBackward:
         if self._walk.program.network_backend not in BATCHED or self._walk.is_deep(head):
             return 1
         size = (3 * head.hidden + dh.shape[1]) * dh[:, 0].numel() * dh.element_size()
-        return max(1, spare_bytes(dh.device) // (size * len(self.gradients)))
+        return max(1, spare_bytes(dh.device) // max(1, size * len(self.gradients)))

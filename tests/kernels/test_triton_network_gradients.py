@@ -170,7 +170,7 @@ def test_channels(dtype, channels, hidden, outputs):
 @pytest.mark.parametrize("size", [(1, 1), (1, 19), (9, 1), (9, 17), (3, 33)], ids=str)
 def test_sizes(size):
     """Parts of a tile, and more than one, whose border is in the tile beside it; parts of a sum that have no tile."""
-    case = Case(6, 16, 4, size, 1, HALF)
+    case = Case(6, 16, 4, size, 1, SINGLE)
     assert_gradients(case, *run([case]))
 
 
@@ -190,7 +190,7 @@ def test_tf32(channels):
 @pytest.mark.parametrize("channels", [3, 0])
 def test_several_networks_are_each_as_alone(channels):
     """To the bit, whichever share a launch, and every time; of images that lie differently too."""
-    first, cases = ([Case(channels, 4, 2, (1, 17), 2, HALF, seed) for seed in range(3)] for _ in range(2))
+    first, cases = ([Case(channels, 4, 2, (1, 17), 2, SINGLE, seed) for seed in range(3)] for _ in range(2))
     alone = [run([case])[0] for case in first]
     cases[1].dh = LAYOUTS["contiguous"](cases[1].dh)
     for found, right in zip(run(cases), alone, strict=True):
@@ -200,7 +200,7 @@ def test_several_networks_are_each_as_alone(channels):
 @pytest.mark.parametrize("channels", [3, 0])
 def test_layers_that_are_given_are_as_good(channels):
     """The same bits as with those that are recomputed, which are those of the forward pass."""
-    one, two = (Case(channels, 4, 2, (1, 17), 2, HALF) for _ in range(2))
+    one, two = (Case(channels, 4, 2, (1, 17), 2, SINGLE) for _ in range(2))
     (found,) = run([one])
     h1, h2, _ = kernels.step_network_layers(two.z1, two.pre, *two.network)
     assert torch.equal(found[1], h2) and (found[0] is None or torch.equal(found[0], h1))
