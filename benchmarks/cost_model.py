@@ -16,7 +16,6 @@ The reference beside a kernel is the same function in PyTorch's operators, by by
 from __future__ import annotations
 
 import argparse
-import itertools
 import math
 import re
 import sys
@@ -31,13 +30,13 @@ from unittest import mock
 
 import torch
 
-from ncsr_fast import tuning
+from ncsr_fast import NCSRConfig, tuning
 from ncsr_fast.files import atomic_write
 from ncsr_fast.ops import reference
 
 from .fake_cuda import fake_cuda
 from .launches import LaunchCounter
-from .registry import level_shapes
+from .registry import USES, level_shapes
 
 # Shares of a data sheet's numbers that programs reach: matrix products on tensor cores and copies, by the kernel study of the
 # design (790 of 989 TFLOP/s, 4.3 of 4.8 TB/s), estimated there and measured on neither GPU here
@@ -86,16 +85,45 @@ TRIPS: dict[str, Callable[[dict[str, int]], tuple[int, ...]]] = {
     "flow_step_backward_weight_kernel": lambda given: (given["tiles"],),
     "hidden_kernel": lambda given: (9 * given["BLOCKS_K"],),
     "output_kernel": lambda given: (9 * given["BLOCKS_K"],),
+    "coupled_step_kernel": lambda given: _regions_and_tiles(given),
+    # in float32; of the two loops one after the other the longer
+    "hidden_backward_kernel": lambda given: (9 * max(given["BLOCKS_C"], given["BLOCKS_K"]),),
+    "state_backward_kernel": lambda given: (9 * given["BLOCKS_K"],),
+    "network_weight_kernel": lambda given: (given["tiles"],),
+    "sum_network_partials_kernel": lambda given: (math.ceil(given["parts"] / given["BLOCK_PARTS"]),),
     "conv3x3_kernel": lambda given: (_taps(given) * math.ceil(given["inputs"] / given["BLOCK_K"]),),
     "conv3x3_weight_kernel": lambda given: (given["tiles"],),
     "sum_weight_partials_kernel": lambda given: (math.ceil(given["parts"] / given["BLOCK_PARTS"]),),
+    "sum_dense_block_partials_kernel": lambda given: (math.ceil(given["parts"] / given["BLOCK_PARTS"]),),
+    "hoisted_kernel": lambda given: (_trips_hoisted(given),),
+    "hoisted_backward_kernel": lambda given: ((given["FACTOR"] + 2) ** 2 * math.ceil(given["inputs"] / given["BLOCK_K"]),),
+    "hoisted_weight_kernel": lambda given: (given["tiles"],),  # of a slot that is one phase, as all are for factors of 1 and 2
+    "sum_slots_kernel": lambda given: (given["parts"],),
     "inverse_logdet_kernel": lambda given: (given["channels"], math.ceil(given["channels"] / given["ROWS"])),
 }
+
+
+def _regions_and_tiles(given: dict[str, int]) -> tuple[int, ...]:
+    """Regions of a program, tiles of a region with its border, and products of a convolution; the last alone of one tile."""
+    products = 9 * max(given["BLOCKS_K"], given["READS"])
+    if not given["PROGRAMS"]:
+        return (products,)
+    rows, columns = given["DOWN"] * given["ROWS"], given["ACROSS"] * given["COLUMNS"]
+    regions = given["batch"] * math.ceil(given["height"] / rows) * math.ceil(given["width"] / columns)
+    tiles = math.ceil((rows + 2) * (columns + 2) / (given["ROWS"] * given["COLUMNS"]))
+    return math.ceil(regions / given["PROGRAMS"]), tiles, products
 
 
 def _taps(given: dict[str, int]) -> int:
     """Pixels that a convolution reads for one that it writes; the gradient of an upsampled input reads four times as many."""
     return 36 if given["UPSAMPLE2X"] and given["TRANSPOSED"] else 9
+
+
+def _trips_hoisted(given: dict[str, int]) -> int:
+    """The mean of two loops with bodies of one size: over the taps of the own features, and of the stacked ones."""
+    of_axis = (given["FACTOR"] + 2) / given["FACTOR"]
+    own, stacked = (math.ceil(given[name] / given["BLOCK_K"]) for name in ("owned", "inputs"))
+    return round((9 * own + of_axis**2 * stacked) / 2)
 
 
 @dataclass(frozen=True)
@@ -112,6 +140,11 @@ class Task:
         """The channels of each level, and its batch, height and width."""
         return [(channels, (self.batch, *size)) for _, channels, *size in (shape.size for shape in level_shapes(self.use))]
 
+    def images(self) -> list[tuple[int, tuple[int, int, int]]]:
+        """The channels of the encoder's features, and the batch, height and width of the LR images."""
+        use = USES[self.use]
+        return [(NCSRConfig.preset(use.preset).channels, (use.batch, *use.lr))]
+
 
 TASKS = {
     "train": Task("a training step, batch 18 of 160×160", "x4-train", 18, "forward", backward=True),
@@ -119,10 +152,15 @@ TASKS = {
 }
 
 
-# Functions of `ncsr_fast.kernels.calls` by name, with the variants of theirs that a task has
-CALLS: dict[str, Callable[[Task], Sequence[Any]]] = {
-    "flow_calls": lambda task: [(task.direction, "nhwc", dtype) for dtype in ("float32", "bfloat16")],
-    "network_calls": lambda task: ["bf16", "tf32", "fp32"],
+# Functions of `ncsr_fast.kernels.calls` by name, with the channels and sizes of a task, and the variants of theirs that it has
+CALLS: dict[str, tuple[Callable[[Task], Sequence[tuple[int, tuple[int, int, int]]]], Callable[[Task], Sequence[Any]]]] = {
+    "flow_calls": (Task.levels, lambda task: [(task.direction, "nhwc", dtype) for dtype in ("float32", "bfloat16")]),
+    "network_calls": (Task.levels, lambda task: ["bf16", "tf32", "fp32"]),
+    "coupled_calls": (Task.levels, lambda task: ["bf16", "tf32", "fp32"]),
+    "network_backward_calls": (Task.levels, lambda task: ["bf16", "tf32", "fp32"] if task.backward else []),
+    "filter_calls": (Task.levels, lambda task: ["bf16", "fp32"]),
+    "dense_block_calls": (Task.images, lambda task: ["bf16", "tf32", "fp32"]),
+    "hoisting_calls": (Task.images, lambda task: ["bf16", "tf32", "fp32"]),
 }
 # Words in the names of calls, and the dtype that decides between backends
 DTYPES = {"float32": "float32", "fp32": "float32", "tf32": "float32", "bfloat16": "bfloat16", "bf16": "bfloat16"}
@@ -195,8 +233,8 @@ def rows_of(task: Task) -> list[Any]:
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:  # the compiler keeps the target of its process
         jobs = [
             pool.submit(ahead_of_time.compile_for, 90, channels, variants(task), getattr(calls, name), size)
-            for name, variants in CALLS.items()
-            for channels, size in task.levels()
+            for name, (shapes, variants) in CALLS.items()
+            for channels, size in shapes(task)
         ]
         rows = [row for job in jobs for row in job.result()]
     return [row for row in rows if task.backward or not row.function.endswith("_backward")]
@@ -243,13 +281,14 @@ def reference_seconds(task: Task, gpu: Gpu) -> dict[Key, float]:
 
     found = {}
     with fake_cuda():
-        for (name, variants), (channels, size) in itertools.product(CALLS.items(), task.levels()):
-            timed = _Reference(gpu)
-            with mock.patch.object(calls, "kernels", timed):
-                for operator, call, body in getattr(calls, name)(channels, size, variants(task)):
-                    timed.seconds.clear()
-                    body()
-                    found |= {(channels, operator, call, each): seconds for each, seconds in timed.seconds.items()}
+        for name, (shapes, variants) in CALLS.items():
+            for channels, size in shapes(task):
+                timed = _Reference(gpu)
+                with mock.patch.object(calls, "kernels", timed):
+                    for operator, call, body in getattr(calls, name)(channels, size, variants(task)):
+                        timed.seconds.clear()
+                        body()
+                        found |= {(channels, operator, call, each): seconds for each, seconds in timed.seconds.items()}
     return found
 
 

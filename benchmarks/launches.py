@@ -29,16 +29,19 @@ PARTS: dict[str, dict[str, str]] = {
     "ncsr_fast.encoder.rrdb": {"*": "encoder"},
     "ncsr_fast.encoder.blocks": {"*": "encoder"},
     "ncsr_fast.engine.dense_block": {"*": "encoder"},
+    "ncsr_fast.engine.residual_blocks": {"*": "encoder"},
     "ncsr_fast.engine.folding": {"fold_zeros_convolution": "split", "*": "fold"},
     "ncsr_fast.engine.hoisting": {"prepared": "fold", "*": "hoist"},
     "ncsr_fast.engine.plan": {
         "_folded_mixing": "fold", "_fold": "fold", "_stacked": "fold", "_add_known": "hoist", "_add_features": "hoist",
-        "_add_branch": "hoist", "_noise_source": "hoist", "folded_split": "split", "split_prior": "split",
+        "_add_branch": "hoist", "_noise_source": "hoist", "_tails": "injectors", "folded_split": "split",
+        "split_prior": "split",
     },
-    "ncsr_fast.engine.walk": {"run": "steps", "output": "steps", "evaluate_free": "injectors", "_enter": "watch"},
-    "ncsr_fast.engine.gradient": {
-        "_free_backward": "injectors", "_forward": "steps", "_backward": "steps",
-    },
+    "ncsr_fast.engine.walk": {"run": "steps", "output": "steps", "evaluate_free": "injectors"},
+    "ncsr_fast.engine.gradient": {"_forward": "steps", "_backward": "steps"},
+    "ncsr_fast.engine.network_backward": {"_run_waiting": "injectors"},
+    "ncsr_fast.ops.coupled_step": {"largest": "watch", "peaks": "watch"},
+    "ncsr_fast.ops.fold_filters": {"*": "fold"},
     "ncsr_fast.ops.gaussian_split": {"*": "split"},
     "ncsr_fast.flow.samples": {"draw": "draws", "draw_latents": "draws", "_first_bad": "watch"},
     "ncsr_fast.training.batch": {"*": "data"},
@@ -49,11 +52,10 @@ PARTS: dict[str, dict[str, str]] = {
     # the backward passes of single convolutions, and of what is plain PyTorch, the fold foremost
     "ncsr_fast.benchmarks.fake_cuda": {"_backward": "autograd"},
 }  # fmt: skip
-# What a part is called where an operator's own module is further in: a network evaluated while hoisting reads no state.
+# What a part is called where an operator's own module is further in.
 INSIDE = {
     (REST, "ncsr_fast.ops.conv3x3"): "other convolutions",
     ("autograd", "ncsr_fast.ops.conv3x3"): "other convolutions",
-    ("hoist", "ncsr_fast.ops.step_network"): "injectors",
 }
 
 # Launches of operators that are more than one: those with a filled result, and estimates for batched linear algebra.

@@ -68,6 +68,17 @@ def at(image, pixel, o_c):
 
 
 @triton.jit
+def from_channel(image, o_c):
+    """The image without its first o_c channels."""
+    if len(image) == 2:
+        return image[0] + o_c, image[1]
+    elif len(image) == 4:
+        return image[0] + o_c * image[2], image[1], image[2], image[3]
+    else:
+        return image[0] + o_c * image[2], image[1], image[2], image[3], image[4]
+
+
+@triton.jit
 def load(image, pixel, o_c, m_c):
     return tl.load(at(image, pixel, o_c), mask=pixel[3] & m_c, other=0.0).to(tl.float32)
 

@@ -19,9 +19,9 @@ from ncsr_fast.kernels._conv3x3 import cell_tile, distance, in_runs, inside, pix
 
 # Sizes of tiles: outputs and inputs (at most), pixels added at once, and stages of loads on their way; by how numbers are
 # multiplied. Chosen for registers and shared memory by the ahead-of-time report, never timed: no GPU yet. Unless told how many
-# registers a thread may have, ptxas spills a few bytes of images that are read number by number, to fit another program.
+# registers a thread may have, ptxas spills a few bytes to fit another program.
 OPTIONS = {
-    "half": {"BLOCK_N": 64, "BLOCK_C": 64, "BLOCK_P": 64, "num_warps": 4, "num_stages": 3},
+    "half": {"BLOCK_N": 64, "BLOCK_C": 64, "BLOCK_P": 64, "num_warps": 4, "num_stages": 3, "maxnreg": 168},
     "tf32": {"BLOCK_N": 32, "BLOCK_C": 64, "BLOCK_P": 32, "num_warps": 4, "num_stages": 3, "maxnreg": 168},
     "ieee": {"BLOCK_N": 32, "BLOCK_C": 32, "BLOCK_P": 32, "num_warps": 4, "num_stages": 2, "maxnreg": 255},
 }
@@ -29,7 +29,7 @@ PROGRAMS = 512  # about: two rounds of 132 multiprocessors, whose partial sums a
 SUM_OUTPUTS, SUM_PARTS = 128, 16  # of a program of the second kernel, at once: 512 bytes of every part
 
 
-@triton.jit(do_not_specialize=["height", "width", "total", "tiles"])
+@triton.jit(do_not_specialize=["height", "width", "total", "tiles", "parts"])
 def conv3x3_weight_kernel(
     dy,  # (B, outputs, H, W)
     x,  # (B, inputs, H, W)
@@ -40,7 +40,10 @@ def conv3x3_weight_kernel(
     width,
     total,
     tiles,
+    parts,
     UPSAMPLE2X: tl.constexpr,
+    GROWTH: tl.constexpr,
+    GROWN: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -49,6 +52,9 @@ def conv3x3_weight_kernel(
     """Of the `total` tiles of all samples the sum over `tiles` from the first of this program, for a tap and a block of dw.
 
     height, width: of x, whose pixels are the cells. The programs of the first tap and inputs sum dbias as well.
+    parts: of one batch; the samples are those of as many batches, one after the other, as there are programs for
+    GROWTH, GROWN: where they are not 0, outputs are those of GROWN convolutions of GROWTH outputs and of another, each of which
+        reads GROWTH channels more than the one before, the last one all; what no convolution reads is 0
     """
     SIDE: tl.constexpr = 2 if UPSAMPLE2X else 1
     BLOCKS_C: tl.constexpr = (inputs + BLOCK_C - 1) // BLOCK_C
@@ -57,9 +63,16 @@ def conv3x3_weight_kernel(
     i_tap, i_n, i_c = i // BLOCKS, i % BLOCKS // BLOCKS_C, i % BLOCKS_C
     o_n, o_c = channel_tile(i_n, BLOCK_N), channel_tile(i_c, BLOCK_C)
     tiles_of_phase = tl.cdiv(height.to(tl.int64) * width, BLOCK_P)
-    first, last = i_part.to(tl.int64) * tiles, tl.minimum((i_part.to(tl.int64) + 1) * tiles, total)
+    i_batch = (i_part // parts).to(tl.int64)
+    first = i_batch * total + (i_part % parts).to(tl.int64) * tiles
+    last = tl.minimum(first + tiles, (i_batch + 1) * total)
+    if GROWTH > 0:
+        unread = tl.maximum(GROWN - tl.minimum((i_n + 1) * BLOCK_N, outputs) // GROWTH, 0) * GROWTH
+        end = tl.where(i_c * BLOCK_C < inputs - unread, last, first)
+    else:
+        end = last
     acc = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
-    for i_t in range(first, last):
+    for i_t in range(first, end):
         i_b, phase, cell = tile_of(i_t, tiles_of_phase, height, width, SIDE, BLOCK_P)
         pixel = pixel_of(cell, i_b, phase, height, width, SIDE)
         b_dy = tl.load(at(dy, pixel, o_n), mask=pixel[3] & (o_n < outputs), other=0.0)
@@ -116,42 +129,69 @@ def sum_weight_partials_kernel(
 
 def backward_weight(dy: Tensor, x: Tensor, dweight: Tensor, dbias: Tensor, *, upsample2x: bool, tf32: bool) -> None:
     """Write the gradients of the weight (outputs, inputs, 3, 3), at any strides, and of the bias, contiguous, in any dtypes."""
-    batch, inputs, height, width = x.shape
+    sum_partials(weight_partials(dy, x, upsample2x=upsample2x, tf32=tf32)[0], dweight, dbias)
+
+
+def weight_partials(
+    dy: Tensor, x: Tensor, *, batches: int = 1, growth: tuple[int, int] = (0, 0), upsample2x: bool = False, tf32: bool = False
+) -> Tensor:
+    """Sums (batches, parts, 9 · outputs · inputs + outputs) over parts of the pixels of each of several batches.
+
+    They are the gradient of the weight as (9, outputs, inputs), and that of the bias.
+
+    Args:
+        dy: (batches · B, outputs, H, W).
+        x: (batches · B, inputs, H, W).
+        batches: Number of batches.
+        growth: GROWTH and GROWN of the kernel.
+        upsample2x: As the convolution's.
+        tf32: Likewise.
+    """
+    samples, inputs, height, width = x.shape
     outputs, kind, side = dy.shape[1], arithmetic(dy, tf32), 2 if upsample2x else 1
     options = OPTIONS[kind] | ({} if in_runs(x) and in_runs(dy) else {"num_warps": 8})
     for name, channels in (("BLOCK_N", outputs), ("BLOCK_C", inputs)):
         options[name] = min(options[name], max(16, triton.next_power_of_2(channels)))
     blocks = 9 * triton.cdiv(outputs, options["BLOCK_N"]) * triton.cdiv(inputs, options["BLOCK_C"])
-    total = batch * side**2 * triton.cdiv(height * width, options["BLOCK_P"])
-    tiles = triton.cdiv(total, max(1, PROGRAMS // blocks))
-    parts, sums = triton.cdiv(total, tiles), 9 * outputs * inputs + outputs
-    partial = torch.empty(parts, sums, dtype=torch.float32, device=x.device)
-    sizes = {"inputs": inputs, "outputs": outputs}
+    total = samples // batches * side**2 * triton.cdiv(height * width, options["BLOCK_P"])
+    tiles = triton.cdiv(total, max(1, PROGRAMS // (blocks * batches)))
+    parts = triton.cdiv(total, tiles)
+    partial = torch.empty(batches, parts, 9 * outputs * inputs + outputs, dtype=torch.float32, device=x.device)
     launch(
         conv3x3_weight_kernel,
-        parts * blocks,
+        batches * parts * blocks,
         x.device,
         dy=image(dy),
         x=image(x),
         p_partial=partial,
+        inputs=inputs,
+        outputs=outputs,
         height=height,
         width=width,
         total=total,
         tiles=tiles,
+        parts=parts,
         UPSAMPLE2X=upsample2x,
+        GROWTH=growth[0],
+        GROWN=growth[1],
         PRECISION="tf32" if kind == "tf32" else "ieee",
-        **sizes,
         **options,
     )
+    return partial
+
+
+def sum_partials(partial: Tensor, dweight: Tensor, dbias: Tensor) -> None:
+    """Write the sums of a batch's partial sums to the gradients of weight, at any strides, and bias, contiguous."""
     launch(
         sum_weight_partials_kernel,
-        triton.cdiv(sums, SUM_OUTPUTS),
-        x.device,
+        triton.cdiv(partial.shape[1], SUM_OUTPUTS),
+        partial.device,
         p_partial=partial,
         dweight=(dweight, *dweight.stride()),
         p_dbias=dbias,
-        parts=parts,
+        parts=len(partial),
+        inputs=dweight.shape[1],
+        outputs=dweight.shape[0],
         BLOCK=SUM_OUTPUTS,
         BLOCK_PARTS=SUM_PARTS,
-        **sizes,
     )

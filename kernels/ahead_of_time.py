@@ -26,6 +26,7 @@ from typing import Any
 
 import triton
 from torch import Tensor
+from torch.utils import _pytree as pytree
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
@@ -36,7 +37,13 @@ from ncsr_fast.kernels.calls import (
     VARIANTS,
     Variant,
     convolution_calls,
+    coupled_calls,
+    dense_block_calls,
+    filter_calls,
     flow_calls,
+    hoisting_calls,
+    large_coupled_calls,
+    network_backward_calls,
     network_calls,
 )
 from ncsr_fast.kernels.disassembly import instructions, work
@@ -44,7 +51,16 @@ from ncsr_fast.kernels.disassembly import instructions, work
 TARGETS = (80, 90, 100)  # A100, H100 and H200, B200
 CHANNELS = (12, 24, 48, 96, 192)  # of the published models
 Calls = Callable[..., Iterator[tuple[str, str, Callable]]]  # (channels, size, variants), as those of `kernels.calls`
-PRODUCTS: dict[str, Calls] = {"networks": network_calls, "convolutions": convolution_calls}  # of tensor cores
+PRODUCTS: dict[str, Calls] = {  # of tensor cores
+    "networks": network_calls,
+    "gradients": network_backward_calls,
+    "filters": filter_calls,
+    "convolutions": convolution_calls,
+    "steps": coupled_calls,
+    "large-steps": large_coupled_calls,
+    "encoder": dense_block_calls,
+    "hoisting": hoisting_calls,
+}
 SIZES = (SIZE, (1, 40, 36), (16, 79, 77), (10, 510, 4), (3, 6, 6))  # pixels that 16 divides, or nothing, or 8, or 4
 _KERNELS = __package__ + "."
 
@@ -53,7 +69,7 @@ _KERNELS = __package__ + "."
 class Row:
     """A kernel of a call, compiled for a target: registers of a thread, bytes of shared memory of a program, and more.
 
-    spills: bytes of a thread's stack, where what does not fit in registers is kept
+    spills: bytes of a thread's stack, where what does not fit in registers is kept; of one that is read or written
     instructions: of the binary, each counted once
     wide: share of the bytes of its instructions to global memory that are in those of 16 bytes, the most of sm_80 and sm_90
     middling: the same of 8 bytes or more
@@ -126,7 +142,8 @@ class _CompilingDriver:
             usage = _output_of(triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name)
             sass = _output_of(triton.knobs.nvidia.nvdisasm.path, "-c", file.name)
         registers, stack = map(int, re.search(rf"Function {name}:\s+REG:(\d+) STACK:(\d+)", usage).groups())
-        needs = {"registers": registers, "shared": shared, "spills": stack, "tf32": "tf32" in self.ptx, **instructions(sass)}
+        spills = stack if re.search(r"\b(LDL|STL)\b", sass) else 0  # ptxas reserves some that it does not use
+        needs = {"registers": registers, "shared": shared, "spills": spills, "tf32": "tf32" in self.ptx, **instructions(sass)}
         needs |= work(sass)
         return self, {"kernel": name, **needs}, registers, stack, 1024
 
@@ -155,9 +172,9 @@ def _host_function() -> str:
 
 
 def _bytes(arguments: Iterable[Any]) -> int:
-    """Of the tensors among the arguments of a kernel, tuples of a tensor and its strides included."""
-    first = [argument[0] if isinstance(argument, tuple) else argument for argument in arguments]
-    return sum(tensor.numel() * tensor.element_size() for tensor in first if isinstance(tensor, Tensor))
+    """Of the tensors among the arguments of a kernel, those in tuples included."""
+    found = [argument for argument in pytree.tree_leaves(list(arguments)) if isinstance(argument, Tensor)]
+    return sum(tensor.numel() * tensor.element_size() for tensor in found)
 
 
 def _output_of(*command: str) -> str:
@@ -256,7 +273,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", choices=PRECISIONS, nargs="+", help=f"the {name} alone, in these precisions")
     parser.add_argument("--json", action="store_true", help="every call, as a list of rows")
     options = parser.parse_args()
-    jobs = [(getattr(options, name), called) for name, called in PRODUCTS.items() if getattr(options, name)]
+    jobs = [(given, called) for name, called in PRODUCTS.items() if (given := getattr(options, name.replace("-", "_")))]
     rows = []
     for variants, called in jobs or [(VARIANTS[options.variants], flow_calls)]:
         rows += report(options.targets, options.channels, variants, called)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from ncsr_fast import kernels
+from ncsr_fast.ops.network_gradients import NetworkPass, StepNetwork
+from ncsr_fast.ops.plain_dense_blocks import DenseBlocks
 
 Call = tuple[str, str, Callable]  # operator, name and body
 LAYOUTS = {"nhwc": torch.channels_last, "nchw": torch.contiguous_format}
@@ -25,6 +28,9 @@ PAIRS: tuple[Variant, ...] = (
 VARIANTS = {"every": EVERY_VARIANT, "pairs": PAIRS, "engine": PAIRS[:2]}
 CONVOLUTIONS = ((32, False), (64, False), (64, True))  # of the encoder: outputs, and whether the input is read upsampled
 PRECISIONS = {"bf16": (torch.bfloat16, False), "tf32": (torch.float32, True), "fp32": (torch.float32, False)}
+FACTORS = (2, 1)  # upsampling of the stacked features at the first level of the published ×4 models, and at the others
+NETWORKS = 32  # that read the features at a level of those: injectors and couplings of 16 steps
+FEATURES = 320  # channels of the condition of the published networks
 HIDDEN = 64  # channels of the hidden layers of the published networks
 SIZE = (18, 80, 80)  # batch, height and width of the calls, as in training: the weight gradient loops over many tiles
 
@@ -79,24 +85,108 @@ def network_calls(
     channels: int, size: tuple[int, int, int] = SIZE, precisions: Sequence[str] = tuple(PRECISIONS)
 ) -> Iterator[Call]:
     """Likewise of `step_network` as the engine calls it: z1 is some channels of the state, pre of all pre-activations."""
-    batch, height, width = size
     for precision in precisions:
         dtype, tf32 = PRECISIONS[precision]
-
-        def image(c: int, dtype: torch.dtype = dtype, batch: int = batch) -> Tensor:
-            shape = batch, c, height, width
-            return torch.empty(shape, dtype=dtype, device="meta", memory_format=torch.channels_last)
-
-        def network(inputs: int, outputs: int, dtype: torch.dtype = dtype) -> list[Tensor | None]:
-            shapes = (HIDDEN, inputs, 3, 3), (HIDDEN, HIDDEN, 1, 1), (HIDDEN,), (outputs, HIDDEN, 3, 3), (outputs,)
-            return [torch.empty(shape, dtype=dtype, device="meta") if all(shape) else None for shape in shapes]
-
-        z1 = image(channels, torch.float32)[:, : channels // 2]
-        own, one = (image(4 * HIDDEN, batch=count)[:, HIDDEN : 2 * HIDDEN] for count in (batch, 1))
-        shared, coupling, injector = one.expand(batch, -1, -1, -1), network(channels // 2, channels), network(0, 2 * channels)
+        z1 = _image(size, channels, torch.float32)[:, : channels // 2]
+        own, shared = _pre_activations(size, dtype)
+        coupling, injector = _network(channels // 2, channels, dtype), _network(0, 2 * channels, dtype)
         yield "step_network", f"coupling {precision}", lambda: kernels.step_network_forward(z1, own, *coupling, tf32=tf32)
         yield "step_network", f"shared {precision}", lambda: kernels.step_network_layers(z1, shared, *coupling, tf32=tf32)
         yield "step_network", f"injector {precision}", lambda: kernels.step_network_forward(None, own, *injector, tf32=tf32)
+
+
+def coupled_calls(
+    channels: int, size: tuple[int, int, int] = SIZE, precisions: Sequence[str] = tuple(PRECISIONS)
+) -> Iterator[Call]:
+    """Likewise with the maps behind: encoding and keeping the outputs, decoding samples that share the condition, and alone."""
+    mix, forward = torch.empty(channels, channels, device="meta"), kernels.step_network_coupled
+    for precision in precisions:
+        dtype, tf32 = PRECISIONS[precision]
+        x, (own, shared) = _image(size, channels, torch.float32), _pre_activations(size, dtype)
+        network = _network(channels // 2, channels, dtype)
+        injector = _image(size, 2 * channels, dtype)
+        one, options = injector[:1].expand(size[0], -1, -1, -1), {"tf32": tf32, "packed": _packed(network)}
+        encoding, decoding = (mix, mix[0], injector, 1e-4, False), (mix, mix[0], one, 1e-4, True)
+        alone = None, None, None, 1e-4, True
+        yield "step_network", f"encoding {precision}", lambda: forward(x, own, *network, *encoding, with_output=True, **options)
+        yield "step_network", f"decoding {precision}", lambda: forward(x, shared, *network, *decoding, watched=True, **options)
+        yield "step_network", f"coupling {precision}", lambda: forward(x, shared, *network, *alone, **options)
+
+
+def large_coupled_calls(
+    channels: int, size: tuple[int, int, int] = SIZE, precisions: Sequence[str] = tuple(PRECISIONS)
+) -> Iterator[Call]:
+    """The same of ten times as many samples, which takes another kernel."""
+    return coupled_calls(channels, (10 * size[0], *size[1:]), precisions)
+
+
+def _image(size: tuple[int, int, int], channels: int, dtype: torch.dtype) -> Tensor:
+    batch, height, width = size
+    shape = batch, channels, height, width
+    return torch.empty(shape, dtype=dtype, device="meta", memory_format=torch.channels_last)
+
+
+def _pre_activations(size: tuple[int, int, int], dtype: torch.dtype) -> list[Tensor]:
+    """Of one network among several: of every sample, and of one that all share."""
+    batch, height, width = size
+    own, one = (_image((count, height, width), 4 * HIDDEN, dtype)[:, HIDDEN : 2 * HIDDEN] for count in (batch, 1))
+    return [own, one.expand(batch, -1, -1, -1)]
+
+
+def _network(inputs: int, outputs: int, dtype: torch.dtype) -> list[Tensor | None]:
+    shapes = (HIDDEN, inputs, 3, 3), (HIDDEN, HIDDEN, 1, 1), (HIDDEN,), (outputs, HIDDEN, 3, 3), (outputs,)
+    return [torch.empty(shape, dtype=dtype, device="meta") if all(shape) else None for shape in shapes]
+
+
+def _packed(network: Sequence[Tensor | None], transposed: bool = False) -> list[Tensor]:
+    """The weights of a network packed, which the engine does once for many."""
+    w1, w2, _, w3, _ = network
+    assert w2 is not None and w3 is not None
+    stacks = kernels.step_network_weights(None if w1 is None else w1[None], w2[None], w3[None], w2.dtype, transposed)
+    return [stack[0] for stack in stacks]
+
+
+def network_backward_calls(
+    channels: int, size: tuple[int, int, int] = SIZE, precisions: Sequence[str] = tuple(PRECISIONS)
+) -> Iterator[Call]:
+    """Likewise of the gradients of `step_network`, hidden layers recomputed or saved: of a coupling, of two injectors."""
+    for precision in precisions:
+        dtype, tf32 = PRECISIONS[precision]
+        state, sources = _image(size, channels, torch.float32), _image(size, 4 * HIDDEN, dtype)
+        for name, inputs, outputs, count in (("coupling", channels // 2, channels, 1), ("injectors", 0, 2 * channels, 2)):
+            networks = [StepNetwork._make(_network(inputs, outputs, dtype))] * count
+            z1 = [state[:, :inputs] if inputs else None] * count
+            pre, dpre = ([sources[:, HIDDEN * i : HIDDEN * (i + 1)] for i in range(count)] for _ in range(2))
+            h1, h2, dh2, dh = ([_image(size, c, dtype) for _ in range(count)] for c in (HIDDEN, HIDDEN, HIDDEN, outputs))
+            saved = list(zip(h1 if inputs else [None] * count, h2))
+            passes = list(map(NetworkPass, z1, pre, h1 if inputs else [None] * count, h2, dpre, dh2, dh))
+            packed = [[*_packed(network), *_packed(network, transposed=True)] for network in networks]
+
+            def backward(hidden: list | None) -> None:
+                kernels.step_network_backward(dh, z1, pre, hidden, networks, dpre, z1, tf32=tf32, packed=packed)
+                kernels.step_network_weights_backward(passes, networks, tf32=tf32)
+
+            yield "step_network", f"{name} backward {precision}", partial(backward, None)
+            yield "step_network", f"{name} backward saved {precision}", partial(backward, saved)
+
+
+def filter_calls(
+    channels: int, size: tuple[int, int, int] = SIZE, precisions: Sequence[str] = tuple(PRECISIONS)
+) -> Iterator[Call]:
+    """Likewise of `fold_filters`, of the networks of a level of 16 steps: couplings and injectors."""
+    for precision in precisions:
+        dtype, half = PRECISIONS[precision][0], channels // 2
+        inputs = [half + FEATURES, HIDDEN, HIDDEN, FEATURES, HIDDEN, HIDDEN]
+        outputs = [HIDDEN, HIDDEN, channels, HIDDEN, HIDDEN, 2 * channels]
+        weights = [torch.empty(16, n, c, k, k, device="meta") for n, c, k in zip(outputs, inputs, (3, 1, 3) * 2)]
+        biases = [torch.empty(16, n, device="meta") for n in outputs]
+        factors, first = [1.0, 1.0, 3.0] * 2, [half, HIDDEN, HIDDEN, 0, HIDDEN, HIDDEN]
+
+        def fold() -> None:
+            folded = kernels.fold_filters_forward(weights, biases, biases, factors, first, dtype)
+            kernels.fold_filters_backward(*folded, weights, biases, biases, factors)
+
+        yield "fold_filters", f"any {precision}", fold
 
 
 def convolution_calls(
@@ -120,5 +210,58 @@ def convolution_calls(
             lambda: (
                 kernels.conv3x3_forward(x, weight, bias, slope=0.2, out=y, **options),
                 kernels.conv3x3_backward(y, x, weight, needed, relu=relu, dx=x, **options),
+            ),
+        )
+
+
+def dense_block_calls(
+    channels: int, size: tuple[int, int, int] = SIZE, precisions: Sequence[str] = tuple(PRECISIONS)
+) -> Iterator[Call]:
+    """Likewise of three residual blocks of so many features, the first two of which are kept, forward and backward."""
+    batch, height, width = size
+    growth, blocks = channels // 2, DenseBlocks(dense=3, convolutions=5, kept=(0, 1, 2), slope=0.2, residual=0.2)
+    of_one = [(growth if i < 4 else channels, channels + i * growth) for i in range(5)]
+    shapes = of_one * (blocks.dense * len(blocks.kept))
+    weights = [torch.empty(*shape, 3, 3, device="meta") for shape in shapes]
+    biases = [torch.empty(outputs, device="meta") for outputs, _ in shapes]
+    for precision in precisions:
+        dtype, tf32 = PRECISIONS[precision]
+
+        def image(c: int, batch: int = batch, dtype: torch.dtype = dtype) -> Tensor:
+            return torch.empty(batch, c, height, width, dtype=dtype, device="meta", memory_format=torch.channels_last)
+
+        x, saved = image(channels), image(3 * channels, len(shapes) // 5 * batch)
+        arguments = weights, biases, blocks
+        yield (
+            "conv3x3",
+            f"residual blocks {precision}",
+            lambda: (
+                kernels.dense_blocks_forward(x, *arguments, tf32=tf32),
+                kernels.dense_blocks_backward([x] * 3, saved, *arguments, (True, True), tf32=tf32),
+            ),
+        )
+
+
+def hoisting_calls(
+    channels: int, size: tuple[int, int, int] = SIZE, precisions: Sequence[str] = tuple(PRECISIONS)
+) -> Iterator[Call]:
+    """Likewise of hoisted convolutions of so many own features, and four times as many stacked ones of this size."""
+    batch, height, width = size
+    for precision, factor in itertools.product(precisions, FACTORS):
+        dtype, tf32 = PRECISIONS[precision]
+
+        def image(c: int, factor: int = 1, dtype: torch.dtype = dtype) -> Tensor:
+            shape = batch, c, factor * height, factor * width
+            return torch.empty(shape, dtype=dtype, device="meta", memory_format=torch.channels_last)
+
+        own, stacked, dy = image(channels, factor), image(4 * channels), image(NETWORKS * HIDDEN, factor)
+        weight = torch.empty(NETWORKS * HIDDEN, 5 * channels, 3, 3, dtype=dtype, device="meta")
+        bias, needed = torch.empty(NETWORKS * HIDDEN, dtype=dtype, device="meta"), (True, True, True)
+        yield (
+            "conv3x3",
+            f"hoisted by {factor} {precision}",
+            lambda: (
+                kernels.hoisted_forward(own, stacked, weight, bias, groups=NETWORKS, tf32=tf32),
+                kernels.hoisted_backward(dy, own, stacked, weight, needed, tf32=tf32),
             ),
         )

@@ -23,6 +23,8 @@ copies those of several convolutions at once.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -58,6 +60,7 @@ def conv3x3_kernel(
     weight,  # pointer, and strides of an input, an output and a tap
     p_bias,  # (outputs,) or None
     relu,  # (B, outputs - gated, H, W) or None: output of the leaky ReLU whose derivative the last outputs are multiplied by
+    added,  # images (B, outputs, H, W), each with its factor, that are added to y, or None
     y,  # (B, outputs, H, W)
     slope,  # of the leaky ReLU
     inputs: tl.constexpr,
@@ -74,7 +77,8 @@ def conv3x3_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """y = σ(w ∗ x + bias), added to what y holds with ACCUMULATE, times σ' of `relu`; for a tile of cells and outputs."""
+    """y = σ(w ∗ x + bias) and what is added to it, with ACCUMULATE what y holds, times σ' of `relu`; for a tile of cells and
+    outputs."""
     READ: tl.constexpr = 2 if UPSAMPLE2X and TRANSPOSED else 1
     WRITTEN: tl.constexpr = 2 if UPSAMPLE2X and not TRANSPOSED else 1
     BLOCKS_K: tl.constexpr = (inputs + BLOCK_K - 1) // BLOCK_K
@@ -103,6 +107,9 @@ def conv3x3_kernel(
         acc = tl.where(acc > 0, acc, acc * slope)
     if ACCUMULATE:
         acc += load(y, pixel, o_n, o_n < outputs)
+    if added is not None:
+        for i_added in tl.static_range(len(added)):
+            acc += added[i_added][1] * load(added[i_added][0], pixel, o_n, o_n < outputs)
     if relu is not None:
         b_relu = load(relu, pixel, o_n - gated, (o_n >= gated) & (o_n < outputs))
         acc = tl.where((b_relu > 0) | (o_n < gated), acc, acc * slope)
@@ -125,7 +132,7 @@ def conv3x3_forward(
         side = 2 if upsample2x else 1
         shape = x.shape[0], weight.shape[0], x.shape[2] * side, x.shape[3] * side
         out, accumulate = empty_channels_last(shape, x), False
-    _convolve(x, weight, bias, out, slope, None, accumulate=accumulate, transposed=False, upsample2x=upsample2x, tf32=tf32)
+    convolve(x, weight, bias, out, slope, accumulate=accumulate, upsample2x=upsample2x, tf32=tf32)
     return out
 
 
@@ -145,7 +152,7 @@ def conv3x3_backward(
     if needed[0]:
         output, slope = relu or (None, 1.0)
         accumulate, dx = dx is not None, empty_channels_last((len(dy), *x.shape[1:]), dy) if dx is None else dx
-        _convolve(dy, weight, None, dx, slope, output, accumulate=accumulate, transposed=True, upsample2x=upsample2x, tf32=tf32)
+        convolve(dy, weight, None, dx, slope, output, accumulate=accumulate, transposed=True, upsample2x=upsample2x, tf32=tf32)
     if not (needed[1] or needed[2]):
         return dx, None, None
     check_dtype(x)
@@ -158,20 +165,24 @@ def conv3x3_backward(
     return dx, dweight, dbias
 
 
-def _convolve(
+def convolve(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     y: Tensor,
-    slope: float,
-    relu: Tensor | None,
+    slope: float = 1.0,
+    relu: Tensor | None = None,
+    added: Sequence[tuple[Tensor, float]] = (),
     *,
-    accumulate: bool,
-    transposed: bool,
-    upsample2x: bool,
-    tf32: bool,
+    accumulate: bool = False,
+    transposed: bool = False,
+    upsample2x: bool = False,
+    tf32: bool = False,
 ) -> None:
-    """Launch the kernel: write y, or with `transposed` the gradient y of the input from that of the output, x."""
+    """Launch the kernel: write y, or with `transposed` the gradient y of the input from that of the output, x.
+
+    added: images of the shape of y, each with its factor, that are added to the result before the gate of `relu`
+    """
     check_dtype(x)
     if y.numel() == 0:
         return
@@ -179,7 +190,8 @@ def _convolve(
     by_output, by_input, _, by_tap = weight.stride()
     strides = (by_output, by_input, by_tap) if transposed else (by_input, by_output, by_tap)
     inputs, outputs, kind = x.shape[1], y.shape[1], arithmetic(x, tf32)
-    options = _options(kind, inputs, outputs, all(map(in_runs, (x, y) if relu is None else (x, y, relu))))
+    images = [each for each in (x, y, relu, *(each for each, _ in added)) if each is not None]
+    options = _options(kind, inputs, outputs, all(map(in_runs, images)))
     cells = min(x.shape[2], y.shape[2]), min(x.shape[3], y.shape[3])
     phases = 4 if upsample2x and not transposed else 1
     tiles = phases * triton.cdiv(cells[0] * cells[1], options["BLOCK_P"]) * triton.cdiv(outputs, options["BLOCK_N"])
@@ -191,6 +203,7 @@ def _convolve(
         weight=(weight, *map(tl.constexpr, strides)),
         p_bias=None if bias is None else dense(bias),
         relu=image(relu),
+        added=tuple((image(each), float(factor)) for each, factor in added) or None,
         y=image(writable(y)),
         slope=float(slope),
         inputs=inputs,

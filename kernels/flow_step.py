@@ -27,8 +27,10 @@ from ncsr_fast.kernels._common import (
     sum_partials,
     tuned,
 )
-from ncsr_fast.kernels._elementwise import load_pair, mapped, mapped_backward, store_pair
-from ncsr_fast.kernels.affine import affine_map, affine_map_backward, affine_map_gradients, sigmoid_scale
+from ncsr_fast.kernels._elementwise import load_pair, mapped_backward, store_pair
+from ncsr_fast.kernels._flow_step import affine_if_any, after_dx, block, pass_through
+from ncsr_fast.kernels._flow_step_mix import flow_step_mix_backward
+from ncsr_fast.kernels.affine import affine_map_backward, affine_map_gradients
 from ncsr_fast.layout import empty_like
 
 # Sizes of the tiles of the three products. Chosen for registers, spills and shared memory by the ahead-of-time
@@ -43,10 +45,6 @@ OPTIONS = {
 }
 BACKWARD_OPTIONS = {**OPTIONS, 64: {**OPTIONS[64], "BLOCK_K": 16}}  # with affines; 32 spill a few bytes
 INVERSE_BACKWARD_OPTIONS = {**OPTIONS, 64: {**BACKWARD_OPTIONS[64], "maxnreg": 168}}  # 128 spill a few bytes
-WEIGHT_CHANNELS = 32  # at most, of a block of the weight gradient; 64 spill
-WEIGHT_PIXELS = {16: 32, 32: 16}  # at once, in its loop over the pixels of a sample, by the channels of the block
-WEIGHT_PROGRAMS = 512  # of the weight gradient, about, and at least one a sample: two rounds of 132 multiprocessors
-WEIGHT_OPTIONS = {"num_warps": 4, "num_stages": 2, "maxnreg": 168}  # 3 stages of the loads of that loop spill on sm_80
 
 
 @triton.jit
@@ -57,45 +55,10 @@ def load_matrix(matrix, o_row, o_column, channels: tl.constexpr):
 
 
 @triton.jit
-def affine_if_any(
-    b_x,
-    h,
-    pixel,
-    i_c,
-    pass_through: tl.constexpr,
-    channels: tl.constexpr,
-    eps,
-    INVERSE: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-):
-    """The affine of h on tile i_c of the channels, and its log-det terms; x and zeros without h."""
-    if h is None:
-        return b_x, tl.zeros_like(b_x)
-    else:
-        return mapped(b_x, h, pixel, i_c, pass_through, channels, eps, affine_map, INVERSE, BLOCK_C, CHANNELS_LAST)
-
-
-@triton.jit
-def after_dx(
-    b_dy,
-    h,
-    pixel,
-    i_c,
-    pass_through: tl.constexpr,
-    channels: tl.constexpr,
-    eps,
-    INVERSE: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-):
-    """dw of tile i_c: the gradient of the post-affine with respect to its input."""
-    if h is None:
-        return b_dy
-    else:
-        _, b_raw = load_pair(h, pixel, i_c, pass_through, channels, BLOCK_C, CHANNELS_LAST)
-        b_s, _ = sigmoid_scale(b_raw, eps)
-        return tl.where(channel_tile(i_c, BLOCK_C) >= pass_through, b_dy / b_s if INVERSE else b_dy * b_s, b_dy)
+def largest(b):
+    """The largest magnitude of a tile, NaN where it holds one."""
+    unsound = tl.max(tl.max((b != b).to(tl.int32), axis=1), axis=0)
+    return tl.where(unsound > 0, float("nan"), tl.max(tl.max(tl.abs(b), axis=1), axis=0))
 
 
 @triton.jit
@@ -134,6 +97,7 @@ def flow_step_forward_kernel(
     h_after,  # (B, 2(C - pass_after), H, W) or None
     y,  # (B, C, H, W)
     p_partial,  # (programs,), B times the tiles of a sample
+    p_peak,  # likewise, or None
     pass_before: tl.constexpr,
     pass_after: tl.constexpr,
     eps,
@@ -148,7 +112,7 @@ def flow_step_forward_kernel(
     BLOCK_K: tl.constexpr,
     BLOCKS_K: tl.constexpr,
 ):
-    """a = pre(x), w = mix·a + offset, y = post(w), and this tile's share of the two log-dets.
+    """a = pre(x), w = mix·a + offset, y = post(w), this tile's share of the two log-dets, and its largest magnitude of y.
 
     Every program of a pixel tile computes all of a for its own channels of w; the first of them counts its log-det.
     """
@@ -168,6 +132,8 @@ def flow_step_forward_kernel(
     store(y, pixel, o_c, b_y, o_c < channels)
     logdet = tl.sum(b_logdet) + tl.where(i_c == 0, tl.sum(b_logdet_before), 0.0)
     tl.store(p_partial + tl.program_id(0), logdet)
+    if p_peak is not None:
+        tl.store(p_peak + tl.program_id(0), largest(tl.where(pixel[3] & (o_c < channels), b_y, 0.0)))
 
 
 @triton.jit(do_not_specialize=["pixels", "width"])
@@ -233,57 +199,9 @@ def flow_step_backward_kernel(
     store(dx, pixel, o_c, b_dx, o_c < channels)
 
 
-@triton.jit(do_not_specialize=["pixels", "width", "tiles"])
-def flow_step_backward_weight_kernel(
-    dy,  # (B, C, H, W)
-    x,  # (B, C, H, W)
-    h_before,  # (B, 2(C - pass_before), H, W) or None
-    h_after,  # (B, 2(C - pass_after), H, W) or None
-    p_partial,  # (B times the parts of a sample, C·C + C): of dmix, and of doffset
-    pass_before: tl.constexpr,
-    pass_after: tl.constexpr,
-    eps,
-    channels: tl.constexpr,
-    pixels,
-    width,
-    tiles,
-    INVERSE: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-    UNIT: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    """dmix = Σ dw ⊗ a and doffset = Σ dw over one part of the tiles of a sample, for a block of outputs and inputs."""
-    n_parts, n_blocks = tl.cdiv(tl.cdiv(pixels, BLOCK_P), tiles), tl.cdiv(channels, BLOCK_C)
-    i_b, i_part, i_block = program(n_parts, n_blocks * n_blocks)
-    i_out, i_in = i_block // n_blocks, i_block % n_blocks
-    o_out, o_in = channel_tile(i_out, BLOCK_C), channel_tile(i_in, BLOCK_C)
-    b_dmix = tl.zeros([BLOCK_C, BLOCK_C], tl.float32)
-    b_dw_sum = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
-    for i_t in range(tiles):
-        pixel = pixel_tile(i_b, i_part * tiles + i_t, pixels, width, UNIT, BLOCK_P)
-        b_dy = load(dy, pixel, o_out, o_out < channels)
-        b_dw = after_dx(b_dy, h_after, pixel, i_out, pass_after, channels, eps, INVERSE, BLOCK_C, CHANNELS_LAST)
-        b_x = load(x, pixel, o_in, o_in < channels)
-        b_a, _ = affine_if_any(b_x, h_before, pixel, i_in, pass_before, channels, eps, INVERSE, BLOCK_C, CHANNELS_LAST)
-        b_dw_sum += b_dw
-        b_dmix = tl.dot(tl.trans(b_dw), b_a, b_dmix, input_precision="ieee")
-    o_row = tl.trans(o_out)
-    p_partial += (i_b * n_parts + i_part) * (channels * channels + channels)
-    tl.store(p_partial + o_row * channels + o_in, b_dmix, mask=(o_row < channels) & (o_in < channels))
-    if i_in == 0:  # doffset once, not for every block of inputs
-        p_doffset = p_partial + channels * channels + o_out
-        tl.store(p_doffset, tl.sum(b_dw_sum, axis=0)[None, :], mask=o_out < channels)
-
-
-def _block(channels: int, most: int) -> int:
-    """Channels of a tile: a power of two, and at least the 16 of a product."""
-    return min(most, max(16, triton.next_power_of_2(channels)))
-
-
 def _tiles(device: torch.device, kernel: str, channels: int, pixels: int, options: dict = OPTIONS, **_) -> tuple[int, dict]:
     """Tiles of a sample, and their sizes, of the forward and backward kernels."""
-    block_c = _block(channels, CHANNELS)
+    block_c = block(channels, CHANNELS)
     sizes = tuned(device, kernel, channels, dict(options[block_c]))
     if channels > sizes["BLOCK_K"] and channels % sizes["BLOCK_K"]:
         sizes["BLOCK_K"] = 16
@@ -291,32 +209,36 @@ def _tiles(device: torch.device, kernel: str, channels: int, pixels: int, option
     return triton.cdiv(pixels, sizes["BLOCK_P"]) * triton.cdiv(channels, block_c), sizes
 
 
-def _weight_tiles(device: torch.device, batch: int, channels: int, pixels: int) -> tuple[int, int, dict[str, int]]:
-    """Parts of a sample, blocks of the matrix, and the sizes of both, of the weight gradient."""
-    block_c = _block(channels, WEIGHT_CHANNELS)
-    sizes = tuned(device, "flow_step_backward_weight", channels, {"BLOCK_P": WEIGHT_PIXELS[block_c], **WEIGHT_OPTIONS})
-    tiles, blocks = triton.cdiv(pixels, sizes["BLOCK_P"]), triton.cdiv(channels, block_c) ** 2
-    tiles_of_part = triton.cdiv(tiles, max(1, WEIGHT_PROGRAMS // (batch * blocks)))
-    return triton.cdiv(tiles, tiles_of_part), blocks, {"BLOCK_C": block_c, "tiles": tiles_of_part, **sizes}
-
-
-def _pass_through(channels: int, inverse: bool) -> dict[str, int]:
-    """Pass-through channels: of the coupling the first half, of the injector none; the inverse has the coupling last."""
-    half = channels // 2
-    return {"pass_before": 0 if inverse else half, "pass_after": half if inverse else 0}
-
-
 def flow_step_forward(
     x: Tensor, mix: Tensor, offset: Tensor, h_before: Tensor | None, h_after: Tensor | None, eps: float, inverse: bool
 ) -> tuple[Tensor, Tensor]:
     """(y, logdet); mix (C, C), offset (C,) float32, h_before and h_after shift and raw interleaved, or None."""
-    check_dtype(x)
-    y, logdet = empty_like(x), torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
-    if x.numel() == 0:
+    logdet = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
+    y, partial, _ = flow_step_parts(x, mix, offset, h_before, h_after, eps, inverse, watched=False)
+    if partial.numel() == 0:
         return y, logdet.zero_()
-    sizes = extent(x, h_before, h_after, y)
+    sum_partials(partial, 1, logdet)
+    return y, logdet
+
+
+def flow_step_parts(
+    x: Tensor,
+    mix: Tensor,
+    offset: Tensor,
+    h_before: Tensor | None,
+    h_after: Tensor | None,
+    eps: float,
+    inverse: bool,
+    watched: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """y, and of every tile of a sample the share of the log-det, and if `watched` the largest magnitude of y: (B, tiles)."""
+    check_dtype(x)
+    y, sizes = empty_like(x), extent(x, h_before, h_after, x)
     count, blocks = _tiles(x.device, "flow_step_forward", **sizes)
-    partial = torch.empty(x.shape[0], count, dtype=torch.float32, device=x.device)
+    parts = torch.empty(1 + watched, x.shape[0], count, dtype=torch.float32, device=x.device)
+    partial, peak = parts[0], parts[1] if watched else None
+    if x.numel() == 0:
+        return y, partial, peak
     launch(
         flow_step_forward_kernel,
         partial.numel(),
@@ -328,14 +250,14 @@ def flow_step_forward(
         h_after=image(h_after),
         y=image(y),
         p_partial=partial,
+        p_peak=peak,
         eps=eps,
         INVERSE=inverse,
-        **_pass_through(x.shape[1], inverse),
+        **pass_through(x.shape[1], inverse),
         **sizes,
         **blocks,
     )
-    sum_partials(partial, 1, logdet)
-    return y, logdet
+    return y, partial, peak
 
 
 def flow_step_backward(
@@ -348,8 +270,10 @@ def flow_step_backward(
     h_after: Tensor | None,
     eps: float,
     inverse: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """(dx, dmix, doffset, dh_before, dh_after) from the inputs of `flow_step_forward` and its y; None where h is."""
+    mix_later: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """(dx, dmix, doffset, dh_before, dh_after) from the inputs of `flow_step_forward` and its y; None where h is, and for dmix
+    and doffset with `mix_later`."""
     check_dtype(x)
     dx = empty_like(x)
     dh_before = None if h_before is None else empty_like(h_before)
@@ -357,8 +281,6 @@ def flow_step_backward(
     if x.numel() == 0:
         return dx, torch.zeros_like(mix), mix.new_zeros(mix.shape[0]), dh_before, dh_after
     sizes = extent(x, dy, y, h_before, h_after, dx, dh_before, dh_after)
-    inputs = {"dy": image(dy), "x": image(x), "h_before": image(h_before), "h_after": image(h_after)}
-    constants = {"eps": eps, "INVERSE": inverse, **_pass_through(x.shape[1], inverse), **sizes}
     options = INVERSE_BACKWARD_OPTIONS if inverse else BACKWARD_OPTIONS
     options = OPTIONS if h_before is None and h_after is None else options
     count, blocks = _tiles(x.device, "flow_step_backward", **sizes, options=options)
@@ -366,34 +288,23 @@ def flow_step_backward(
         flow_step_backward_kernel,
         x.shape[0] * count,
         x.device,
+        dy=image(dy),
         dlogdet=per_sample(dlogdet),
+        x=image(x),
         y=image(y),
         mix=matrix(mix),
+        h_before=image(h_before),
+        h_after=image(h_after),
         dx=image(dx),
         dh_before=image(dh_before),
         dh_after=image(dh_after),
-        **inputs,
-        **constants,
+        eps=eps,
+        INVERSE=inverse,
+        **pass_through(x.shape[1], inverse),
+        **sizes,
         **blocks,
     )
-    dmix, doffset = _backward_weight(x, inputs, constants)
-    return dx, dmix.to(mix.dtype), doffset.to(mix.dtype), dh_before, dh_after
-
-
-def _backward_weight(x: Tensor, inputs: dict, constants: dict) -> tuple[Tensor, Tensor]:
-    """(dmix, doffset), float32."""
-    batch, channels, height, width = x.shape
-    parts, blocks, sizes = _weight_tiles(x.device, batch, channels, height * width)
-    shapes = (batch * parts, channels * channels + channels), (channels, channels), (channels,)
-    partial, dmix, doffset = (torch.empty(shape, dtype=torch.float32, device=x.device) for shape in shapes)
-    launch(
-        flow_step_backward_weight_kernel,
-        batch * parts * blocks,
-        x.device,
-        p_partial=partial,
-        **inputs,
-        **constants,
-        **sizes,
-    )
-    sum_partials(partial, 0, dmix, doffset)
-    return dmix, doffset
+    if mix_later:
+        return dx, None, None, dh_before, dh_after
+    dmix, doffset = flow_step_mix_backward([(dy, x, h_before, h_after)], eps, inverse)
+    return dx, dmix[0].to(mix.dtype), doffset[0].to(mix.dtype), dh_before, dh_after

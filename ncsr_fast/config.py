@@ -193,7 +193,7 @@ class NCSRConfig:
             noise_channels > 0 is NCSR "without the layer".
         eps: Lower bound of a coupling's or injector's scale.
         system: A name in `SYSTEMS`; "ncsr" without noise_channels is SRFlow.
-        temperature: What is recommended for samples of the weights: the default of `ncsr-fast sample`.
+        temperature: Recommended for samples of the weights, the default of `ncsr-fast sample`; None: the system's.
     """
 
     scale: int = 4
@@ -208,12 +208,13 @@ class NCSRConfig:
     noise_steps: tuple[int, ...] = ()
     eps: float = 1e-4
     system: str = "ncsr"
-    temperature: float = TEMPERATURE
+    temperature: float | None = None
 
     def __post_init__(self) -> None:
-        check_temperature(self.temperature)
         if self.system not in SYSTEMS:
             raise ValueError(f"system must be one of {', '.join(map(repr, SYSTEMS))}, not {self.system!r}")
+        object.__setattr__(self, "temperature", self.traits.temperature if self.temperature is None else self.temperature)
+        check_temperature(self.temperature)
         if self.scale not in self.traits.scales:
             raise ValueError(f"scale must be {' or '.join(map(str, self.traits.scales))}, not {self.scale!r}")
         for name in ("channels", "growth", "blocks", "steps", "hidden_channels"):

@@ -88,7 +88,7 @@ def convert(
     """
     path, out = find_model(source), Path(out)
     check_apart({"out": written_files(out)}, {"the source": files_of_model(path)})
-    model, names = _read(path, config, long_skip)
+    model, names = read_model(path, config, long_skip)
     with torch.no_grad():
         wrapper = _write(model, out)
     described = model.describe() + (f", long skip from {model.long_skip}" if isinstance(model, RRDB) else "")
@@ -100,7 +100,7 @@ def written_files(out: Path) -> list[Path]:
     return [out] if out.suffix in FILE_SUFFIXES else [out / files.CONFIG, out / files.WEIGHTS]
 
 
-def _read(path: Path, config: NCSRConfig | None, long_skip: str | None) -> tuple[NCSR | RRDB, dict[str, str] | None]:
+def read_model(path: Path, config: NCSRConfig | None, long_skip: str | None) -> tuple[NCSR | RRDB, dict[str, str] | None]:
     """The model, and of a published file the names in it, by the published names in full (of a generator by SRFlow's)."""
     if path.is_dir():
         if config is not None:

@@ -119,7 +119,7 @@ class NCSR(Freezable):
         """
         return self._condition(lr, keeps=True, tile=tile)
 
-    def encode(self, hr: Tensor, lr: Tensor, noise: Tensor | None = None, *, prior: str = "condition") -> Encoded:
+    def encode(self, hr: Tensor, lr: Tensor, noise: Tensor | None = None, *, prior: str | Tensor = "condition") -> Encoded:
         """Latents and log-likelihood of `hr` given `lr`.
 
         Args:
@@ -127,7 +127,7 @@ class NCSR(Freezable):
             lr: (B, 3, H, W).
             noise: Condition, or None for zero.
             prior: Where the mean of the top latent comes from, where there is one: "condition", from `lr`; "reference", from
-                `hr`, as LLFlow is trained in a part of the batches.
+                `hr`, as LLFlow is trained in a part of the batches; or of each image one of them, (B,) bool, True for `hr`.
 
         Returns:
             `.latents`, a tuple: those of the splits in encoding order, then the top one, all standard normal under the model
@@ -140,11 +140,11 @@ class NCSR(Freezable):
         """
         return self._condition(lr).encode(hr, noise, prior=prior)
 
-    def forward(self, hr: Tensor, lr: Tensor, noise: Tensor | None = None, *, prior: str = "condition") -> Tensor:
+    def forward(self, hr: Tensor, lr: Tensor, noise: Tensor | None = None, *, prior: str | Tensor = "condition") -> Tensor:
         """Return `nll(hr, lr, noise)`: what training optimises, and what wrappers of modules, hooks and `torch.compile` see."""
         return self.nll(hr, lr, noise, prior=prior)
 
-    def nll(self, hr: Tensor, lr: Tensor, noise: Tensor | None = None, *, prior: str = "condition") -> Tensor:
+    def nll(self, hr: Tensor, lr: Tensor, noise: Tensor | None = None, *, prior: str | Tensor = "condition") -> Tensor:
         """Negative log-likelihood (B,) in bits per HR pixel *position*, `-log p / (ln 2 · H · W)`.
 
         As in the published programs it is not divided by the channels. H and W are the padded size. `prior` as of `encode`.
@@ -324,8 +324,9 @@ class NCSR(Freezable):
         """A model from a directory written by `save_pretrained`, a file, the package, or the Hugging Face Hub.
 
         Args:
-            path: A directory; a published .pth or .safetensors, or a checkpoint of `ncsr-fast train`; the name of the shipped
-                model, "ncsr-compact-x4"; or a repository "user/name" of the Hub. `ncsr_fast.hub.find_model` has the rules.
+            path: A directory; a published .pth or .safetensors, or a checkpoint of `ncsr-fast train`; the name of a shipped
+                model, "ncsr-compact-x4" or "llflow-compact"; or a repository "user/name" of the Hub: see
+                `ncsr_fast.hub.find_model`.
             config: Of a file; None finds the preset whose tensors have the file's names and shapes, or a training run's own.
             revision: Of the Hub, as `huggingface_hub.snapshot_download` has it; so are the following.
             cache_dir: Likewise.

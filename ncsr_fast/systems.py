@@ -23,6 +23,7 @@ class System:
         lr_multiple: LR images are padded so that their sides are multiples of it, as the published programs do.
         encoder: "rrdb" or "low light".
         base: As of `FlowConfig`.
+        temperature: Recommended for samples, unless a model's own configuration has another.
         unused_outputs: Outputs of `flowUpsamplerNet.f`, which is in the files and in no computation.
     """
 
@@ -38,6 +39,7 @@ class System:
     lr_multiple: int = 2
     encoder: str = "rrdb"
     base: str | None = None
+    temperature: float = 0.9
     unused_outputs: int = 96
 
     def levels(self, scale: int) -> int:
@@ -55,7 +57,9 @@ SYSTEMS: dict[str, System] = {
     "srflow-da-d": System("SRFlow-DA-D", networks="deeper-residual", **_AT_LR),
     "srflow-da-s": System("SRFlow-DA-S", networks="deep", split_period=6, **_AT_LR),
     "ctflow": System("CTFlow", (1,), 3, 1, channels=1, lr_channels=1, lr_multiple=8),
-    "llflow": System("LLFlow", (1,), 3, 3, lr_channels=6, lr_multiple=8, encoder="low light", unused_outputs=384),
+    "llflow": System(
+        "LLFlow", (1,), 3, 3, lr_channels=6, lr_multiple=8, encoder="low light", temperature=0.0, unused_outputs=384
+    ),
 }
 
 _NCSR_X4 = {"scale": 4, "steps": 16, "noise_channels": 3, "noise_steps": (0, 16, 16)}
@@ -97,5 +101,15 @@ PRESETS: dict[str, dict[str, Any]] = {
         "blocks": 4,
         "stacked_blocks": (1,),
         "steps": 4,
+    },
+    "llflow-compact": {
+        "system": "llflow",
+        "scale": 1,
+        "channels": 24,
+        "growth": 12,
+        "blocks": 2,
+        "stacked_blocks": (1,),
+        "steps": 2,
+        "hidden_channels": 16,
     },
 }

@@ -1,4 +1,4 @@
-"""save_pretrained and from_pretrained, damaged directories, and the model that is shipped."""
+"""save_pretrained and from_pretrained, damaged directories, and the models that are shipped."""
 
 from __future__ import annotations
 
@@ -116,20 +116,21 @@ def test_damaged_directories(tmp_path, name):
 
 
 def test_paths_that_are_not_there(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no model at .*shipped models: ncsr-compact-x4"):
+    with pytest.raises(FileNotFoundError, match="no model at .*shipped models: llflow-compact, ncsr-compact-x4"):
         NCSR.from_pretrained(tmp_path / "nothing")
     tiny_model().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="config belongs to a file"):
         NCSR.from_pretrained(tmp_path, config=tiny_model().config)
 
 
-def test_the_shipped_model():
-    """It is inside the installed package, small, compact, initialised, and comes with its card and licence terms."""
-    model = NCSR.from_pretrained("ncsr-compact-x4")
-    assert model.config == NCSRConfig.preset("ncsr-compact-x4")
+@pytest.mark.parametrize("name, most", [("ncsr-compact-x4", 15e6), ("llflow-compact", 3.2e6)])
+def test_the_shipped_models(name, most):
+    """They are inside the installed package, small, initialised, and come with their cards and licence terms."""
+    model = NCSR.from_pretrained(name)
+    assert model.config == NCSRConfig.preset(name)
     assert model.actnorm_initialized
-    folder = files.SHIPPED / "ncsr-compact-x4"
-    assert sum(path.stat().st_size for path in folder.iterdir()) <= 15e6
+    folder = files.SHIPPED / name
+    assert sum(path.stat().st_size for path in folder.iterdir()) <= most
     assert "Berkeley Segmentation" in (folder / "README.md").read_text()
 
 

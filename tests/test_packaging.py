@@ -43,7 +43,8 @@ def test_one_name_reaches_site_packages():
 def test_every_part_is_installed():
     for name in ("kernels", "benchmarks", "benchmarks.gpu"):
         assert importlib.util.find_spec(f"ncsr_fast.{name}").origin, name
-    assert (PACKAGE / "models" / "ncsr-compact-x4" / "model.safetensors").is_file()
+    for name in ("ncsr-compact-x4", "llflow-compact"):
+        assert (PACKAGE / "models" / name / "model.safetensors").is_file(), name
     assert (PACKAGE / "gpus" / "default.json").is_file()  # without it no backend but the reference runs on a GPU
     assert (PACKAGE / "py.typed").is_file()  # type checkers take the hints of the package for true
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from ncsr_fast.cli._common import recommended_temperature, told, too_large
+from ncsr_fast.cli._common import told, too_large
 from ncsr_fast.memory import free_bytes, is_out_of_memory
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ class Stream:
 
         broken = 0
         for group in self.sampler.groups(job.file, image):
-            samples, broken = to_uint8(group.samples).cpu(), broken + group.broken
+            samples, broken = to_uint8(group.samples, self.sampler.args.to_8bit).cpu(), broken + group.broken
             if self.sampler.args.project:
                 self.least_psnr = min(self.least_psnr, self.sampler.lr_psnr(samples, image))
             self._wait()
@@ -185,19 +185,20 @@ class Sampler:
 
     Args:
         model: The model.
-        args: `n`, `temperature`, `seed`, `tile`, `on_nonfinite`, `project`.
+        args: `n`, `temperature`, `seed`, `tile`, `on_nonfinite`, `project`, `to_8bit`.
     """
 
     def __init__(self, model: NCSR, args: argparse.Namespace) -> None:
         self.model, self.args = model, args
         self.device = next(model.parameters()).device
         self._tile = None if args.tile == "none" else args.tile
-        temperatures = args.temperature or [recommended_temperature(model)]
-        self._temperature = temperatures[0] if len(temperatures) == 1 else temperatures
+        self._temperature = args.temperature[0] if len(args.temperature) == 1 else args.temperature
 
     def advice(self, image: Tensor) -> str:
         """The reason why samples of an image, uint8 (3, H, W), blew up, and what to do."""
-        return self.model.advice(self._lr(image))
+        from ncsr_fast.photographs import photograph_input
+
+        return self.model.advice(photograph_input(self.model, image)[0])
 
     def lr_psnr(self, samples: Tensor, image: Tensor) -> float:
         """The least LR-PSNR in dB of samples (g, 3, sH, sW) of an image, all of them uint8."""
@@ -205,20 +206,17 @@ class Sampler:
 
         return min(float(lr_psnr(sample[None], image[None], self.model.flow.scale)) for sample in samples)
 
-    def _lr(self, image: Tensor) -> Tensor:
-        from ncsr_fast.data.images import to_float
-
-        return to_float(image)[None].to(next(self.model.parameters()))
-
     def groups(self, file: Path, image: Tensor) -> Iterator[Group]:
         """The samples of an image, uint8 (3, H, W), group by group: the same ones, however many a group has.
 
         Where memory runs out the groups are smaller from there on, down to one sample; then the error is raised.
         """
+        from ncsr_fast.data.low_light import crop_margins
         from ncsr_fast.flow.estimate import samples_memory
+        from ncsr_fast.photographs import photograph_input
 
         args = self.args
-        lr = self._lr(image)
+        lr, margins = photograph_input(self.model, image)
         memory = samples_memory(self.model, *lr.shape[2:], args.n, self._tile)
         together, first = self._together(memory), 0
         if memory.total > _TOLD:
@@ -238,7 +236,7 @@ class Sampler:
                     generator.set_state(state)
                     together = (count + 1) // 2
                 else:
-                    yield group
+                    yield group._replace(samples=crop_margins(group.samples, margins))
                     first += count
 
     def _group(self, flow: ConditionedFlow, first: int, count: int, generator: torch.Generator, large: bool) -> Group:

@@ -4,16 +4,33 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ncsr_fast.cli._common import Gathered, add_device, add_model, check_folder, count, path, pick_device, seed, temperature
+from ncsr_fast.cli._common import (
+    Gathered,
+    add_device,
+    add_model,
+    add_to_8bit,
+    check_folder,
+    count,
+    path,
+    pick_device,
+    seed,
+    temperature,
+)
 
-HELP = "super-resolve three photographs and write a contact sheet"
+if TYPE_CHECKING:
+    from ncsr_fast.model import NCSR
+
+HELP = "super-resolve three photographs, or make them bright, and write a contact sheet"
 EXAMPLE = """\
 example:
   ncsr-fast demo --out demo_output
 
 writes demo_output/contact_sheet.png: the LR image, bicubic, temperature 0, three samples, the standard deviation of
-all samples at every pixel, and the original. The photographs come with scikit-image; nothing is downloaded."""
+all samples at every pixel, and the original. The photographs come with scikit-image; nothing is downloaded.
+
+With --model llflow-compact: the photograph made dark, temperature 0, two samples, and the original."""
 
 # By name, the top left corner of the window that the sheet shows
 _PHOTOGRAPHS = {"astronaut": (0, 100), "chelsea": (20, 110), "coffee": (60, 200)}
@@ -40,6 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--n", type=count, default=10, help="samples of each photograph, at least 3 (default: %(default)s)")
     parser.add_argument("--temperature", type=temperature, default=_TEMPERATURE, help="of the samples (default: %(default)s)")
     parser.add_argument("--seed", type=seed, default=0, help="of the samples (default: %(default)s)")
+    add_to_8bit(parser)
     add_device(parser)
 
 
@@ -56,8 +74,9 @@ def run(args: argparse.Namespace) -> None:
     from ncsr_fast.evaluation import timed_samples
     from ncsr_fast.figures import contact_sheet, heat_map
     from ncsr_fast.files import atomic_write
-    from ncsr_fast.metrics import diversity_score, error_maps, imresize, lr_psnr, psnr
+    from ncsr_fast.metrics import diversity_score, error_maps, imresize, lr_psnr, psnr, to_uint8
     from ncsr_fast.model import NCSR
+    from ncsr_fast.photographs import is_low_light
     from ncsr_fast.places import check_apart, files_of_model
 
     if args.n < 3:
@@ -66,9 +85,14 @@ def run(args: argparse.Namespace) -> None:
     out = check_folder("--out", args.out)
     check_apart({"--out": _targets(out, args.photographs, args.n)}, {"--model": files_of_model(args.model)})
     model = NCSR.from_pretrained(args.model).to(device).eval()
+    if is_low_light(model):
+        return _show_dark(args, model, out)
     scale = model.config.scale
     rows, deviations = [], []
-    print(f"{args.model} on {device}: ×{scale}, {args.n} samples of each photograph at temperature {args.temperature:g}")
+    print(
+        f"{args.model} on {device}: ×{scale}, {args.n} samples of each photograph at temperature {args.temperature:g}, "
+        f"8 bits: {args.to_8bit}"
+    )
     print(f"{'':12}{'PSNR bicubic':>14}{'PSNR T=0':>10}{'LR-PSNR T=0':>13}{'LR-PSNR':>9}{'diversity':>11}{'s/sample':>10}")
     for name in args.photographs:
         top, left = _PHOTOGRAPHS[name]
@@ -77,6 +101,7 @@ def run(args: argparse.Namespace) -> None:
         hr, lr = to_float(image), to_float(lr8)[None]
         likely, _ = timed_samples(model, lr8, 1, 0.0, args.seed)
         samples, seconds = timed_samples(model, lr8, args.n, args.temperature, args.seed)
+        likely, samples = (to_float(to_uint8(images, args.to_8bit)) for images in (likely, samples))
         bicubic = to_float(imresize(lr8, scale))
         consistency = lr_psnr(samples, lr.expand(args.n, -1, -1, -1), scale).mean()
         print(
@@ -106,6 +131,31 @@ def run(args: argparse.Namespace) -> None:
     with atomic_write(out / _SHEET) as temporary:
         contact_sheet(rows, columns).save(temporary)
     print(f"PSNR in dB; diversity in percent, from error maps. Look at {out / _SHEET}")
+
+
+def _show_dark(args: argparse.Namespace, model: NCSR, out: Path) -> None:
+    import torch
+    from skimage import data
+
+    from ncsr_fast.cli._dark_demo import COLUMNS, HEADER, brightened
+    from ncsr_fast.data.images import write_image
+    from ncsr_fast.figures import contact_sheet
+    from ncsr_fast.files import atomic_write
+
+    device = next(model.parameters()).device
+    photographs = {name: torch.from_numpy(getattr(data, name)()).permute(2, 0, 1).to(device) for name in args.photographs}
+    rows = []
+    print(f"{args.model} on {device}: {args.n} samples of each photograph at temperature {args.temperature:g}\n{HEADER}")
+    for shown in brightened(model, photographs, args.n, args.temperature, args.seed):
+        print(shown.line)
+        for index, sample in enumerate(shown.samples):
+            write_image(_sample(out, shown.name, index), sample)
+        top, left = _PHOTOGRAPHS[shown.name]
+        window = (..., slice(top, top + args.window), slice(left, left + args.window))
+        rows.append((shown.name, [tile[window] for tile in shown.tiles]))
+    with atomic_write(out / _SHEET) as temporary:
+        contact_sheet(rows, COLUMNS).save(temporary)
+    print(f"PSNR in dB, also after the brightness was made the reference's. Look at {out / _SHEET}")
 
 
 def _sample(out: Path, name: str, index: int) -> Path:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from ncsr_fast.cli._common import (
     add_device,
     add_model,
+    add_to_8bit,
     check_file,
     check_folder,
     count,
@@ -49,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         tool.add_argument("lr", type=path, help="LR image")
         add(tool)
         tool.add_argument("--temperature", type=temperature, help="of the latents (default: what the model recommends)")
+        add_to_8bit(tool)
         add_model(tool)
         add_device(tool)
         tool.set_defaults(tool_function=run_tool)
@@ -87,7 +89,7 @@ def _interpolate(args: argparse.Namespace, flow: ConditionedFlow | None) -> list
     if flow is not None:
         first, second = (_drawn(flow, args.temperature, number) for number in args.seeds)
         for index, target in enumerate(targets):
-            _write(target, images_of(flow, interpolate(first, second, index / (args.steps - 1))))
+            _write(target, images_of(flow, interpolate(first, second, index / (args.steps - 1))), args.to_8bit)
     return targets
 
 
@@ -110,7 +112,7 @@ def _redraw(args: argparse.Namespace, flow: ConditionedFlow | None) -> list[Path
         latents = _drawn(flow, args.temperature, args.seed) if args.image is None else _encoded(flow, args.image)
         generator = _generator(flow, args.seed + 1)
         for target in targets:
-            _write(target, redraw(flow, latents, mask, args.temperature, generator))
+            _write(target, redraw(flow, latents, mask, args.temperature, generator), args.to_8bit)
     return targets
 
 
@@ -127,7 +129,7 @@ def _restore(args: argparse.Namespace, flow: ConditionedFlow | None) -> list[Pat
 
     target = check_file("--out", args.out)
     if flow is not None:
-        _write(target, restore(flow, _read(args.image, flow.lr), args.temperature, window=args.window))
+        _write(target, restore(flow, _read(args.image, flow.lr), args.temperature, window=args.window), args.to_8bit)
     return [target]
 
 
@@ -149,7 +151,7 @@ def _transfer(args: argparse.Namespace, flow: ConditionedFlow | None) -> list[Pa
         first = [place // scale for place in args.at]
         last = [-(-(place + side) // scale) for place, side in zip(args.at, content.shape[2:])]
         mask = box_mask(flow.lr, *first, last[0] - first[0], last[1] - first[1])
-        _write(target, transfer(flow, pasted, mask, args.temperature, project=args.project))
+        _write(target, transfer(flow, pasted, mask, args.temperature, project=args.project), args.to_8bit)
     return [target]
 
 
@@ -172,10 +174,10 @@ def _read(file: str, like: Tensor) -> Tensor:
     return to_float(read_image(file))[None].to(like)
 
 
-def _write(target: Path, images: Tensor) -> None:
+def _write(target: Path, images: Tensor, to_8bit: str) -> None:
     from ncsr_fast.data.images import write_image
 
-    write_image(target, images[0])
+    write_image(target, images[0], to_8bit)
 
 
 def _generator(flow: ConditionedFlow, number: int) -> torch.Generator:

@@ -1,4 +1,4 @@
-"""`ncsr-fast evaluate`: measure a model on photographs."""
+"""`ncsr-fast evaluate`: measure a model, or the samples of any method, on photographs."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ import contextlib
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ncsr_fast.cli._common import (
+    DEFAULT_MODEL,
     Gathered,
     add_device,
     add_model,
+    add_to_8bit,
     check_file,
     count,
     path,
@@ -24,63 +26,111 @@ from ncsr_fast.cli._common import (
 )
 
 if TYPE_CHECKING:
-    from ncsr_fast.evaluation import Evaluation, Scores
+    from ncsr_fast.evaluation.temperatures import Evaluation, Scores
 
 _MULTIPLE = 8  # of which the sides of HR images are, whatever the scale
-HELP = "measure a model on a folder of HR images, beside bicubic"
+_N = 10  # the challenge's
+_TEMPERATURES = [0.0, 0.5, 0.8]
+HELP = "measure a model or a folder of samples on HR images"
 EXAMPLE = """\
 example:
   ncsr-fast evaluate photos/ --temperatures 0 0.5 0.8 --n 10 --json scores.json
+  ncsr-fast evaluate DIV2K_valid_HR/ --samples theirs/ --scale 4 --n 10 --protocol ntire2021 --json theirs.json --csv theirs.csv
+  ncsr-fast evaluate DIV2K_valid_HR/ --protocol ntire2021 --model runs/mine/model --to-8bit truncate --json mine.json
+  ncsr-fast evaluate --table 1 --config tables.yml --out tables/
 
-PSNR, SSIM, LR-PSNR (mean, and the worst of each image's samples) and diversity, means over images; LPIPS and the
-NTIRE diversity score as well where the lpips package and its weights are installed. HR images are cropped to
-multiples of 8 and LR images made by MATLAB bicubic unless --lr-images names them; then to the size that theirs says.
+Without --protocol and --samples: a model at each temperature beside bicubic. PSNR, SSIM, LR-PSNR (mean, and the worst of each
+image's samples) and diversity, means over images; LPIPS and the NTIRE diversity score as well where the lpips package and its
+weights are installed. HR images are cropped to multiples of 8 and LR images made by MATLAB bicubic unless --lr-images names
+them; then to the size that theirs says.
+
+With --protocol: exactly what the NTIRE challenge of that year measures, of a folder of PNG files (--samples) of any method, or
+of a model: a flow, a generator (RRDB, ESRGAN …), or the word bicubic. Originals are taken in sorted order; samples are called
+000000_sample00000.png … as `ncsr-fast sample --names ntire` writes them. All files are checked before the first is measured.
+docs/evaluation.md has the protocol.
 
 Images that cannot be read, do not fit their LR image or do not fit in memory are named, the means are those of the others,
 and the exit status is 1. In the JSON a value that is infinite (the PSNR of equal images) or not a number is null."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("images", type=path, help="folder of HR images, searched recursively")
+    parser.add_argument("images", type=path, nargs="?", help="folder of HR images, searched recursively")
     parser.add_argument("--lr-images", type=path, help="folder of their LR images (default: MATLAB bicubic)")
     add_model(parser)
-    parser.add_argument("--n", type=count, default=10, help="samples of each image above temperature 0 (default: %(default)s)")
+    parser.set_defaults(model=None)
+    parser.add_argument("--n", type=count, help=f"samples of each image above temperature 0 (default: {_N})")
     parser.add_argument(
         "--temperatures",
         type=temperature,
         nargs="+",
         action=Gathered,
-        default=[0.0, 0.5, 0.8],
-        help="of the samples (default: 0 0.5 0.8)",
+        default=_TEMPERATURES,
+        help="of the samples (default: 0 0.5 0.8; with --protocol one, 0.9)",
     )
-    parser.add_argument("--seed", type=seed, default=0, help="of the latents of each image (default: %(default)s)")
+    parser.add_argument("--seed", type=seed, help="of the latents of each image (default: 0)")
     parser.add_argument("--limit", type=count, help="use only the first so many images")
     parser.add_argument("--json", type=path, help="also write the means and every image's values to this file")
+    parser.add_argument("--csv", type=path, help="also write a line for each image to this file")
+    add_to_8bit(parser, default=None)
+    challenge = parser.add_argument_group("the NTIRE challenge's protocol, for any method")
+    challenge.add_argument("--protocol", choices=("ntire2021", "ntire2022"), help="the year (with --samples: ntire2021)")
+    challenge.add_argument("--samples", type=path, help="folder of PNG files of a method's samples")
+    challenge.add_argument("--scale", type=count, help="of the super-resolution (default: the model's; of files 4)")
+    challenge.add_argument("--nll", action="store_true", help="also measure a flow's likelihood of the originals")
+    challenge.add_argument(
+        "--long-skip",
+        choices=("conv_first", "last_block"),
+        help="of a generator in a file: last_block for SRFlow's and NCSR's RRDB",
+    )
+    challenge.add_argument(
+        "--generator-noise", choices=("none", "dense", "all"), help="noise of a generator that is drawn (ESRGAN+: dense)"
+    )
+    tables = parser.add_argument_group("the tables of the NCSR paper")
+    tables.add_argument("--table", type=int, choices=(1, 2, 5, 6), help="measured beside printed, of what --config names")
+    tables.add_argument("--config", type=path, help="YAML of methods, reports and folders")
+    tables.add_argument("--out", type=path, help="folder that the table and its plots are written to")
     add_device(parser)
 
 
 def run(args: argparse.Namespace) -> None:
+    if args.table is not None:
+        from ncsr_fast.cli._tables import run_table
+
+        return run_table(args, {name for name in vars(args) if getattr(args, name) not in (None, False, _TEMPERATURES)})
+    args.n, args.seed = args.n or _N, args.seed or 0
+    for option in ("config", "out"):
+        if getattr(args, option) is not None:
+            raise ValueError(f"--{option} belongs to --table")
+    if args.images is None:
+        raise ValueError("give the folder of HR images")
+    if args.samples is not None or args.protocol is not None:
+        from ncsr_fast.cli._protocol import run_protocol
+
+        return run_protocol(args, None if args.temperatures is _TEMPERATURES else args.temperatures)
+    for option in ("scale", "nll", "long_skip", "generator_noise"):
+        if getattr(args, option):
+            raise ValueError(f"--{option.replace('_', '-')} belongs to --protocol")
+    return _run_temperatures(args)
+
+
+def _run_temperatures(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
-    from ncsr_fast.evaluation import Evaluation, table
+    from ncsr_fast.evaluation.temperatures import Evaluation, table
     from ncsr_fast.memory import within_free_memory
-    from ncsr_fast.metrics.perceptual import LPIPSUnavailable, lpips_model
     from ncsr_fast.model import NCSR
     from ncsr_fast.places import check_apart, files_of_model
 
     device = pick_device(args.device)
-    if args.json:
-        check_file("--json", args.json)
-        read = {"the images": [args.images], "--lr-images": [args.lr_images] if args.lr_images else []}
-        check_apart({"--json": [args.json]}, {**read, "--model": files_of_model(args.model)})
+    name, to_8bit = args.model or DEFAULT_MODEL, args.to_8bit or "round"
+    outputs = {f"--{option}": [file] for option in ("json", "csv") if (file := getattr(args, option))}
+    for option, (file,) in outputs.items():
+        check_file(option, file)
+    read = {"the images": [args.images], "--lr-images": [args.lr_images] if args.lr_images else []}
+    check_apart(outputs, {**read, "--model": files_of_model(name)})
     pairs = _pairs(args)
-    model = NCSR.from_pretrained(args.model).to(device).eval()
-    try:
-        network = lpips_model(device=device)
-    except LPIPSUnavailable as error:
-        network = None
-        print(f"without LPIPS: {error}", file=sys.stderr)
-    evaluation = Evaluation(model, args.temperatures, args.n, args.seed, network)
+    model = NCSR.from_pretrained(name).to(device).eval()
+    evaluation = Evaluation(model, args.temperatures, args.n, args.seed, lpips_or_none(device), to_8bit)
     measured: list[Path] = []
     problems: list[str] = []
     with within_free_memory() if device == "cpu" else contextlib.nullcontext():
@@ -91,11 +141,25 @@ def run(args: argparse.Namespace) -> None:
             else:
                 problems.append(problem)
     if measured:
-        print(f"{args.model}, {len(measured)} images, {args.n} samples each, {device}")
+        print(f"{name}, {len(measured)} images, {args.n} samples each, 8 bits: {to_8bit}, {device}")
         print(table(evaluation.scores))
+        names = [str(hr.relative_to(args.images)) for hr in measured]
         if args.json:
-            _write(args.json, [str(hr.relative_to(args.images)) for hr in measured], evaluation.scores)
+            _write_json(args.json, names, evaluation.scores, {"to_8bit": to_8bit, "n": args.n, "seed": args.seed})
+        if args.csv:
+            _write_csv(args.csv, names, evaluation.scores)
     raise_problems(problems, len(pairs), "measured")
+
+
+def lpips_or_none(device: str) -> Any:
+    """The LPIPS network; None where it cannot be had, after a line on stderr that says why."""
+    from ncsr_fast.metrics.perceptual import LPIPSUnavailable, lpips_model
+
+    try:
+        return lpips_model(device=device)
+    except LPIPSUnavailable as error:
+        print(f"without LPIPS: {error}", file=sys.stderr)
+        return None
 
 
 def _pairs(args: argparse.Namespace) -> list[tuple[Path, Path | None]]:
@@ -133,11 +197,27 @@ def _add(evaluation: Evaluation, hr: Path, lr: Path | None, n: int) -> str | Non
     return None
 
 
-def _write(file: str, names: list[str], scores: list[Scores]) -> None:
+def _write_json(file: str, names: list[str], scores: list[Scores], how: dict[str, Any]) -> None:
+    from ncsr_fast.evaluation.bootstrap import mean_interval
     from ncsr_fast.files import atomic_write, json_value
 
-    rows = [{"method": score.method, "means": score.means(), "images": score.values} for score in scores]
+    rows = []
+    for score in scores:
+        intervals = {key: mean_interval(values) for key, values in score.values.items()}
+        intervals = {key: None if interval is None else list(interval) for key, interval in intervals.items()}
+        rows.append({"method": score.method, "means": score.means(), "intervals": intervals, "images": score.values})
     with atomic_write(file) as temporary:
-        temporary.write_text(
-            json.dumps(json_value({"files": names, "scores": rows}), indent=1, allow_nan=False) + "\n", encoding="utf-8"
-        )
+        text = json.dumps(json_value({**how, "files": names, "scores": rows}), indent=1, allow_nan=False)
+        temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def _write_csv(file: str, names: list[str], scores: list[Scores]) -> None:
+    from ncsr_fast.evaluation.reports import write_csv
+
+    keys = list(dict.fromkeys(key for score in scores for key in score.values))
+    rows = [
+        {"name": name, "method": score.method, **{key: score.values[key][place] if key in score.values else "" for key in keys}}
+        for place, name in enumerate(names)
+        for score in scores
+    ]
+    write_csv(file, rows)

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 from ncsr_fast import __version__
 
-COMMANDS = ("demo", "sample", "edit", "train", "plot", "evaluate", "convert", "export", "bench", "tune", "doctor")
+COMMANDS = ("demo", "sample", "edit", "train", "plot", "evaluate", "compare", "convert", "export", "bench", "tune", "doctor")
 _CLOSED = 141  # the exit status of a program whose reader went away: 128 + SIGPIPE
 
 

@@ -14,23 +14,26 @@ from ncsr_fast.cli._common import (
     ImageFile,
     add_device,
     add_model,
+    add_to_8bit,
     check_folder,
     count,
     image_files,
     path,
     pick_device,
     raise_problems,
+    recommended_temperature,
     seed,
     temperatures,
     tile,
 )
 from ncsr_fast.cli._sampling import Job, Sampler, Share, Stream
 
-HELP = "super-resolve images, or every image of a folder"
+HELP = "super-resolve images, or make dark ones bright, every image of a folder too"
 EXAMPLE = """\
 example:
   ncsr-fast sample small.png --out large/ --n 5 --temperature 0.8 --seed 1
   ncsr-fast sample photos/ --out large/ --skip-existing
+  ncsr-fast sample dark.png --out bright/ --model llflow-compact
   torchrun --nproc-per-node 4 -m ncsr_fast.cli.main sample photos/ --out large/
 
 The first writes large/small_sample00000.png … large/small_sample00004.png. With --names ntire files are called
@@ -41,17 +44,23 @@ are there are passed over, so that an interrupted run goes on.
 An image of any size is sampled in the memory that there is: a large one in tiles, which change nothing but rounding. The
 same seed gives an image the same samples whatever else is sampled, in whatever tiles, by however many threads or processes.
 
+A low-light model makes one image at temperature 0 unless --n or --temperature is given. Its input, six channels of the
+photograph mirrored beyond its edges, is made here.
+
 What a folder holds beside images is named, as are images that cannot be read or do not fit in memory. The others are
 sampled nevertheless, and the exit status is 1."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "input", nargs="+", type=path, help="LR images, folders of them, searched recursively, or patterns as 'photos/*.png'"
+        "input",
+        nargs="+",
+        type=path,
+        help="LR or dark images, folders of them, searched recursively, or patterns as 'photos/*.png'",
     )
     parser.add_argument("--out", required=True, type=path, help="folder the PNG files are written to")
     add_model(parser)
-    parser.add_argument("--n", type=count, default=10, help="samples of each image (default: %(default)s)")
+    parser.add_argument("--n", type=count, help="samples of each image (default: 10; 1 at temperature 0)")
     parser.add_argument(
         "--temperature",
         type=temperatures,
@@ -82,6 +91,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--names", choices=("source", "ntire"), default="source", help="how to name the files (default: %(default)s)"
     )
+    add_to_8bit(parser)
     parser.add_argument("--skip-existing", action="store_true", help="pass over images all of whose samples are there")
     add_device(parser)
 
@@ -97,17 +107,20 @@ def run(args: argparse.Namespace) -> None:
     out = check_folder("--out", args.out)
     stems = _stems(files, args.names)
     _check_searched(files, stems, out)
+    model = NCSR.from_pretrained(args.model).to(device).eval()
+    args.temperature = args.temperature or [recommended_temperature(model)]
+    if args.n is None:
+        args.n = 10 if any(args.temperature) else 1
     jobs = [Job(file.path, _targets(out, stem, args.n)) for file, stem in zip(files, stems)]
     targets = {target for job in jobs for target in job.targets}
     check_apart({"--out": targets}, {"the input": [file.path for file in files], "--model": files_of_model(args.model)})
     earlier = set(out.rglob("*_sample[0-9]*.png")) - targets
-    model = NCSR.from_pretrained(args.model).to(device).eval()
     own = jobs[share.rank :: share.processes]
     left = [job for job in own if not (args.skip_existing and job.is_done)]
     with within_free_memory() if device == "cpu" else contextlib.nullcontext():
         stream = Stream(Sampler(model, args), quiet=share.rank > 0)
         problems = stream.run(left)
-    share.tell(f"{_account(left, len(own), args.n)} → {args.out}")
+    share.tell(f"{_account(left, len(own), args.n)} → {args.out} (8 bits: {args.to_8bit})")
     if args.project and any(job.written for job in left):
         least = stream.least_psnr
         how = f"LR-PSNR at least {least:.1f} dB" if least < math.inf else "their bicubic reductions are the LR images"

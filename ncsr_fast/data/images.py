@@ -100,9 +100,19 @@ def read_image(path: str | os.PathLike) -> Tensor:
         return torch.from_numpy(_pixels(ImageOps.exif_transpose(image), highest))
 
 
-def write_image(path: str | os.PathLike, image: Tensor) -> None:
-    """Write (3, H, W), uint8 or float in [0, 1] (clipped and rounded to 8 bits), atomically."""
-    array = to_uint8(image).cpu().permute(1, 2, 0).numpy()
+def is_cut_png(path: str | os.PathLike) -> bool:
+    """True for a PNG that ends before its last chunk."""
+    with open(path, "rb") as file:
+        if file.read(8) != b"\x89PNG\r\n\x1a\n":
+            return False
+        while len(head := file.read(8)) == 8 and head[4:] != b"IEND":
+            file.seek(int.from_bytes(head[:4], "big") + 4, os.SEEK_CUR)  # the chunk and its checksum
+        return len(head) < 8
+
+
+def write_image(path: str | os.PathLike, image: Tensor, to_8bit: str = "round") -> None:
+    """Write (3, H, W), uint8 or float in [0, 1] (clipped, and made 8 bits as `to_uint8` does by `to_8bit`), atomically."""
+    array = to_uint8(image, to_8bit).cpu().permute(1, 2, 0).numpy()
     with atomic_write(path) as temporary:
         Image.fromarray(array).save(temporary)
 
@@ -232,7 +242,7 @@ def _named_errors(path: str | os.PathLike) -> Iterator[None]:
     except FileNotFoundError:
         raise
     except Exception as error:  # almost any
-        cut = isinstance(error, (MemoryError, Image.DecompressionBombError)) and _is_cut_png(path)
+        cut = isinstance(error, (MemoryError, Image.DecompressionBombError)) and is_cut_png(path)
         if isinstance(error, MemoryError) and not cut:
             raise
         raise _image_error(path, error, cut) from error
@@ -248,13 +258,3 @@ def _image_error(path: str | os.PathLike, error: Exception, cut: bool) -> ImageE
     else:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return ImageError(f"cannot read image {os.fspath(path)!r}: {' '.join(reason.split())}")
-
-
-def _is_cut_png(path: str | os.PathLike) -> bool:
-    """True for a PNG that ends before its last chunk."""
-    with open(path, "rb") as file:
-        if file.read(8) != b"\x89PNG\r\n\x1a\n":
-            return False
-        while len(head := file.read(8)) == 8 and head[4:] != b"IEND":
-            file.seek(int.from_bytes(head[:4], "big") + 4, os.SEEK_CUR)  # the chunk and its checksum
-        return len(head) < 8

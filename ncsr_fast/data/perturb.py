@@ -28,7 +28,14 @@ def to_pair(batch: dict[str, Tensor], scale: int, device: torch.device | str) ->
 
 
 def perturb(
-    hr: Tensor, lr: Tensor, max_std: float, generator: torch.Generator | None = None, *, noise_channels: int = 3
+    hr: Tensor,
+    lr: Tensor,
+    max_std: float,
+    generator: torch.Generator | None = None,
+    *,
+    noise_channels: int = 3,
+    fixed_std: bool = False,
+    lr_noise: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Add NCSR's noise: `v ~ N(0, c²I)` with `c ~ U(0, max_std)` for each image, and its LR counterpart.
 
@@ -40,6 +47,8 @@ def perturb(
         max_std: Largest standard deviation of the noise.
         generator: Of that device; None is torch's default one.
         noise_channels: Of the noise condition, as in `NCSRConfig.noise_channels`.
+        fixed_std: True: c is max_std for every image, as SRFlow-DA has it.
+        lr_noise: False leaves lr as it is; then it may be anything that the images of hr are conditioned on.
 
     Returns:
         hr + v, lr + imresize(v, 1/s), and the condition: v (B, 3, sH, sW), c (B, 1, 1, 1) when noise_channels is 1, None
@@ -55,24 +64,27 @@ def perturb(
     if not max_std >= 0:
         raise ValueError(f"max_std must not be negative, not {max_std!r}")
     options = {"generator": generator, "dtype": hr.dtype, "device": hr.device}
-    std = max_std * torch.rand(hr.shape[0], 1, 1, 1, **options)
-    return perturbed(hr, lr, std, torch.randn(hr.shape, **options), noise_channels=noise_channels)
+    share = torch.rand(hr.shape[0], 1, 1, 1, **options)
+    std = max_std * (torch.ones_like(share) if fixed_std else share)
+    return perturbed(hr, lr, std, torch.randn(hr.shape, **options), noise_channels=noise_channels, lr_noise=lr_noise)
 
 
 def perturbed(
-    hr: Tensor, lr: Tensor, std: Tensor, normal: Tensor, *, noise_channels: int = 3
+    hr: Tensor, lr: Tensor, std: Tensor, normal: Tensor, *, noise_channels: int = 3, lr_noise: bool = True
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """`perturb` with given random numbers: std c (B, 1, 1, 1) and `normal` (B, 3, sH, sW), v = c · normal.
 
     Returns:
-        hr + v, lr + imresize(v, 1/s), and v, c, or None, as noise_channels is 3, 1 or 0.
+        hr + v, lr + imresize(v, 1/s), and v, c, or None, as noise_channels is 3, 1 or 0. Without `lr_noise` lr itself.
 
     Raises:
         ValueError: A pair whose sizes are no integer scale apart.
     """
+    noise = std * normal
+    condition = {3: noise, 1: std, 0: None}[noise_channels]
+    if not lr_noise:
+        return hr + noise, lr, condition
     scale = hr.shape[-1] // lr.shape[-1]
     if tuple(hr.shape) != (lr.shape[0], lr.shape[1], lr.shape[2] * scale, lr.shape[3] * scale):
         raise ValueError(f"hr {tuple(hr.shape)} is not an integer multiple of lr {tuple(lr.shape)}")
-    noise = std * normal
-    condition = {3: noise, 1: std, 0: None}[noise_channels]
     return hr + noise, lr + imresize(noise, 1 / scale), condition

@@ -9,7 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ncsr_fast.engine.dense_block import dense_block
+from ncsr_fast.engine.residual_blocks import has_residual_blocks, residual_blocks
 from ncsr_fast.ops.conv3x3 import ConvolutionMethod, convolution
+from ncsr_fast.ops.plain_dense_blocks import DenseBlocks
 
 SLOPE = 0.2  # of every LeakyReLU
 ENGINE = ConvolutionMethod()
@@ -69,9 +71,11 @@ class DenseBlock(nn.Module):
         """The block's output, of the shape of x."""
         if self.conv1x1 is not None:
             return self.noise(self._with_residuals(x, method))
-        convolutions = (self.conv1, self.conv2, self.conv3, self.conv4, self.conv5)
-        y = dense_block(x, [(conv.weight, conv.bias) for conv in convolutions], SLOPE, RESIDUAL, method)
-        return self.noise(y)
+        return self.noise(dense_block(x, self.convolutions(), SLOPE, RESIDUAL, method))
+
+    def convolutions(self) -> list[tuple[Tensor, Tensor]]:
+        """Weight and bias of the five convolutions."""
+        return [(conv.weight, conv.bias) for conv in (self.conv1, self.conv2, self.conv3, self.conv4, self.conv5)]
 
     def _with_residuals(self, x: Tensor, method: ConvolutionMethod | None) -> Tensor:
         def joined(conv: nn.Conv2d, *features: Tensor) -> Tensor:
@@ -95,9 +99,18 @@ class ResidualBlock(nn.Module):
     def forward(self, x: Tensor, method: ConvolutionMethod | None = ENGINE) -> Tensor:
         """The block's output, of the shape of x."""
         y = x
-        for dense in (self.rdb1, self.rdb2, self.rdb3):
+        for dense in self.dense_blocks():
             y = dense(y, method)
         return self.noise(torch.add(x, y, alpha=RESIDUAL))
+
+    def dense_blocks(self) -> tuple[DenseBlock, DenseBlock, DenseBlock]:
+        """The dense blocks, the first first."""
+        return self.rdb1, self.rdb2, self.rdb3
+
+    def is_plain(self) -> bool:
+        """True where nothing is in the block but convolutions, LeakyReLUs and the residuals: no 1×1 convolutions, no noise."""
+        noises = [module.active for module in self.modules() if isinstance(module, ResidualNoise)]
+        return self.rdb1.conv1x1 is None and not (self.training and any(noises))
 
 
 def trunk(
@@ -121,14 +134,30 @@ def trunk(
     Returns:
         (B, C, H, W), and the outputs of the blocks in the order of `stacked_blocks` as (B, n·C, H, W), None where n is 0.
     """
+    outputs = _outputs(first, list(blocks), set(stacked_blocks), method)
+    fea = outputs.pop(None)
+    # without the dictionary they are freed once they are joined
+    stacked = torch.cat([outputs.pop(index) for index in stacked_blocks], dim=1) if stacked_blocks else None
+    return (first if long_skip == "conv_first" else fea) + convolved(fea, last, method), stacked
+
+
+def _outputs(
+    first: Tensor, blocks: Sequence[Block], wanted: set[int], method: ConvolutionMethod | None
+) -> dict[int | None, Tensor]:
+    """The outputs of blocks by their number; None is that of the last one."""
+    plain = [block for block in blocks if isinstance(block, ResidualBlock) and block.is_plain()]
+    if method is not None and plain and len(plain) == len(blocks) and has_residual_blocks(first, method):
+        kept = sorted({*wanted, len(blocks) - 1})
+        pairs = [pair for block in plain for dense in block.dense_blocks() for pair in dense.convolutions()]
+        form = DenseBlocks(dense=3, convolutions=5, kept=tuple(kept), slope=SLOPE, residual=RESIDUAL)
+        found = residual_blocks(first, pairs, form, method)
+        return {**dict(zip(kept, found)), None: found[-1]}
     fea, outputs = first, {}
     for index, block in enumerate(blocks):
         fea = block(fea, method)
-        if index in stacked_blocks:
+        if index in wanted:
             outputs[index] = fea
-    # without the dictionary they are freed once they are joined
-    stacked = torch.cat([outputs.pop(index) for index in stacked_blocks], dim=1) if outputs else None
-    return (first if long_skip == "conv_first" else fea) + convolved(fea, last, method), stacked
+    return {**outputs, None: fea}
 
 
 def averaged(fea: Tensor, factor: int) -> Tensor:

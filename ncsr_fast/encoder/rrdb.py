@@ -112,7 +112,7 @@ class RRDB(nn.Module):
         self._training_noise = value
         for block in self.body:
             block.noise.active = value == "all"
-            for dense in (block.rdb1, block.rdb2, block.rdb3):
+            for dense in block.dense_blocks():
                 dense.noise.active = value != "none"
 
     def head(self) -> list[nn.Module]:

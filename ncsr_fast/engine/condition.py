@@ -52,7 +52,7 @@ class Features(NamedTuple):
         """u as one tensor (B, c + s, h, w)."""
         if self.stacked is None:
             return self.own
-        return torch.cat([self.own, F.interpolate(self.stacked, size=self.own.shape[2:], mode="nearest")], dim=1)
+        return torch.cat([self.own, resized(self.stacked, self.own)], dim=1)
 
     @property
     def upsampled(self) -> bool:
@@ -135,6 +135,13 @@ class Encoder(Protocol):
                 convolutions in true float32.
         """
         ...
+
+
+def resized(stacked: Tensor, own: Tensor) -> Tensor:
+    """The stacked features at the resolution of a level's own: by nearest neighbour."""
+    if stacked.shape[2:] == own.shape[2:]:
+        return stacked
+    return F.interpolate(stacked, size=own.shape[2:], mode="nearest")
 
 
 def resized_noise(noise: Tensor, size: torch.Size) -> Tensor:

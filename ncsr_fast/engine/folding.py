@@ -6,6 +6,7 @@ All of it is differentiable: autograd carries the gradients to the parameters.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol, cast
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from ncsr_fast.ops.contract import compute_dtype
 from ncsr_fast.ops.fold import folded
+from ncsr_fast.ops.fold_filters import Filters, folded_filters
 from ncsr_fast.ops.step_network import StepNetwork
 
 LOG_SCALE = 3.0  # factor of `logs` in a zero-initialised convolution (Glow)
@@ -113,6 +115,27 @@ def _fold_deep(parameters: NetworkParameters) -> tuple[Tensor, ...]:
     return tuple(tensor.view_as(tensor) for tensor in (given.conv1, given.bias1, given.conv2, given.bias2))
 
 
+def fold_level(
+    stacks: Sequence[tuple[NetworkParameters, int]], dtype: torch.dtype, backend: str
+) -> list[tuple[Networks, Hoisted]]:
+    """`fold_networks` of several stacks of networks, each with its number of state channels, by one launch of a backend."""
+    if backend == "reference" or any(is_deep(parameters.conv2) for parameters, _ in stacks):
+        return [fold_networks(parameters, state_channels, dtype) for parameters, state_channels in stacks]
+    filters: list[Filters] = []
+    for parameters, state_channels in stacks:
+        p = cast(GlowParameters, parameters)
+        filters.append(Filters(p.conv1, p.norm1_bias, p.norm1_logs, 1.0, state_channels))
+        filters.append(Filters(p.conv2, p.norm2_bias, p.norm2_logs, 1.0, p.conv2.shape[2]))
+        filters.append(Filters(p.conv3, p.bias3, p.logs3, LOG_SCALE, p.conv3.shape[2]))
+    folded = iter(folded_filters(filters, dtype, backend))
+    found = []
+    for _, state_channels in stacks:
+        (w1, weight, bias), (w2, _, b2), (w3, _, b3) = next(folded), next(folded), next(folded)
+        networks = Networks(w1 if state_channels else None, w2, b2, w3, b3)
+        found.append((networks, Hoisted(weight.flatten(0, 1), bias.flatten())))
+    return found
+
+
 def fold_zeros_convolution(weight: Tensor, bias: Tensor, logs: Tensor) -> tuple[Tensor, Tensor]:
     """Weight and bias of Glow's zero-initialised convolution, `(weight ∗ x + bias) · exp(3 logs)`, the scale folded in."""
     scale = torch.exp(LOG_SCALE * logs)
@@ -140,11 +163,12 @@ def fold_mixing(bias: Tensor, logs: Tensor, weight: Tensor, transitions: int, in
         ValueError: The inverse of a singular weight is wanted, on the CPU.
     """
     mix, offset, logdets = folded(bias.double(), logs.double(), weight.double(), inverse, "1×1 convolution of step {}", backend)
+    mixes, offsets = list(mix.unbind()), list(offset.unbind())  # indexing would have a gradient of zeros for each map
     first, *others = range(transitions + 1)[::-1] if inverse else range(transitions + 1)
-    composed, composed_offset = mix[first], offset[first]
+    composed, composed_offset = mixes[first], offsets[first]
     for index in others:
-        composed, composed_offset = mix[index] @ composed, mix[index] @ composed_offset + offset[index]
-    mix = torch.cat([composed[None], mix[transitions + 1 :]])
-    offset = torch.cat([composed_offset[None], offset[transitions + 1 :]])
+        composed, composed_offset = mixes[index] @ composed, mixes[index] @ composed_offset + offsets[index]
+    mix = torch.stack([composed, *mixes[transitions + 1 :]])
+    offset = torch.stack([composed_offset, *offsets[transitions + 1 :]])
     dtype = compute_dtype(weight)
     return Mixing(mix.to(dtype).contiguous(), offset.to(dtype), logdets.sum())  # as kernels read it, copied once for all calls

@@ -1,10 +1,10 @@
 """A level's program as one differentiable map with a backward pass written by hand.
 
-The forward pass saves the state behind the mix of every stage, the pre-activations and the outputs of the injectors, and
-without checkpointing the hidden layers of the networks. The backward pass walks the same stages from the last to the first,
-with checkpointing recomputes the hidden layers of one stage's networks at a time, and writes the gradients of the
-pre-activations into one tensor, so that the large convolution before them has one backward pass. It does not invert the flow:
-a network whose forward pass is healthy can have an inverse that amplifies rounding by 1e15.
+The forward pass saves the state behind the mix of every stage, the pre-activations and the outputs of the networks, and
+without checkpointing their hidden layers. The backward pass walks the same stages from the last to the first, with
+checkpointing recomputes the hidden layers of one network at a time, and writes the gradients of the pre-activations into one
+tensor, so that the large convolution before them has one backward pass. It does not invert the flow: a network whose forward
+pass is healthy can have an inverse that amplifies rounding by 1e15.
 """
 
 from __future__ import annotations
@@ -13,16 +13,15 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ncsr_fast.engine.folding import Networks
+from ncsr_fast.engine.network_backward import BATCHED, NetworksBackward
 from ncsr_fast.engine.peaks import Peaks
-from ncsr_fast.engine.program import Head, Program, Stage
-from ncsr_fast.engine.walk import Layers, LevelTensors, Record, Walk
+from ncsr_fast.engine.program import Program
+from ncsr_fast.engine.walk import Hidden, Layers, LevelTensors, Record, Walk
 from ncsr_fast.layout import readable
-from ncsr_fast.ops.backend import kernels
+from ncsr_fast.ops.backend import Step, kernels
 from ncsr_fast.ops.operator import Operator, Outputs, Pair, Tensors
 
 
@@ -65,26 +64,29 @@ class Saved(NamedTuple):
         states: Behind the mix of every stage.
         outputs: Of the networks of the walk's `free` branches, branch by branch.
         free_hidden: Hidden layers of those networks behind the first, or none.
-        layers: Hidden layers and output of the networks that every stage evaluates, or none.
+        stage_outputs: Of the networks that every stage evaluates.
+        hidden: Hidden layers of the latter, or none.
     """
 
     states: list[Tensor]
     outputs: list[tuple[Tensor, ...]]
-    free_hidden: list[list[Layers]]
-    layers: list[list[Layers]]
+    free_hidden: list[list[Hidden]]
+    stage_outputs: list[list[Tensor]]
+    hidden: list[list[Hidden]]
 
 
 def _forward(flat: Tensors, spec: Any, program: Program, checkpoint: bool) -> tuple[Pair, Tensors]:
     x, tensors = pytree.tree_unflatten(list(flat), spec)
     free: list[list[Layers]] | None = None if checkpoint else []
     states: list[Tensor] = []
-    layers: list[list[Layers]] = []
+    stage_outputs: list[list[Tensor]] = []
+    hidden: list[list[Hidden]] = []
     walk = Walk(program, tensors, recorded=False)
     walk.evaluate_free(free)
-    output = walk.run(x, Record(states, layers=None if checkpoint else layers))
+    output = walk.run(x, Record(states, outputs=stage_outputs, hidden=None if checkpoint else hidden))
     outputs = [walk.outputs[branch] or () for branch in walk.free]
     free_hidden = [[own[1:-1] for own in found] for found in free or []]
-    return output, tuple(pytree.tree_leaves(Saved(states, outputs, free_hidden, layers)))
+    return output, tuple(pytree.tree_leaves(Saved(states, outputs, free_hidden, stage_outputs, hidden)))
 
 
 def _read_saved(flat: Outputs, walk: Walk, checkpoint: bool) -> Saved:
@@ -93,13 +95,13 @@ def _read_saved(flat: Outputs, walk: Walk, checkpoint: bool) -> Saved:
     counts = [len(program.heads[branch]) for branch in walk.free]
     states = [next(left) for _ in program.stages]
     outputs = [tuple(islice(left, count)) for count in counts]
-    if checkpoint:
-        return Saved(states, outputs, [], [])
-    free = [program.heads[branch] for branch in walk.free]
+    free = [] if checkpoint else [program.heads[branch] for branch in walk.free]
     free_hidden = [[tuple(islice(left, walk.layer_count(head) - 2)) for head in heads] for heads in free]
     evaluated = [[head for head in stage.evaluated if head.pass_through] for stage in program.stages]
-    layers = [[tuple(islice(left, walk.layer_count(head))) for head in heads] for heads in evaluated]
-    return Saved(states, outputs, free_hidden, layers)
+    stage_outputs = [list(islice(left, len(heads))) for heads in evaluated]
+    recorded = [] if checkpoint else evaluated
+    hidden = [[tuple(islice(left, walk.layer_count(head) - 1)) for head in heads] for heads in recorded]
+    return Saved(states, outputs, free_hidden, stage_outputs, hidden)
 
 
 def _backward(
@@ -121,24 +123,29 @@ class LevelGradients(NamedTuple):
     networks: list[tuple[Tensor | None, ...]]
     sources: list[Tensor | None]
     outputs: list[tuple[None, ...] | None]
+    packed: list[tuple[None, ...]]
 
 
 class _Backward:
     """One backward pass: the gradients of the tensors, filled in from stage to stage."""
 
     def __init__(self, walk: Walk, saved: Saved, wanted: LevelTensors) -> None:
-        self.walk, self.program, self.saved, self.wanted = walk, walk.program, saved, wanted
+        self.walk, self.program, self.saved = walk, walk.program, saved
         tensors = walk.tensors
         for branch, found in zip(walk.free, saved.outputs):
             walk.outputs[branch] = found
         self.kernels = kernels(walk.program.backend)
-        self.needs_weights = [any(flags) for flags in wanted.networks]
+        self.later = walk.program.backend in BATCHED  # the gradients of all mixes and offsets at once
+        self.steps: list[tuple[int, Step]] = []
+        sources = [torch.empty_like(source) if flag else None for source, flag in zip(tensors.sources, wanted.sources)]
+        self.networks = NetworksBackward(walk, wanted, sources, saved.free_hidden)
         self.gradients = LevelGradients(
             torch.empty_like(tensors.mix),
             torch.empty_like(tensors.offset),
-            [_empty(networks, flags) for networks, flags in zip(tensors.networks, self.needs_weights)],
-            [torch.empty_like(source) if flag else None for source, flag in zip(tensors.sources, wanted.sources)],
+            self.networks.gradients,
+            sources,
             [None if known is None else (None,) * len(known) for known in tensors.outputs],
+            [(None,) * len(packed) for packed in tensors.packed],
         )
 
     def run(self, x: Tensor, dy: Tensor, dlogdet: Tensor) -> Tensor:
@@ -146,37 +153,33 @@ class _Backward:
         stages = self.program.stages
         ddeferred = None  # gradient of the output that a stage left to the one behind
         for index in reversed(range(len(stages))):
-            states, layers = self._recomputed(index)
+            states, outputs = self._recomputed(index)
             if index + 1 < len(stages):
-                deferred = layers[-1][-1] if stages[index].deferred and layers[-1] else None
+                deferred = outputs[-1] if stages[index].deferred else None
                 dy, ddeferred = self._mix_backward(index + 1, dy, dlogdet, states[-1], deferred)
-            dy = self._heads_backward(stages[index], dy, dlogdet, states, layers, ddeferred)
-        return dy if stages[0].mix is None else self._mix_backward(0, dy, dlogdet, x, None)[0]
+            dy = self._heads_backward(index, dy, dlogdet, states, outputs, ddeferred)
+        dx = dy if stages[0].mix is None else self._mix_backward(0, dy, dlogdet, x, None)[0]
+        self.networks.finish()
+        if self.steps:
+            steps = [step for _, step in sorted(self.steps, key=lambda numbered: numbered[0])]
+            mix, offset = self.kernels.flow_step_mix_backward(steps, self.program.eps, self.program.inverse)
+            self.gradients = self.gradients._replace(mix=mix, offset=offset)
+        return dx
 
-    def _recomputed(self, index: int) -> tuple[list[Tensor], list[Layers | None]]:
-        """The states that the heads of a stage read, that behind them, and the layers of their networks, None of `free`."""
+    def _recomputed(self, index: int) -> tuple[list[Tensor], list[Tensor]]:
+        """The states that the heads of a stage read, that behind them, and the outputs of their networks."""
         stage, states = self.program.stages[index], [self.saved.states[index]]
         is_last = index + 1 == len(self.program.stages)  # no mix reads the state behind its heads
         applied = stage.heads[:-1] if is_last else stage.heads
-        saved = iter(self.saved.layers[index] if self.saved.layers else ())
-        layers: list[Layers | None] = []
+        saved, program = iter(self.saved.stage_outputs[index]), self.program
+        outputs: list[Tensor] = []
         for head in stage.evaluated:
             x = states[-1]
-            found = None
-            if head.pass_through:
-                found = next(saved) if self.saved.layers else self.walk.layers(head, x)
-            layers.append(found)
+            h = next(saved) if head.pass_through else self.walk.output(head, x)
+            outputs.append(h)
             if len(states) <= len(applied):
-                states.append(self._applied(head, x, found))
-        return states, layers
-
-    def _output(self, head: Head, x: Tensor, layers: Layers | None) -> Tensor:
-        """The output of a head's network for the state x."""
-        return self.walk.output(head, x) if layers is None else layers[-1]
-
-    def _applied(self, head: Head, x: Tensor, layers: Layers | None) -> Tensor:
-        h, program = self._output(head, x, layers), self.program
-        return self.kernels.affine_forward(x, h, head.pass_through, program.eps, program.inverse)[0]
+                states.append(self.kernels.affine_forward(x, h, head.pass_through, program.eps, program.inverse)[0])
+        return states, outputs
 
     def _mix_backward(
         self, index: int, dy: Tensor, dlogdet: Tensor, x: Tensor, deferred: Tensor | None
@@ -185,66 +188,41 @@ class _Backward:
         program, stage, y = self.program, self.program.stages[index], self.saved.states[index]
         before, after = self.walk.fused(stage.before, x, deferred), self.walk.fused(stage.after, x)
         dx, dmix, doffset, dbefore, dafter = self.kernels.flow_step_backward(
-            dy, dlogdet, x, y, self.walk.tensors.mix[stage.mix], before, after, program.eps, program.inverse
+            dy, dlogdet, x, y, self.walk.tensors.mix[stage.mix], before, after, program.eps, program.inverse, self.later
         )
-        self.gradients.mix[stage.mix], self.gradients.offset[stage.mix] = dmix, doffset
+        if dmix is None or doffset is None:
+            assert stage.mix is not None
+            self.steps.append((stage.mix, (dy, x, before, after)))
+        else:
+            self.gradients.mix[stage.mix], self.gradients.offset[stage.mix] = dmix, doffset
         if stage.after is not None and dafter is not None:
-            self._free_backward(stage.after, dafter)
+            self.networks.add_free(stage.after, dafter)
         if stage.before is not None and dbefore is not None and deferred is None:
-            self._free_backward(stage.before, dbefore)
+            self.networks.add_free(stage.before, dbefore)
         return dx, dbefore
 
     def _heads_backward(
         self,
-        stage: Stage,
+        index: int,
         dy: Tensor,
         dlogdet: Tensor,
         states: list[Tensor],
-        layers: list[Layers | None],
+        outputs: list[Tensor],
         ddeferred: Tensor | None,
     ) -> Tensor:
         """The gradient of the state behind a stage's mix."""
-        program = self.program
-        for head, x, found in reversed(list(zip(stage.evaluated, states, layers))):
+        program, stage = self.program, self.program.stages[index]
+        hidden = list(self.saved.hidden[index]) if self.saved.hidden else []
+        for head, x, h in reversed(list(zip(stage.evaluated, states, outputs))):
             if head is stage.deferred and ddeferred is not None:
                 dh = ddeferred
             else:
-                h = self._output(head, x, found)
                 dy, dh = self.kernels.affine_backward(dy, dlogdet, x, h, head.pass_through, program.eps, program.inverse)
-            if found is None:
-                self._free_backward(head, dh)
-                continue
-            dz1 = self._network_backward(head, x[:, : head.pass_through], found[:-1], dh)
-            if dz1 is not None:
-                dy[:, : head.pass_through].add_(dz1)
+            if head.pass_through:
+                self.networks.add(head, x, hidden.pop() if hidden else None, dh, dy[:, : head.pass_through])
+            else:
+                self.networks.add_free(head, dh)
         return dy
-
-    def _free_backward(self, head: Head, dh: Tensor) -> None:
-        """Gradients of a network that reads the condition alone, unless its outputs were given or none is wanted."""
-        free = self.walk.free
-        if head.branch not in free or not (self.needs_weights[head.branch] or self.wanted.sources[head.source]):
-            return
-        h1 = F.relu(self.walk.pre_activation(self.walk.tensors.sources[head.source], head))
-        if self.saved.free_hidden:
-            later = self.saved.free_hidden[free.index(head.branch)][head.network]
-        else:  # without the output, which is saved
-            later = self.walk.later_layers(head, h1)
-        self._network_backward(head, None, (h1, *later), dh)
-
-    def _network_backward(self, head: Head, z1: Tensor | None, hidden: Layers, dh: Tensor) -> Tensor | None:
-        """The gradient of z1; those of the pre-activation and of the weights are stored."""
-        dsource, needs_weights = self.gradients.sources[head.source], self.needs_weights[head.branch]
-        dpre = torch.empty_like(hidden[0]) if dsource is None else self.walk.pre_activation(dsource, head)
-        dz1, dnetwork = self.walk.network_gradients(head, z1, hidden, dh, needs_weights, dpre)
-        for stack, gradient in zip(self.gradients.networks[head.branch], dnetwork or ()):
-            if stack is not None and gradient is not None:
-                stack[head.network] = gradient
-        return dz1
-
-
-def _empty(networks: Networks, wanted: bool) -> tuple[Tensor | None, ...]:
-    """Room for the gradients of stacked networks."""
-    return tuple([torch.empty_like(t) if wanted and t is not None else None for t in networks])
 
 
 _level_pass = Operator("LevelPass", forward=_forward, backward=_backward, reference=_reference)

@@ -10,20 +10,21 @@ w0, w1, w2, the outputs of the cell are
 and along both axes a cell needs the nine products {S, A, C} × {S, A, C}: nine 1×1 convolutions at LR resolution in place
 of 9 f² multiplications an input and output channel (f = 2: a quarter, f = 4: a sixteenth). Beyond the border a and c are 0,
 the zero padding of the upsampled image. For f = 2 on a CPU there is a kernel that takes 25 products for four cells, not 36
-(csrc/cpu/conv3x3_transforms.h).
+(csrc/cpu/conv3x3_transforms.h). On a GPU there may be one that computes both parts at once, for every f (kernels/hoisting.py).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ncsr_fast.engine.ablation import ablation
-from ncsr_fast.engine.condition import Features
+from ncsr_fast.engine.condition import Features, resized
 from ncsr_fast.layout import traced
-from ncsr_fast.ops.backend import kernels
+from ncsr_fast.ops.backend import Kernels, companion_backend, kernels
 from ncsr_fast.ops.conv3x3 import (
     ConvolutionMethod,
     backend_for,
@@ -47,7 +48,8 @@ class HoistedWeight(NamedTuple):
             (N, c, 3, 3), where there are `products`.
         products: `products_of` the part of the stacked features; computed where they are needed if None.
         algorithm: How the features are convolved. "joined": as one tensor, with the stacked features resized; "kernel": by a
-            kernel that reads the stacked ones with upsampling ×2; "products": the stacked ones by nine 1×1 convolutions.
+            kernel that reads the stacked ones with upsampling ×2; "products": the stacked ones by nine 1×1 convolutions;
+            "whole": all at once by a kernel of both parts.
     """
 
     weight: Tensor
@@ -63,7 +65,11 @@ class HoistedWeight(NamedTuple):
 def algorithm(features: Features, rows: int, dtype: torch.dtype, method: ConvolutionMethod) -> str:
     """The `HoistedWeight.algorithm` for features and a weight of so many outputs, in this dtype."""
     own, stacked = features
-    if stacked is None or not features.upsampled or not ablation().subpixel:
+    if stacked is None or not ablation().subpixel:
+        return "joined"
+    if not traced() and companion_backend("hoisted", method.backend, own) != "reference":
+        return "whole"
+    if not features.upsampled:
         return "joined"
     shape = rows, stacked.shape[1], 3, 3
     if own.shape[2] == 2 * stacked.shape[2] and backend_for(stacked, shape, dtype, method) != "reference":
@@ -91,9 +97,27 @@ def hoisted_convolution(features: Features, weight: HoistedWeight, bias: Tensor,
         return convolution(features.joined, weight.weight, bias, method)
     own, stacked = features
     assert stacked is not None
+    if weight.algorithm == "whole" and not features.upsampled:
+        stacked = resized(stacked, own)
     if weight.products is not None:  # prepared without gradients
         return _upsampled_forward(own, stacked, weight, bias, method)
     return _upsampled((own, stacked, weight.weight, bias), weight.algorithm, method)[0]
+
+
+def hoisted_networks(
+    features: Features, weight: HoistedWeight, bias: Tensor, networks: int, method: ConvolutionMethod
+) -> Sequence[Tensor]:
+    """`hoisted_convolution` without gradients, the outputs of networks one by one: dense where a kernel writes them so."""
+    if weight.algorithm != "whole":
+        return hoisted_convolution(features, weight, bias, method).chunk(networks, dim=1)
+    own, stacked = features
+    assert stacked is not None
+    stacked = stacked if features.upsampled else resized(stacked, own)
+    return _whole(own, method).hoisted_forward(own, stacked, weight.weight, bias, groups=networks, tf32=method.tf32)
+
+
+def _whole(own: Tensor, method: ConvolutionMethod) -> Kernels:
+    return kernels(companion_backend("hoisted", method.backend, own))
 
 
 def _reference(
@@ -111,6 +135,8 @@ def _forward(
     tensors: tuple[Tensor, Tensor, Tensor, Tensor], algorithm: str, method: ConvolutionMethod
 ) -> tuple[tuple[Tensor], Tensors]:
     own, stacked, weight, bias = tensors
+    if algorithm == "whole":
+        return (_whole(own, method).hoisted_forward(own, stacked, weight, bias, tf32=method.tf32)[0],), ()
     return (_upsampled_forward(own, stacked, HoistedWeight(weight, None, algorithm), bias, method),), ()
 
 
@@ -145,6 +171,10 @@ def _backward(
     method: ConvolutionMethod,
 ) -> Tensors:
     (dy,), (own, stacked, weight, bias) = grads, tensors
+    if algorithm == "whole":
+        wanted = needed[0], needed[1], needed[2] or needed[3]
+        down, dstacked, dweight, dbias = _whole(own, method).hoisted_backward(dy, *tensors[:3], wanted, tf32=method.tf32)
+        return down, dstacked, *(None if d is None else d.to(p.dtype) for d, p in ((dweight, weight), (dbias, bias)))
     split = own.shape[1]
     stacked_weight = weight[:, split:]
     dweight = torch.empty_like(weight, memory_format=torch.contiguous_format) if needed[2] else None

@@ -6,7 +6,7 @@ import torch
 
 from ncsr_fast.memory import free_bytes
 
-AT_ONCE = 256 * 2**20  # bytes of pre-activations computed together where nothing is saved for a backward pass
+_AT_ONCE = 256 * 2**20
 _SHARE = 8  # one in this many parts of the memory
 _SHARE_OF_FREE = 4  # one in this many of what is free
 _OF_CPU = 8 * 2**30  # bytes counted on where the memory is the CPU's, which has other users
@@ -16,6 +16,11 @@ def spare_bytes(device: torch.device) -> int:
     """An eighth of a GPU's memory, 1 GiB of a CPU's."""
     total = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else _OF_CPU
     return total // _SHARE
+
+
+def at_once(device: torch.device) -> int:
+    """Bytes of pre-activations computed together where no backward pass saves them: 256 MiB, of a GPU what is spare."""
+    return spare_bytes(device) if device.type == "cuda" else _AT_ONCE
 
 
 def budget(device: torch.device) -> int:

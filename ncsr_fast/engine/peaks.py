@@ -20,6 +20,11 @@ class Peaks(list[Tensor]):
         super().__init__()
         self.window = rows, columns
 
+    @property
+    def is_whole(self) -> bool:
+        """True where all of the state counts."""
+        return self.window == (slice(None), slice(None))
+
     def add(self, x: Tensor) -> None:
         """Add the next station's state x (B, C, h, w)."""
         self.append(x.detach()[(..., *self.window)].abs().amax(dim=(1, 2, 3)))

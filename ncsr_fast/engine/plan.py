@@ -19,25 +19,28 @@ from ncsr_fast.autocast import without_autocast
 from ncsr_fast.config import Branch
 from ncsr_fast.engine.cache import Cache
 from ncsr_fast.engine.condition import Features, resized_noise
+from ncsr_fast.engine.deep_network import deep_network
 from ncsr_fast.engine.folding import (
     Hoisted,
     Mixing,
     NetworkParameters,
     Networks,
+    fold_level,
     fold_mixing,
-    fold_networks,
     fold_zeros_convolution,
+    is_deep,
 )
 from ncsr_fast.engine.gradient import level_pass
-from ncsr_fast.engine.hoisting import HoistedWeight, algorithm, hoisted_convolution, prepared
-from ncsr_fast.engine.memory import AT_ONCE
+from ncsr_fast.engine.hoisting import HoistedWeight, algorithm, hoisted_convolution, hoisted_networks, prepared
+from ncsr_fast.engine.memory import at_once
 from ncsr_fast.engine.options import EngineOptions
 from ncsr_fast.engine.peaks import Peaks
 from ncsr_fast.engine.program import Head, Program, stages
-from ncsr_fast.engine.walk import LevelTensors, evaluated
-from ncsr_fast.layout import laid_out
-from ncsr_fast.ops.backend import covering_backend
+from ncsr_fast.engine.walk import LevelTensors, packed_weights
+from ncsr_fast.layout import laid_out, traced
+from ncsr_fast.ops.backend import covering_backend, kernels
 from ncsr_fast.ops.conv3x3 import ConvolutionMethod, convolution
+from ncsr_fast.ops.recorded import RecordedKernels
 
 
 class Level(Protocol):
@@ -85,11 +88,13 @@ class FoldedLevel(NamedTuple):
         networks: Of every branch.
         hoisted: By condition, the rest of the first layers of all branches that have it, one branch after the other.
         weight: That of the hoisted convolution of the features, prepared for them; None where no branch reads them.
+        packed: The networks of every branch as their backend reads them.
     """
 
     networks: tuple[Networks, ...]
     hoisted: dict[str | None, Hoisted]
     weight: HoistedWeight | None
+    packed: tuple[tuple[Tensor, ...], ...]
 
 
 class PreActivations:
@@ -178,7 +183,7 @@ class LevelPlan:
         # autograd sums the gradients of what samples share
         sources = [source.expand(x.shape[0], -1, -1, -1) if source.requires_grad else source for source in sources]
         networks, outputs = self.folded.networks, tuple(self._known.outputs)
-        tensors = LevelTensors(self.mixing.mix, self.mixing.offset, networks, tuple(sources), outputs)
+        tensors = LevelTensors(self.mixing.mix, self.mixing.offset, networks, tuple(sources), outputs, self.folded.packed)
         y, logdet = level_pass(x, tensors, self.program, self.options.checkpoint, peaks)
         return y, logdet + self.mixing.logdet * (x.shape[2] * x.shape[3])
 
@@ -195,21 +200,24 @@ class LevelPlan:
         rows = sum([conv1.shape[0] * conv1.shape[1] for conv1 in firsts])
         chosen = algorithm(self.features, rows, dtype, self.options.method)
         fold = partial(self._fold, dtype, chosen)
-        return fold() if self.recorded else level.cache.get(("networks", dtype, chosen), level.parameters(), fold)
+        name = "networks", dtype, chosen, self._network_backend
+        return fold() if self.recorded else level.cache.get(name, level.parameters(), fold)
 
     def _fold(self, dtype: torch.dtype, algorithm: str) -> FoldedLevel:
-        level, found = self.level, []
+        level = self.level
         hoisted: dict[str | None, list[Hoisted]] = {}
-        for branch in level.branches:
-            state_channels = 0 if branch.changes_all else level.pass_through
-            networks, rest = fold_networks(level.networks(branch), state_channels, dtype)
-            found.append(networks)
+        branches = level.branches
+        stacks = [(level.networks(branch), 0 if branch.changes_all else level.pass_through) for branch in branches]
+        backend = covering_backend("fold_filters", self.options.backend, level.actnorm_bias)
+        found, rests = zip(*fold_level(stacks, dtype, backend))
+        for branch, rest in zip(branches, rests):
             hoisted.setdefault(branch.condition, []).append(rest)
         stacked = {condition: _stacked(parts) for condition, parts in hoisted.items()}
         weight, own_channels = None, self.features.own.shape[1]
         if "features" in stacked:
             weight = prepared(stacked["features"].weight, own_channels, algorithm, not self.recorded)
-        return FoldedLevel(tuple(found), stacked, weight)
+        packed = [packed_weights(networks, self._network_backend) for networks in found]
+        return FoldedLevel(found, stacked, weight, tuple(packed))
 
     def _add_known(self) -> None:
         """Compute the pre-activations of the features and of branches without a condition."""
@@ -240,24 +248,35 @@ class LevelPlan:
 
     def _add_branch(self, index: int, channels: list[int], weight: HoistedWeight, bias: Tensor) -> None:
         """Add a branch, some networks at a time: their outputs if they read the features alone, else their pre-activations."""
-        networks, method, own = self.folded.networks[index].unbind(), self.options.method, self.features.own
-        branch = self.level.branches[index]
-        hidden, changes_all, residual = networks[0].b2.shape[-1], branch.changes_all, self.level.networks(branch).residual
+        networks, packed, own = self.folded.networks[index], self.folded.packed[index], self.features.own
+        count, hidden, changes_all = len(networks.w2), networks.b2.shape[-1], self.level.branches[index].changes_all
         size = own[:, :1].numel() * hidden * own.element_size()
         # torch.export knows no sizes
-        together = len(networks) if isinstance(size, torch.SymInt) else max(1, AT_ONCE // size)
+        together = count if isinstance(size, torch.SymInt) else max(1, at_once(own.device) // size)
         outputs: list[Tensor] = []
-        for first in range(0, len(networks), together):
-            part = networks[first : first + together]
-            start, end = channels[first], channels[first] + hidden * len(part)
-            pre = hoisted_convolution(self.features, weight.rows(start, end), bias[start:end], method)
-            for network, own_pre in zip(part, pre.split(hidden, dim=1)):
-                if changes_all:
-                    outputs.append(evaluated(network, None, own_pre, residual, method, self._network_backend))
-                else:  # dense: read for every sample, and the pixels of a slice lie pages apart
-                    self._known.add(laid_out(own_pre, self.options.memory_format), [(index, 0)])
+        for first in range(0, count, together):
+            part = slice(first, min(count, first + together))
+            start, end = channels[first], channels[part.stop - 1] + hidden
+            arguments = self.features, weight.rows(start, end), bias[start:end]
+            if changes_all:
+                outputs += self._tails(index, part, hoisted_convolution(*arguments, self.options.method))
+                continue
+            for pre in hoisted_networks(*arguments, part.stop - first, self.options.method):
+                # dense, but for kernels that read tiles of pixels: read for every sample, and a slice's pixels lie pages apart
+                self._known.add(pre if packed else laid_out(pre, self.options.memory_format), [(index, 0)])
         if changes_all:
             self._known.outputs[index] = tuple(outputs)
+
+    def _tails(self, index: int, part: slice, pre: Tensor) -> tuple[Tensor, ...]:
+        """The outputs of some networks of a branch that reads the features alone."""
+        networks, packed, method = self.folded.networks[index], self.folded.packed[index], self.options.method
+        if is_deep(networks.w2):
+            residual, own = self.level.networks(self.level.branches[index]).residual, networks.unbind()[part]
+            each = pre.chunk(len(own), dim=1)
+            return tuple(deep_network(None, one, network, residual, method) for one, network in zip(each, own))
+        tails = (RecordedKernels if traced() else kernels)(self._network_backend).step_network_tails
+        _, w2, b2, w3, b3 = networks
+        return tails(pre, w2[part], b2[part], w3[part], b3[part], tf32=method.tf32, packed=[stack[part] for stack in packed])
 
     def _noise_source(self, noise: Tensor | None) -> list[Tensor]:
         """The pre-activations of the branches whose condition is the noise, if there are any."""

@@ -64,6 +64,20 @@ class Stage(NamedTuple):
         return self.heads if self.deferred is None else (*self.heads, self.deferred)
 
 
+class Link(NamedTuple):
+    """The maps from one network that reads the state to the next: a branch's affine, and the mix behind it.
+
+    Args:
+        head: The branch, None ahead of the first network.
+        mix: Number of the step of the mix behind it, or None.
+        injector: Affine fused to the mix: behind it when encoding, ahead of it when decoding; or None.
+    """
+
+    head: Head | None
+    mix: int | None = None
+    injector: Head | None = None
+
+
 class Program(NamedTuple):
     """All of a level's evaluation that is no tensor.
 
@@ -84,6 +98,19 @@ class Program(NamedTuple):
     backend: str
     network_backend: str
     method: ConvolutionMethod
+
+    @property
+    def links(self) -> tuple[Link, ...]:
+        """The stages as one chain: a mix is joined to the coupling ahead of it, where there is one."""
+        found: list[Link] = []
+        for stage in self.stages:
+            if stage.mix is not None:
+                injector = stage.before if self.inverse else stage.after
+                last = found[-1].head if found else None
+                joined = last is not None and last.pass_through and (self.inverse or last is stage.before)
+                found[len(found) - joined :] = [Link(last if joined else None, stage.mix, injector)]
+            found += map(Link, stage.evaluated)
+        return tuple(found)
 
 
 def stages(branches: Sequence[Sequence[Head]], steps: int, inverse: bool) -> tuple[Stage, ...]:

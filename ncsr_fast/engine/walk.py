@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ncsr_fast.engine.deep_network import deep_gradients, deep_layers, deep_network, hidden_layers
+from ncsr_fast.engine.deep_network import deep_layers, deep_network
 from ncsr_fast.engine.folding import Networks, is_deep
 from ncsr_fast.engine.peaks import Peaks
-from ncsr_fast.engine.program import Head, Program
+from ncsr_fast.engine.program import Head, Link, Program
 from ncsr_fast.ops.backend import Kernels, kernels
-from ncsr_fast.ops.conv3x3 import ConvolutionMethod, convolution_forward
+from ncsr_fast.ops.coupled_step import Mixing, Step, coupled_step, mapped, peaks, total
+from ncsr_fast.ops.network_gradients import StepNetwork
 from ncsr_fast.ops.recorded import RecordedKernels
-from ncsr_fast.ops.step_network import NetworkTensors, StepNetwork, evaluate_network, network_gradients
+from ncsr_fast.ops.step_network import NetworkTensors, network_weights
 
+Hidden = tuple[Tensor, ...]  # layers of a network: two, or those of a deep one
 Layers = tuple[Tensor, ...]  # hidden layers of a network, then its output
 
 
@@ -29,6 +29,7 @@ class LevelTensors(NamedTuple):
         networks: Folded, of every branch.
         sources: Pre-activations (B, n·hidden, h, w) or (1, n·hidden, h, w), where the heads find them.
         outputs: Of every branch the outputs of all its networks, where they are known already; else None.
+        packed: Of every branch the weights of all its networks as their backend reads them: `packed_weights`.
     """
 
     mix: Tensor
@@ -36,6 +37,7 @@ class LevelTensors(NamedTuple):
     networks: tuple[Networks, ...]
     sources: tuple[Tensor, ...]
     outputs: tuple[tuple[Tensor, ...] | None, ...]
+    packed: tuple[tuple[Tensor, ...], ...]
 
 
 class Record(NamedTuple):
@@ -44,12 +46,14 @@ class Record(NamedTuple):
     Args:
         states: The state behind the mix of every stage, which its networks read; None: not wanted.
         peaks: Of the state behind every mix; None: not wanted.
-        layers: Hidden layers and output of the networks that every stage evaluates; None: not wanted.
+        outputs: Of the networks that every stage evaluates; None: not wanted.
+        hidden: Hidden layers of those networks; None: not wanted.
     """
 
     states: list[Tensor] | None = None
     peaks: Peaks | None = None
-    layers: list[list[Layers]] | None = None
+    outputs: list[list[Tensor]] | None = None
+    hidden: list[list[Hidden]] | None = None
 
 
 class Walk:
@@ -66,31 +70,54 @@ class Walk:
         called = RecordedKernels if recorded else kernels
         self._maps: Kernels | RecordedKernels = called(program.backend)
         self._networks: Kernels | RecordedKernels = called(program.network_backend)
+        self._coupled = coupled_step(program.backend, program.network_backend, recorded)
         self._weights = [networks.unbind() for networks in tensors.networks]
+        self._packed = [list(zip(*map(Tensor.unbind, packed))) for packed in tensors.packed]
         heads = zip(program.heads, self.outputs)
         # branches that read the condition alone and whose outputs are not known
         self.free = [branch for branch, (own, known) in enumerate(heads) if known is None and not own[0].pass_through]
 
     def run(self, x: Tensor, record: Record | None = None) -> tuple[Tensor, Tensor]:
         """The state after the program (B, C, h, w), and the log|det| (B,) of all affines."""
-        program, (mix, offset, *_) = self.program, self.tensors
         logdets: list[Tensor] = []
-        deferred = None
-        for stage in program.stages:
-            if stage.mix is not None:
-                before, after = self.fused(stage.before, x, deferred), self.fused(stage.after, x)
-                x, logdet = self._maps.flow_step_forward(
-                    x, mix[stage.mix], offset[stage.mix], before, after, program.eps, program.inverse
-                )
-                logdets.append(logdet)
-            if record is not None:
-                _enter(record, x, stage.mix is not None)
-            for head in stage.heads:
-                h = self.output(head, x, record)
-                x, logdet = self._maps.affine_forward(x, h, head.pass_through, program.eps, program.inverse)
-                logdets.append(logdet)
-            deferred = None if stage.deferred is None else self.output(stage.deferred, x, record)
-        return x, torch.stack(logdets).sum(dim=0)
+        found: list[Tensor] = []  # peaks
+        record = record or Record()
+        if self.program.stages[0].mix is None:
+            _enter(record, x)
+        for link in self.program.links:
+            step = self._step(link, x, record)
+            x = step.y
+            logdets += step.logdets
+            if step.peak is not None:
+                found.append(step.peak)
+            if link.mix is not None:
+                _enter(record, x)
+                if record.peaks is not None and step.peak is None:
+                    record.peaks.add(x)
+        if record.peaks is not None and found:
+            record.peaks.extend(peaks(found))
+        return x, total(logdets)
+
+    def _step(self, link: Link, x: Tensor, record: Record) -> Step:
+        """The maps of a link, with the evaluation of its network if that reads the state."""
+        program, head, mixing = self.program, link.head, self._mixing(link, x)
+        # a part of the state is watched by itself
+        watched = record.peaks is not None and record.peaks.is_whole and link.mix is not None
+        known = head is None or self.outputs[head.branch] is not None
+        if head is None or known or record.hidden is not None or self.is_deep(head):
+            h, pass_through = (None, 0) if head is None else (self.output(head, x, record), head.pass_through)
+            return mapped(self._maps, x, h, pass_through, mixing, program.eps, program.inverse, watched)
+        network, packed, with_output = self.arguments(head, x)[1:], self.packed(head), record.outputs is not None
+        options = {"tf32": program.method.tf32, "packed": packed, "watched": watched, "with_output": with_output}
+        step = Step(*self._coupled(x, *network, *mixing, program.eps, program.inverse, **options))
+        if record.outputs is not None and step.output is not None:
+            record.outputs[-1].append(step.output)
+        return step
+
+    def _mixing(self, link: Link, x: Tensor) -> Mixing:
+        if link.mix is None:
+            return Mixing()
+        return Mixing(self.tensors.mix[link.mix], self.tensors.offset[link.mix], self.fused(link.injector, x))
 
     def evaluate_free(self, layers: list[list[Layers]] | None = None) -> None:
         """Evaluate the networks of the branches `free`; their outputs are known from now on.
@@ -100,22 +127,31 @@ class Walk:
         """
         for branch in self.free:
             heads = self.program.heads[branch]
-            if layers is None:
+            if layers is None and not self.is_deep(heads[0]):
+                own, source = heads[0], self.tensors.sources[heads[0].source]
+                pre = source[:, own.channel : own.channel + len(heads) * own.hidden]  # the networks' are next to each other
+                _, *weights = self.tensors.networks[branch]
+                tails, packed = self._networks.step_network_tails, self.tensors.packed[branch]
+                self.outputs[branch] = tails(pre, *weights, tf32=self.program.method.tf32, packed=packed)
+            elif layers is None:
                 self.outputs[branch] = tuple(self._evaluated(head, None) for head in heads)
             else:
                 layers.append([self.layers(head, None) for head in heads])
                 self.outputs[branch] = tuple(found[-1] for found in layers[-1])
 
     def output(self, head: Head, x: Tensor, record: Record | None = None) -> Tensor:
-        """The output of a head's network for all samples of x; its layers are appended to a record that wants them."""
+        """The output of a head's network for all samples of x; it is appended to a record that wants it, as are its layers."""
         known = self.outputs[head.branch]
         if known is not None:
             return known[head.network].expand(x.shape[0], -1, -1, -1)
-        if record is None or record.layers is None:
-            return self._evaluated(head, x)
-        layers = self.layers(head, x)
-        record.layers[-1].append(layers)
-        return layers[-1]
+        if record is None or record.hidden is None:
+            h = self._evaluated(head, x)
+        else:
+            *hidden, h = self.layers(head, x)
+            record.hidden[-1].append(tuple(hidden))
+        if record is not None and record.outputs is not None:
+            record.outputs[-1].append(h)
+        return h
 
     def fused(self, head: Head | None, x: Tensor, deferred: Tensor | None = None) -> Tensor | None:
         """The output for an affine fused to a mix: `deferred` by the stage before, or known; None without a head."""
@@ -123,18 +159,11 @@ class Walk:
 
     def layers(self, head: Head, x: Tensor | None) -> Layers:
         """Hidden layers and output of a head's network, where nothing is recorded; x None for one of a `free` branch."""
-        program = self.program
-        arguments = self._arguments(head, x)
+        arguments, program = self.arguments(head, x), self.program
         if self.is_deep(head):
             return deep_layers(arguments[0], arguments[1], self.network(head), head.residual, program.method)
-        return kernels(program.network_backend).step_network_layers(*arguments, tf32=program.method.tf32)
-
-    def later_layers(self, head: Head, h1: Tensor) -> Layers:
-        """The hidden layers of a head's network behind the first, where nothing is recorded."""
-        network, method = self.network(head), self.program.method
-        if self.is_deep(head):
-            return hidden_layers(h1, network, head.residual, method)
-        return (F.relu(convolution_forward(h1, network.w2, network.b2, method)),)
+        layers = kernels(program.network_backend).step_network_layers
+        return layers(*arguments, tf32=program.method.tf32, packed=self.packed(head))
 
     def layer_count(self, head: Head) -> int:
         """The number of `layers`."""
@@ -143,27 +172,17 @@ class Walk:
         count = len(self.network(head).w2)
         return 2 + count + (count // head.residual if head.residual else 0)
 
-    def network_gradients(
-        self, head: Head, z1: Tensor | None, hidden: Layers, dh: Tensor, needs_weights: bool, dpre: Tensor
-    ) -> tuple[Tensor | None, StepNetwork | None]:
-        """Gradients of z1 and the weights, from that of the output; writes that of the pre-activation to `dpre`."""
-        network, method = self.network(head), self.program.method
-        if self.is_deep(head):
-            return deep_gradients(network, z1, hidden, dh, needs_weights, head.residual, method, dpre)
-        h1, h2 = hidden
-        return network_gradients(network, z1, h1, h2, dh, needs_weights, method, dpre)
-
     def is_deep(self, head: Head) -> bool:
         """True for a head whose network is a deep one."""
         return is_deep(self.tensors.networks[head.branch].w2)
 
     def _evaluated(self, head: Head, x: Tensor | None) -> Tensor:
-        arguments, method = self._arguments(head, x), self.program.method
+        arguments, method = self.arguments(head, x), self.program.method
         if self.is_deep(head):
             return deep_network(arguments[0], arguments[1], self.network(head), head.residual, method)
-        return self._networks.step_network_forward(*arguments, tf32=method.tf32)
+        return self._networks.step_network_forward(*arguments, tf32=method.tf32, packed=self.packed(head))
 
-    def _arguments(self, head: Head, x: Tensor | None) -> NetworkTensors:
+    def arguments(self, head: Head, x: Tensor | None) -> NetworkTensors:
         """The pass-through channels, for a network that reads them, the pre-activation, of as many samples, and the weights."""
         network, pre = self.network(head), self.pre_activation(self.tensors.sources[head.source], head)
         if x is None or not head.pass_through:
@@ -174,25 +193,25 @@ class Walk:
         """The weights of a head's network."""
         return self._weights[head.branch][head.network]
 
+    def packed(self, head: Head) -> tuple[Tensor, ...]:
+        """The same weights as the networks' backend reads them, or nothing."""
+        packed = self._packed[head.branch]
+        return packed[head.network] if packed else ()
+
     def pre_activation(self, source: Tensor, head: Head) -> Tensor:
         """That part of its source, or of the gradient, which is the pre-activation of a head's network: a view."""
         return source if source.shape[1] == head.hidden else source[:, head.channel : head.channel + head.hidden]
 
 
-def evaluated(
-    network: StepNetwork, z1: Tensor | None, pre: Tensor, residual: int, method: ConvolutionMethod, backend: str
-) -> Tensor:
-    """The output of a network of either kind. Differentiable."""
-    if network.w2.dim() == 5:
-        return deep_network(z1, pre, network, residual, method)
-    return evaluate_network(network, z1, pre, method.tf32, backend)
+def packed_weights(networks: Networks, backend: str, transposed: bool = False) -> tuple[Tensor, ...]:
+    """`network_weights` of folded networks; nothing for deep ones, which are convolved layer by layer."""
+    return () if is_deep(networks.w2) else network_weights(networks.w1, networks.w2, networks.w3, backend, transposed)
 
 
-def _enter(record: Record, x: Tensor, mixed: bool) -> None:
-    """Add the state behind the mix of a stage."""
+def _enter(record: Record, x: Tensor) -> None:
+    """Begin a stage, whose networks read x."""
     if record.states is not None:
         record.states.append(x)
-    if record.peaks is not None and mixed:
-        record.peaks.add(x)
-    if record.layers is not None:
-        record.layers.append([])
+    for found in (record.outputs, record.hidden):
+        if found is not None:
+            found.append([])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fractions import Fraction
 from typing import TYPE_CHECKING, NamedTuple, cast
 
-from ncsr_fast.engine.memory import AT_ONCE, budget, spare_bytes
+from ncsr_fast.engine.memory import at_once, budget, spare_bytes
 from ncsr_fast.engine.tiles import halo
 
 if TYPE_CHECKING:
@@ -89,4 +89,4 @@ def _level_bytes(model: NCSR, index: int, lr_pixels: int, n: int, tile: int | st
     elif tile is not None and reach is not None:
         crop = min(pixels, (max(1, int(int(tile) * resolution)) + 2 * reach) ** 2)
     together = min(n * walk * crop, max(walk * crop, spare_bytes(device)))
-    return crop * plan + together + min(AT_ONCE, crop * plan), crop < pixels
+    return crop * plan + together + min(at_once(device), crop * plan), crop < pixels

@@ -61,18 +61,15 @@ class Inputs:
         """Images (…, channels, h, w) of the padded size without the padding."""
         return image[..., : lr.shape[2] * self.flow.scale, : lr.shape[3] * self.flow.scale]
 
+    def composed(self, image: Tensor, lr: Tensor) -> Tensor:
+        """Decoded images (B, …, channels, h, w) cropped and added to the base that `lr` is enlarged to, not clipped."""
+        image, base = self.cropped(image, lr), enlarged(lr, self.flow)
+        return image if base is None else image + base.view(lr.shape[0], *[1] * (image.dim() - 4), *base.shape[1:])
+
     def shown(self, image: Tensor, lr: Tensor) -> Tensor:
         """Decoded images (B, …, channels, h, w) as samples of `lr`: cropped, added to the base, clipped where finite."""
-        image, base = self.cropped(image, lr), self.base(lr)
-        if base is not None:
-            image = image + base.view(lr.shape[0], *[1] * (image.dim() - 4), *base.shape[1:])
+        image = self.composed(image, lr)
         return torch.where(image.isfinite(), image.clamp(0, 1), torch.nan)  # clamp alone would make an infinity look like white
-
-    def base(self, lr: Tensor) -> Tensor | None:
-        """The images (B, C, sH, sW) that the flow's are residuals of; None where there are none."""
-        if self.flow.base is None:
-            return None
-        return F.interpolate(lr, scale_factor=self.flow.scale, mode=self.flow.base, align_corners=False)
 
     def padded_pixels(self, lr: Tensor) -> int:
         """The number of positions of a padded HR image."""
@@ -91,6 +88,13 @@ class Inputs:
             "Somewhere before, a scale near zero became a divisor: model.check_invertibility(lr) shows where. Try a lower "
             "temperature, or on_nonfinite='retry'."
         )
+
+
+def enlarged(lr: Tensor, flow: FlowConfig) -> Tensor | None:
+    """The base of a flow of residuals (B, channels, sH, sW): LR images enlarged; None of a flow of images."""
+    if flow.base is None:
+        return None
+    return F.interpolate(lr, scale_factor=flow.scale, mode=flow.base, align_corners=False)
 
 
 def pad(image: Tensor, cell: int, multiple: int = 2) -> Tensor:

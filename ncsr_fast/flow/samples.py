@@ -14,7 +14,7 @@ from ncsr_fast.config import FlowConfig
 from ncsr_fast.consistency import projected
 from ncsr_fast.engine.peaks import Peaks
 from ncsr_fast.flow.conditioned import Encoded, Levels
-from ncsr_fast.flow.inputs import Inputs
+from ncsr_fast.flow.inputs import Inputs, enlarged
 from ncsr_fast.flow.temperature import Temperature, temperature_for
 from ncsr_fast.flow.tiling import Progress, Tiling, tiling
 from ncsr_fast.layout import has_memory, traced
@@ -129,7 +129,7 @@ class ConditionedFlow:
 
     def residual(self, image: Tensor) -> Tensor:
         """What the flow sees of images (B, C, sH, sW): less the base that samples are added to, where there is one."""
-        base = self._inputs.base(self.lr)
+        base = enlarged(self.lr, self._inputs.flow)
         return image if base is None else image - base
 
     def draw(self, n: int = 1, temperature: Any = 0.9, generator: torch.Generator | None = None) -> list[Tensor]:
@@ -137,21 +137,28 @@ class ConditionedFlow:
         check_count("n", n)
         return draw(self._levels, self.lr, n, temperature_for(temperature, self.config, self.lr), generator)
 
-    def encode(self, hr: Tensor, noise: Tensor | None = None, *, prior: str = "condition") -> Encoded:
+    def encode(self, hr: Tensor, noise: Tensor | None = None, *, prior: str | Tensor = "condition") -> Encoded:
         """Latents and log-likelihood of the HR images; see `NCSR.encode`."""
-        if prior not in PRIORS:
+        if isinstance(prior, Tensor):
+            if prior.dtype != torch.bool or tuple(prior.shape) != (hr.shape[0],):
+                raise ValueError(
+                    f"prior must be ({hr.shape[0]},) bool, one for each image, not {tuple(prior.shape)} {prior.dtype}"
+                )
+        elif prior not in PRIORS:
             raise ValueError(f"prior must be one of {', '.join(map(repr, PRIORS))}, not {prior!r}")
-        if prior == "reference" and self._reference_mean is None:
+        by_reference = isinstance(prior, Tensor) or prior == "reference"
+        if by_reference and self._reference_mean is None:
             raise ValueError("prior='reference' is for flows whose prior has a mean that HR images give, such as LLFlow's")
         self._check_version()
         hr, noise = self._inputs.hr(hr, self.lr), self._inputs.noise(noise, self.lr)
         with self._recording():
             mean = self._levels.condition.prior_mean
-            if prior == "reference" and self._reference_mean is not None:
-                mean = self._reference_mean(hr)
+            if by_reference and self._reference_mean is not None:
+                reference = self._reference_mean(hr)
+                mean = torch.where(prior[:, None, None, None], reference, mean) if isinstance(prior, Tensor) else reference
             return self._levels.encoded(hr, noise, mean)
 
-    def log_prob(self, hr: Tensor, noise: Tensor | None = None, *, prior: str = "condition") -> Tensor:
+    def log_prob(self, hr: Tensor, noise: Tensor | None = None, *, prior: str | Tensor = "condition") -> Tensor:
         """log p(hr | lr), (B,) in nats; `prior` as of `NCSR.encode`."""
         return self.encode(hr, noise, prior=prior).log_likelihood
 

@@ -10,18 +10,25 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
 
 from ncsr_fast import tuning
 from ncsr_fast.ops.fallback import Guarded
+from ncsr_fast.ops.plain_dense_blocks import DenseBlocks
+
+if TYPE_CHECKING:
+    from ncsr_fast.ops.network_gradients import Layers, NetworkPass, StepNetwork
 
 BACKENDS = ("reference", "native", "triton")
 _MODULES = {"reference": "ncsr_fast.ops.reference", "native": "ncsr_fast.ops.native", "triton": "ncsr_fast.kernels"}
 _NOT_INSTALLED = "this is a source tree that was not installed; in it: pip install -e ."
 _PREFERRED = {"cpu": ("native",)}  # what "auto" tries before the reference; on a GPU its table says so (`ncsr_fast.tuning`)
+
+
+Step = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # dy, x, h_before and h_after of `flow_step_backward`
 
 
 class Kernels(Protocol):
@@ -64,7 +71,10 @@ class Kernels(Protocol):
         h_after: Tensor | None,
         eps: float,
         inverse: bool,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]: ...
+        mix_later: bool = False,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]: ...
+
+    def flow_step_mix_backward(self, steps: Sequence[Step], eps: float, inverse: bool) -> tuple[Tensor, Tensor]: ...
 
     def inverse_logdet(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]: ...
 
@@ -82,6 +92,27 @@ class Kernels(Protocol):
     def fold_backward(
         self, bias: Tensor, logs: Tensor, weight: Tensor, inverse: bool, dmix: Tensor, doffset: Tensor, dlogdet: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]: ...
+
+    def fold_filters_forward(
+        self,
+        weights: Sequence[Tensor],
+        biases: Sequence[Tensor],
+        logs: Sequence[Tensor],
+        factors: Sequence[float],
+        first: Sequence[int],
+        dtype: torch.dtype,
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]: ...
+
+    def fold_filters_backward(
+        self,
+        dfirst: Sequence[Tensor],
+        drest: Sequence[Tensor],
+        dfolded: Sequence[Tensor],
+        weights: Sequence[Tensor],
+        biases: Sequence[Tensor],
+        logs: Sequence[Tensor],
+        factors: Sequence[float],
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]: ...
 
     def conv3x3_forward(
         self,
@@ -112,6 +143,44 @@ class Kernels(Protocol):
 
     def conv3x3_weights(self, weights: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]: ...
 
+    def dense_blocks_forward(
+        self,
+        x: Tensor,
+        weights: Sequence[Tensor],
+        biases: Sequence[Tensor],
+        blocks: DenseBlocks,
+        *,
+        tf32: bool = False,
+        saves: bool = True,
+    ) -> tuple[list[Tensor], Tensor | None]: ...
+
+    def dense_blocks_backward(
+        self,
+        grads: Sequence[Tensor],
+        saved: Tensor,
+        weights: Sequence[Tensor],
+        biases: Sequence[Tensor],
+        blocks: DenseBlocks,
+        needed: tuple[bool, bool],
+        *,
+        tf32: bool = False,
+    ) -> tuple[Tensor | None, list[Tensor]]: ...
+
+    def hoisted_forward(
+        self, own: Tensor, stacked: Tensor, weight: Tensor, bias: Tensor, *, groups: int = 1, tf32: bool = False
+    ) -> list[Tensor]: ...
+
+    def hoisted_backward(
+        self,
+        dy: Tensor,
+        own: Tensor,
+        stacked: Tensor,
+        weight: Tensor,
+        needed: tuple[bool, bool, bool],
+        *,
+        tf32: bool = False,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]: ...
+
     def step_network_forward(
         self,
         z1: Tensor | None,
@@ -123,6 +192,7 @@ class Kernels(Protocol):
         b3: Tensor,
         *,
         tf32: bool = False,
+        packed: Sequence[Tensor] = (),
     ) -> Tensor: ...
 
     def step_network_layers(
@@ -136,7 +206,63 @@ class Kernels(Protocol):
         b3: Tensor,
         *,
         tf32: bool = False,
+        packed: Sequence[Tensor] = (),
     ) -> tuple[Tensor, Tensor, Tensor]: ...
+
+    def step_network_backward(
+        self,
+        dh: Sequence[Tensor],
+        z1: Sequence[Tensor | None],
+        pre: Sequence[Tensor],
+        hidden: Sequence[tuple[Tensor | None, Tensor]] | None,
+        networks: Sequence[StepNetwork],
+        dpre: Sequence[Tensor],
+        dz1: Sequence[Tensor | None],
+        *,
+        tf32: bool = False,
+        packed: Sequence[Sequence[Tensor]] = (),
+    ) -> list[Layers]: ...
+
+    def step_network_weights_backward(
+        self, passes: Sequence[NetworkPass], gradients: Sequence[StepNetwork], *, tf32: bool = False
+    ) -> None: ...
+
+    def step_network_coupled(
+        self,
+        x: Tensor,
+        pre: Tensor,
+        w1: Tensor,
+        w2: Tensor,
+        b2: Tensor,
+        w3: Tensor,
+        b3: Tensor,
+        mix: Tensor | None,
+        offset: Tensor | None,
+        injector: Tensor | None,
+        eps: float,
+        inverse: bool,
+        *,
+        tf32: bool = False,
+        packed: Sequence[Tensor] = (),
+        watched: bool = False,
+        with_output: bool = False,
+    ) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None, Tensor | None]: ...
+
+    def step_network_tails(
+        self,
+        pre: Tensor,
+        w2: Tensor,
+        b2: Tensor,
+        w3: Tensor,
+        b3: Tensor,
+        *,
+        tf32: bool = False,
+        packed: Sequence[Tensor] = (),
+    ) -> tuple[Tensor, ...]: ...
+
+    def step_network_weights(
+        self, w1: Tensor | None, w2: Tensor, w3: Tensor, dtype: torch.dtype, transposed: bool = False
+    ) -> tuple[Tensor, ...]: ...
 
 
 class Coverage(NamedTuple):
@@ -164,13 +290,21 @@ COVERAGE: dict[str, dict[str, Coverage]] = {
         "affine": Coverage(("cpu", "cuda"), _NARROW),
         "gaussian_split": Coverage(("cpu", "cuda"), _NARROW),
         "flow_step": Coverage(("cpu", "cuda"), _NARROW),
+        "flow_step_mix": Coverage(("cpu", "cuda"), _NARROW),
         "inverse_logdet": Coverage(("cpu", "cuda"), _FLOATS),
+        "fold_filters": Coverage(("cpu", "cuda"), _NARROW),
         "conv3x3": Coverage(("cpu", "cuda"), _NARROW),
         "conv3x3_weights": Coverage(("cpu", "cuda"), _NARROW),
+        "dense_blocks": Coverage(("cpu", "cuda"), _NARROW),
+        "hoisted": Coverage(("cpu", "cuda"), _NARROW),
         "step_network": Coverage(("cpu", "cuda"), _NARROW),
+        "step_network_weights": Coverage(("cpu", "cuda"), _NARROW),
     },
 }
 
+
+# Kernels that a backend uses for several convolutions at once, wherever it is the one that convolves: without entries in tables
+COMPANIONS = {"conv3x3_weights": "conv3x3", "dense_blocks": "conv3x3", "hoisted": "conv3x3"}
 
 _KERNELS = {"affine_injector": "affine", "affine_coupling": "affine", "actnorm_invconv": "flow_step"}
 
@@ -238,6 +372,14 @@ def covering_backend(kernel: str, backend: str, like: Tensor) -> str:
     if backend == "auto":
         return _best(kernel, kind, dtype)
     return "reference" if _refusal(backend, kernel, kind, dtype) else backend
+
+
+def companion_backend(kernel: str, backend: str, like: Tensor) -> str:
+    """`covering_backend` of one of `COMPANIONS`: the backend of its other kernel, if it has both."""
+    chosen = covering_backend(COMPANIONS[kernel], backend, like)
+    if backend == "auto":
+        return chosen if kernel in COVERAGE.get(chosen, {}) else "reference"
+    return covering_backend(kernel, backend, like)
 
 
 @functools.cache

@@ -8,6 +8,7 @@ from types import ModuleType
 from typing import Any
 
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from ncsr_fast.warn import warn_caller
 
@@ -57,7 +58,7 @@ class Guarded:
 
     def _replacement(self, name: str, error: Any, arguments: tuple[Any, ...], begun: bool) -> Callable[..., Any]:
         """The function that runs from now on; a warning tells of it."""
-        like = next(argument for argument in arguments if isinstance(argument, Tensor))
+        like = next(leaf for leaf in pytree.tree_leaves(arguments) if isinstance(leaf, Tensor))
         found = None if begun else self._instead(_kernel(name), name, like)
         if found is None:
             raise error.__cause__
@@ -68,4 +69,7 @@ class Guarded:
 
 def _kernel(function: str) -> str:
     """The kernel, as `COVERAGE` names it, that a function belongs to."""
-    return function.removesuffix("_forward").removesuffix("_backward").removesuffix("_layers")
+    for suffix in ("_forward", "_weights_backward", "_backward", "_layers", "_tails", "_coupled"):
+        if function.endswith(suffix):
+            return function.removesuffix(suffix)
+    return function

@@ -137,6 +137,7 @@ def _backward(
     before, after = (h_injector, h_coupling) if inverse else (h_coupling, h_injector)
     found = kernels(backend).flow_step_backward(dy, dlogdet, z, *saved, mix, before, after, eps, inverse)
     dz, dmix, doffset, dbefore, dafter = found
+    assert dmix is not None and doffset is not None
     dlogdet_of_pixel = dlogdet.sum(dtype=torch.float64) * (z.shape[2] * z.shape[3])
     dbias, dlogs, dweight = folding.fold_backward(bias, logs, weight, inverse, dmix, doffset, dlogdet_of_pixel)
     dcoupling, dinjector = (dafter, dbefore) if inverse else (dbefore, dafter)

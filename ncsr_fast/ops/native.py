@@ -7,7 +7,7 @@ another device than the first one raises. Tensors of the caller's that a kernel 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +15,11 @@ from torch import Tensor
 
 from ncsr_fast import _native as native
 from ncsr_fast.layout import empty_channels_last, empty_like, in_memory, writable
+from ncsr_fast.ops import reference
 from ncsr_fast.ops.contract import check_conditions, compute_dtype
+from ncsr_fast.ops.conv3x3 import ConvolutionMethod
+from ncsr_fast.ops.coupled_step import composed_of
+from ncsr_fast.ops.network_gradients import Layers, NetworkPass, StepNetwork, data_gradients, weight_gradients
 
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}  # csrc/core/tensor.h
 
@@ -169,7 +173,8 @@ def flow_step_backward(
     h_after: Tensor | None,
     eps: float,
     inverse: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    mix_later: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     dtype, channels = compute_dtype(x), x.shape[1]
     dx, dmix, doffset = empty_like(x), x.new_empty((channels, channels), dtype=dtype), x.new_empty(channels, dtype=dtype)
     dh_before = None if h_before is None else empty_like(h_before)
@@ -179,6 +184,8 @@ def flow_step_backward(
         x.shape, eps, inverse, _image(dy), _per_sample(dlogdet, dtype), _image(x), _image(y), _dense(mix, dtype),
         _image(h_before), _image(h_after), _image(dx), _dense(dmix), _dense(doffset), _image(dh_before), _image(dh_after),
     )  # fmt: skip
+    if mix_later:
+        return dx, None, None, dh_before, dh_after
     return dx, dmix.to(mix.dtype), doffset.to(mix.dtype), dh_before, dh_after
 
 
@@ -192,6 +199,7 @@ def step_network_forward(
     b3: Tensor,
     *,
     tf32: bool = False,
+    packed: Sequence[Tensor] = (),
 ) -> Tensor:
     return _step_network(None, None, z1, pre, w1, w2, b2, w3, b3)
 
@@ -206,9 +214,56 @@ def step_network_layers(
     b3: Tensor,
     *,
     tf32: bool = False,
+    packed: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Tensor, Tensor]:
     h1, h2 = (torch.empty_like(pre, memory_format=torch.channels_last) for _ in range(2))
     return h1, h2, _step_network(h1, h2, z1, pre, w1, w2, b2, w3, b3)
+
+
+def step_network_backward(
+    dh: Sequence[Tensor],
+    z1: Sequence[Tensor | None],
+    pre: Sequence[Tensor],
+    hidden: Sequence[tuple[Tensor | None, Tensor]] | None,
+    networks: Sequence[StepNetwork],
+    dpre: Sequence[Tensor],
+    dz1: Sequence[Tensor | None],
+    *,
+    tf32: bool = False,
+    packed: Sequence[Sequence[Tensor]] = (),
+) -> list[Layers]:
+    """As the reference's, by convolutions that are this backend's where they pay."""
+    if hidden is None:
+        hidden = [_hidden(own_z1, own_pre, *network) for own_z1, own_pre, network in zip(z1, pre, networks)]
+    return data_gradients(dh, pre, hidden, networks, dpre, dz1, ConvolutionMethod(tf32))
+
+
+def step_network_weights_backward(
+    passes: Sequence[NetworkPass], gradients: Sequence[StepNetwork], *, tf32: bool = False
+) -> None:
+    """Likewise."""
+    weight_gradients(passes, gradients, ConvolutionMethod(tf32))
+
+
+def _hidden(
+    z1: Tensor | None, pre: Tensor, w1: Tensor | None, w2: Tensor, b2: Tensor, w3: Tensor, b3: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The hidden layers, by the reference where z1 is None: the kernel gains nothing then."""
+    if z1 is None:
+        return reference.step_network_hidden(z1, pre, w1, w2, b2, w3, b3)
+    h1, h2 = (torch.empty_like(pre, memory_format=torch.channels_last) for _ in range(2))
+    _step_network(h1, h2, z1, pre, w1, w2, b2, torch.zeros_like(w3[:1]), torch.zeros_like(b3[:1]))  # of h, one channel
+    return h1, h2
+
+
+step_network_coupled = composed_of("native")
+
+
+def step_network_tails(
+    pre: Tensor, w2: Tensor, b2: Tensor, w3: Tensor, b3: Tensor, *, tf32: bool = False, packed: Sequence[Tensor] = ()
+) -> tuple[Tensor, ...]:
+    networks = zip(pre.chunk(len(w2), dim=1), w2, b2, w3, b3, strict=True)
+    return tuple([_step_network(None, None, None, own, None, *weights) for own, *weights in networks])
 
 
 def _step_network(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import repeat
+
 from torch import Tensor
 
 from ncsr_fast.ops.affine import affine
@@ -41,5 +44,20 @@ class RecordedKernels:
         b3: Tensor,
         *,
         tf32: bool = False,
+        packed: Sequence[Tensor] = (),
     ) -> Tensor:
         return evaluate_network(StepNetwork(w1, w2, b2, w3, b3), z1, pre, tf32, self._backend)
+
+    def step_network_tails(
+        self,
+        pre: Tensor,
+        w2: Tensor,
+        b2: Tensor,
+        w3: Tensor,
+        b3: Tensor,
+        *,
+        tf32: bool = False,
+        packed: Sequence[Tensor] = (),
+    ) -> tuple[Tensor, ...]:
+        networks = zip(pre.chunk(len(w2), dim=1), map(StepNetwork, repeat(None), w2, b2, w3, b3))
+        return tuple([evaluate_network(network, None, own, tf32, self._backend) for own, network in networks])

@@ -4,6 +4,7 @@
     gaussian_split   eps = (x - mean)·exp(-logs) on the last channels, or its inverse, and the log-density
     flow_step        y = after(mix·before(x) + offset), with two such affines
     inverse_logdet   W⁻¹, log|det W| and the condition number of W
+    fold_filters     weights and biases of convolutions times the scales of their outputs
     fold             actnorm and 1×1 convolution as one affine map y = mix·x + offset of a pixel
     conv3x3          zero-padded 3×3 convolution, of an upsampled input, added to an output, through the mask of a leaky ReLU
     step_network     w3 ∗ relu(w2 · relu(w1 ∗ z1 + pre) + b2) + b3
@@ -20,10 +21,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ncsr_fast.layout import is_channels_last
+from ncsr_fast.layout import dense_format, is_channels_last
 from ncsr_fast.ops.contract import compute_dtype, pass_through_channels
+from ncsr_fast.ops.conv3x3 import ConvolutionMethod
+from ncsr_fast.ops.coupled_step import composed_of
 from ncsr_fast.ops.inverse_logdet import invert
+from ncsr_fast.ops.network_gradients import Layers, NetworkPass, StepNetwork, data_gradients, weight_gradients
 from ncsr_fast.ops.plain_convolution import Needed, convolve, convolve_backward
+from ncsr_fast.ops.plain_dense_blocks import dense_blocks_backward as dense_blocks_backward
+from ncsr_fast.ops.plain_dense_blocks import dense_blocks_forward as dense_blocks_forward
 from ncsr_fast.ops.plain_inverse import inverse_logdet as inverse_logdet
 from ncsr_fast.precision import product
 
@@ -131,22 +137,51 @@ def flow_step_backward(
     h_after: Tensor | None,
     eps: float,
     inverse: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Gradients of x, mix, offset, h_before and h_after, from the input x and the output y."""
+    mix_later: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of x, mix, offset, h_before and h_after, from the input x and the output y.
+
+    With `mix_later` None for mix and offset, which are left to `flow_step_mix_backward`.
+    """
     pass_before, pass_after = _pass_through(x, inverse)
-    dh_before = dh_after = None
+    dh_before = dh_after = dmix = doffset = None
     dw = dy.to(mix.dtype)
     if h_after is not None:
         dw, dh_after = _affine_gradients(dw, dlogdet, y.to(mix.dtype), h_after, pass_after, eps, inverse)
     a = x.to(mix.dtype)
     if h_before is not None:
         a, _ = affine_forward(a, h_before, pass_before, eps, inverse)
-    pixels = dw.flatten(2)
-    dmix, doffset = product(pixels, a.flatten(2).mT).sum(dim=0), pixels.sum(dim=(0, 2))
+    if not mix_later:
+        dmix, doffset = _mix_gradients(dw, a)
     dx = mixed(mix.mT, dw)
     if h_before is not None:
         dx, dh_before = _affine_gradients(dx, dlogdet, a, h_before, pass_before, eps, inverse)
     return dx.to(x.dtype), dmix, doffset, dh_before, dh_after
+
+
+def flow_step_mix_backward(
+    steps: Sequence[tuple[Tensor, Tensor, Tensor | None, Tensor | None]], eps: float, inverse: bool
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the matrices (n, C, C) and offsets (n, C) of n steps, from dy, x, h_before and h_after of each."""
+    found = []
+    for dy, x, h_before, h_after in steps:
+        (pass_before, pass_after), dtype = _pass_through(x, inverse), compute_dtype(x)
+        dw, a = dy.to(dtype), x.to(dtype)
+        if h_after is not None:
+            scale = torch.sigmoid(h_after[:, 1::2].to(dtype) + 2) + eps
+            changed = dw[:, pass_after:] / scale if inverse else dw[:, pass_after:] * scale
+            dw = torch.cat([dw[:, :pass_after], changed], dim=1)
+        if h_before is not None:
+            a, _ = affine_forward(a, h_before, pass_before, eps, inverse)
+        found.append(_mix_gradients(dw, a))
+    dmix, doffset = map(torch.stack, zip(*found))
+    return dmix, doffset
+
+
+def _mix_gradients(dw: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
+    """Of w = mix·a + offset."""
+    pixels = dw.flatten(2)
+    return product(pixels, a.flatten(2).mT).sum(dim=0), pixels.sum(dim=(0, 2))
 
 
 def mixed(mix: Tensor, x: Tensor) -> Tensor:
@@ -228,6 +263,56 @@ def fold_backward(
     return dbias.to(dtypes[0]), dlogs.to(dtypes[1]), dweight.to(dtypes[2])
 
 
+def fold_filters_forward(
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    logs: Sequence[Tensor],
+    factors: Sequence[float],
+    first: Sequence[int],
+    dtype: torch.dtype,
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Weights and biases of stacks of convolutions times the scales exp(factor · logs) of their outputs, in `dtype`, dense.
+
+    Args:
+        weights: (K, outputs, inputs, k, k) of each stack.
+        biases: (K, outputs).
+        logs: (K, outputs).
+        factors: Of each stack one.
+        first: Of each stack, the inputs whose weights become a tensor of their own.
+        dtype: Of the results.
+
+    Returns:
+        The weights of the first inputs, those of the others, and the biases, of each stack one.
+    """
+    folded: tuple[list[Tensor], list[Tensor], list[Tensor]] = ([], [], [])
+    for weight, bias, own_logs, factor, count in zip(weights, biases, logs, factors, first):
+        scale = torch.exp(factor * own_logs)
+        parts = (weight * scale[..., None, None, None]).to(dtype).tensor_split([count], dim=2)
+        for into, part in zip(folded, (*parts, (bias * scale).to(dtype))):
+            into.append(part.contiguous())
+    return folded
+
+
+def fold_filters_backward(
+    dfirst: Sequence[Tensor],
+    drest: Sequence[Tensor],
+    dfolded: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    logs: Sequence[Tensor],
+    factors: Sequence[float],
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Gradients of weights, biases and logs from those of the three results of `fold_filters_forward`."""
+    gradients: tuple[list[Tensor], list[Tensor], list[Tensor]] = ([], [], [])
+    for first, rest, dbias, weight, bias, own_logs, factor in zip(dfirst, drest, dfolded, weights, biases, logs, factors):
+        scale, dweight = torch.exp(factor * own_logs), torch.cat([first, rest], dim=2).to(weight.dtype)
+        dbias = dbias.to(bias.dtype)
+        dscale = (dweight * weight).sum(dim=(2, 3, 4)) + dbias * bias
+        for into, part in zip(gradients, (dweight * scale[..., None, None, None], dbias * scale, factor * scale * dscale)):
+            into.append(part)
+    return gradients
+
+
 def conv3x3_forward(
     x: Tensor,
     weight: Tensor,
@@ -305,8 +390,47 @@ def conv3x3_weights(weights: Sequence[Tensor], dtype: torch.dtype) -> list[Tenso
     return [*weights]
 
 
-def _upsampled(x: Tensor) -> Tensor:
-    return F.interpolate(x, scale_factor=2, mode="nearest")
+def _upsampled(x: Tensor, factor: int = 2) -> Tensor:
+    return F.interpolate(x, scale_factor=factor, mode="nearest")
+
+
+def hoisted_forward(
+    own: Tensor, stacked: Tensor, weight: Tensor, bias: Tensor, *, groups: int = 1, tf32: bool = False
+) -> list[Tensor]:
+    """weight ∗ [own, stacked upsampled by nearest neighbour] + bias, in the dtype and layout of `own`.
+
+    Args:
+        own: (B, c, f·H, f·W), f a whole number.
+        stacked: (B, s, H, W).
+        weight: (N, c + s, 3, 3).
+        bias: (N,).
+        groups: Number of dense images that the outputs are in.
+        tf32: Whether a GPU may round float32 operands to TF32.
+
+    Returns:
+        The images (B, N / groups, f·H, f·W).
+    """
+    y, layout = convolve(_joined(own, stacked), weight, bias, tf32), dense_format(own)
+    return [image.contiguous(memory_format=layout) for image in y.chunk(groups, dim=1)]
+
+
+def hoisted_backward(
+    dy: Tensor, own: Tensor, stacked: Tensor, weight: Tensor, needed: Needed, *, tf32: bool = False
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of own, stacked, weight and bias of `hoisted_forward`, from that of its only image.
+
+    In the dtype of own; those of weight and bias, of which both are needed or none, may be in the one in which a backend sums.
+    """
+    wanted = needed[0] or needed[1], needed[2], needed[2]
+    joined, dweight, dbias = convolve_backward(dy, _joined(own, stacked), weight, wanted, tf32)
+    if joined is None:
+        return None, None, dweight, dbias
+    down, dlarge = joined.tensor_split([own.shape[1]], dim=1)
+    return down, F.avg_pool2d(dlarge, own.shape[2] // stacked.shape[2], divisor_override=1), dweight, dbias
+
+
+def _joined(own: Tensor, stacked: Tensor) -> Tensor:
+    return torch.cat([own, _upsampled(stacked, own.shape[2] // stacked.shape[2])], dim=1)
 
 
 def step_network_forward(
@@ -319,6 +443,7 @@ def step_network_forward(
     b3: Tensor,
     *,
     tf32: bool = False,
+    packed: Sequence[Tensor] = (),
 ) -> Tensor:
     """h (B, outputs, H, W) = w3 ∗ h2 + b3 with h1 = relu(w1 ∗ z1 + pre) and h2 = relu(w2 · h1 + b2), in the dtype of pre.
 
@@ -331,6 +456,7 @@ def step_network_forward(
         w3: (outputs, hidden, 3, 3).
         b3: (outputs,).
         tf32: Whether a GPU may round float32 operands to TF32.
+        packed: Of `step_network_weights` of the same backend, each at the number of the network, or nothing.
     """
     return step_network_layers(z1, pre, w1, w2, b2, w3, b3, tf32=tf32)[2]
 
@@ -345,8 +471,102 @@ def step_network_layers(
     b3: Tensor,
     *,
     tf32: bool = False,
+    packed: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Tensor, Tensor]:
     """h1, h2 and h of `step_network_forward`."""
-    h1 = F.relu(pre if z1 is None or w1 is None else convolve(z1.to(pre.dtype), w1, None, tf32) + pre)
-    h2 = F.relu(convolve(h1, w2, b2, tf32))
+    h1, h2 = step_network_hidden(z1, pre, w1, w2, b2, w3, b3, tf32=tf32)
     return h1, h2, convolve(h2, w3, b3, tf32)
+
+
+def step_network_hidden(
+    z1: Tensor | None,
+    pre: Tensor,
+    w1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor,
+    w3: Tensor,
+    b3: Tensor,
+    *,
+    tf32: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """h1 and h2 of `step_network_forward`, for its arguments."""
+    h1 = F.relu(pre if z1 is None or w1 is None else convolve(z1.to(pre.dtype), w1, None, tf32) + pre)
+    return h1, F.relu(convolve(h1, w2, b2, tf32))
+
+
+def step_network_backward(
+    dh: Sequence[Tensor],
+    z1: Sequence[Tensor | None],
+    pre: Sequence[Tensor],
+    hidden: Sequence[tuple[Tensor | None, Tensor]] | None,
+    networks: Sequence[StepNetwork],
+    dpre: Sequence[Tensor],
+    dz1: Sequence[Tensor | None],
+    *,
+    tf32: bool = False,
+    packed: Sequence[Sequence[Tensor]] = (),
+) -> list[Layers]:
+    """Gradients of the inputs of networks of one shape.
+
+    Args:
+        dh: Of each network, the gradient (B, outputs, H, W) of its output, in the dtype of pre.
+        z1: (B, C, H, W) of any dtype, or None.
+        pre: (B, hidden, H, W).
+        hidden: h1, None where it is the positive part of pre, and h2 (B, hidden, H, W). None: they are recomputed.
+        networks: The weights.
+        dpre: Are written the gradients (B, hidden, H, W) of pre; all with the same strides.
+        dz1: Is added the gradient (B, C, H, W) of z1, in any dtype; None: not wanted.
+        tf32: Whether a GPU may round float32 operands to TF32.
+        packed: Of each network those of `step_network_weights` of the same backend, then those transposed; or nothing.
+
+    Returns:
+        Of each network h1, or None, h2, and the gradient of the pre-activation of h2.
+    """
+    if hidden is None:
+        hidden = [
+            step_network_hidden(own_z1, own_pre, *network, tf32=tf32) for own_z1, own_pre, network in zip(z1, pre, networks)
+        ]
+    return data_gradients(dh, pre, hidden, networks, dpre, dz1, ConvolutionMethod(tf32, "reference"))
+
+
+def step_network_weights_backward(
+    passes: Sequence[NetworkPass], gradients: Sequence[StepNetwork], *, tf32: bool = False
+) -> None:
+    """Write the gradients of the weights of networks of one shape to `gradients`, in the dtype that those have."""
+    weight_gradients(passes, gradients, ConvolutionMethod(tf32, "reference"))
+
+
+step_network_coupled = composed_of("reference")
+
+
+def step_network_tails(
+    pre: Tensor, w2: Tensor, b2: Tensor, w3: Tensor, b3: Tensor, *, tf32: bool = False, packed: Sequence[Tensor] = ()
+) -> tuple[Tensor, ...]:
+    """The outputs of K networks that do not read the state.
+
+    Args:
+        pre: (B, K·hidden, H, W), of one after the other.
+        w2: (K, hidden, hidden, 1, 1).
+        b2: (K, hidden).
+        w3: (K, outputs, hidden, 3, 3).
+        b3: (K, outputs).
+        tf32: Whether a GPU may round float32 operands to TF32.
+        packed: Of `step_network_weights` of the same backend, or nothing.
+    """
+    networks = zip(pre.chunk(len(w2), dim=1), w2, b2, w3, b3, strict=True)
+    return tuple([step_network_forward(None, own, None, *weights, tf32=tf32) for own, *weights in networks])
+
+
+def step_network_weights(
+    w1: Tensor | None, w2: Tensor, w3: Tensor, dtype: torch.dtype, transposed: bool = False
+) -> tuple[Tensor, ...]:
+    """The weights of K networks, stacked, as the backend reads them best: tensors (K, …), here none.
+
+    Args:
+        w1: (K, hidden, C, 3, 3) or None.
+        w2: (K, hidden, hidden, 1, 1).
+        w3: (K, outputs, hidden, 3, 3).
+        dtype: In which the networks are evaluated.
+        transposed: For `step_network_backward`, else for the forward functions.
+    """
+    return ()

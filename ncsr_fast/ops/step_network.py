@@ -7,31 +7,22 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, cast
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ncsr_fast.layout import empty_channels_last
-from ncsr_fast.ops.backend import kernels, resolve_backend
+from ncsr_fast.layout import empty_channels_last, readable
+from ncsr_fast.ops.backend import COVERAGE, kernels, resolve_backend
 from ncsr_fast.ops.contract import check_image, check_tensors
-from ncsr_fast.ops.conv3x3 import ConvolutionMethod, convolution, convolution_backward
+from ncsr_fast.ops.conv3x3 import ConvolutionMethod, convolution
+from ncsr_fast.ops.network_gradients import NetworkPass
+from ncsr_fast.ops.network_gradients import StepNetwork as StepNetwork
 from ncsr_fast.ops.operator import Operator, Tensors
 from ncsr_fast.ops.registration import Signature
 
+Hidden = tuple[Tensor, Tensor]  # h1 and h2
 Layers = tuple[Tensor, Tensor, Tensor]  # h1, h2 and h
 NetworkTensors = tuple[Tensor | None, Tensor, Tensor | None, Tensor, Tensor, Tensor, Tensor]  # z1, pre and the weights
-
-
-class StepNetwork(NamedTuple):
-    """The weights of a network, actnorms and scales folded in."""
-
-    w1: Tensor | None  # (hidden, C, 3, 3); None: the network does not read the state
-    w2: Tensor  # (hidden, hidden, 1, 1)
-    b2: Tensor  # (hidden,)
-    w3: Tensor  # (outputs, hidden, 3, 3)
-    b3: Tensor  # (outputs,)
 
 
 def step_network(
@@ -103,31 +94,22 @@ def evaluate_network(network: StepNetwork, z1: Tensor | None, pre: Tensor, tf32:
     return _step_network((z1, pre, *network), tf32, backend)[0]
 
 
-def network_gradients(
-    network: StepNetwork,
-    z1: Tensor | None,
-    h1: Tensor,
-    h2: Tensor,
-    dh: Tensor,
-    needs_weights: bool,
-    method: ConvolutionMethod,
-    dpre: Tensor,
-) -> tuple[Tensor | None, StepNetwork | None]:
-    """Gradients of z1, in the dtype of the network, and with `needs_weights` of the weights; writes that of pre to `dpre`."""
-    dh, wanted = dh.to(h2.dtype), (True, needs_weights, needs_weights)
-    dh2, dw3, db3 = convolution_backward(dh, h2, network.w3, wanted, method, relu=(h2, 0.0))
-    dh1, dw2, db2 = convolution_backward(cast(Tensor, dh2), h1, network.w2, wanted, method)
-    torch.ops.aten.threshold_backward.grad_input(dh1, h1, 0, grad_input=dpre)
-    dz1, dw1 = None, None
-    if z1 is not None and network.w1 is not None:
-        dz1, dw1, _ = convolution_backward(dpre, z1.to(h1.dtype), network.w1, (True, needs_weights, False), method)
-    others = cast(tuple[Tensor, Tensor, Tensor, Tensor], (dw2, db2, dw3, db3))
-    return dz1, StepNetwork(dw1, *others) if needs_weights else None
+def network_weights(w1: Tensor | None, w2: Tensor, w3: Tensor, backend: str, transposed: bool = False) -> tuple[Tensor, ...]:
+    """The weights of K networks, stacked, as a backend reads them best: tensors (K, …), for `packed` of its functions.
 
+    Nothing where operators are recorded, or where the backend reads the weights as they are. Autograd does not see it.
 
-def _method(tf32: bool, backend: str) -> ConvolutionMethod:
-    """How the gradients of a network are convolved."""
-    return ConvolutionMethod(tf32, "reference" if backend == "reference" else "auto")
+    Args:
+        w1: (K, hidden, C, 3, 3) or None.
+        w2: (K, hidden, hidden, 1, 1).
+        w3: (K, outputs, hidden, 3, 3).
+        backend: Resolved.
+        transposed: For its backward function.
+    """
+    if "step_network_weights" not in COVERAGE.get(backend, {}) or not readable((w2, w3), by_pytorch=True):
+        return ()
+    weights = (None if w1 is None else w1.detach(), w2.detach(), w3.detach())
+    return kernels(backend).step_network_weights(*weights, w2.dtype, transposed)
 
 
 def _forward(tensors: NetworkTensors, tf32: bool, backend: str) -> tuple[tuple[Tensor], Tensors]:
@@ -137,11 +119,16 @@ def _forward(tensors: NetworkTensors, tf32: bool, backend: str) -> tuple[tuple[T
 def _backward(
     grads: tuple[Tensor], tensors: NetworkTensors, _: Tensors, needed: tuple[bool, ...], tf32: bool, backend: str
 ) -> Tensors:
-    z1, network = tensors[0], StepNetwork(*tensors[2:])
-    h1, h2 = kernels(backend).step_network_layers(*tensors, tf32=tf32)[:2]
-    dpre = torch.empty_like(h1)
-    dz1, dnetwork = network_gradients(network, z1, h1, h2, grads[0], any(needed[2:]), _method(tf32, backend), dpre)
-    return None if z1 is None or dz1 is None else dz1.to(z1.dtype), dpre, *(dnetwork or (None,) * 5)
+    (z1, pre, *weights), functions = tensors, kernels(backend)
+    network = StepNetwork._make(weights)
+    dh, dpre = grads[0].to(pre.dtype), empty_channels_last(pre.shape, pre)
+    dz1 = None if z1 is None else torch.zeros_like(z1)
+    ((h1, h2, dh2),) = functions.step_network_backward([dh], [z1], [pre], None, [network], [dpre], [dz1], tf32=tf32)
+    if not any(needed[2:]):
+        return dz1, dpre, *(None,) * 5
+    gradient = StepNetwork._make(None if weight is None else torch.empty_like(weight) for weight in network)
+    functions.step_network_weights_backward([NetworkPass(z1, pre, h1, h2, dpre, dh2, dh)], [gradient], tf32=tf32)
+    return dz1, dpre, *gradient
 
 
 def _reference(

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from ncsr_fast.data.images import to_float
+from ncsr_fast.data.low_light import low_light_input
 from ncsr_fast.data.perturb import degrade, perturbed
+from ncsr_fast.flow.inputs import enlarged
 from ncsr_fast.training.settings import TrainSettings
 
 
@@ -20,6 +22,7 @@ class Draws(NamedTuple):
     noise: Tensor  # (B, 3, crop, crop), standard normal
     flips: Tensor  # (B,) bool
     turns: Tensor  # (B,) int64, 0 to 3
+    reference: Tensor  # (B,) bool, all alike: the mean of the prior is the reference's
 
     @classmethod
     def of_step(cls, step: int, settings: TrainSettings, generator: torch.Generator, share: slice = slice(None)) -> Draws:
@@ -35,28 +38,52 @@ class Draws(NamedTuple):
             noise=torch.randn(batch, 3, settings.crop, settings.crop, dtype=torch.float32, **options),
             flips=torch.rand(batch, dtype=torch.float32, **options) < (0.5 if settings.flip else 0.0),
             turns=torch.randint(4 if settings.rotate else 1, (batch,), **options),
+            reference=(torch.rand(1, dtype=torch.float32, **options) < settings.reference_prior).repeat(batch),
         )
         return cls(*(tensor[share] for tensor in drawn))
 
 
 class Batch(NamedTuple):
-    """What the losses see; images in [0, 1] but for the noise."""
+    """What the losses see; images in [0, 1] but for the noise and the base."""
 
     hr: Tensor
     lr: Tensor
-    noisy_hr: Tensor
+    target: Tensor  # what the flow is of: hr, or its residual of the base that lr is enlarged to
+    noisy_target: Tensor
     noisy_lr: Tensor
     noise: Tensor | None  # what the flow is conditioned on
 
 
 def prepare(hr: Tensor, lr: Tensor | None, draws: Draws, settings: TrainSettings) -> Batch:
-    """uint8 crops (B, 3, crop, crop) and their LR (None: bicubic, here) → flipped, turned, in floats, with NCSR's noise."""
+    """uint8 crops (B, 3, crop, crop) and their LR → flipped, turned, in floats, with noise.
+
+    LR images are those of `stacked`; None: bicubic, made here.
+    """
     hr = augmented(hr, draws)
-    lr = degrade(hr, settings.model.scale) if lr is None else augmented(lr, draws)
-    hr, lr = to_float(hr), to_float(lr)
-    std = settings.max_std * draws.std
-    noisy_hr, noisy_lr, noise = perturbed(hr, lr, std, draws.noise, noise_channels=settings.model.noise_channels)
-    return Batch(hr, lr, noisy_hr, noisy_lr if settings.lr_noise else lr, noise)
+    lr = network_input(degrade(hr, settings.model.scale) if lr is None else augmented(lr, draws))
+    hr = to_float(hr)
+    target = residual(hr, lr, settings)
+    std = settings.max_std * (torch.ones_like(draws.std) if settings.fixed_std else draws.std)
+    channels = settings.model.noise_channels
+    noisy = perturbed(target, lr, std, draws.noise, noise_channels=channels, lr_noise=settings.lr_noise)
+    return Batch(hr, lr, target, *noisy)
+
+
+def stacked(batch: dict[str, Tensor]) -> Tensor | None:
+    """The LR crops of a batch of `RandomCrops`, those of low light with their equalized ones: uint8 (B, 3 or 6, h, w)."""
+    parts = [batch[name] for name in ("lr", "equalized") if name in batch]
+    return torch.cat(parts, dim=1) if parts else None
+
+
+def network_input(lr: Tensor) -> Tensor:
+    """What encoders read of uint8 LR images (…, 3, h, w), or of dark images stacked with the equalized ones (…, 6, h, w)."""
+    return to_float(lr) if lr.shape[-3] == 3 else low_light_input(lr[..., :3, :, :], lr[..., 3:, :, :])
+
+
+def residual(hr: Tensor, lr: Tensor, settings: TrainSettings) -> Tensor:
+    """What the flow is of: hr, or hr less the base that lr is enlarged to (FS-NCSR)."""
+    base = enlarged(lr, settings.model.flow)
+    return hr if base is None else hr - base
 
 
 def augmented(images: Tensor, draws: Draws) -> Tensor:

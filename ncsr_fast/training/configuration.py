@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ncsr_fast.config import PRESETS, NCSRConfig
+from ncsr_fast.systems import SYSTEMS
 from ncsr_fast.training.published import RENAMED, from_published
 from ncsr_fast.training.settings import PUBLISHED, TrainSettings
 
@@ -59,13 +60,18 @@ def configure(path: str | os.PathLike | None = None, overrides: Mapping[str, Any
     else:
         preset = problems.choice("preset", overrides.get("preset", given.get("preset", "ncsr-x4")), tuple(PUBLISHED))
         base, architecture = PUBLISHED[preset], PRESETS[preset]
-        given.setdefault("variant", "noise" if architecture.get("noise_channels") else "srflow")
+        if SYSTEMS[architecture.get("system", "ncsr")].noise:
+            given.setdefault("variant", "noise" if architecture.get("noise_channels") else "srflow")
     fields = {field.name: field for field in dataclasses.fields(TrainSettings)}
     for source in (given, overrides):
         problems.unknown(source, (*fields, *_BESIDE))
     variant = overrides.get("variant", given.get("variant"))
     if variant is not None:
         variant = problems.choice("variant", variant, VARIANTS)
+        system = SYSTEMS[architecture.get("system", "ncsr")]
+        if not system.noise:
+            problems.add("variant", f"is for NCSR: {system.title} has no noise-conditional layer")
+            variant = None
     values = {key: value for key, value in {**base, **given, **overrides}.items() if key in fields}
     values["model"] = model = _model(architecture, variant, given.get("model"), overrides.get("model"), problems)
     if variant is not None and "max_std" not in {**given, **overrides}:

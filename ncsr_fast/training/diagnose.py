@@ -39,7 +39,7 @@ def _in_weights(model: NCSR) -> str | None:
 
 
 def _in_likelihood(model: NCSR, batch: Batch) -> str | None:
-    z = batch.noisy_hr
+    z = batch.noisy_target
     condition = model.features(batch.noisy_lr, plain=True)
     for index, (level, features) in enumerate(zip(model.levels, condition.features)):
         plain = PlainLevel(level, features, model.options)

@@ -21,7 +21,7 @@ from ncsr_fast.graphs import TrainingStep, adam
 from ncsr_fast.memory import is_out_of_memory
 from ncsr_fast.model import NCSR
 from ncsr_fast.synchronization import reading_is_free
-from ncsr_fast.training.batch import Draws
+from ncsr_fast.training.batch import Draws, stacked
 from ncsr_fast.training.diagnose import without_texture
 from ncsr_fast.training.folder import check_folder
 from ncsr_fast.training.lock import sole_writer
@@ -262,7 +262,8 @@ class StageLoop:
 
     def inputs(self, batch: dict[str, Tensor], number: int, share: slice) -> tuple[Tensor | None, ...]:
         """What `stage.objective` takes."""
-        hr, lr = (batch[key].to(self.processes.device, non_blocking=True) if key in batch else None for key in ("hr", "lr"))
+        crops = (batch["hr"], stacked(batch))
+        hr, lr = (None if crop is None else crop.to(self.processes.device, non_blocking=True) for crop in crops)
         return hr, lr, *Draws.of_step(number, self.settings, self.generator, share)
 
     def _progress(self) -> tqdm:

@@ -190,7 +190,7 @@ def _options(settings: TrainSettings, found: MemoryEstimate, processes: int) -> 
     if fitting[now] >= 1:
         needed = math.ceil(settings.batch / fitting[now])
         options.append((f"{needed} processes", f"torchrun --nproc-per-node {needed}, with a device for each"))
-    unit = 2 * settings.model.scale
+    unit = settings.crop_unit
     share = max(now.fitting(found.available), 0) / found.batch  # of the pixels, which is what the activations grow with
     crop = math.floor(settings.crop * math.sqrt(share) / unit) * unit
     if crop:
@@ -240,9 +240,11 @@ def _run(objective: nn.Module, settings: TrainSettings, batch: int) -> None:
     objective.zero_grad(set_to_none=True)
     crop, small = settings.crop, settings.crop // settings.model.scale
     with torch.device("meta"):
-        hr, lr = (torch.empty(batch, 3, side, side, dtype=torch.uint8) for side in (crop, small))
+        sizes = ((3, crop), (settings.model.traits.lr_channels, small))
+        hr, lr = (torch.empty(batch, channels, side, side, dtype=torch.uint8) for channels, side in sizes)
         std, noise = (torch.empty(shape, dtype=torch.float32) for shape in ((batch, 1, 1, 1), (batch, 3, crop, crop)))
-        draws = Draws(std, noise, torch.empty(batch, dtype=torch.bool), torch.empty(batch, dtype=torch.int64))
+        flips, reference = (torch.empty(batch, dtype=torch.bool) for _ in range(2))
+        draws = Draws(std, noise, flips, torch.empty(batch, dtype=torch.int64), reference)
     objective(hr, lr, *draws)[0].backward()
 
 

@@ -1,4 +1,4 @@
-"""The YAML files of the published NCSR and SRFlow programs, read as settings of our training.
+"""The YAML files of the published programs (NCSR, SRFlow, FS-NCSR, SRFlow-DA, LLFlow), read as settings of our training.
 
 What their keys do was read in the programs. Where a key does nothing there, it does nothing here, and the report says
 what to give instead.
@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ncsr_fast.config import NCSRConfig
+from ncsr_fast.systems import SYSTEMS
+from ncsr_fast.training.settings import DEEP_STD
 
 # fields of TrainSettings whose value a key gives as it is
 RENAMED = {
@@ -24,7 +26,9 @@ RENAMED = {
     "steps": "train.niter",
     "validate_every": "train.val_freq",
     "max_std": "std",
+    "warmup": "train.warmup_iter",
     "lr_noise": "LRnoise",
+    "reference_prior": "train_gt_ratio",
     "tensorboard": "use_tb_logger",
     "batch": "datasets.train.batch_size",
     "crop": "datasets.train.GT_size",
@@ -46,21 +50,40 @@ _REQUIRED = ("scale", "train.lr_G", "train.niter", "train.lr_gamma")
 
 # honoured elsewhere in this module, or by NCSRConfig.from_published
 _READ = {
-    "scale", "mode", "path.pretrain_model_G", "path.load_submodule", "train.lr_scheme", "train.lr_steps", "train.lr_steps_rel",
-    "train.warmup_iter", "model", "distortion", "name", "datasets.train.mode", "datasets.val.mode", "datasets.val.dataroot_GT",
-    "datasets.train.dataroot_GT", "datasets.train.dataroot_LQ", "datasets.val.dataroot_LQ", "datasets.val.n_max",
-    *(f"network_G.{key}" for key in ("which_model_G", "in_nc", "out_nc", "nf", "nb", "gc")),
+    "scale", "mode", "divide_freq", "path.pretrain_model_G", "path.load_submodule", "train.lr_scheme", "train.lr_steps",
+    "train.lr_steps_rel", "train.add_gt_noise", "model", "distortion", "name", "datasets.train.mode", "datasets.val.mode",
+    "datasets.val.dataroot_GT", "datasets.train.dataroot_GT", "datasets.train.dataroot_LQ", "datasets.val.dataroot_LQ",
+    "datasets.val.n_max",
+    *(f"network_G.{key}" for key in ("which_model_G", "in_nc", "out_nc", "nf", "nb", "gc", "train_RRDB_delay")),
     *(f"network_G.flow.{key}" for key in (
         "K", "L", "S", "std_channels", "coupling", "additionalFlowNoAffine", "fea_up0", "flow_permutation", "norm", "norm.type",
         "stackRRDB.blocks", "stackRRDB.concat", "split.enable", "split.correct_splits", "split.conditional",
         "split.consume_ratio", "split.logs_eps", "CondAffineSeparatedAndCond.hidden_channels", "CondAffineSeparatedAndCond.eps",
     )),
 }  # fmt: skip
+# those that LLFlow's files have beside them
+_READ_IN_LOW_LIGHT = {
+    "dataset", "cond_encoder", "concat_histeq", "optimize_all_z", "avg_color_map", "histeq_as_input", "concat_color_map",
+    "gray_map", "align_condition_feature", "to_yuv", "encode_color_map", "le_curve", "sigmoid_output",
+    "datasets.train.root", "datasets.val.root", "datasets.train.log_low", "datasets.train.gamma_aug",
+    "network_G.flow.conditionInFeaDim",
+}  # fmt: skip
+
+_DEEP = tuple(name for name in SYSTEMS if name.startswith("srflow-da"))
+# of LLFlow's data sets the folders of bright and of dark photographs; of validation the first pair
+_DATASETS = {
+    "LoL": {"train": [("our485/high", "our485/low")], "val": [("eval15/high", "eval15/low")]},
+    "LoL_v2": {
+        "train": [(f"{part}/Train/Normal", f"{part}/Train/Low") for part in ("Real_captured", "Synthetic")],
+        "val": [("Real_captured/Test/high", "Real_captured/Test/low")],
+    },
+}
 
 # would change the training, in ways this library does not have
 _REFUSED = (
     "train.restarts", "train.restarts_rel", "train.restart_weights", "train.lr_steps_inverse", "train.lr_steps_inverse_rel",
-    "datasets.train.center_crop_hr_size", "network_G.flow.levelConditional.conditional", "network_G.flow.split.cond_channels",
+    "train.flow_warm_up_iter", "datasets.train.noise_prob", "datasets.train.center_crop_hr_size",
+    "network_G.flow.levelConditional.conditional", "network_G.flow.split.cond_channels",
 )  # fmt: skip
 
 _TEST = "read by the published test program alone; `ncsr-fast sample` and `evaluate` have options for it"
@@ -80,13 +103,21 @@ _IGNORED = {
     "lr": "the published program no longer uses it; `train.lr_G` is the learning rate",
     "model_path": _TEST,
     "heat": _TEST,
+    "n_sample": _TEST,
+    "dataroot_unpaired": _TEST,
     "dataroot_GT": _TEST,
     "dataroot_LR": _TEST,
     "test.heats": _TEST,
     "path.results_root": _TEST,
+    "path.root": "`--run` is the folder of the run",
+    "align_weight": "it belongs to align_condition_feature",
+    "align_maxpool": "it belongs to align_condition_feature",
+    "datasets.train.noise_level": "it belongs to noise_prob",
+    "datasets.val.log_low": "the input in validation is made as in training",
     "path.strict_load": "weights that do not fit the model are always refused",
     "path.resume_state": "a run in the folder is always resumed; another `--run` starts anew",
     "train.clear_state": "it acts at restarts, of which there are none",
+    "train.add_gt_noise": "no noise is added to the target in the published program's training",
     "train.T_period": "it belongs to another lr_scheme",
     "train.T_period_rel": "it belongs to another lr_scheme",
     "train.eta_min": "it belongs to another lr_scheme",
@@ -129,12 +160,19 @@ def from_published(options: Mapping[str, Any]) -> tuple[dict[str, Any], list[str
     """
     leaves = dict(_leaves(options))
     _refuse(leaves)
+    model = _architecture(options)
     values = {field: leaves[key] for field, key in RENAMED.items() if leaves.get(key) is not None}
-    values = {**_PROGRAM, **values, "model": _architecture(options).to_dict(), "milestones": _milestones(leaves)}
+    values = {**_PROGRAM, **values, "model": model.to_dict(), "milestones": _milestones(leaves), "warmup": _warmup(leaves)}
     ignored = dict(_IGNORED)
     if not _noise(leaves):
         values.update(max_std=0.0, lr_noise=False)
         ignored.update(dict.fromkeys(("std", "LRnoise"), "there is no noise without NCSRNet and mode: softflow"))
+    if model.system in _DEEP:
+        values.update(_deep(leaves))
+        for key in ("network_G.train_RRDB_delay", "train.add_gt_noise"):
+            del ignored[key]
+    elif model.system == "llflow":
+        values.update(_low_light(leaves))
     weights = leaves.get("path.pretrain_model_G")
     if weights is not None:
         # the program loads the encoder alone unless the file has load_submodule: none
@@ -149,11 +187,11 @@ def from_published(options: Mapping[str, Any]) -> tuple[dict[str, Any], list[str
         values["validation_images"] = leaves["datasets.val.n_max"]
     else:
         ignored["datasets.val.n_max"] = "the published program reads it in LRHR_PKL alone; `--validation-images` limits them"
-    return values, list(_report(leaves, ignored))
+    return values, list(_report(leaves, ignored, model.system == "llflow"))
 
 
-def _report(leaves: Mapping[str, Any], ignored: Mapping[str, str]) -> Iterator[str]:
-    same = {  # values that ask for what is done anyway
+def _report(leaves: Mapping[str, Any], ignored: Mapping[str, str], is_low_light: bool) -> Iterator[str]:
+    same: dict[str, Any] = {  # values that ask for what is done anyway
         "network_G.upscale": leaves["scale"],
         "path.strict_load": True,
         "path.resume_state": "auto",
@@ -164,9 +202,16 @@ def _report(leaves: Mapping[str, Any], ignored: Mapping[str, str]) -> Iterator[s
         differences["datasets.train.dataroot_GT"] = "its subfolders are read too, and other images than PNG"
     elif "datasets.train.use_crop" not in leaves:
         differences["datasets.train.GT_size"] = "the published program takes stored crops whole, without use_crop"
+    if is_low_light:
+        differences |= {
+            "train.weight_decay_G": "the published program decays the encoder's weights by 1e-5 whatever it says",
+            "datasets.val.root": "of LoL_v2 the captured images alone are validated on, of each image the middle",
+        }
     if "debug" in str(leaves.get("name")):
         differences["name"] = "the published program would log, validate and save every few steps at this name"
     known = {*_READ, *_REFUSED, *RENAMED.values()}
+    if is_low_light:
+        known |= _READ_IN_LOW_LIGHT
     for key, value in leaves.items():
         if key in same and value == same[key]:
             continue
@@ -190,7 +235,7 @@ def _refuse(leaves: Mapping[str, Any]) -> None:
         if leaves.get(key) is None:
             raise ValueError(f"the options have no {key}")
     for key, supported in {
-        "model": ("NCSR", "SRFlow"),
+        "model": ("NCSR", "SRFlow", "LLFlow", *(SYSTEMS[name].title for name in _DEEP)),
         "distortion": ("sr",),
         "train.lr_scheme": ("MultiStepLR",),
         "path.resume_state": ("auto", None),
@@ -202,11 +247,32 @@ def _refuse(leaves: Mapping[str, Any]) -> None:
     for key in _REFUSED:
         if leaves.get(key):
             raise ValueError(f"{key} = {leaves[key]!r} is not supported")
-    warmup = leaves.get("train.warmup_iter")
-    if warmup is not None and not (isinstance(warmup, (int, float)) and warmup <= 0):
-        raise ValueError(f"train.warmup_iter = {warmup!r} is not supported: there is no warm-up; -1 for none")
     if leaves.get("datasets.train.mode") == "LRHR_PKL" and leaves.get("datasets.train.n_max") is not None:
         raise ValueError("datasets.train.n_max is not supported: all crops of a .pklv4 file are trained on")
+
+
+def _deep(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """The noise of SRFlow-DA's program, and when it trains the encoder."""
+    delay = leaves.get("network_G.train_RRDB_delay")
+    values: dict[str, Any] = {"unfreeze": 1.0 if delay is None else delay}
+    if leaves.get("train.add_gt_noise") is not False:
+        values |= {"max_std": DEEP_STD, "fixed_std": True}
+    return values
+
+
+def _low_light(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """LLFlow's data and what its program does where the file says nothing."""
+    dataset = leaves.get("dataset")
+    if dataset not in _DATASETS:
+        raise ValueError(f"dataset = {dataset!r} is not supported, only {' and '.join(map(repr, _DATASETS))}")
+    values: dict[str, Any] = {}
+    for phase, names in (("train", ("images", "lr_images")), ("val", ("validation", "validation_lr"))):
+        root = leaves.get(f"datasets.{phase}.root")
+        if root is not None:
+            for name, folders in zip(names, zip(*_DATASETS[dataset][phase])):
+                places = [os.path.join(os.path.expanduser(root), folder) for folder in folders]
+                values[name] = places if phase == "train" else places[0]
+    return {"temperatures": leaves.get("val.heats") or (0.0,), **values}
 
 
 def _noise(leaves: Mapping[str, Any]) -> bool:
@@ -230,6 +296,12 @@ def _architecture(options: Mapping[str, Any]) -> NCSRConfig:
         return NCSRConfig.from_published({**options, "mode": options.get("mode")})
     except (TypeError, AttributeError) as error:
         raise ValueError(f"network_G describes no model: {error}") from error
+
+
+def _warmup(leaves: Mapping[str, Any]) -> Any:
+    """Steps; negative numbers mean none."""
+    steps = leaves.get("train.warmup_iter") or 0
+    return max(steps, 0) if isinstance(steps, (int, float)) else steps
 
 
 def _milestones(leaves: Mapping[str, Any]) -> list[Any]:

@@ -31,12 +31,12 @@ from ncsr_fast.files import (
     read_json,
 )
 from ncsr_fast.training.board import Board
-from ncsr_fast.training.settings import TrainSettings
+from ncsr_fast.training.settings import DEFAULTS, TrainSettings
 
 # settings that may differ when a run is resumed: where the same files lie now, how they are read, what is reported when
 _FREE = (
     "images", "lr_images", "validation", "validation_lr", "workers", "cache_gib", "graph", "max_skipped", "log_every",
-    "validate_every", "save_every", "keep", "validation_images", "validation_size", "temperatures", "tensorboard",
+    "validate_every", "save_every", "keep", "validation_images", "validation_size", "temperatures", "to_8bit", "tensorboard",
 )  # fmt: skip
 _FILES = ("settings.json", "data.json", "log.jsonl", "lock", "published_options.txt")
 _FOLDERS = ("checkpoints", "samples", "best", "encoder", "model", "tensorboard", "cache")
@@ -173,6 +173,7 @@ class Run:
         if before is None:
             return
         now = self.settings.to_dict()
+        before = {**DEFAULTS, **before}  # settings that came after the run began
         with contextlib.suppress(KeyError, TypeError, ValueError):  # fields that came later have their defaults
             before["model"] = NCSRConfig.from_dict(before["model"]).to_dict()
         changed = [key for key in now if key not in _FREE and before.get(key) != now[key]]

@@ -11,12 +11,14 @@ from typing import Any
 
 from ncsr_fast.config import NCSRConfig
 from ncsr_fast.engine.options import PRECISIONS
+from ncsr_fast.metrics.fidelity import check_to_8bit
 
 _AT_LEAST_ONE = (
     "batch", "log_every", "validate_every", "save_every", "keep", "validation_images", "validation_size", "max_skipped",
 )  # fmt: skip
 _NOT_NEGATIVE = (
-    "encoder_steps", "steps", "max_std", "nll_weight", "l1_weight", "unfreeze", "weight_decay", "workers", "cache_gib",
+    "encoder_steps", "steps", "warmup", "max_std", "nll_weight", "l1_weight", "unfreeze", "weight_decay", "workers",
+    "cache_gib",
 )  # fmt: skip
 _FINITE = ("milestones", "temperatures", "betas")
 _PLACES = ("images", "lr_images", "validation", "validation_lr", "start_from", "encoder_weights")
@@ -41,6 +43,8 @@ class TrainSettings:
     degradation        "bicubic" (MATLAB's), or the "module:function" of one's own (`ncsr_fast.data.degradation`)
     validation         folder of HR images to validate on, None to look at training images instead; validation_lr their LR
                        images, None to degrade them
+    Of low-light models `images` and `validation` are the bright photographs, `lr_images` and `validation_lr` the dark ones, as
+    large and of the same names
     crop, batch        side of an HR crop, and crops a step, over all processes together
     flip, rotate       crops are mirrored, and turned by a multiple of 90°, at random
     workers            processes that read images, for each training process; 0 reads them between steps
@@ -55,11 +59,15 @@ class TrainSettings:
     unfreeze           fraction of the stage after which the encoder is trained too (0: from the start, 1: never)
     unfrozen_lr        the encoder's learning rate then, None for `lr`
     max_std            M of NCSR's noise, c ~ U(0, M)
+    fixed_std          c is M for every image (SRFlow-DA)
     lr_noise           the LR image gets the noise too, downsampled
+    reference_prior    of low-light models: the share of the batches in which the mean of the prior is the reference's (LLFlow's
+                       `train_gt_ratio`), drawn for each step
     nll_weight, l1_weight   loss = nll_weight · NLL + l1_weight · mean |temperature-0 sample - hr| (published `weight_fl`,
                        `weight_l1`)
 
     Both stages
+    warmup             steps in which the learning rate rises from 0
     milestones, gamma  where the learning rate is multiplied by gamma: steps, or below 1 fractions of a stage
     betas, weight_decay  of Adam
     max_grad_norm      gradients are clipped to this norm, None for never
@@ -77,6 +85,7 @@ class TrainSettings:
     keep               checkpoints kept of each stage
     validation_images  how many of the validation folder are used, each cut to its middle of validation_size pixels a side
     temperatures       of the samples drawn at each validation
+    to_8bit            how their floats become 8 bits: "round", or "truncate" as in the published test programs
     tensorboard        write scalars and samples to RUN/tensorboard
     """
 
@@ -101,9 +110,12 @@ class TrainSettings:
     unfreeze: float = 0.5
     unfrozen_lr: float | None = None
     max_std: float = 0.05
+    fixed_std: bool = False
     lr_noise: bool = True
+    reference_prior: float = 0.0
     nll_weight: float = 1.0
     l1_weight: float = 0.0
+    warmup: int = 0
     milestones: tuple[float, ...] = (0.5, 0.75, 0.9, 0.95)
     gamma: float = 0.5
     betas: tuple[float, float] = (0.9, 0.99)
@@ -122,6 +134,7 @@ class TrainSettings:
     validation_images: int = 8
     validation_size: int = 512
     temperatures: tuple[float, ...] = (0.0, 0.8)
+    to_8bit: str = "round"
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
@@ -132,14 +145,15 @@ class TrainSettings:
             value = getattr(self, name)
             paths = tuple(_path(name, path) for path in (value if isinstance(value, tuple) else (value,)) if path is not None)
             object.__setattr__(self, name, paths if isinstance(value, tuple) else next(iter(paths), None))
-        if self.model.system != "ncsr":
-            raise ValueError(f"model must be an NCSR or an SRFlow: the trainer has no {self.model.traits.title}")
+        if self.model.traits.channels != 3:
+            raise ValueError(f"model must be of RGB images: the trainer has no {self.model.traits.title}")
         if not self.images:
             raise ValueError("images must name at least one folder of HR images or .pklv4 file")
         if self.lr_images and len(self.lr_images) != len(self.images):
             raise ValueError(f"lr_images must name one place for each of the {len(self.images)} of images: {self.lr_images}")
         if self.lr_images and self.degradation != "bicubic":
             raise ValueError("degradation makes the LR images that lr_images names already: give one of the two")
+        self._check_low_light()
         for names, sound, what in (
             (_AT_LEAST_ONE, lambda value: value >= 1, "at least 1"),
             (_NOT_NEGATIVE, lambda value: 0 <= value < math.inf, "0 or more and finite"),
@@ -152,18 +166,49 @@ class TrainSettings:
                     raise ValueError(f"{name} must be {what}, not {value!r}")
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, not {self.precision!r}")
+        check_to_8bit(self.to_8bit)
         if self.backoff > 1:
             raise ValueError(f"backoff must be at most 1, not {self.backoff!r}")
-        if self.crop < 1 or self.crop % (2 * self.model.scale):
-            raise ValueError(f"crop must be a positive multiple of 2·scale = {2 * self.model.scale}, not {self.crop!r}")
-        if self.validation_size < 2 * self.model.scale:
-            raise ValueError(f"validation_size must be at least 2·scale = {2 * self.model.scale}, not {self.validation_size!r}")
+        unit = f"{self.model.traits.lr_multiple}·scale = {self.crop_unit}"
+        if self.crop < 1 or self.crop % self.crop_unit:
+            raise ValueError(f"crop must be a positive multiple of {unit}, not {self.crop!r}")
+        if self.validation_size < self.crop_unit:
+            raise ValueError(f"validation_size must be at least {unit}, not {self.validation_size!r}")
         if self.validation_lr is not None and self.validation is None:
             raise ValueError("validation_lr holds the LR images of validation, which is missing")
         if any(temperature < 0 for temperature in self.temperatures):
             raise ValueError(f"temperatures must be 0 or more, not {self.temperatures}")
         if not all(0 <= beta < 1 for beta in self.betas) or len(self.betas) != 2:
             raise ValueError(f"betas must be two numbers in [0, 1), not {self.betas}")
+
+    def _check_low_light(self) -> None:
+        if not 0 <= self.reference_prior <= 1:
+            raise ValueError(f"reference_prior must be a share from 0 to 1, not {self.reference_prior!r}")
+        title = self.model.traits.title
+        if not self.is_low_light:
+            if self.reference_prior:
+                raise ValueError(f"reference_prior must be 0: the prior of {title} has no mean, not {self.reference_prior!r}")
+            return
+        if self.encoder_steps:
+            raise ValueError(f"encoder_steps must be 0: the encoder of {title} makes no image, not {self.encoder_steps!r}")
+        if self.encoder_weights is not None:
+            raise ValueError(f"encoder_weights must be left out: they are of RRDB networks, which {title} has none of")
+        if self.lr_noise:
+            raise ValueError(f"lr_noise must be false: the input of {title} is no image that noise is added to")
+        for name, dark, given in (("lr_images", self.lr_images, True), ("validation_lr", self.validation_lr, self.validation)):
+            if given and not dark:
+                of = "images" if name == "lr_images" else "validation"
+                raise ValueError(f"{name} must name the dark images of {of}, which {title} is trained on in pairs")
+
+    @property
+    def is_low_light(self) -> bool:
+        """True for models that read dark photographs and their equalized histogram."""
+        return self.model.traits.encoder == "low light"
+
+    @property
+    def crop_unit(self) -> int:
+        """HR pixels that the sides of crops are multiples of, so that nothing is padded."""
+        return self.model.traits.lr_multiple * self.model.scale
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready values."""
@@ -177,9 +222,9 @@ class TrainSettings:
         return cls(**{**values, "model": NCSRConfig.from_dict(values["model"])})
 
     def learning_rate(self, base: float, step: int, steps: int) -> float:
-        """The learning rate of `step` (from 0) of a stage of `steps`: base · gamma^(milestones passed)."""
+        """The learning rate of `step` (from 0) of a stage of `steps`: base · gamma^(milestones passed), and of the warm-up."""
         passed = sum(step >= (place * steps if place < 1 else place) for place in self.milestones)
-        return base * self.gamma**passed
+        return base * self.gamma**passed * min(1.0, (step + 1) / max(self.warmup, 1))
 
 
 def _path(name: str, path: str | os.PathLike) -> str:
@@ -190,12 +235,35 @@ def _path(name: str, path: str | os.PathLike) -> str:
     return text
 
 
+# JSON-ready values, of the settings that have one
+DEFAULTS = {
+    field.name: list(field.default) if isinstance(field.default, tuple) else field.default
+    for field in dataclasses.fields(TrainSettings)
+    if field.default is not dataclasses.MISSING
+}
+DEEP_STD = 4 / math.sqrt(3) / 255  # SRFlow-DA's noise, for which each LR image stands for many HR images
+_DEEP = {"max_std": DEEP_STD, "fixed_std": True, "lr_noise": False, "steps": 200_000}
+_LOW_LIGHT = {
+    "max_std": 0.0, "lr_noise": False, "reference_prior": 0.2, "encoder_steps": 0, "unfreeze": 0.0, "batch": 16, "lr": 5e-4,
+    "rotate": False,
+}  # fmt: skip
+
 # What differs between the published models: the paper's noise, batch and number of steps.
 PUBLISHED: dict[str, dict[str, Any]] = {
     "ncsr-x4": {"max_std": 0.05, "steps": 220_000},
     "ncsr-x8": {"max_std": 0.03, "steps": 250_000},
     "srflow-x4": {"max_std": 0.0, "batch": 12, "lr": 2.5e-4, "steps": 200_000},
     "srflow-x8": {"max_std": 0.0, "batch": 16, "lr": 5e-4, "steps": 200_000},
+    "fs-ncsr-x4": {"max_std": 0.05, "batch": 16, "steps": 220_000},
+    "fs-ncsr-x8": {"max_std": 0.03, "batch": 16, "steps": 250_000},
+    **{f"srflow-da{variant}-x4": {**_DEEP, "batch": 12} for variant in ("", "-r", "-d", "-s")},
+    **{f"srflow-da{variant}-x8": {**_DEEP, "batch": 16} for variant in ("", "-r", "-d", "-s")},
+    "llflow-lol": {**_LOW_LIGHT, "steps": 40_000, "warmup": 3000},
+    "llflow-lol-smallnet": {**_LOW_LIGHT, "steps": 45_000},
+    "llflow-compact": {
+        **_LOW_LIGHT, "batch": 8, "crop": 96, "steps": 4000, "lr": 1e-3, "max_std": 0.01, "fixed_std": True,
+        "validate_every": 500, "save_every": 250, "workers": 1,
+    },
     "ncsr-compact-x4": {
         "max_std": 0.05, "batch": 16, "crop": 96, "encoder_steps": 2000, "steps": 3600, "encoder_lr": 1e-3, "lr": 7e-4,
         "validate_every": 500, "save_every": 250, "workers": 1,

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from ncsr_fast.data.perturb import perturb
-from ncsr_fast.metrics.fidelity import psnr
+from ncsr_fast.metrics.fidelity import psnr, to_uint8
 from ncsr_fast.model import NCSR
-from ncsr_fast.training.batch import Draws, prepare
+from ncsr_fast.training.batch import Draws, prepare, residual
 from ncsr_fast.training.diagnose import first_nonfinite
 from ncsr_fast.training.settings import TrainSettings
 from ncsr_fast.training.watch import health, sample_metrics
@@ -72,7 +72,7 @@ class EncoderStage:
 
     def validate(self, hr: Tensor, lr: Tensor, generator: torch.Generator) -> tuple[dict[str, float], list[Tensor]]:
         sr = self.model.encoder(lr).clamp(0, 1)
-        return {"l1": float((sr - hr).abs().mean()), "psnr": float(psnr(sr, hr))}, [sr[0]]
+        return {"l1": float((sr - hr).abs().mean()), "psnr": float(psnr(to_uint8(sr, self.settings.to_8bit), hr))}, [sr[0]]
 
     def examine(self, hr: Tensor, lr: Tensor, generator: torch.Generator) -> dict[str, float]:
         return {}
@@ -122,18 +122,19 @@ class FlowStage:
     def initialize(self, hr: Tensor, lr: Tensor | None, draws: Draws) -> None:
         if self.settings.start_from is None:
             batch = prepare(hr, lr, draws, self.settings)
-            self.model.initialize(batch.noisy_hr, batch.noisy_lr, batch.noise)
+            self.model.initialize(batch.noisy_target, batch.noisy_lr, batch.noise)
 
     def diagnose(self, *inputs: Tensor | None) -> str | None:
         hr, lr, *draws = inputs
         return first_nonfinite(self.model, self.objective, inputs, prepare(hr, lr, Draws(*draws), self.settings))
 
     def validate(self, hr: Tensor, lr: Tensor, generator: torch.Generator) -> tuple[dict[str, float], list[Tensor]]:
-        channels = self.model.config.noise_channels
-        noisy = perturb(hr, lr, self.settings.max_std, generator, noise_channels=channels)
+        settings, channels = self.settings, self.model.config.noise_channels
+        options = {"noise_channels": channels, "fixed_std": settings.fixed_std, "lr_noise": settings.lr_noise}
+        noisy = perturb(residual(hr, lr, settings), lr, settings.max_std, generator, **options)
         metrics, images = {"nll": float(self.model.nll(*noisy))}, []
         for temperature in self.settings.temperatures:
-            found, sr = sample_metrics(self.model, hr, lr, temperature, generator)
+            found, sr = sample_metrics(self.model, hr, lr, temperature, generator, self.settings.to_8bit)
             metrics |= {f"{name}@{temperature:g}": value for name, value in found.items()}
             images.append(sr)
         return metrics, images
@@ -145,20 +146,27 @@ class FlowStage:
 class FlowObjective(nn.Module):
     """`nll_weight · mean nll(hr + v, lr + v_lr; v) + l1_weight · mean |decode(0, lr + v_lr; v) - hr|` (Kim & Son 2021).
 
+    For hr stands its residual where the flow is one of residuals, and for 0 the mean of the prior where it has one.
+
     Returns the sum, the mean NLL in bits per pixel position and, where it has a weight, the mean L1 error.
     """
 
     def __init__(self, model: NCSR, settings: TrainSettings) -> None:
         super().__init__()
         self.model, self.settings = model, settings
+        self._has_prior = model.flow.prior == "encoder"
 
     def forward(self, hr: Tensor, lr: Tensor | None, *draws: Tensor) -> Tensor:
-        batch = prepare(hr, lr, Draws(*draws), self.settings)
-        nll = self.model(batch.noisy_hr, batch.noisy_lr, batch.noise).mean()
+        draws = Draws(*draws)
+        batch = prepare(hr, lr, draws, self.settings)
+        prior = draws.reference if self._has_prior else "condition"
+        nll = self.model(batch.noisy_target, batch.noisy_lr, batch.noise, prior=prior).mean()
         loss = self.settings.nll_weight * nll
         if not self.settings.l1_weight:
             return torch.stack([loss, nll])
         shapes = self.model.latent_shapes(*batch.lr.shape[2:])
         latents = [batch.lr.new_zeros(len(batch.lr), *shape) for shape in shapes]
-        l1 = (self.model.decode(latents, batch.noisy_lr, batch.noise) - batch.hr).abs().mean()
+        if self._has_prior:
+            latents[-1] = self.model.features(self.model.padded(batch.noisy_lr)).prior_mean
+        l1 = (self.model.decode(latents, batch.noisy_lr, batch.noise) - batch.target).abs().mean()
         return torch.stack([loss + self.settings.l1_weight * l1, nll, l1])

@@ -107,6 +107,7 @@ def _crops(settings: TrainSettings) -> RandomCrops:
         crop=settings.crop,
         seed=settings.seed,
         degradation=settings.degradation,
+        equalize=settings.is_low_light,
     )
 
 

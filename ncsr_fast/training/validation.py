@@ -14,9 +14,11 @@ from tqdm import tqdm
 
 from ncsr_fast.data.degradation import load_degradation
 from ncsr_fast.data.images import ImageError, to_float
+from ncsr_fast.data.low_light import equalize
 from ncsr_fast.data.perturb import degrade
 from ncsr_fast.data.sources import Source, list_sources, read_source
 from ncsr_fast.model import NCSR
+from ncsr_fast.training.batch import network_input
 from ncsr_fast.training.processes import Processes
 from ncsr_fast.training.run import Run
 from ncsr_fast.training.settings import TrainSettings
@@ -26,14 +28,14 @@ _NAMED = 5  # problems an error spells out
 _SEED = 2**31  # of the noise and latents of validation, apart from those of training
 
 
-Pairs = dict[int, tuple[Tensor, Tensor]]
+Pairs = dict[int, tuple[Tensor, Tensor]]  # HR and LR, uint8, the latter as `ncsr_fast.training.batch.stacked` has it
 
 
 class Validation:
     """Metrics of some images, which the processes share.
 
     Args:
-        pairs: The uint8 images (3, H, W), HR and LR, that this process looks at, by number: see `validation_pairs`.
+        pairs: The images that this process looks at, by number: see `validation_pairs`.
     """
 
     def __init__(self, model: NCSR, run: Run, processes: Processes, pairs: Pairs) -> None:
@@ -71,18 +73,19 @@ class Validation:
         return lowest
 
     def _look(self, stage: Stage, step: int, number: int, hr: Tensor, lr: Tensor) -> dict[str, float]:
-        hr, lr = (to_float(image)[None].to(self.processes.device) for image in (hr, lr))
+        device, shown = self.processes.device, lr[None, :3]
+        hr, lr = to_float(hr)[None].to(device), network_input(lr[None].to(device))
         generator = torch.Generator(self.processes.device).manual_seed(_SEED + number)
         metrics, images = stage.validate(hr, lr, generator)
         if number == 0:
             metrics |= stage.examine(hr, lr, generator)
-            tiles = [F.interpolate(lr, size=hr.shape[2:], mode="nearest")[0], *images, hr[0]]
+            tiles = [F.interpolate(to_float(shown).to(device), size=hr.shape[2:], mode="nearest")[0], *images, hr[0]]
             self.run.show(stage.name, step, torch.cat(tiles, dim=2))
         return metrics
 
     def _report(self, stage: str, step: int, means: dict[str, float]) -> None:
         images = "validation" if self.run.settings.validation else "training"
-        self.run.log(stage, step, images=images, validation=means)
+        self.run.log(stage, step, images=images, to_8bit=self.run.settings.to_8bit, validation=means)
         if self.processes.first:
             tqdm.write(f"{stage} {step}: " + ", ".join(f"{key} {value:.4g}" for key, value in means.items()))
         if self.processes.first and any(value > 0 for key, value in means.items() if key.startswith("nonfinite")):
@@ -144,17 +147,19 @@ def _readable_pairs(settings: TrainSettings, training: Sequence[tuple[Source, ..
 
 
 def _pair(settings: TrainSettings, files: tuple[Source, ...], number: int) -> tuple[Tensor, Tensor]:
-    scale = settings.model.scale
+    scale, unit = settings.model.scale, settings.crop_unit
     image, *given = (read_source(source) for source in files)
     height, width = image.shape[1:]
-    if min(height, width) < 2 * scale:
-        raise ImageError(f"{str(files[0])!r} is {height}×{width}, smaller than the {2 * scale}×{2 * scale} that are looked at")
+    if min(height, width) < unit:
+        raise ImageError(f"{str(files[0])!r} is {height}×{width}, smaller than the {unit}×{unit} that are looked at")
     if given and tuple(given[0].shape[1:]) != (height // scale, width // scale):
         raise ImageError(
             f"{str(files[1])!r} is {given[0].shape[1]}×{given[0].shape[2]}, not 1/{scale} of its HR image's {height}×{width}"
         )
-    hr, top, left = _middle(image, settings.validation_size, 2 * scale)
+    hr, top, left = _middle(image, settings.validation_size, unit)
     if given:
+        if settings.is_low_light:
+            given[0] = torch.cat([given[0], equalize(given[0])])  # the histogram is the whole image's
         height, width = (side // scale for side in hr.shape[1:])
         lr = given[0][:, top // scale : top // scale + height, left // scale : left // scale + width]
         return hr, lr.clone()

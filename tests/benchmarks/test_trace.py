@@ -7,6 +7,7 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -82,6 +83,24 @@ def test_no_pass_asks_for_more_than_its_stored_row(row):
         rise = {name: count[what] - row["parts"].get(name, {what: 0})[what] for name, count in found["parts"].items()}
         assert found[what] <= row[what], f"{what} rose from {row[what]} to {found[what]}, by part: {rise}"
         assert found[what] == row[what], f"{what} fell from {row[what]} to {found[what]}: store it, {COMMAND}"
+
+
+# A launch for each of the 345 convolutions of residual blocks and of the few others, in each direction; 2 for the weight
+# gradients of a residual block, 3 for all weights and direction. Of hoisting 2 a level, or a branch without gradients.
+@pytest.mark.parametrize(
+    "name, launches, gigabytes",
+    [
+        ("sample-div2k-n10", {"encoder": 360, "hoist": 14}, {"encoder": 23.1, "hoist": 4.8}),
+        pytest.param("train-b18", {"encoder": 755, "hoist": 38}, {"encoder": 10.5, "hoist": 4.0}, marks=pytest.mark.exhaustive),
+    ],
+)
+def test_the_encoder_and_hoisting_in_triton(gpu, name, launches, gigabytes):
+    model = trace.fake_model(NCSRConfig.preset("ncsr-x4"), "bf16")
+    model.options = replace(model.options, backend="triton")
+    parts = counted(next(task for task in trace.TASKS if task.name == name).prepare(model)).parts
+    for part in launches:
+        assert 0 < parts[part].launches <= launches[part], part
+        assert 0 < parts[part].bytes <= 1e9 * gigabytes[part], part
 
 
 def likelihood(model: NCSR) -> None:

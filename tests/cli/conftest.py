@@ -6,7 +6,9 @@ import sys
 
 import pytest
 import torch
-from support import tiny_model
+from support import randomize, tiny_model
+
+from ncsr_fast import NCSR, NCSRConfig
 
 PUBLISHED = """\
 name: theirs
@@ -27,6 +29,15 @@ train: {lr_G: 0.0002, lr_scheme: MultiStepLR, lr_gamma: 0.5, niter: 10}
 def model(tmp_path_factory):
     """A directory with a tiny model."""
     return str(tiny_model(dtype=torch.float32).save_pretrained(tmp_path_factory.mktemp("model")))
+
+
+@pytest.fixture(scope="module")
+def low_light_model(tmp_path_factory):
+    """A directory with a tiny low-light model."""
+    torch.manual_seed(0)
+    sizes = {"channels": 4, "growth": 2, "blocks": 1, "stacked_blocks": (0,), "steps": 1, "hidden_channels": 4}
+    model = randomize(NCSR(NCSRConfig(system="llflow", scale=1, **sizes)))
+    return str(model.save_pretrained(tmp_path_factory.mktemp("low_light")))
 
 
 @pytest.fixture(autouse=True)

@@ -122,3 +122,8 @@ def test_the_json_is_json(model, tmp_path):
 
     scores = json.loads((tmp_path / "scores.json").read_text(), parse_constant=refuse)["scores"]
     assert scores[0]["images"]["psnr"] == [None] and scores[0]["means"]["psnr"] is None
+
+
+def test_low_light_models_are_not_measured(low_light_model, photos, capsys):
+    assert main(["evaluate", str(photos), "--model", low_light_model]) == 1
+    assert "LLFlow, ×1, 1 blocks, 1 steps a level, makes dark photographs bright" in capsys.readouterr().err

@@ -14,7 +14,7 @@ from support import full_disk, tiny_model
 
 from ncsr_fast import NCSR
 from ncsr_fast.cli.main import main
-from ncsr_fast.data import read_image
+from ncsr_fast.data import crop_margins, low_light_input, pad_mirrored, read_image, to_uint8
 from ncsr_fast.flow.samples import ConditionedFlow
 from ncsr_fast.metrics import lr_psnr
 
@@ -365,3 +365,28 @@ def test_a_full_disk(model, tmp_path, capsys):
         assert sample(model, tmp_path / "a.png", "--out", tmp_path / "out") == 1
     assert re.search(r"sample: '.*a_sample00000.png': File too large; .*\n$", capsys.readouterr().err)
     assert outputs(tmp_path / "out") == []
+
+
+def test_sample_dark_photographs(low_light_model, tmp_path):
+    """Of any size, of a folder; once each, at temperature 0: the file is what the same steps in Python make."""
+    (tmp_path / "dark").mkdir()
+    for name, size in (("a.png", (13, 21)), ("b.jpg", (32, 48))):
+        array = np.random.default_rng(0).integers(0, 60, (*size, 3), dtype=np.uint8)
+        Image.fromarray(array).save(tmp_path / "dark" / name)
+    arguments = ["sample", str(tmp_path / "dark"), "--model", low_light_model, "--names", "source", "--device", "cpu"]
+    assert main([*arguments, "--out", str(tmp_path / "bright")]) == 0
+    assert sorted(path.name for path in (tmp_path / "bright").iterdir()) == ["a_sample00000.png", "b_sample00000.png"]
+    model = NCSR.from_pretrained(low_light_model)
+    padded, margins = pad_mirrored(read_image(tmp_path / "dark" / "a.png"))
+    with torch.no_grad():
+        likely = model.sample(low_light_input(padded)[None], n=1, temperature=0.0)[0, 0]
+    written = read_image(tmp_path / "bright" / "a_sample00000.png")
+    assert torch.equal(written, to_uint8(crop_margins(likely, margins))) and written.shape == (3, 13, 21)
+    assert main([*arguments, "--out", str(tmp_path / "warm"), "--temperature", "0.5"]) == 0
+    assert len(list((tmp_path / "warm").iterdir())) == 2 * 10
+
+
+def test_temperature_0_is_one_image_unless_n_says_more(model, photos, tmp_path):
+    arguments = ["sample", str(photos / "a.png"), "--model", model, "--temperature", "0"]
+    assert main([*arguments, "--out", str(tmp_path / "one")]) == 0 and len(list((tmp_path / "one").iterdir())) == 1
+    assert main([*arguments, "--out", str(tmp_path / "two"), "--n", "2"]) == 0 and len(list((tmp_path / "two").iterdir())) == 2

@@ -10,7 +10,7 @@ from support import image
 
 from ncsr_fast.engine.ablation import ablated
 from ncsr_fast.engine.condition import Features
-from ncsr_fast.engine.hoisting import algorithm, hoisted_convolution, prepared
+from ncsr_fast.engine.hoisting import algorithm, hoisted_convolution, hoisted_networks, prepared
 from ncsr_fast.ops.backend import kernels
 from ncsr_fast.ops.conv3x3 import ConvolutionMethod
 
@@ -61,24 +61,29 @@ def test_wide_enough_for_winograd(factor):
 
 
 @pytest.mark.skipif(("cpu", "triton") not in installation.cells(), reason="Triton's interpreter is not among the cells")
-def test_triton_by_name_convolves_both_parts_as_they_are_asked_to_be(monkeypatch):
-    """A kernel reads the stacked features upsampled and adds to the other part; TF32, which the interpreter has not, is passed
-    on in both directions."""
+@pytest.mark.parametrize("factor", [0.5, pytest.param(1, marks=pytest.mark.exhaustive), 2])
+def test_triton_by_name_convolves_both_parts_at_once(monkeypatch, factor):
+    """At every resolution; TF32, which the interpreter has not, is passed on in both directions."""
     asked, triton = [], kernels("triton")
-    for name in ("conv3x3_forward", "conv3x3_backward"):
+    for name in ("hoisted_forward", "hoisted_backward"):
         function = getattr(triton, name)
         monkeypatch.setattr(triton, name, lambda *a, call=function, **named: asked.append(named["tf32"]) or call(*a, **named))
-    own, stacked = (image(1, *shape, seed=1).float() for shape in ((3, 2, 4), (5, 1, 2)))
+    own, stacked = image(1, 3, int(2 * factor), int(4 * factor), seed=1).float(), image(1, 5, 2, 4, seed=1).float()
     weight, bias = image(4, 8, 3, 3, seed=3).float() - 0.5, image(4, seed=4).float()
     leaves = [x.contiguous(memory_format=torch.channels_last).requires_grad_() for x in (own, stacked)]
     leaves += [weight.requires_grad_(), bias.requires_grad_()]
-    results = []
-    for method in (ConvolutionMethod(tf32=True, backend="triton"), ConvolutionMethod(backend="reference")):
+    results, triton_method = [], ConvolutionMethod(tf32=True, backend="triton")
+    for method in (triton_method, ConvolutionMethod(backend="reference")):
         y = hoisted(*leaves, method)
         results.append([y, *torch.autograd.grad(y.sin().sum(), leaves)])
-        assert asked == [True] * 4
+        assert asked == [True] * 2
     for found, expected in zip(*results):  # of sums of up to 72 products in float32, rounded by 4 eps, and their sines
         assert torch.allclose(found, expected, rtol=0, atol=1e-6 * float(expected.detach().abs().max()))
+    with torch.no_grad():
+        weight = prepared(leaves[2], 3, "whole", True)
+        networks = hoisted_networks(Features(*leaves[:2]), weight, leaves[3], 2, triton_method)
+    assert torch.equal(torch.cat(networks, dim=1), results[0][0])
+    assert all(network.is_contiguous(memory_format=torch.channels_last) for network in networks)
 
 
 def test_float32_is_as_exact_as_the_convolution_it_replaces():

@@ -65,6 +65,17 @@ def test_what_every_kernel_needs(pytestconfig, target, channels, variants):
 
 
 PRODUCTS = {"conv3x3_kernel", "conv3x3_weight_kernel"}
+# Kernels of three residual blocks of the encoder, forward and backward, and of hoisted convolutions by 2 and by 1
+TOGETHER = {
+    "encoder": {
+        "pack_dense_blocks_kernel": 2, "conv3x3_kernel": 2 * 45,
+        "conv3x3_weight_kernel": 3, "sum_dense_block_partials_kernel": 3,
+    },
+    "hoisting": {
+        "weights_by_slot_kernel": 4, "hoisted_kernel": 2, "conv3x3_kernel": 2, "hoisted_backward_kernel": 2,
+        "conv3x3_weight_kernel": 2, "sum_weight_partials_kernel": 2, "hoisted_weight_kernel": 2, "sum_slots_kernel": 2,
+    },
+}  # fmt: skip
 EVERY_CONVOLUTION = [
     (target, channels, precision)
     for precision in ("bf16", "tf32", "fp32")
@@ -93,6 +104,28 @@ def test_what_a_convolution_needs(pytestconfig, target, channels, precision):
     # In TF32 a transposed operand goes to shared memory number by number: dy in the weight gradient, a third of what it reads.
     images = [row for row in rows if row.kernel in PRODUCTS and channels % 16 == 0]
     assert [row for row in images if row.wide < 0.7] == []
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("precision", ["bf16", "tf32", "fp32"])
+@pytest.mark.parametrize("target", [80, 90, 100])
+@pytest.mark.parametrize("calls", TOGETHER)
+def test_what_convolutions_together_need(pytestconfig, calls, target, precision):
+    """As single ones, at the published numbers of channels."""
+    from ncsr_fast.kernels.ahead_of_time import Row, table, worst
+
+    arguments = ["-m", "ncsr_fast.kernels.ahead_of_time", "--json", "--targets", str(target), "--channels", "64"]
+    rows = printed(pytestconfig, f"ahead_of_time-{calls}-{target}-{precision}", [*arguments, f"--{calls}", precision])
+    rows = [Row(**row) for row in rows]
+    print(table(worst(rows)))
+    assert Counter(row.kernel for row in rows) == TOGETHER[calls]
+    assert [row for row in rows if row.spills] == []
+    assert [row for row in rows if row.shared > SHARED] == []
+    products = PRODUCTS | {name for name in TOGETHER[calls] if name.startswith("hoisted")}
+    products &= set(TOGETHER[calls])
+    assert {row.kernel for row in rows if row.tensor_cores} == (set() if precision == "fp32" else products)
+    assert {row.kernel for row in rows if row.tf32} == (products if precision == "tf32" else set())
+    assert [row for row in rows if row.kernel in products and row.wide < 0.7] == []
 
 
 @pytest.mark.slow
@@ -137,16 +170,84 @@ def test_what_the_networks_of_the_steps_need(pytestconfig, target, channels, pre
     arguments += ["--targets", str(target), "--channels", str(channels)]
     rows = [Row(**row) for row in printed(pytestconfig, f"ahead_of_time-networks-{target}-{channels}-{precision}", arguments)]
     print(table(worst(rows)))
-    called = itertools.product(("coupling", "shared", "injector"), ("pack_network_kernel", "hidden_kernel", "output_kernel"))
+    called = itertools.product(("coupling", "shared", "injector"), ("pack_networks_kernel", "hidden_kernel", "output_kernel"))
     assert sorted((row.call, row.kernel) for row in rows) == sorted((f"{name} {precision}", kernel) for name, kernel in called)
     assert [row for row in rows if row.spills] == []
     assert [row for row in rows if row.shared > SHARED] == []
-    products = [row for row in rows if row.kernel != "pack_network_kernel"]
+    products = [row for row in rows if row.kernel != "pack_networks_kernel"]
     assert all((row.tensor_cores > 0) == (precision != "fp32") for row in products)
     assert all(row.tf32 == (precision == "tf32") for row in products)
     # Loads of 16 bytes, but of 6 channels of the state, which are 8 bytes and a third of them masked
     least = 0.4 if channels == 12 else 0.85
     assert [row for row in products if row.wide < least or row.middling < 0.85] == []
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("target, channels, precision", NETWORKS)
+def test_what_the_gradients_of_the_networks_need(pytestconfig, target, channels, precision):
+    """Likewise, with hidden layers recomputed and saved; sums over parts are of no tensor cores."""
+    from ncsr_fast.kernels.ahead_of_time import Row, table, worst
+
+    arguments = ["-m", "ncsr_fast.kernels.ahead_of_time", "--gradients", precision, "--json"]
+    arguments += ["--targets", str(target), "--channels", str(channels)]
+    rows = [Row(**row) for row in printed(pytestconfig, f"ahead_of_time-gradients-{target}-{channels}-{precision}", arguments)]
+    print(table(worst(rows)))
+    rows = [row for row in rows if row.kernel != "pack_networks_kernel"]
+    sums = ["network_weight_kernel", "sum_network_partials_kernel"]
+    kernels = {"coupling": ["hidden_backward_kernel", "state_backward_kernel", *3 * sums]}
+    kernels["injectors"] = ["hidden_backward_kernel", *2 * sums]
+    expected = [(name, kernel) for name, own in kernels.items() for kernel in 2 * own]
+    assert sorted((row.call.split()[0], row.kernel) for row in rows) == sorted(expected)
+    assert [row for row in rows if row.spills] == []
+    assert [row for row in rows if row.shared > SHARED] == []
+    products = [row for row in rows if row.kernel != "sum_network_partials_kernel"]
+    assert all((row.tensor_cores > 0) == (precision != "fp32") for row in products)
+    assert all(row.tf32 == (precision == "tf32") for row in products)
+    # Loads of 16 bytes, but of 6 channels of the state and 12 of dh, which are 8 bytes
+    data = [row for row in products if row.kernel != "network_weight_kernel"]
+    least = 0.35 if channels == 12 else 0.8
+    assert [row for row in data if row.wide < least or row.middling < 0.85] == []
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("target", [80, 90, 100])
+def test_what_the_folding_of_networks_needs(pytestconfig, target):
+    """Rows of 9·326 numbers are no multiple of 16 bytes, and are read 8 or 16 bytes at once all the same."""
+    from ncsr_fast.kernels.ahead_of_time import Row, table, worst
+
+    arguments = ["-m", "ncsr_fast.kernels.ahead_of_time", "--filters", "bf16", "--json", "--targets", str(target)]
+    arguments += ["--channels", "12"]
+    rows = [Row(**row) for row in printed(pytestconfig, f"ahead_of_time-filters-{target}", arguments)]
+    print(table(worst(rows)))
+    assert [row.kernel for row in rows] == ["fold_filters_forward_kernel", "fold_filters_backward_kernel"]
+    assert [row for row in rows if row.spills or row.shared > SHARED or row.middling < 0.5] == []
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("target, channels, precision", NETWORKS)
+@pytest.mark.parametrize("calls", ["steps", "large-steps"])
+def test_what_coupled_steps_need(pytestconfig, target, channels, precision, calls):
+    """With the first layers in the kernel and without: no spills, tensor cores, and TF32 where it is asked for alone."""
+    from ncsr_fast.kernels.ahead_of_time import Row, table, worst
+    from ncsr_fast.kernels.coupled_step import MIXED
+
+    arguments = ["-m", "ncsr_fast.kernels.ahead_of_time", f"--{calls}", precision, "--json"]
+    arguments += ["--targets", str(target), "--channels", str(channels)]
+    rows = [Row(**row) for row in printed(pytestconfig, f"ahead_of_time-{calls}-{target}-{channels}-{precision}", arguments)]
+    print(table(worst(rows)))
+    mixing = [] if channels <= MIXED else ["flow_step_forward_kernel"]
+    first = ["hidden_kernel"] if calls == "steps" else []
+    expected = {"encoding": [*first, "coupled_step_kernel", *mixing], "coupling": [*first, "coupled_step_kernel"]}
+    expected["decoding"] = expected["encoding"]
+    called = [(f"{name} {precision}", kernel) for name, kernels in expected.items() for kernel in kernels]
+    assert sorted((row.call, row.kernel) for row in rows) == sorted(called)
+    assert [row for row in rows if row.spills] == []
+    assert [row for row in rows if row.shared > SHARED] == []
+    coupled = [row for row in rows if row.kernel == "coupled_step_kernel"]
+    assert all((row.tensor_cores > 0) == (precision != "fp32") for row in coupled)
+    assert all(row.tf32 == (precision == "tf32") for row in coupled)
+    # 6 channels of the state are 24 bytes, and a slice of the injector's begins at 24
+    assert [row for row in coupled if row.wide < (0.4 if channels == 12 else 0.75) or row.middling < 0.8] == []
 
 
 @pytest.mark.exhaustive

@@ -16,6 +16,7 @@ if not installation.expects("triton"):
 
 from ncsr_fast import kernels, ops  # noqa: E402
 from ncsr_fast.engine import plan  # noqa: E402
+from ncsr_fast.kernels import _step_network  # noqa: E402
 from ncsr_fast.kernels import step_network as triton_network  # noqa: E402
 from ncsr_fast.ops.backend import kernels as functions_of  # noqa: E402
 from ncsr_fast.ops.step_network import StepNetwork, evaluate_network  # noqa: E402
@@ -166,14 +167,53 @@ def test_launches(monkeypatch):
         launched.append(kernel.__name__)
         read.update(arguments)
 
-    monkeypatch.setattr(triton_network, "launch", record)
+    for module in (triton_network, _step_network):
+        monkeypatch.setattr(module, "launch", record)
     z1, pre, *rest = network(6, 64, 12, batch=3, dtype=HALF)
     shared = pre[:1].expand(3, -1, -1, -1)
     with Watch(lambda name, _: computed.append(name)):
         kernels.step_network_layers(z1, shared, *rest)
-    assert launched == ["pack_network_kernel", "hidden_kernel", "output_kernel"]
-    assert set(computed) <= {"aten::empty", "aten::fill_"}  # which poisons
+    assert launched == ["pack_networks_kernel", "hidden_kernel", "output_kernel"]
+    assert set(computed) <= {"aten::empty", "aten::fill_", "aten::select", "aten::unsqueeze"}  # which poison, and views
     assert read["z1"][0] is z1 and read["pre"][0] is shared
+
+
+def turned(packed: Tensor, paired: bool) -> Tensor:
+    """Packed weights (K, tap, in, out) as (K, out, in, tap), the outputs interleaved again where they are paired."""
+    weight = packed.movedim(1, 3).movedim(1, 2)
+    return torch.stack(weight.chunk(2, dim=1), dim=2).flatten(1, 2) if paired else weight
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("channels, hidden, outputs", [(6, 32, 12), (0, 20, 7), (17, 16, 130)])
+def test_packed_weights(channels, hidden, outputs, layout, monkeypatch):
+    """Of several networks by one launch: the numbers themselves in the dtype asked for, zeros around them."""
+    launched, launch = [], _step_network.launch
+    monkeypatch.setattr(_step_network, "launch", lambda *a, **k: launched.append(a) or launch(*a, **k))
+    networks = [network(channels, hidden, outputs)[2:] for _ in range(3)]
+    networks = [[None if x is None else (i + 1) * x for x in each] for i, each in enumerate(networks)]
+    weights = ([each[i] for each in networks] for i in (0, 1, 3))
+    stacks = [None if some[0] is None else torch.stack([LAYOUTS[layout](x) for x in some]) for some in weights]
+    packed = kernels.step_network_weights(*stacks, HALF)
+    assert len(launched) == 1
+    for weight, stack, paired in zip(stacks, packed, (False, False, True), strict=True):
+        assert stack.dtype == HALF and stack.is_contiguous() and not any(size % 16 for size in stack.shape[2:])
+        if weight is None:
+            assert stack.numel() == 0
+            continue
+        found, (outs, ins) = turned(stack, paired), weight.shape[1:3]
+        assert torch.equal(found[:, :outs, :ins], weight.flatten(3).half())
+        assert found[:, outs:].abs().sum() == 0 == found[:, :, ins:].abs().sum()
+
+
+@pytest.mark.parametrize("channels", [6, 0])
+def test_packed_weights_give_the_same_bits(channels):
+    z1, pre, *weights = network(channels, 16, 4, (3, 4), dtype=HALF)
+    stacks = (None if weights[i] is None else torch.stack([torch.zeros_like(weights[i]), weights[i]]) for i in (0, 1, 3))
+    packed = [stack[1] for stack in kernels.step_network_weights(*stacks, HALF)]
+    broken = [None if x is None else torch.full_like(x, torch.nan) if x.dim() == 4 else x for x in weights]
+    expected = kernels.step_network_layers(z1, pre, *weights)
+    assert all(map(torch.equal, kernels.step_network_layers(z1, pre, *broken, packed=packed), expected))
 
 
 @in_float32_too
@@ -214,7 +254,8 @@ def test_empty(shape, channels, monkeypatch):
     """Nothing is launched: a GPU refuses a grid of no programs."""
     batch, *size = shape
     launched = []
-    monkeypatch.setattr(triton_network, "launch", lambda *a, **k: launched.append(a))
+    for module in (triton_network, _step_network):
+        monkeypatch.setattr(module, "launch", lambda *a, **k: launched.append(a))
     h1, h2, h = kernels.step_network_layers(*network(channels, 32, 12, size, batch))
     assert h1.shape == h2.shape == (batch, 32, *size) and h.shape == (batch, 12, *size) and not launched
 
@@ -297,11 +338,14 @@ def test_the_engine_walks_by_it(everything, checkpoint, monkeypatch):
     near zero (docs/architecture.md). Gradients of one network are compared more closely above.
     """
     called, triton = set(), functions_of("triton")
-    for name in ("step_network_forward", "step_network_layers"):
+    names = {"step_network_tails", "step_network_backward", "step_network_weights_backward"}
+    names |= {
+        "step_network_coupled" if everything else "step_network_forward",
+        *([] if checkpoint else ["step_network_layers"]),
+    }
+    for name in names:
         function = getattr(triton, name)
-        monkeypatch.setattr(
-            triton, name, lambda z1, *a, f=function, **k: called.add((f.__name__, z1 is None)) or f(z1, *a, **k)
-        )
+        monkeypatch.setattr(triton, name, lambda *a, f=function, **k: called.add(f.__name__) or f(*a, **k))
     lr, hr = image(1, 3, 2, 2, dtype=SINGLE).to(DEVICE), image(1, 3, 8, 8, dtype=SINGLE).to(DEVICE)
     found = []
     for backend in ("reference", "triton"):
@@ -315,8 +359,7 @@ def test_the_engine_walks_by_it(everything, checkpoint, monkeypatch):
             latents = [torch.full_like(latent, 0.5) for latent in model.encode(hr, lr).latents]
             decoded = model.decode(latents, lr)
         found += [nll.detach(), decoded, {name: x.grad for name, x in model.named_parameters() if x.grad is not None}]
-        networks = {("step_network_forward", False), ("step_network_forward", True), ("step_network_layers", False)}
-        assert called >= networks if backend == "triton" else not called
+        assert called == (names if backend == "triton" else set())
     right, expected, others, nll, decoded, grads = found
     assert_close(nll, right, 20 * ROUNDING[SINGLE], "nll")
     assert_close(decoded, expected, 20 * ROUNDING[SINGLE], "decoded")

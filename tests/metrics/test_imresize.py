@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
+
 import numpy as np
 import pytest
 import torch
 from support import image, vector_file
 
 from ncsr_fast.metrics import imresize
+
+module = importlib.import_module("ncsr_fast.metrics.imresize")  # its function hides it
 
 SCALES = {"down2": 1 / 2, "down4": 1 / 4, "down8": 1 / 8, "up4": 4}
 
@@ -26,6 +30,25 @@ def test_vectors(vectors, kind, number):
     assert (imresize(source, scale) - expected).abs().max() < 1e-14 * 256
     assert (imresize(source.float(), scale) - expected).abs().max() < 1e-6 * expected.abs().max()
     assert torch.equal(imresize(vectors[f"u8_{number}"], scale), vectors[f"u8_{number}_{kind}"])
+
+
+@pytest.mark.parametrize("scale", [1 / 8, 1 / 4, 1 / 3, 1 / 2, 1, 3, 4])
+@pytest.mark.parametrize("height, width", [(1, 1), (3, 300), (299, 40), (513, 514)])
+def test_bands_of_8_bit_images_are_the_whole(scale, height, width, monkeypatch):
+    """A matrix is multiplied without the columns that are zero in a band of its rows; at the borders mirrored ones are not."""
+    x = torch.randint(0, 256, (2, 3, height, width), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    found = imresize(x, scale)
+    monkeypatch.setattr(module, "_BAND", 10**9)
+    assert torch.equal(imresize(x, scale), found)
+
+
+def test_bands_leave_out_zeros_alone():
+    for scale in (1 / 8, 1 / 3, 1, 4):
+        matrix = module._build_matrix(517, scale)
+        kept = torch.zeros_like(matrix)
+        for top, (part, taps) in enumerate(module._bands(matrix, 517, scale)):
+            kept[top * module._BAND :][: len(part), taps] = part
+        assert torch.equal(kept, matrix)
 
 
 def test_batches_are_images_one_by_one():

@@ -13,17 +13,26 @@ from operator_cases import cells, interpreted, marked
 
 from ncsr_fast import ops
 from ncsr_fast.ops.backend import BACKENDS, COVERAGE, Kernels, _best, _not_covered, covering_backend, kernels
+from ncsr_fast.ops.fallback import _kernel
 
 FUNCTIONS = {
     "affine": ("affine_forward", "affine_backward"),
     "gaussian_split": ("gaussian_split_forward", "gaussian_split_backward"),
     "flow_step": ("flow_step_forward", "flow_step_backward"),
+    "flow_step_mix": ("flow_step_mix_backward",),
     "inverse_logdet": ("inverse_logdet",),
     "fold": ("fold_forward", "fold_backward"),
+    "fold_filters": ("fold_filters_forward", "fold_filters_backward"),
     "conv3x3": ("conv3x3_forward", "conv3x3_backward"),
     "conv3x3_weights": ("conv3x3_weights",),
-    "step_network": ("step_network_forward", "step_network_layers"),
-}
+    "dense_blocks": ("dense_blocks_forward", "dense_blocks_backward"),
+    "hoisted": ("hoisted_forward", "hoisted_backward"),
+    "step_network": (
+        "step_network_forward", "step_network_layers", "step_network_tails", "step_network_backward",
+        "step_network_weights_backward", "step_network_coupled",
+    ),
+    "step_network_weights": ("step_network_weights",),
+}  # fmt: skip
 KERNEL_OF = {"affine_injector": "affine", "affine_coupling": "affine", "actnorm_invconv": "flow_step"}
 OPERATORS = (*ops.OPERATORS, "inverse_logdet", "fold", "conv3x3", "step_network")
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -51,6 +60,12 @@ def test_the_table_is_of_the_contract():
     assert sorted(functions) == sorted(name for name in vars(Kernels) if not name.startswith("_"))
     assert set(COVERAGE) == set(BACKENDS) - {"reference"}
     assert all(set(table) <= set(FUNCTIONS) for table in COVERAGE.values())
+
+
+def test_a_function_that_fails_is_known_by_its_kernel():
+    assert {name: _kernel(name) for names in FUNCTIONS.values() for name in names} == {
+        name: kernel for kernel, names in FUNCTIONS.items() for name in names
+    }
 
 
 @pytest.mark.parametrize("backend", [backend for backend in BACKENDS if installation.expects(backend)])
@@ -107,7 +122,7 @@ def test_auto_is_a_backend_that_claims_the_operator():
 def test_auto_leaves_out_what_was_measured_on_no_gpu():
     """On CUDA tensors, with a GPU or without one; of a backend that would be the first choice."""
     assert _best("affine", "cuda", "torch.float32") == "triton"
-    for kernel in ("conv3x3", "step_network"):
+    for kernel in ("conv3x3", "step_network", "fold_filters"):
         assert [_best(kernel, "cuda", str(dtype)) for dtype in COVERAGE["triton"][kernel].dtypes] == ["reference"] * 3
 
 

@@ -35,13 +35,14 @@ def lines_of(path, overrides=None) -> list[str]:
 
 @pytest.mark.parametrize("preset", PUBLISHED)
 def test_a_preset_is_its_architecture_and_settings(preset):
-    done = configure(overrides={"preset": preset, "images": ["photos"]})
-    assert done.settings == TrainSettings(NCSRConfig.preset(preset), ("photos",), **PUBLISHED[preset])
+    pairs = {"lr_images": ("dark",)} if preset.startswith("llflow") else {}
+    done = configure(overrides={"preset": preset, "images": ["photos"], **pairs})
+    assert done.settings == TrainSettings(NCSRConfig.preset(preset), ("photos",), **pairs, **PUBLISHED[preset])
     assert done.run is None and done.report == ()
 
 
 def test_systems_that_the_trainer_has_not():
-    with pytest.raises(ValueError, match="model must be an NCSR or an SRFlow: the trainer has no CTFlow"):
+    with pytest.raises(ValueError, match="model must be of RGB images: the trainer has no CTFlow"):
         TrainSettings(NCSRConfig.preset("ctflow"), ("photos",))
 
 
@@ -198,3 +199,44 @@ def test_missing_packages_are_named(package, write, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ImportError, match=rf"need {package} to be read: pip install 'ncsr_fast\[train\]'"):
         configure(path)
+
+
+def test_variants_are_ncsr_s_alone():
+    given = {"preset": "srflow-da-x4", "images": ["a"], "variant": "noise"}
+    with pytest.raises(ValueError, match="^variant: is for NCSR: SRFlow-DA has no noise-conditional layer$"):
+        configure(overrides=given)
+    settings = configure(overrides={**given, "preset": "fs-ncsr-x4", "variant": "noise-all"}).settings
+    assert settings.model == NCSRConfig(**{**PRESETS["fs-ncsr-x4"], "noise_steps": (16, 16, 16)})
+
+
+def test_the_presets_of_the_family_are_their_yamls():
+    deep = configure(overrides={"preset": "srflow-da-s-x8", "images": ["a"]}).settings
+    assert (deep.max_std, deep.fixed_std, deep.lr_noise, deep.unfreeze, deep.batch) == (
+        pytest.approx(4 / 3**0.5 / 255), True, False, 0.5, 16
+    )  # fmt: skip
+    low = configure(overrides={"preset": "llflow-lol", "images": ["a"], "lr_images": ["b"]}).settings
+    assert (low.max_std, low.reference_prior, low.unfreeze, low.encoder_steps, low.warmup) == (0, 0.2, 0, 0, 3000)
+    assert low.learning_rate(1.0, 0, 40_000) == 1 / 3000 and low.learning_rate(1.0, 2999, 40_000) == 1
+
+
+LOW = {"preset": "llflow-compact", "images": ["a"], "lr_images": ["b"]}
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({"lr_images": []}, "lr_images must name the dark images of images, which LLFlow is trained on in pairs"),
+        ({"validation": "c"}, "validation_lr must name the dark images of validation, which LLFlow is trained on in pairs"),
+        ({"encoder_steps": 1}, "encoder_steps must be 0: the encoder of LLFlow makes no image, not 1"),
+        ({"encoder_weights": "w"}, "encoder_weights must be left out: they are of RRDB networks, which LLFlow has none of"),
+        ({"lr_noise": True}, "lr_noise must be false: the input of LLFlow is no image that noise is added to"),
+        ({"reference_prior": 1.5}, "reference_prior must be a share from 0 to 1, not 1.5"),
+        ({"crop": 36}, "crop must be a positive multiple of 8·scale = 8, not 36"),
+        ({"preset": "ncsr-x4", "reference_prior": 0.1}, "reference_prior must be 0: the prior of NCSR has no mean, not 0.1"),
+        ({"model": {"system": "ctflow"}}, "model must be of RGB images: the trainer has no CTFlow"),
+    ],
+)
+def test_low_light_settings(changes, said):
+    with pytest.raises(ValueError) as error:
+        configure(overrides={**LOW, **changes})
+    assert str(error.value) == said

@@ -243,8 +243,8 @@ REFUSED = {
     "train.lr_scheme": "CosineAnnealingLR_Restart",
     "train.restarts": [1000],
     "train.lr_steps_inverse_rel": [0.5],
-    "train.warmup_iter": 100,
     "train.lr_steps_rel": "half",
+    "train.flow_warm_up_iter": 10,
     "train.niter": None,
     "train.lr_gamma": None,
     "scale": None,
@@ -282,6 +282,79 @@ def test_wrong_values_have_the_names_of_the_file(tmp_path):
     path.write_text(TEXT.replace("MultiStepLR", "Cosine"))
     with pytest.raises(ValueError, match=f"^{path}: train.lr_scheme = 'Cosine' is not supported, only 'MultiStepLR'$"):
         configure(path)
+
+
+def test_warm_up(options):
+    assert from_published(options)[0]["warmup"] == 0
+    assert from_published(change(options, {"train.warmup_iter": 300}))[0]["warmup"] == 300
+
+
+def test_fs_ncsr(options):
+    options = change(options, {"divide_freq": True})
+    values, report = from_published(options)
+    assert values["model"] == NCSRConfig.preset("fs-ncsr-x4").to_dict() and values["max_std"] == 0.04 and values["lr_noise"]
+    assert reported(report) == REPORTED
+    account_for(options)
+
+
+DEEP = {
+    "model": "SRFlow-DA", "mode": ..., "std": ..., "LRnoise": ..., "network_G.which_model_G": "SRFlowNet",
+    "network_G.flow.S": ..., "network_G.flow.std_channels": ..., "network_G.flow.K": 6, "network_G.flow.L": 2,
+    "train.add_gt_noise": True, "path.root": "../",
+}  # fmt: skip
+
+
+def test_srflow_da(options):
+    options = change(options, DEEP)
+    values, report = from_published(options)
+    assert values["model"] == NCSRConfig.preset("srflow-da-x4").to_dict()
+    assert values["max_std"] == pytest.approx(0.00905648) and values["fixed_std"] and not values["lr_noise"]
+    assert values["unfreeze"] == 0.5 and "path.root" in reported(report)
+    assert "network_G.train_RRDB_delay" not in reported(report) and all("not known" not in line for line in report)
+    account_for(options)
+    assert from_published(change(options, {"network_G.train_RRDB_delay": ...}))[0]["unfreeze"] == 1
+    clean = from_published(change(options, {"train.add_gt_noise": False}))[0]
+    assert clean["max_std"] == 0 and "fixed_std" not in clean
+
+
+LOW_LIGHT = {
+    **dict.fromkeys(
+        ("mode", "std", "LRnoise", "network_G.flow.S", "network_G.flow.std_channels", "val.heats", "network_G.upscale"), ...
+    ),
+    "model": "LLFlow", "scale": 1, "dataset": "LoL", "optimize_all_z": False, "cond_encoder": "ConEncoder1",
+    "train_gt_ratio": 0.3, "concat_histeq": True, "gray_map": False, "align_weight": 0.001, "dataroot_unpaired": "dark",
+    "datasets.train": {"root": "~/LOL", "batch_size": 4, "GT_size": 96, "use_crop": True, "noise_prob": 0, "noise_level": 5,
+                       "log_low": True, "gamma_aug": False, "n_workers": 1, "use_flip": True},
+    "datasets.val": {"root": "LOL", "log_low": True, "n_max": 20},
+    "network_G.which_model_G": "LLFlow", "network_G.nf": 32, "network_G.nb": 4, "network_G.flow.K": 4,
+    "network_G.flow.conditionInFeaDim": 64, "network_G.flow.split.enable": False,
+    "network_G.flow.stackRRDB.blocks": [1], "path.pretrain_model_G": ..., "train.warmup_iter": 30,
+}  # fmt: skip
+
+
+def test_llflow(options):
+    options = change(options, LOW_LIGHT)
+    values, report = from_published(options)
+    assert values["model"] == NCSRConfig.preset("llflow-lol-smallnet").to_dict()
+    root = os.path.expanduser("~/LOL")
+    expected = dict(
+        images=[f"{root}/our485/high"], lr_images=[f"{root}/our485/low"], validation="LOL/eval15/high",
+        validation_lr="LOL/eval15/low", reference_prior=0.3, max_std=0, lr_noise=False, encoder_steps=0, unfreeze=0, warmup=30,
+        temperatures=(0.0,), batch=4, crop=96, flip=True, rotate=False,
+    )  # fmt: skip
+    assert {name: values[name] for name in expected} == expected
+    assert {"train.weight_decay_G", "align_weight", "datasets.val.log_low"} <= reported(report)
+    assert all("not known" not in line for line in report)
+    account_for(options)
+
+
+def test_llflow_s_second_data_set(options):
+    options = change(options, {**LOW_LIGHT, "dataset": "LoL_v2"})
+    values, _ = from_published(options)
+    assert len(values["images"]) == len(values["lr_images"]) == 2
+    assert values["validation"] == "LOL/Real_captured/Test/high" and values["lr_images"][1].endswith("LOL/Synthetic/Train/Low")
+    with pytest.raises(ValueError, match="^dataset = 'mine' is not supported, only 'LoL' and 'LoL_v2'$"):
+        from_published(change(options, {"dataset": "mine"}))
 
 
 @pytest.mark.parametrize("scale, max_std, steps, batch", [(4, 0.05, 220_000, 18), (8, 0.03, 250_000, 1)])

@@ -72,6 +72,16 @@ def test_other_settings_are_refused_with_a_way_on(settings, run):
         train(replace(settings, lr=0.01), run, "cpu")
 
 
+def test_settings_that_came_after_the_run_began_have_their_defaults(settings, run):
+    stored = json.loads((run / "settings.json").read_text())
+    for name in ("fixed_std", "warmup"):
+        del stored[name]
+    (run / "settings.json").write_text(json.dumps(stored))
+    with pytest.raises(ValueError, match="other settings: warmup .was 0, now 5."):
+        train(replace(settings, warmup=5), run, "cpu")
+    train(settings, run, "cpu")
+
+
 def test_a_folder_that_was_copied_by_half(settings, run):
     (run / "settings.json").write_text("{")
     with pytest.raises(ValueError, match="settings.json' is damaged .*copy it again"):

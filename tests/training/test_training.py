@@ -36,7 +36,7 @@ def test_a_run(settings, photos, tmp_path):
     assert losses == [("encoder", 2), ("encoder", 3), ("flow", 2), ("flow", 4), ("flow", 6)]
     validations = [row for row in log_rows(tmp_path / "run") if "validation" in row]
     assert [(row["stage"], row["step"]) for row in validations] == [("encoder", 3), ("flow", 3), ("flow", 6)]
-    assert {row["images"] for row in validations} == {"validation"}
+    assert {row["images"] for row in validations} == {"validation"} and {row["to_8bit"] for row in validations} == {"round"}
     watched = {"psnr", "lr_psnr", "ssim", "nonfinite", "saturated"}
     expected = {"nll", "smallest_scale", "round_trip"} | {f"{name}@{t}" for name in watched for t in ("0", "0.8")}
     assert set(validations[-1]["validation"]) == expected

@@ -10,6 +10,9 @@ import torch
 from support import image, tiny_model, tiny_settings
 
 from ncsr_fast.data import ImageError, RandomCrops, degrade, read_image, write_image
+from ncsr_fast.data.perturb import perturb
+from ncsr_fast.metrics import lr_psnr, psnr, ssim, to_uint8
+from ncsr_fast.training.stages import EncoderStage, FlowStage
 from ncsr_fast.training.validation import validation_pairs
 from ncsr_fast.training.watch import health, sample_metrics
 
@@ -34,6 +37,33 @@ def test_of_a_sound_sample(model):
     raw = model.decode(latents, lr)
     (calm, _), *_ = look(model, 0.0)
     assert calm["saturated"] == pytest.approx(float(((raw < 0) | (raw > 1)).float().mean()))
+
+
+@torch.no_grad()
+def test_eight_bits_are_those_of_the_settings(model):
+    """Its metrics are of what the published programs would have written to a file, where the settings say so."""
+    lr, hr = image(1, 3, 6, 7, dtype=torch.float32), image(1, 3, 24, 28, seed=1, dtype=torch.float32)
+    for rule in ("round", "truncate"):
+        metrics, sr = sample_metrics(model, hr, lr, 0.5, torch.Generator().manual_seed(3), rule)
+        seen = to_uint8(sr[None], rule)
+        assert metrics["psnr"] == float(psnr(seen, hr)) and metrics["lr_psnr"] == float(lr_psnr(seen, lr, 4))
+        assert metrics["ssim"] == float(ssim(seen, hr))
+        stage = FlowStage(model, tiny_settings("elsewhere", temperatures=(0.5,), max_std=0.0, to_8bit=rule))
+        found, _ = stage.validate(hr, lr, torch.Generator().manual_seed(3))
+        truncated, _ = sample_metrics(model, hr, lr, 0.5, _after_noise(model, hr, lr), rule)
+        assert found["psnr@0.5"] == truncated["psnr"]
+        encoder = EncoderStage(model, stage.settings)
+        expected = psnr(to_uint8(model.encoder(lr).clamp(0, 1), rule), hr)
+        assert encoder.validate(hr, lr, torch.Generator())[0]["psnr"] == float(expected)
+    with pytest.raises(ValueError, match="to_8bit must be one of 'round', 'truncate', not 'floor'"):
+        tiny_settings("elsewhere", to_8bit="floor")
+
+
+def _after_noise(model, hr: torch.Tensor, lr: torch.Tensor) -> torch.Generator:
+    """The generator of `validate` once the noise of the likelihood is drawn."""
+    generator = torch.Generator().manual_seed(3)
+    perturb(hr, lr, 0.0, generator, noise_channels=model.config.noise_channels)
+    return generator
 
 
 def test_of_one_that_overflows(model):

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from ncsr_fast.data.images import crop_to_multiple, to_float
 from ncsr_fast.data.perturb import degrade
-from ncsr_fast.metrics.fidelity import lr_psnr, psnr, ssim, to_uint8
+from ncsr_fast.metrics.fidelity import check_to_8bit, lr_psnr, psnr, ssim, to_uint8
 from ncsr_fast.metrics.imresize import imresize
-from ncsr_fast.metrics.perceptual import diversity_score, error_maps, lpips
+from ncsr_fast.metrics.perceptual import LPIPSReference, diversity_score, error_maps
 from ncsr_fast.model import NCSR
+from ncsr_fast.photographs import is_low_light
 
 _MULTIPLE = 8  # of which many scripts make the sides of HR images, whatever the scale
 
@@ -58,15 +59,17 @@ def evaluate(
     lpips_network: Any = None,
     lr_images: Iterable[Tensor] | None = None,
     progress: Callable[[str], None] = lambda line: None,
+    to_8bit: str = "round",
 ) -> list[Scores]:
     """Scores of bicubic enlargement and of `model` at each temperature (one sample at temperature 0, else n).
 
     images         uint8 (3, H, W), as `Evaluation.add` takes them; lr_images their LR images, None for MATLAB bicubic
     lpips_network  from `metrics.lpips_model`, None to leave LPIPS out
+    to_8bit        how samples become 8 bits, as for `to_uint8`
     returns        what `Evaluation.scores` is
     raises         ValueError for images and lr_images that are not as many, and as `Evaluation.add` does
     """
-    evaluation = Evaluation(model, temperatures, n, seed, lpips_network)
+    evaluation = Evaluation(model, temperatures, n, seed, lpips_network, to_8bit)
     given = iter(lr_images) if lr_images is not None else None
     for number, image in enumerate(images):
         lr = None if given is None else next(given, None)
@@ -85,11 +88,27 @@ class Evaluation:
         scores: One `Scores` a method: psnr, ssim, lr_psnr, lr_psnr_worst, diversity (`diversity_score` of `error_maps`),
             seconds (per sample); with LPIPS also lpips and lpips_diversity, the challenge's score. All per image, every
             sample counted alike.
+
+    Raises:
+        ValueError: A low-light model.
     """
 
     def __init__(
-        self, model: NCSR, temperatures: Iterable[float], n: int = 10, seed: int = 0, lpips_network: Any = None
+        self,
+        model: NCSR,
+        temperatures: Iterable[float],
+        n: int = 10,
+        seed: int = 0,
+        lpips_network: Any = None,
+        to_8bit: str = "round",
     ) -> None:
+        check_to_8bit(to_8bit)
+        self._to_8bit = to_8bit
+        if is_low_light(model):
+            raise ValueError(
+                f"{model.describe()}, makes dark photographs bright, and what is measured here are enlarged ones: the "
+                "validation of ncsr-fast train measures it"
+            )
         self._model, self._temperatures, self._n, self._seed = model, list(dict.fromkeys(temperatures)), n, seed
         self._lpips_network = lpips_network
         self.scores = [Scores("bicubic"), *(Scores(f"temperature {temperature:g}") for temperature in self._temperatures)]
@@ -116,15 +135,16 @@ class Evaluation:
         device, scale = next(self._model.parameters()).device, self._model.config.scale
         hr = matching_crop(image, None if lr is None else tuple(lr.shape[-2:]), scale).to(device)
         lr = degrade(hr, scale) if lr is None else lr.to(device)
-        found = [self._measured(imresize(lr, scale)[None], hr, lr)]
+        reference = None if self._lpips_network is None else LPIPSReference(to_float(hr), self._lpips_network)
+        found = [self._measured(imresize(lr, scale)[None], hr, lr, reference)]
         for temperature in self._temperatures:
             samples, seconds = timed_samples(self._model, lr, self._n if temperature > 0 else 1, temperature, self._seed)
-            found.append({"seconds": seconds, **self._measured(to_uint8(samples), hr, lr)})
+            found.append({"seconds": seconds, **self._measured(to_uint8(samples, self._to_8bit), hr, lr, reference)})
         for scores, values in zip(self.scores, found):
             scores.add(**values)
         return ", ".join(f"{score.method} {score.values['psnr'][-1]:.2f} dB" for score in self.scores)
 
-    def _measured(self, samples: Tensor, hr: Tensor, lr: Tensor) -> dict[str, float]:
+    def _measured(self, samples: Tensor, hr: Tensor, lr: Tensor, reference: LPIPSReference | None) -> dict[str, float]:
         """Values of the samples (n, 3, H, W) of one image, all uint8."""
         target = hr.expand_as(samples)
         consistency = lr_psnr(samples, lr.expand(len(samples), -1, -1, -1), self._model.config.scale)
@@ -135,8 +155,8 @@ class Evaluation:
             "lr_psnr_worst": float(consistency.min()),
             "diversity": diversity_score(error_maps(to_float(samples), to_float(hr))),
         }
-        if self._lpips_network is not None:
-            maps = lpips(to_float(samples), to_float(hr), self._lpips_network)
+        if reference is not None:
+            maps = reference(to_float(samples))
             values |= {"lpips": float(maps.mean()), "lpips_diversity": diversity_score(maps)}
         return values
 

@@ -1,0 +1,258 @@
+"""A coupling with its network and the maps behind it in Triton: on a GPU, or in the interpreter on the CPU, beside float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import installation
+import pytest
+import torch
+from layouts import LAYOUTS
+from operator_cases import interpreted
+from support import Watch
+from torch import Tensor
+
+if not installation.expects("triton"):
+    pytest.skip("the Triton backend is not among the cells", allow_module_level=True)
+
+from ncsr_fast import kernels  # noqa: E402
+from ncsr_fast.kernels import _step_network, coupled_step, flow_step, step_network  # noqa: E402
+from ncsr_fast.ops import reference  # noqa: E402
+from ncsr_fast.ops.coupled_step import Step, peaks, total  # noqa: E402
+
+pytestmark = pytest.mark.slow
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+LAST = torch.channels_last
+SINGLE, HALF = torch.float32, torch.float16
+# Triton's interpreter multiplies bfloat16 wrongly: float16 stands for both
+DTYPES = [SINGLE, HALF] if interpreted("triton") else [SINGLE, HALF, torch.bfloat16]
+EPS = 1e-4
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+directions = pytest.mark.parametrize("inverse", [False, True], ids=["encoding", "decoding"])
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch):
+    """Memory that a kernel should write starts as NaN."""
+    allocate = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: allocate(*a, **k).fill_(float("nan")))
+
+
+@pytest.fixture
+def inside(monkeypatch):
+    """The first layers are in the kernel, of regions that a few programs share."""
+    monkeypatch.setattr(coupled_step, "PROGRAMS", 2)
+    monkeypatch.setattr(coupled_step, "ROUNDS", 0)
+
+
+def tensors(
+    channels: int, size=(5, 7), batch: int = 2, dtype=HALF, hidden: int = 16, mixed: bool = True, injected: bool = True
+) -> list[Tensor | None]:
+    """x, pre, the network, mix, offset and injector in the engine's layout; activations of about 1."""
+    generator, half = torch.Generator().manual_seed(channels + hidden), channels // 2
+
+    def normal(*shape: int, variance: float = 1.0) -> Tensor:
+        return torch.randn(shape, generator=generator).mul(variance**0.5).to(DEVICE)
+
+    def picture(c: int) -> Tensor:
+        return normal(batch, c, *size).to(memory_format=LAST)
+
+    x, pre, injector = picture(channels), picture(3 * hidden).to(dtype)[:, hidden : 2 * hidden], picture(2 * channels).to(dtype)
+    outputs = 2 * (channels - half)
+    w1, w2 = normal(hidden, half, 3, 3, variance=1 / (9 * half)), normal(hidden, hidden, 1, 1, variance=1 / hidden)
+    w3, b3 = normal(outputs, hidden, 3, 3, variance=1 / (9 * hidden)), normal(outputs)
+    mix, offset = torch.linalg.qr(normal(channels, channels))[0], normal(channels)
+    network = [weight.to(dtype) for weight in (w1, w2, 0.5 + normal(hidden), w3, b3)]
+    return [x, pre, *network, *((mix, offset, injector if injected else None) if mixed else (None, None, None))]
+
+
+def run(given: list[Tensor | None], inverse: bool, **options) -> Step:
+    return Step(*kernels.step_network_coupled(*given, EPS, inverse, **options))
+
+
+def exact(given: list[Tensor | None], inverse: bool) -> Step:
+    """In float64 from the same numbers, those that the network reads rounded to its dtype."""
+    x, pre, *rest = given
+    half = x.shape[1] // 2
+    read = [None if tensor is None else tensor.double() for tensor in (x, pre, *rest)]
+    z1 = x[:, :half].to(pre.dtype).double()
+    h = reference.step_network_forward(z1, *read[1:7])
+    step = reference.step_network_coupled(read[0], *read[1:7], *read[7:], EPS, inverse)
+    # the network of the formula would read a z1 that is not rounded
+    y, logdet = reference.affine_forward(read[0], h, half, EPS, inverse)
+    if rest[5] is not None:
+        before, after = (read[9], None) if inverse else (None, read[9])
+        y, other = reference.flow_step_forward(y, read[7], read[8], before, after, EPS, inverse)
+        logdet = logdet + other
+    return Step(y, (logdet,), step[2], h)
+
+
+def allowed(given: list[Tensor | None], tf32: bool = False) -> float:
+    """Of the error of shift and raw scale, beside the largest of them: see `test_triton_step_network`."""
+    hidden, half = given[2].shape[:2]
+    longest = 9 * max(hidden, half)
+    sums = longest**0.5 * torch.finfo(SINGLE).eps
+    return sums + (torch.finfo(given[1].dtype).eps if given[1].dtype != SINGLE else 6 * 2**-11 if tf32 else 0)
+
+
+def assert_like_the_formula(given: list[Tensor | None], inverse: bool, **options) -> Step:
+    """y, log-det, peak and output, of the parts that are wanted.
+
+    What the network is off, h·δ, moves a value by the scale or its slope, both below 1 + 1/4 + eps for encoding; decoding
+    divides by a scale. The mix is a rotation, whose sums have C terms, and the log-det is a sum over all pixels and channels.
+    """
+    found, right, x = run(given, inverse, **options), exact(given, inverse), given[0]
+    error = allowed(given, options.get("tf32", False)) * float(right.output.abs().max())
+    scale = float(1 / (torch.sigmoid(right.output[:, 1::2] + 2) + EPS).min()) if inverse else 1.25
+    biggest = float(max(x.abs().max(), right.y.abs().max())) + float(right.output.abs().max())
+    injector = given[9]
+    if injector is not None:  # is applied to what was off
+        scale *= float(1 / (torch.sigmoid(injector[:, 1::2].double() + 2) + EPS).min()) if inverse else 1.25
+    rounding = 4 * x.shape[1] ** 0.5 * torch.finfo(SINGLE).eps * biggest
+    bound = scale * ((2 + biggest) * error * x.shape[1] ** 0.5 + rounding)
+    assert found.y.dtype == x.dtype and found.y.is_contiguous(memory_format=LAST)
+    assert (found.y - right.y).abs().max() <= bound
+    count = x[0].numel()
+    assert (total(found.logdets) - right.logdets[0]).abs().max() <= count * (error + 4 * torch.finfo(SINGLE).eps * scale)
+    if options.get("watched"):
+        assert torch.equal(peaks([found.peak])[0], found.y.abs().amax(dim=(1, 2, 3)))
+    if options.get("with_output"):
+        rounded = torch.finfo(given[1].dtype).eps * float(right.output.abs().max())
+        assert found.output.dtype == given[1].dtype and (found.output - right.output).abs().max() <= error + rounded
+    return found
+
+
+@dtypes
+@directions
+@pytest.mark.parametrize("channels", [12, pytest.param(24, marks=pytest.mark.exhaustive), 48, 5])
+def test_channels(channels, inverse, dtype):
+    """Those whose mix is in the kernel and others; several blocks of h2, and filled up ones."""
+    hidden = {12: 64, 48: 33}.get(channels, 16)
+    given = tensors(channels, (2, 3), 1, dtype, hidden)
+    assert_like_the_formula(given, inverse, watched=True, with_output=True)
+
+
+@directions
+@pytest.mark.parametrize("mixed, injected", [(False, False), (True, False)])
+def test_parts(mixed, injected, inverse):
+    """The coupling alone, and without an injector."""
+    assert_like_the_formula(tensors(6, (9, 17), 2, HALF, mixed=mixed, injected=injected), inverse)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 19), (9, 1), (8, 16), (17, 33)], ids=str)
+def test_sizes(size, inside):
+    """Of regions with their border: parts of one, and more than one."""
+    assert_like_the_formula(tensors(6, size, 1, HALF), True, watched=True)
+
+
+@directions
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_first_layers_inside_or_outside(dtype, inverse, monkeypatch, request):
+    """To the bit the same: regions of a loop, three samples of each program, shared pre-activations and injector."""
+    given = tensors(12, (18, 35), 3, dtype)
+    given[1], given[9] = (given[i][:1].expand(3, -1, -1, -1) for i in (1, 9))
+    outside = run(given, inverse, watched=True, with_output=True)
+    request.getfixturevalue("inside")
+    within = run(given, inverse, watched=True, with_output=True)
+    for found, expected in zip(
+        (within.y, *within.logdets, within.peak, within.output), (outside.y, *outside.logdets, outside.peak, outside.output)
+    ):
+        assert torch.equal(found, expected)
+
+
+def test_launches(monkeypatch, inside):
+    """One, without copies; and what is there where the state has too many channels, or the regions are few."""
+    launched, computed = [], []
+    for module in (_step_network, coupled_step, flow_step, step_network):
+        monkeypatch.setattr(module, "launch", lambda kernel, *_, **__: launched.append(kernel.__name__))
+    given = tensors(12, (17, 33))
+    packed = [stack[0] for stack in kernels.step_network_weights(given[2][None], given[3][None], given[5][None], HALF)]
+    launched.clear()
+    with Watch(lambda name, _: computed.append(name)):
+        run(given, True, packed=packed)
+    assert launched == ["coupled_step_kernel"]
+    assert set(computed) <= {"aten::empty", "aten::empty_like", "aten::fill_", "aten::select", "aten::slice"}
+    launched.clear()
+    monkeypatch.setattr(coupled_step, "ROUNDS", 1000)
+    monkeypatch.setattr(coupled_step, "MIXED", 11)
+    run(given, True, packed=packed)
+    assert launched == ["hidden_kernel", "coupled_step_kernel", "flow_step_forward_kernel"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_decoding_undoes_encoding(dtype):
+    """In the precision of float32, whatever the network's: it computes the same shift and scale from the same z1."""
+    given = tensors(12, (9, 17), 2, dtype)
+    x, mix, offset, injector = given[0], *given[7:]
+    encoded = run(given, False)
+    # the inverse of injector and mix, then the coupling's
+    undone = torch.linalg.inv(mix.double())
+    z, logdet = reference.flow_step_forward(
+        encoded.y.double(), undone, -undone @ offset.double(), injector.double(), None, EPS, True
+    )
+    decoded = run([z.float(), *given[1:7], None, None, None], True)
+    # z is off by what the sums over channels and the scales round, and z1 with it, which the network amplifies
+    slope = 4 * float(given[2].float().flatten(1).abs().sum(1).max())
+    largest = float(max(x.abs().max(), encoded.y.abs().max(), z.abs().max()))
+    bound = slope * 12**0.5 * 8 * (torch.finfo(SINGLE).eps + (torch.finfo(dtype).eps if dtype != SINGLE else 0)) * largest
+    assert (decoded.y - x).abs().max() <= bound
+    added = total(encoded.logdets) + logdet + total(decoded.logdets)
+    assert added.abs().max() <= x[0].numel() * bound
+
+
+def test_same_bits_every_time_and_in_every_batch(inside):
+    given = tensors(6, (17, 33), 2, HALF)
+    first, again = (run(given, True, watched=True) for _ in range(2))
+    assert torch.equal(first.y, again.y) and torch.equal(first.logdets[0], again.logdets[0])
+    alone = [x[1:] if x is not None and x.dim() == 4 and x.shape[0] == 2 and x.shape[2:] == (17, 33) else x for x in given]
+    assert torch.equal(run(alone, True).y, first.y[1:])
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered")
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_peaks_of_what_is_not_finite(value, inside):
+    given = tensors(6, (9, 17), 2, HALF)
+    given[0] = given[0].clone()
+    given[0][1, 4, 3, 5] = value
+    found = run(given, True, watched=True)
+    peak = peaks([found.peak])[0]
+    assert peak[0].isfinite() and not peak[1].isfinite()
+    assert found.y[0].isfinite().all()
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels of channels_last"])
+def test_layouts(layout):
+    given = tensors(6, (5, 7), 2, SINGLE)
+    lying = [LAYOUTS[layout](x) if x is not None and x.dim() == 4 and x.shape[2:] == (5, 7) else x for x in given]
+    found, expected = run(lying, False), run(given, False)
+    assert torch.allclose(found.y, expected.y, rtol=0, atol=1e-5 * float(expected.y.abs().max()))
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 7), (2, 0, 7), (2, 5, 0)], ids=str)
+def test_empty(shape, monkeypatch):
+    launched: list[Callable] = []
+    for module in (_step_network, coupled_step, flow_step, step_network):
+        monkeypatch.setattr(module, "launch", lambda *a, **k: launched.append(a))
+    batch, *size = shape
+    found = run(tensors(6, size, batch), False, with_output=True)
+    assert found.y.shape == (batch, 6, *size) and total(found.logdets).tolist() == [0.0] * batch and not launched
+
+
+def far_apart(x: Tensor, dimension: int) -> Tensor:
+    """x with 2³⁰ elements from an index of a dimension to the next, in memory of which hardly any is touched."""
+    strides = [2**30 if each == dimension else stride for each, stride in enumerate(x.contiguous().stride())]
+    reach = sum((size - 1) * stride for size, stride in zip(x.shape, strides)) + 1
+    storage = torch.UntypedStorage(reach * x.element_size(), device=x.device)
+    return torch.tensor([], dtype=x.dtype, device=x.device).set_(storage, 0, x.shape, strides).copy_(x)
+
+
+@pytest.mark.parametrize("dimension", [0, pytest.param(2, marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize("index", [0, 1, 9], ids=["x", "pre", "injector"])
+def test_offsets_beyond_32_bits(index, dimension, inside):
+    given = tensors(4, (3, 3), 3, HALF)
+    given[0], given[9] = given[0].half(), given[9].half()
+    expected = run(given, False)
+    given[index] = far_apart(given[index], dimension)
+    found = run(given, False)
+    bound = 4 * torch.finfo(HALF).eps * float(expected.y.abs().max())  # sums are in another order
+    assert (found.y.float() - expected.y.float()).abs().max() <= bound
