@@ -1,7 +1,8 @@
-"""The decoding direction of a model as a graph of plain operators, for torch.export and ONNX.
+"""The decoder of a model as a graph of PyTorch's own operators, for torch.export and ONNX.
 
-Everything that depends on the weights alone is a constant of it: actnorms and exp-scales are folded into the convolutions,
-the 1×1 convolutions are inverted. What is left are convolutions, ReLUs, a sigmoid and a division a coupling.
+Everything that depends on the weights alone is a constant of the graph: actnorms and exp-scales are folded into the
+convolutions, and the 1×1 convolutions are inverted. The remaining operations are convolutions, ReLUs, and one sigmoid and one
+division per coupling.
 """
 
 from __future__ import annotations
@@ -45,12 +46,16 @@ def export_onnx(
     opset: int = _OPSET,
     check: bool = True,
 ) -> float | None:
-    """Write the `Decoder` of a model as an ONNX file, in float32; what it takes and computes is said there.
+    """Write the `Decoder` of a model as an ONNX file in float32.
 
-    Inputs are "lr" and, unless deterministic, "latent0" …; the output is "sr". Batch, height and width are dynamic. The file
-    is written to a temporary name and renamed. Its metadata are texts: "scale"; "latents", JSON of name, channels and scale of
-    each, which is (B, channels, scale·H, scale·W); "clip"; "deterministic"; "lr_multiple", what H and W must be multiples of;
-    "config", JSON of the `NCSRConfig`; "ncsr_fast", the version.
+    The inputs are "lr" and, unless deterministic, "latent0" …; the output is "sr" (see `Decoder`). Batch, height and width are
+    dynamic. The file is written under a temporary name and renamed. Its metadata are texts:
+
+    * "scale", "clip", "deterministic";
+    * "latents": JSON with the name, channels and scale of each latent, whose shape is (B, channels, scale·H, scale·W);
+    * "lr_multiple": H and W must be multiples of it;
+    * "config": JSON of the `NCSRConfig`;
+    * "ncsr_fast": the version of this package.
 
         >>> export_onnx(NCSR.from_pretrained("ncsr-compact-x4"), "decoder.onnx")
         >>> session = onnxruntime.InferenceSession("decoder.onnx")
@@ -58,21 +63,21 @@ def export_onnx(
 
     Args:
         model: The model.
-        path: Of the file.
-        deterministic: As of the `Decoder`.
-        clip: As of the `Decoder`.
-        opset: Of ONNX, 18 or more.
-        check: Run the graph in onnxruntime, at sizes and batches other than it was traced with, against the model's
-            reference in float64, and write nothing when a pixel differs by more than 1e-4 (of the largest one, where that
-            is above 1).
+        path: The file to write.
+        deterministic: As for `Decoder`.
+        clip: As for `Decoder`.
+        opset: The ONNX opset, 18 or more.
+        check: Compare the graph in onnxruntime with the model's reference in float64, at other sizes and batches than it was
+            traced with. The file is not written if a pixel differs by more than 1e-4 (relative to the largest pixel, if that is
+            above 1).
 
     Returns:
-        The largest difference found, None without the check.
+        The largest difference found; None without the check.
 
     Raises:
-        ValueError: Weights that are not finite, a singular 1×1 convolution, an opset that the exporter has not, or a graph
-            that fails the check.
-        ImportError: A package of the extra `export` that is missing, or a PyTorch too old to export.
+        ValueError: Weights that are not finite, a singular 1×1 convolution, an opset that the exporter does not have, or a
+            graph that fails the check.
+        ImportError: A package of the extra `export` is missing, or PyTorch is too old to export.
     """
     for name in ("onnx", "onnxscript", *(["onnxruntime"] if check else [])):
         try:
@@ -83,7 +88,7 @@ def export_onnx(
 
     newest = onnx.defs.onnx_opset_version()
     if not _OPSET <= opset <= newest:
-        raise ValueError(f"opset must be from {_OPSET} to {newest}, the newest that this onnx has, not {opset!r}")
+        raise ValueError(f"opset must be from {_OPSET} to {newest}, the newest of the installed onnx, not {opset!r}")
     reference = copy.deepcopy(model).cpu().double().eval()
     decoder = Decoder(reference, deterministic, clip).float()
     with warnings.catch_warnings():
@@ -109,7 +114,7 @@ def export_onnx(
 
 
 def export_program(decoder: Decoder) -> torch.export.ExportedProgram:
-    """The decoder as torch.export has it, for any batch and any even height and width of LR from 4 on.
+    """The decoder as a program of torch.export, for any batch and any even height and width of LR from 4 on.
 
     Raises:
         ImportError: PyTorch is 2.4, whose torch.export cannot follow the sizes through the model.
@@ -141,7 +146,7 @@ def _metadata(model: NCSR, decoder: Decoder) -> dict[str, str]:
 
 
 def _difference(graph: bytes, decoder: Decoder, reference: NCSR) -> float:
-    """Between the graph in onnxruntime and the model's definition, step by step in float64."""
+    """The largest difference between the graph in onnxruntime and the model's reference in float64."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
@@ -162,15 +167,19 @@ def _difference(graph: bytes, decoder: Decoder, reference: NCSR) -> float:
 
 
 class Decoder(nn.Module):
-    """`decoder(lr, *latents)` → sr (B, 3, sH, sW), what `model.decode(latents, lr)` computes: the noise condition is zero.
+    """`decoder(lr, *latents)` → sr (B, 3, sH, sW), equal to `model.decode(latents, lr)` with zero noise condition.
 
-    It has copies of the weights, as buffers: changes of the model do not reach it. No gradients of the weights.
+    lr (B, 3, H, W) is RGB in [0, 1] with even H and W (`NCSR` pads odd sizes; the decoder does not). The latents have the
+    shapes of `model.latent_shapes(H, W)`, and are drawn from N(0, temperature²).
+
+    The decoder has copies of the weights, as buffers: changes of the model do not affect it, and it gives no gradients of the
+    weights.
 
     Args:
-        lr: (B, 3, H, W), RGB in [0, 1], H and W even (`NCSR` pads odd ones; here it is left to the caller).
-        latents: As `model.latent_shapes(H, W)` has them, drawn from N(0, temperature²); with `deterministic` there are
-            none: they are zero, and `decoder(lr)` is the image of temperature 0.
-        clip: To [0, 1] as `model.sample` does: a pixel that overflowed is NaN. False: as `model.decode` does.
+        model: The model.
+        deterministic: True: `decoder(lr)` takes no latents; they are zero, and the image is that of temperature 0.
+        clip: True: clip to [0, 1] as `model.sample` does, with NaN for pixels that are not finite. False: do not clip, as
+            `model.decode`.
 
     Raises:
         ValueError: Weights that are not finite, or a 1×1 convolution without an inverse.
@@ -179,21 +188,21 @@ class Decoder(nn.Module):
     def __init__(self, model: NCSR, deterministic: bool = False, clip: bool = True) -> None:
         super().__init__()
         if not isinstance(model.config, NCSRConfig):
-            raise ValueError("the exporter knows the architectures of NCSRConfig, and this model is a flow of one's own")
+            raise ValueError("only models of an NCSRConfig can be exported, and this model has a FlowConfig")
         self.deterministic, self.clip = deterministic, clip
         self.latents = [(channels, side) for channels, side, _ in model.latent_shapes(2, 2)]  # side to two LR pixels
         self.inputs = [] if deterministic else [f"latent{index}" for index in range(len(self.latents))]  # beside lr
         self.encoder = copy.deepcopy(model.encoder)
-        self.encoder.conv_up[-1] = self.encoder.conv_hr = self.encoder.conv_last = nn.Identity()  # the flow has no use for them
+        self.encoder.conv_up[-1] = self.encoder.conv_hr = self.encoder.conv_last = nn.Identity()  # the flow does not use them
         with torch.no_grad():
             self.levels = nn.ModuleList(_Level(level) for level in model.levels)
         self.eval().requires_grad_(False)
         for name, value in self.state_dict().items():
             if not value.isfinite().all():
-                raise ValueError(f"the model cannot be exported: {name}, made of its weights, is not finite")
+                raise ValueError(f"the model cannot be exported: {name}, computed from its weights, is not finite")
 
     def example(self, batch: int, height: int, width: int) -> list[Tensor]:
-        """lr and the latents, of a smooth image and temperature 0.5; always the same."""
+        """lr and the latents of a smooth image at temperature 0.5; the same in every call."""
         like, generator = self.encoder.conv_first.weight, torch.Generator().manual_seed(0)
         lr = F.interpolate(torch.rand(batch, 3, 2, 2, generator=generator, device="cpu"), size=(height, width), mode="bilinear")
         latents = [
@@ -203,7 +212,7 @@ class Decoder(nn.Module):
         return [tensor.to(like) for tensor in (lr, *latents)]
 
     def dynamic_shapes(self) -> dict[str, Any]:
-        """What torch.export is told: batch, and half of the height and width of LR, are free."""
+        """The argument `dynamic_shapes` of torch.export: the batch, and half of LR's height and width, are free."""
         batch, h, w = torch.export.Dim("batch", min=1), torch.export.Dim("h", min=2), torch.export.Dim("w", min=2)
         latents = tuple({0: batch, 2: side * h, 3: side * w} for _, side in self.latents[: len(self.inputs)])
         return {"lr": {0: batch, 2: 2 * h, 3: 2 * w}, **({"latents": latents} if latents else {})}
@@ -220,7 +229,7 @@ class Decoder(nn.Module):
 
 
 class _Level(nn.Module):
-    """`FlowLevel.decode` with zero noise and without log-determinant: state of the next level → state of this one's input."""
+    """`FlowLevel.decode` with zero noise and without the log-det: state of the next level → state of this level's input."""
 
     def __init__(self, level: FlowLevel) -> None:
         super().__init__()
@@ -263,7 +272,7 @@ class _Level(nn.Module):
         return F.pixel_shuffle(z, self.squeeze) if self.squeeze > 1 else z
 
     def _undo(self, network: _Network, z: Tensor, pre: Tensor | None) -> Tensor:
-        """The inverse of a branch's affine map, z / scale - shift, of the channels the network has values for."""
+        """The inverse of a branch's affine map, z / scale - shift, for the channels that the branch changes."""
         pass_through = z.shape[1] - self.changed if network.sees_state else 0
         z1, z2 = z[:, :pass_through], z[:, pass_through:]
         shift, raw = network(z1 if pass_through else None, pre).chunk(2, dim=1)
@@ -272,10 +281,10 @@ class _Level(nn.Module):
 
 
 class _Network(nn.Module):
-    """One of the stacked networks: (z1, pre) → shift and, shifted by 2, what the scale is the sigmoid of.
+    """One network of a branch: (z1, pre) → shift, and raw + 2, of which the scale is the sigmoid.
 
     Args:
-        bias: Of the first layer, where nothing is hoisted from it.
+        bias: Bias of the first layer if no pre-activation is hoisted from it.
     """
 
     def __init__(self, networks, index: int, bias: Tensor | None = None) -> None:
@@ -293,7 +302,7 @@ class _Network(nn.Module):
 
 
 class _Convolution(nn.Module):
-    """A convolution that keeps the size, its weights constants."""
+    """A convolution that preserves the size, with constant weights."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
@@ -305,5 +314,5 @@ class _Convolution(nn.Module):
 
 
 def _halves(weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """A convolution whose even outputs come first, then the odd ones: the published order alternates shifts and scales."""
+    """The convolution with its even outputs first, then the odd ones; the published order alternates shifts and scales."""
     return torch.cat([weight[0::2], weight[1::2]]), torch.cat([bias[0::2], bias[1::2]])

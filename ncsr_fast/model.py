@@ -32,7 +32,7 @@ from ncsr_fast.layout import laid_out
 
 
 def _option(name: str, meaning: str) -> property:
-    """The property of a model that is one of its `options`."""
+    """A property of a model that reads and writes one field of its `options`."""
 
     def write(model: NCSR, value: Any) -> None:
         model.options = replace(model.options, **{name: value})
@@ -43,22 +43,24 @@ def _option(name: str, meaning: str) -> property:
 class NCSR(nn.Module):
     """NCSR or SRFlow super-resolution flow, or another flow of the family.
 
-    `lr` is (B, 3, H, W) and `hr` (B, 3, sH, sW), float RGB in [0, 1], of the model's dtype and device. Both are what the flow
-    sees: the caller adds the noise (`ncsr_fast.data.perturb`). `noise` conditions the flow on what was added: (B, 3, sH, sW)
-    when the configuration's `noise_channels` is 3, (B, 1, 1, 1) when it is 1, and None means zero.
+    The flow sees `lr` (B, 3, H, W) and `hr` (B, 3, sH, sW) as they are given: float RGB in [0, 1], of the model's dtype and
+    device, with the noise of training already added by the caller (`ncsr_fast.data.perturb`). `noise` conditions the flow on
+    that noise. Its shape is (B, 3, sH, sW) when the configuration's `noise_channels` is 3, and (B, 1, 1, 1) when it is 1; None
+    means zero.
 
-    Any LR size from 1×1 is accepted. Odd sizes are padded (reflection; replication of a single row or column) to even ones,
-    images returned are cropped back, and latents and likelihoods are those of the padded image.
+    LR images of any size from 1×1 up are accepted. Odd sizes are padded to even ones (by reflection; a single row or column is
+    replicated), returned images are cropped back, and latents and likelihoods are those of the padded image.
 
     Everything is differentiable with respect to images and parameters. `model(hr, lr, noise)` is `model.nll(hr, lr, noise)`.
-    Under `torch.autocast` the networks have the precision it asks for, as with `precision`, and the state stays float32.
+    Under `torch.autocast` the networks run at autocast's precision, as with the option `precision`, and the state stays
+    float32.
 
     Args:
-        config: An architecture of the published models, or a flow of one's own, which needs an encoder.
-        encoder: A module that makes the condition of LR images (`ncsr_fast.engine.condition.Encoder`); None: the RRDB network
+        config: An architecture of the published models (`NCSRConfig`), or a `FlowConfig`, which needs an encoder.
+        encoder: A module that makes the condition of LR images (`ncsr_fast.engine.condition.Encoder`). None: the RRDB network
             that an `NCSRConfig` describes.
-        options: Of `EngineOptions`: `engine`, `precision`, `checkpoint` … They may be given to `from_pretrained` too, and
-            changed at any time: `model.precision = "bf16"`, `model.options = replace(model.options, …)`.
+        options: Fields of `EngineOptions`: `engine`, `precision`, `checkpoint` … They are also arguments of `from_pretrained`,
+            and can be changed at any time: `model.precision = "bf16"`, `model.options = replace(model.options, …)`.
     """
 
     def __init__(self, config: NCSRConfig | FlowConfig, encoder: nn.Module | None = None, **options: Any) -> None:
@@ -77,13 +79,13 @@ class NCSR(nn.Module):
         self.unused_published: dict[str, Tensor] = {}  # tensors of a published file that no computation reads
         self._freezer = Freezer()
 
-    engine = _option("engine", 'Evaluation of the model, "fused" or "plain", the reference, which goes step by step.')
-    precision = _option("precision", 'Precision of the networks, "fp32", "tf32" or "bf16".')
+    engine = _option("engine", 'Evaluation of the model: "fused", the engine, or "plain", the reference, step by step.')
+    precision = _option("precision", 'Precision of the networks: "fp32", "tf32" or "bf16".')
     checkpoint = _option("checkpoint", "True if the backward pass recomputes hidden layers instead of saving them.")
 
     @property
     def served(self) -> EngineOptions:
-        """The options of a call made now: `options`, under `torch.autocast` with the precision it asks for."""
+        """The options in force for a call made now: `options`, under `torch.autocast` with autocast's precision."""
         return self.options.under_autocast(self.inputs.like)
 
     @property
@@ -92,18 +94,20 @@ class NCSR(nn.Module):
         return Inputs(self.flow, self.levels[0].actnorm_bias)
 
     def condition(self, lr: Tensor) -> ConditionedFlow:
-        """The flow conditioned on LR images: the encoder, and all else that they alone decide, is computed once.
+        """The flow conditioned on LR images, with everything that depends on the LR images alone computed once.
 
-        For many images of the same LR image: samples, or the steps of a solver of an inverse problem. Calls of the result
-        differentiate what autograd records when this is called: under `torch.no_grad()`, later gradients are those of latents
-        and HR images alone, and cost the flow alone.
+        Use this method to evaluate many HR images for the same LR image, for example samples, or the iterates of a solver of an
+        inverse problem. Gradients flow to the weights and to `lr` only if autograd records when this method is called.
+        Conditioned under `torch.no_grad()`, the flow still gives gradients of latents and HR images, without evaluating the
+        encoder again.
 
         Args:
             lr: (B, 3, H, W).
 
         Returns:
-            A `ConditionedFlow`, with `sample`, `encode`, `decode` and `log_prob`; it holds for the weights as they are, and
-            its calls raise RuntimeError after they have changed. (The engine "plain" records weights in every call.)
+            A `ConditionedFlow`, with `sample`, `encode`, `decode` and `log_prob`. It is valid for the current weights: its
+            calls raise RuntimeError after a weight has changed. (With `engine="plain"` every call records gradients of the
+            weights.)
 
         Raises:
             ValueError, TypeError: As `encode` does for lr.
@@ -122,27 +126,28 @@ class NCSR(nn.Module):
         Args:
             hr: (B, 3, sH, sW).
             lr: (B, 3, H, W).
-            noise: Condition, or None for zero.
+            noise: Noise condition, or None for zero.
 
         Returns:
-            `.latents`, a tuple: those of the splits in encoding order, then the top one, all standard normal under the model
-            (but for a mean of the top one where the flow has such a prior, `.prior_mean`); `.log_likelihood` (B,) in nats,
-            `log p(hr | lr) = Σ log|det| + Σ log N(latent; 0, 1)`.
+            An `Encoded`. `.latents` is a tuple: the latents of the splits in encoding order, then the top latent. All latents
+            are standard normal under the model, unless the prior of the top latent has a mean, `.prior_mean`. `.log_likelihood`
+            (B,) is `log p(hr | lr) = Σ log|det| + Σ log N(latent; 0, 1)` in nats.
 
         Raises:
-            ValueError, TypeError: Shape, HR/LR sizes that do not fit the scale, dtype, device, and (CPU tensors) NaN or
-                infinite values; the message names the argument.
+            ValueError, TypeError: A wrong shape, dtype or device, HR and LR sizes that do not fit the scale, or (for CPU
+                tensors) NaN or infinite values; the message names the argument.
         """
         return self._condition(lr).encode(hr, noise)
 
     def forward(self, hr: Tensor, lr: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Return `nll(hr, lr, noise)`: what training optimises, and what wrappers of modules, hooks and `torch.compile` see."""
+        """Return `nll(hr, lr, noise)`, so that training, module wrappers, hooks and `torch.compile` can call the model."""
         return self.nll(hr, lr, noise)
 
     def nll(self, hr: Tensor, lr: Tensor, noise: Tensor | None = None) -> Tensor:
         """Negative log-likelihood (B,) in bits per HR pixel *position*, `-log p / (ln 2 · H · W)`.
 
-        As in the published programs it is not divided by the three channels. H and W are the padded size.
+        H and W are the sides of the padded HR image. As in the published programs, the value is not divided by the three
+        channels.
         """
         return _bits(self.encode(hr, lr, noise), self.inputs.padded_pixels(lr))
 
@@ -150,7 +155,7 @@ class NCSR(nn.Module):
     def initialize(self, hr: Tensor, lr: Tensor, noise: Tensor | None = None) -> Tensor:
         """Set every actnorm from one batch, in encoding order, and return the batch's `nll` (B,).
 
-        Each of them, those of networks included, makes the data that reaches it zero-mean and unit-variance per channel.
+        Each actnorm, also inside the networks, then gives its input zero mean and unit variance per channel.
         """
         self._freezer.refuse("initialize()")
         inputs = self.inputs
@@ -163,10 +168,10 @@ class NCSR(nn.Module):
         return _bits(encoded, inputs.padded_pixels(lr))
 
     def decode(self, latents: Sequence[Tensor], lr: Tensor, noise: Tensor | None = None) -> Tensor:
-        """The inverse of `encode`: latents → hr (B, 3, sH, sW), not clipped to [0, 1].
+        """The HR images (B, 3, sH, sW) of latents, not clipped to [0, 1]; the inverse of `encode`.
 
         Raises:
-            ValueError: The latents are not those of an image of this size (`latent_shapes`).
+            ValueError: The latents do not have the shapes for an image of this size (`latent_shapes`).
         """
         return self._condition(lr).decode(latents, noise)
 
@@ -182,53 +187,57 @@ class NCSR(nn.Module):
         """n super-resolved images (B, n, 3, sH, sW) of each LR image, clipped to [0, 1].
 
         Latents are drawn from N(0, temperature²) on the model's device: the same seed gives the same images, and the first m
-        samples do not depend on n. The noise condition is zero, as in the published programs. The encoder, and all else that
-        the LR image alone decides, is computed once for all samples.
+        samples do not depend on n. The noise condition is zero, as in the published programs. Whatever depends on the LR image
+        alone is computed once for all its samples.
 
-        The inverse of a flow can explode. A pixel that overflowed is NaN, never silently black or white.
+        The inverse of a flow can explode. A non-finite pixel is NaN, never silently black or white.
 
-        Call it under `torch.no_grad()` unless gradients are wanted: it is as differentiable as the rest, but then only the
-        images are watched, not the states.
+        Call this method under `torch.no_grad()` unless you want gradients: while gradients are recorded, the images are watched
+        for non-finite values, but the states are not.
 
         Args:
             lr: (B, 3, H, W).
-            n: Samples of each image.
+            n: Number of samples of each image.
             temperature: Standard deviation of the latents.
-            generator: Of the model's device; None is torch's default one.
-            on_nonfinite: What to do about a sample whose state, at any step, was not finite or beyond ±10⁴: "warn"; "raise"
-                `NonFiniteSamples`; "ignore"; or "retry": draw it again, up to four times, at 0.8 times the temperature before,
-                and warn of those drawn again. All but "ignore" wait for the device once, after the last level.
+            generator: A generator on the model's device; None is torch's default generator.
+            on_nonfinite: What to do about a blown-up sample, whose state was not finite or beyond ±10⁴ at some step. "warn"
+                gives a warning; "raise" raises `NonFiniteSamples`; "ignore" does nothing; "retry" draws the sample again, up to
+                four times, each time at 0.8 times the temperature before, and warns about samples drawn again. All but "ignore"
+                wait for the device once, after the last level.
 
         Raises:
             ValueError: n < 1, a negative temperature or another on_nonfinite; and as `encode` does for lr.
-            TypeError: What is no number.
+            TypeError: n or temperature is not a number.
         """
         return self._condition(lr).sample(n, temperature, generator, on_nonfinite=on_nonfinite)
 
     def check_invertibility(
         self, lr: Tensor, temperature: float = 0.9, generator: torch.Generator | None = None
     ) -> InvertibilityReport:
-        """Decode one sample of each LR image step by step, and report what each step divides by and how well it is undone.
+        """Decode one sample of each LR image step by step, and report how well every step can be inverted.
 
-        Per step: the smallest scale, the condition number of the 1×1 convolution, the round-trip error and the largest state;
-        of the images, the round-trip error. Scales near zero compound as divisors, which the likelihood does not show.
-        `print(report)` is a table, `report.worst` the step with the smallest scale. Slow: without the engine, and it waits
-        for the device at every step. Raises what `sample` does.
+        For each step the report has the smallest scale, which is a divisor in decoding, the condition number of the 1×1
+        convolution, the round-trip error and the largest state; for the images it has the round-trip error. Decoding compounds
+        divisions by scales near zero, and the likelihood does not show it. `print(report)` prints a table; `report.worst` is
+        the step with the smallest scale.
+
+        The check is slow: it does not use the engine, and waits for the device at every step. It raises the same errors as
+        `sample`.
         """
         check_temperature(temperature)
         return check_invertibility(self, self.padded(lr), temperature, generator)
 
     def latent_shapes(self, height: int, width: int) -> list[tuple[int, int, int]]:
-        """(C, h, w) of each latent of an LR image of that size, in the order of `encode`."""
+        """The shape (C, h, w) of each latent for an LR image of this size, in the order of `encode`."""
         return self.flow.latent_shapes(height, width)
 
     def padded(self, lr: Tensor) -> Tensor:
-        """An LR image checked, and padded to sides that the flow takes."""
+        """The LR images, checked, and padded to sides that the flow takes."""
         self._freezer.check(self)
         return self.inputs.lr(lr)
 
     def features(self, lr: Tensor, plain: bool | None = None) -> Condition:
-        """The encoder's condition for LR images of a padded size, unchecked; `plain` (None: as the engine) by the reference."""
+        """The encoder's condition for padded LR images, unchecked; `plain`: by the reference (None: as `engine` says)."""
         if self.engine == "plain" if plain is None else plain:
             return self.encoder.condition(lr, None)
         options = self.served
@@ -237,7 +246,7 @@ class NCSR(nn.Module):
             return self.encoder.condition(lr, options.method)
 
     def conditioned_levels(self, lr: Tensor, keeps: bool = False) -> Levels:
-        """The levels for LR images of a padded size, without checks; `keeps` their plans for further calls."""
+        """The levels for padded LR images, unchecked; `keeps`: their plans are cached for further calls."""
         return Levels(self.levels, self.flow, self.features(lr), self.served, keeps)
 
     def _condition(self, lr: Tensor, keeps: bool = False) -> ConditionedFlow:
@@ -248,12 +257,12 @@ class NCSR(nn.Module):
         return ConditionedFlow(levels, self.inputs, lr, watched, self._freezer.recording, self.advice)
 
     def advice(self, lr: Tensor) -> str:
-        """The reason why samples of LR images (B, 3, H, W) blew up, as far as weights and pixels tell, and advice."""
+        """An explanation why samples of LR images (B, 3, H, W) blew up, from weights and pixels, with advice."""
         broken = [name for name, weight in self.named_parameters() if not weight.isfinite().all()]
         if broken:
             return (
-                f"{len(broken)} weights of the model are not finite, {broken[0]} first, so no temperature helps: load a "
-                "checkpoint from before they were."
+                f"{len(broken)} weights of the model are not finite, {broken[0]} first, so no temperature helps: load an "
+                "earlier checkpoint."
             )
         return self.inputs.advice(lr)
 
@@ -263,33 +272,34 @@ class NCSR(nn.Module):
         return self._freezer.frozen
 
     def freeze_for_inference(self) -> NCSR:
-        """Promise that the weights no longer change; returns the model itself, in evaluation mode and without gradients.
+        """Promise that the weights no longer change; return the model, in evaluation mode and without gradients.
 
-        Actnorms, exp-scales and the inverses of the 1×1 convolutions are folded into constants now, and cached. Without the
-        promise a GPU folds in every pass, and a CPU compares a checksum of all weights. `encode`, `nll`, `decode` and `sample`
-        record no gradients, the images' neither, and gradients that parameters hold are dropped. `.to()`, `.double()` and the
-        options of the engine work as before, and fold again where they must.
+        Actnorms, exp-scales and the inverses of the 1×1 convolutions are folded into constants now, and cached. Without this
+        promise, a GPU folds in every pass, and a CPU compares a checksum of all weights. `encode`, `nll`, `decode` and `sample`
+        of a frozen model record no gradients, not even of the images, and the stored gradients of parameters are dropped.
+        `.to()`, `.double()` and the options of the engine still work, and fold again if necessary.
 
-        Until `unfreeze`, all that would change a weight raises FrozenError: `load_state_dict`, `load_published`,
-        `initialize`, `train()` and `requires_grad_()` before they do anything; edits in place, or another parameter, at the
-        next pass. Two ways past PyTorch's count of changes cannot be seen: edits of a parameter's `.data` in place, and the
-        replay of a CUDA graph of training steps captured before. A copy or a pickle is not frozen, and has its gradients off.
+        Until `unfreeze`, whatever would change a weight raises FrozenError. `load_state_dict`, `load_published`, `initialize`,
+        `train()` and `requires_grad_()` raise it before they do anything; after an in-place edit or the replacement of a
+        parameter, the next pass raises it. Two kinds of change cannot be noticed: in-place edits of a parameter's `.data`, and
+        the replay of a CUDA graph of training steps captured before. A copy or a pickle of a frozen model is not frozen, and
+        its parameters require no gradients.
 
         Raises:
-            ValueError: A 1×1 convolution has no inverse (of a model on the CPU); or the weights were made under
-                `torch.inference_mode()`, of which PyTorch counts no changes.
+            ValueError: A 1×1 convolution has no inverse (for a model on the CPU); or the weights were made under
+                `torch.inference_mode()`, where PyTorch does not count changes.
         """
         self._freezer.freeze(self, self._caches, self._visit)
         return self
 
     def unfreeze(self) -> NCSR:
-        """Take the promise back: mode and gradients are what they were. Nothing happens to a model that is not frozen."""
+        """Withdraw the promise and restore mode and gradients; nothing happens to a model that is not frozen."""
         self._freezer.thaw(self, self._caches)
         return self
 
     @property
     def folded_constants(self) -> list[dict]:
-        """The constants of every level that were folded when the model was frozen; none for a model that is not."""
+        """The constants of every level folded when the model was frozen; none for a model that is not frozen."""
         return [constants for cache in self._caches if (constants := cache.frozen_values) is not None]
 
     @property
@@ -297,26 +307,26 @@ class NCSR(nn.Module):
         return [level.cache for level in self.levels]
 
     def _visit(self) -> None:
-        """Decode and encode an image as small as there is, so that all is folded that passes need."""
+        """Decode and encode the smallest possible image, so that everything the passes need is folded."""
         side = self.flow.lr_multiple
         lr = self.inputs.like.new_zeros(1, self.flow.channels, side, side)
         latents = [lr.new_zeros(1, *shape) for shape in self.latent_shapes(side, side)]
         self.encode(torch.zeros_like(self.decode(latents, lr)), lr)
 
     def train(self, mode: bool = True) -> NCSR:
-        """Set the mode of training; FrozenError for a frozen model."""
+        """Set training mode; raise FrozenError for a frozen model."""
         if mode:
             self._freezer.refuse("train()")
         return super().train(mode)
 
     def requires_grad_(self, requires_grad: bool = True) -> NCSR:
-        """Set whether gradients of the weights are recorded; FrozenError for a frozen model."""
+        """Set whether gradients of the weights are recorded; raise FrozenError for a frozen model."""
         if requires_grad:
             self._freezer.refuse("requires_grad_()")
         return super().requires_grad_(requires_grad)
 
     def load_state_dict(self, *arguments: Any, **options: Any) -> Any:
-        """As `torch.nn.Module` has it; FrozenError for a frozen model."""
+        """Load a state dict as `torch.nn.Module` does; raise FrozenError for a frozen model."""
         self._freezer.refuse("load_state_dict()")
         return super().load_state_dict(*arguments, **options)
 
@@ -327,8 +337,8 @@ class NCSR(nn.Module):
     def load_published(self, source: Mapping[str, Tensor] | str | os.PathLike) -> None:
         """Load the state dict of a published NCSR or SRFlow network, or the .pth or .safetensors file that holds one.
 
-        Nothing is changed when it does not fit. Tensors no computation uses are stored for `published_state_dict`. The actnorms
-        count as initialised when any of them is not zero, the published program's own rule.
+        If the tensors do not fit, nothing is changed. Tensors that no computation uses are stored for `published_state_dict`.
+        The actnorms count as initialised if any of them is not zero, which is the published program's own rule.
 
         Raises:
             CheckpointError: Tensors are missing, unexpected or of the wrong shape; the message names them.
@@ -337,7 +347,7 @@ class NCSR(nn.Module):
         published.load_network(self, read_state_dict(source))
 
     def published_state_dict(self) -> dict[str, Tensor]:
-        """The weights under the published names and shapes; tensors that nothing uses are those last loaded, or zeros."""
+        """The weights under the published names and shapes; unused tensors are those last loaded, or zeros."""
         return published.network_state_dict(self)
 
     @classmethod
@@ -355,42 +365,44 @@ class NCSR(nn.Module):
         """A model from a directory written by `save_pretrained`, a file, the package, or the Hugging Face Hub.
 
         Args:
-            path: A directory; a published .pth or .safetensors, or a checkpoint of `ncsr-fast train`; the name of the shipped
-                model, "ncsr-compact-x4"; or a repository "user/name" of the Hub. `ncsr_fast.hub.find_model` has the rules.
-            config: Of a file; None finds the preset whose tensors have the file's names and shapes, or a training run's own.
-            revision: Of the Hub, as `huggingface_hub.snapshot_download` has it; so are the following.
-            cache_dir: Likewise.
-            token: Likewise.
-            local_files_only: Likewise.
-            options: Of `EngineOptions`.
+            path: A directory; a published .pth or .safetensors file; a checkpoint of `ncsr-fast train`; the name of the shipped
+                model, "ncsr-compact-x4"; or a repository "user/name" of the Hub. `ncsr_fast.hub.find_model` documents the order
+                of the search.
+            config: The configuration of a model in a file. None: the preset whose tensors have the file's names and shapes, or
+                the configuration of the training run.
+            revision: Revision of the Hub repository, as in `huggingface_hub.snapshot_download`.
+            cache_dir: As in `huggingface_hub.snapshot_download`.
+            token: As in `huggingface_hub.snapshot_download`.
+            local_files_only: As in `huggingface_hub.snapshot_download`.
+            options: Fields of `EngineOptions`.
 
         Raises:
             FileNotFoundError: There is no such model.
-            CheckpointError: A file is corrupt or of another model.
-            ImportError: A repository is wanted, without huggingface_hub.
+            CheckpointError: A file is corrupt, or of another model.
+            ImportError: The path is a repository, and huggingface_hub is not installed.
         """
         path = find_model(path, revision, cache_dir, token, local_files_only)
         return models.load_model(lambda found: cls(found, **options), path, config)
 
     def save_pretrained(self, directory: str | os.PathLike) -> Path:
-        """Write `config.json` and `model.safetensors` to `directory`, each atomically; return it. For an `NCSRConfig`."""
+        """Write `config.json` and `model.safetensors` to `directory`, each atomically, and return it (`NCSRConfig` only)."""
         return files.save_directory(self, "ncsr", self._published_config("save_pretrained()").to_dict(), directory)
 
     def describe(self) -> str:
-        """The model in a few words, for messages."""
+        """A description of the model in a few words, for messages."""
         if isinstance(self.config, NCSRConfig):
             return models.describe(self.config)
         return f"a flow, ×{self.flow.scale}, {len(self.levels)} levels"
 
     def _published_config(self, what: str) -> NCSRConfig:
         if not isinstance(self.config, NCSRConfig) or not isinstance(self.encoder, RRDB):
-            raise ValueError(f"{what} is for the architectures of NCSRConfig; of this model save state_dict()")
+            raise ValueError(f"{what} is for the architectures of NCSRConfig; for this model use state_dict()")
         return self.config
 
 
 def _rrdb(config: NCSRConfig | FlowConfig) -> RRDB:
     if not isinstance(config, NCSRConfig):
-        raise ValueError("a flow of one's own needs an encoder: NCSR(config, encoder)")
+        raise ValueError("a model of a FlowConfig needs an encoder: NCSR(config, encoder)")
     encoder = RRDB(config.scale, config.channels, config.growth, config.blocks, config.stacked_blocks, long_skip="last_block")
     for module in encoder.head():  # the flow does not use them, so its loss gives them no gradient
         module.requires_grad_(False)
@@ -398,5 +410,5 @@ def _rrdb(config: NCSRConfig | FlowConfig) -> RRDB:
 
 
 def _bits(encoded: Encoded, pixels: int) -> Tensor:
-    """Negative log-likelihood (B,) in bits per position of an image of so many pixels."""
+    """Negative log-likelihood (B,) in bits per pixel position, for images with this number of pixels."""
     return encoded.log_likelihood / (-math.log(2) * pixels)

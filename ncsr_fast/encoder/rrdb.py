@@ -1,4 +1,4 @@
-"""The RRDB network: ESRGAN's generator (Wang et al. 2018) with its relatives, and the encoder of the flow."""
+"""The RRDB network: ESRGAN's generator (Wang et al. 2018) and its relatives, and the encoder of the flow."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ncsr_fast.engine.dense_block import dense_block
 from ncsr_fast.hub import find_model
 from ncsr_fast.ops.conv3x3 import ConvolutionMethod, convolution
 
-SLOPE = 0.2  # of every LeakyReLU
+SLOPE = 0.2  # slope of every LeakyReLU
 ENGINE = ConvolutionMethod()
 RESIDUAL = 0.2  # weight of a dense block's, and of a block's, residual branch
 NOISE = 0.1  # standard deviation of nESRGAN+'s noise, relative to the features it multiplies
@@ -40,10 +40,10 @@ def conv3x3(inputs: int, outputs: int, scale: float | None = None) -> nn.Conv2d:
 
 
 class ResidualNoise(nn.Module):
-    """Gaussian noise proportional to the features, y · (1 + 0.1 · n), in training mode and where it is `active`.
+    """Gaussian noise proportional to the features, y · (1 + 0.1 · n), applied in training mode if it is `active`.
 
-    draw  makes n, standard normal numbers, of y. By default PyTorch's global generator does, as for dropout; another
-          function may be put in its place, to give the noise or a generator of one's own.
+    The attribute `draw` is a function that draws the standard normal numbers n for y. By default it uses PyTorch's global
+    generator, as dropout does; another function may be assigned, to supply the noise or a generator.
     """
 
     def __init__(self) -> None:
@@ -52,7 +52,7 @@ class ResidualNoise(nn.Module):
         self.draw = torch.randn_like
 
     def forward(self, y: Tensor) -> Tensor:
-        """y with its noise, in training where there is one."""
+        """y with noise if active and in training mode, else y."""
         return y * (1 + NOISE * self.draw(y)) if self.active and self.training else y
 
 
@@ -107,28 +107,28 @@ class ResidualBlock(nn.Module):
 
 
 class RRDB(nn.Module):
-    """ESRGAN's ×`scale` generator, or the encoder of the flow, which is the same network but for its long skip.
+    """ESRGAN's ×`scale` generator, or the encoder of the flow, which is the same network except for its long skip.
 
-    `forward(lr)` is the super-resolved image. `features(lr)` are the conditioning features of the flow's levels, from the
-    HR side, without the HR part of the network, which they do not need.
+    `forward(lr)` is the super-resolved image. `features(lr)` are the features that condition the flow's levels, from the HR
+    side; they do not need the HR part of the network.
 
     Args:
         scale: A power of two.
         channels: Width of the features.
         growth: Channels that each convolution of a dense block adds.
         blocks: Number of residual-in-residual dense blocks.
-        stacked_blocks: Indices of the blocks whose outputs `features` appends; none for a generator alone.
-        long_skip: What the convolution after the blocks is added to: "conv_first", the output of the first convolution, as
-            in ESRGAN, BasicSR, Real-ESRGAN and ESRGAN+; or "last_block", that of the last block, as in the encoders of
-            SRFlow and NCSR.
-        unshuffle: Side of the pixel blocks that become channels before the first convolution, a power of two: 2 in BasicSR's
-            ×2 generators, 4 in its ×1 ones. The sides of the image must be multiples of it.
-        in_channels: Channels of the image given, before the unshuffle.
-        out_channels: Channels of the image returned.
-        dense_residual: ESRGAN+'s dense blocks, which have residuals inside.
+        stacked_blocks: Indices of the blocks whose outputs `features` appends; none for a generator.
+        long_skip: The tensor that is added to the convolution after the blocks. "conv_first": the output of the first
+            convolution, as in ESRGAN, BasicSR, Real-ESRGAN and ESRGAN+. "last_block": the output of the last block, as in the
+            encoders of SRFlow and NCSR.
+        unshuffle: Side of the blocks of pixels that become channels before the first convolution, a power of two: 2 in
+            BasicSR's ×2 generators, 4 in its ×1 generators. The sides of the image must be multiples of it.
+        in_channels: Channels of the input image, before the pixel unshuffle.
+        out_channels: Channels of the returned image.
+        dense_residual: Use ESRGAN+'s dense blocks, which contain residuals.
         training_noise: Where features are multiplied by Gaussian noise in training mode: "none"; "dense", after each dense
-            block, as nESRGAN+ is trained; "all", after each block as well. It may be changed later:
-            `generator.training_noise = "none"`.
+            block, as nESRGAN+ is trained; "all", also after each block. It can be changed later: `generator.training_noise =
+            "none"`.
     """
 
     def __init__(
@@ -179,11 +179,11 @@ class RRDB(nn.Module):
                 dense.noise.active = value != "none"
 
     def head(self) -> list[nn.Module]:
-        """The modules that only the super-resolved image uses: the last upsampling and what follows."""
+        """The modules that only the super-resolved image uses: the last upsampling and the layers after it."""
         return [*self.conv_up[-1:], self.conv_hr, self.conv_last]
 
     def configuration(self) -> dict[str, Any]:
-        """The arguments the network was built with."""
+        """The arguments that the network was built with."""
         return {
             "scale": self.scale,
             "channels": self.channels,
@@ -199,7 +199,7 @@ class RRDB(nn.Module):
         }
 
     def describe(self) -> str:
-        """The network in a few words, for messages."""
+        """A description of the network in a few words, for messages."""
         kind = "RRDB with ESRGAN+'s residuals" if self.dense_residual else "RRDB"
         images = f" of {self.in_channels}-channel images" if self.in_channels != 3 else ""
         unshuffled = f", pixel unshuffle {self.unshuffle}" if self.unshuffle > 1 else ""
@@ -210,15 +210,15 @@ class RRDB(nn.Module):
 
         Args:
             lr: (B, in_channels, H, W), in [0, 1], of the dtype and device of the weights. H and W must be multiples of
-                `unshuffle`: published programs do not pad, nor is it done here.
-            method: As for `ncsr_fast.ops.conv3x3.convolution`.
+                `unshuffle`; like the published programs, this method does not pad.
+            method: How `ncsr_fast.ops.conv3x3.convolution` convolves.
 
         Returns:
             (B, out_channels, scale·H, scale·W), not clipped.
 
         Raises:
             ValueError: The shape of lr is not as above.
-            TypeError: lr is no tensor of floats.
+            TypeError: lr is not a tensor of floats.
         """
         self._check(lr)
         fea, _ = self._trunk(lr, method)
@@ -227,11 +227,11 @@ class RRDB(nn.Module):
         return self._conv(F.leaky_relu(self._conv(fea, self.conv_hr, method), SLOPE), self.conv_last, method)
 
     def features(self, lr: Tensor) -> list[Tensor]:
-        """Conditioning features u of the levels, from the HR side.
+        """The features u that condition the flow's levels, from the HR side.
 
-        Level ℓ (from 1) gets (B, channels · (1 + stacked blocks), s·H/2^ℓ, s·W/2^ℓ): the features of that
-        resolution, then the stacked block outputs resized to it by nearest neighbour. H and W must be even. This is
-        the definition, without the engine, as `pyramid` with `method=None` is.
+        Level ℓ (from 1) gets (B, channels · (1 + stacked blocks), s·H/2^ℓ, s·W/2^ℓ): its own features, then the stacked
+        features, resized to the level by nearest neighbour. H and W must be even. This method is the reference, without the
+        engine, as is `pyramid` with `method=None`.
         """
         pyramid, stacked = self.pyramid(lr, method=None)
         if stacked is None:
@@ -239,11 +239,11 @@ class RRDB(nn.Module):
         return [torch.cat([own, F.interpolate(stacked, size=own.shape[2:], mode="nearest")], dim=1) for own in pyramid]
 
     def pyramid(self, lr: Tensor, method: ConvolutionMethod | None = ENGINE) -> tuple[list[Tensor], Tensor | None]:
-        """The features of each level's own resolution, from the HR side, and the stacked block outputs at LR resolution.
+        """The own features of each level, from the HR side, and the stacked block outputs at LR resolution.
 
-        At LR size the former are the trunk's output, above it they are *after* the LeakyReLU (the published encoder
-        applies it in place), and at half the LR size they are its 2×2 averages. In the dtype and layout of lr.
-        `method` as for `ncsr_fast.ops.conv3x3.convolution`.
+        The own features at LR size are the trunk's output. Above LR size they are taken *after* the LeakyReLU, because the
+        published encoder applies it in place; at half the LR size they are 2×2 averages of the trunk's output. All features
+        have the dtype and layout of lr. `method` says how `ncsr_fast.ops.conv3x3.convolution` convolves.
         """
         trunk, stacked = self._trunk(lr, method)
         pyramid = [F.avg_pool2d(trunk, 2), trunk]
@@ -252,30 +252,30 @@ class RRDB(nn.Module):
         return pyramid[::-1], stacked
 
     def condition(self, lr: Tensor, method: ConvolutionMethod | None = ENGINE) -> Condition:
-        """The condition of a flow's levels, of LR images whose sides are even: see `ncsr_fast.engine.condition.Encoder`."""
+        """The condition of a flow's levels for LR images with even sides: see `ncsr_fast.engine.condition.Encoder`."""
         pyramid, stacked = self.pyramid(lr, method)
         return Condition([Features(own, stacked) for own in pyramid])
 
     def load_published(self, source: Mapping[str, Tensor] | str | os.PathLike) -> None:
         """Load the weights of a published generator, or of the encoder in a flow checkpoint, into this network.
 
-        Strict, and nothing is changed when they do not fit. The long skip stays that of this network: a flow's encoder may
-        start from an ESRGAN generator, to be trained on.
+        If the tensors do not fit, nothing is changed. The network's own long skip is not changed: a flow's encoder may start
+        from an ESRGAN generator, to be trained further.
 
         Args:
             source: A state dict or a file, in the names of SRFlow, BasicSR or ESRGAN (new and old).
 
         Raises:
-            CheckpointError: Tensors are missing, unexpected or of the wrong shape; or they are those of a flow's encoder,
-                whose long skip starts at the last block, and that of this network does not.
+            CheckpointError: Tensors are missing, unexpected or of the wrong shape; or the weights are of a flow's encoder,
+                whose long skip starts at the last block, and this network's long skip does not.
         """
         checkpoints.load_published(self, source)
 
     def published_state_dict(self) -> dict[str, Tensor]:
         """The weights under the names that the published programs read.
 
-        The names are SRFlow's, which NCSR and ESRGAN's new architecture share; of ESRGAN+ its own, of generators that begin
-        with a pixel unshuffle BasicSR's.
+        These are SRFlow's names, which NCSR and ESRGAN's new architecture share. ESRGAN+ has its own names, and generators that
+        begin with a pixel unshuffle have BasicSR's names.
         """
         return {name: tensor.clone() for name, tensor in published_layout(self)}
 
@@ -293,31 +293,31 @@ class RRDB(nn.Module):
     ) -> RRDB:
         """A generator from a directory written by `save_pretrained`, a published file, or the Hugging Face Hub.
 
-        Published are ESRGAN (new and old architecture), BasicSR and Real-ESRGAN with their ×2 and ×1 forms, ESRGAN+, and the
-        encoders of SRFlow and NCSR. Sizes are read off the shapes.
+        Published files are those of ESRGAN (new and old architecture), of BasicSR and Real-ESRGAN with their ×2 and ×1 forms,
+        of ESRGAN+, and of the encoders of SRFlow and NCSR. The sizes of the network follow from the shapes.
 
         Args:
             path: A directory; a .pth or .safetensors file; or a repository "user/name" of the Hub.
-            long_skip: Where the long skip starts, which no file of weights says: "conv_first", the default, for all
-                generators; "last_block" for the RRDB files of SRFlow and NCSR. A flow checkpoint is read as the latter, and
-                a directory as its config.json has it: as "last_block" where an earlier version wrote it without.
-            unshuffle: Pixel unshuffle before the first convolution of a file, which no file says. None: the shapes decide. It
-                is 2, 4, … where the first convolution reads 4, 16, … times the channels that the last one makes, as in
-                BasicSR's ×2 and ×1 generators, and the network doubles often enough; otherwise 1.
-            revision: Of the Hub, as `huggingface_hub.snapshot_download` has it; so are the following.
-            cache_dir: Likewise.
-            token: Likewise.
-            local_files_only: Likewise.
+            long_skip: Where the long skip starts, which no file of weights records: "conv_first", the default, for all
+                generators; "last_block" for the RRDB files of SRFlow and NCSR. A flow checkpoint always has "last_block". A
+                directory has what its config.json says, or "last_block" if an earlier version wrote config.json without it.
+            unshuffle: Side of the pixel unshuffle before the first convolution, which no file records. None: the shapes decide.
+                It is then 2, 4, … if the first convolution reads 4, 16, … times the channels that the last one makes, as in
+                BasicSR's ×2 and ×1 generators, and the network upsamples often enough; otherwise it is 1.
+            revision: Revision of the Hub repository, as in `huggingface_hub.snapshot_download`.
+            cache_dir: As in `huggingface_hub.snapshot_download`.
+            token: As in `huggingface_hub.snapshot_download`.
+            local_files_only: As in `huggingface_hub.snapshot_download`.
 
         Raises:
-            ValueError: long_skip or unshuffle is not what the flow or directory has.
+            ValueError: long_skip or unshuffle contradicts the flow or the directory.
             FileNotFoundError, CheckpointError, ImportError: As for `NCSR.from_pretrained`.
         """
         path = find_model(path, revision, cache_dir, token, local_files_only)
         return checkpoints.from_pretrained(cls, path, long_skip, unshuffle)
 
     def save_pretrained(self, directory: str | os.PathLike) -> Path:
-        """Write `config.json` and `model.safetensors` to `directory`, each atomically; return it."""
+        """Write `config.json` and `model.safetensors` to `directory`, each atomically, and return it."""
         return files.save_directory(self, "rrdb", self.configuration(), directory)
 
     def _trunk(self, lr: Tensor, method: ConvolutionMethod | None) -> tuple[Tensor, Tensor | None]:
@@ -349,7 +349,7 @@ class RRDB(nn.Module):
             )
 
     def _as_another_unshuffle(self, lr: Tensor) -> str:
-        """Advice where these weights, behind another pixel unshuffle, read images like lr."""
+        """Advice if these weights, after another pixel unshuffle, could read images like lr."""
         read = self.in_channels * self.unshuffle**2
         for side in (2**doubling for doubling in range(len(self.conv_up) + 1)):
             if lr.dim() == 4 and read == lr.shape[1] * side**2:

@@ -1,4 +1,4 @@
-"""A flow conditioned on LR images: what the images alone decide is computed once, for any number of calls."""
+"""A flow conditioned on LR images: what depends on the images alone is computed once, for any number of calls."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ EncodedLevel = tuple[Tensor, Tensor | None, Tensor]  # state of the next level, 
 
 
 class Encoded(NamedTuple):
-    """An image as the flow's latents.
+    """The latents of an image, and its log-likelihood.
 
     Args:
-        latents: Those of the splits in encoding order, then the top one.
+        latents: The latents of the splits in encoding order, then the top latent.
         log_likelihood: log p(hr | lr) = Σ log|det| + Σ log N(latent; mean, 1), (B,) in nats.
-        prior_mean: Mean of the top latent, of its shape; None where it is zero, as all others' is.
+        prior_mean: Mean of the top latent, of its shape; None where it is zero. The mean of all other latents is zero.
     """
 
     latents: tuple[Tensor, ...]
@@ -40,14 +40,14 @@ class Encoded(NamedTuple):
 
 
 class Levels:
-    """The levels of a flow for one condition, without checks of arguments: images are of the padded size.
+    """The levels of a flow for one condition. Arguments are not checked: images are of the padded size.
 
     Args:
-        levels: From the HR side.
+        levels: The levels, from the HR side.
         config: The flow.
-        condition: Of a batch of LR images, or of one that all samples share.
-        options: Of the engine.
-        keeps: Whether the plans of levels are kept for further calls, rather than made anew by each.
+        condition: The condition of a batch of LR images, or of one image that all samples share.
+        options: Options of the engine.
+        keeps: True: plans of the levels are cached for further calls. False: every call makes them.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Levels:
     ) -> None:
         self.levels, self.config, self.condition, self.options = levels, config, condition, options
         self.keeps = keeps and self._fit()
-        self.recorded = torch.is_grad_enabled()  # gradients of what the condition was made of, and of the weights
+        self.recorded = torch.is_grad_enabled()  # gradients of the encoder, of lr and of the weights
         self._plans: dict[tuple[int, bool, bool], Plan] = {}
         self._images: list[Levels] | None = None
 
@@ -75,7 +75,7 @@ class Levels:
         return self._images[index]
 
     def plan(self, index: int, inverse: bool) -> Plan:
-        """The plan of a level in one direction, with gradients of the weights where they are recorded now and were before."""
+        """The plan of a level in one direction; it records gradients of the weights if recorded now and before."""
         recorded = self.recorded and torch.is_grad_enabled()
         if (index, inverse, recorded) in self._plans:
             return self._plans[index, inverse, recorded]
@@ -86,7 +86,7 @@ class Levels:
         return made
 
     def encode(self, x: Tensor, noise: Tensor | None) -> tuple[tuple[Tensor, ...], Tensor]:
-        """Latents, and the log|det| (B,) of encoding with the log-density of all latents but the last."""
+        """Latents, and the log|det| (B,) of encoding plus the log-density of all latents but the last."""
         return _encode(x, (partial(self.plan(index, inverse=False).encode, noise=noise) for index in range(len(self.levels))))
 
     def encoded(self, x: Tensor, noise: Tensor | None) -> Encoded:
@@ -94,12 +94,12 @@ class Levels:
         return self._with_prior(*self.encode(x, noise))
 
     def initialized(self, x: Tensor, noise: Tensor | None) -> Encoded:
-        """As `encoded`, by the levels' definition; every actnorm is set from the data that reaches it."""
+        """Latents and log-likelihood by the reference, which sets every actnorm from its input before applying it."""
         plain = (PlainLevel(*pair, self.options) for pair in zip(self.levels, self.condition.features))
         return self._with_prior(*_encode(x, (partial(level.encode, noise=noise, initialize=True) for level in plain)))
 
     def _with_prior(self, latents: tuple[Tensor, ...], logdet: Tensor) -> Encoded:
-        """Latents with their log-likelihood, from the log-det with the log-density of all of them but the last."""
+        """Latents and log-likelihood, from the log-det plus the log-density of all latents but the last."""
         mean = self.condition.prior_mean
         top = latents[-1] if mean is None else latents[-1] - mean
         return Encoded(latents, logdet + gaussian_log_density(top).sum(dim=(1, 2, 3)), mean)
@@ -107,12 +107,13 @@ class Levels:
     def decode(
         self, latents: Sequence[Tensor], noise: Tensor | None, peaks: list[Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
-        """The image of latents, and the log|det| (B,) of decoding, which is minus that of encoding.
+        """The image of latents, and the log|det| (B,) of decoding, which is the negative of that of encoding.
 
         Args:
-            latents: In encoding order; of several samples where the condition is one image's.
-            noise: As the model has it, or None for zero.
-            peaks: Is appended the largest magnitude (B,) of the state after each step decoded, NaN where it holds one.
+            latents: In encoding order; of any number of samples if the condition is of one image.
+            noise: The noise condition, or None for zero.
+            peaks: An output list. If given, the largest magnitude (B,) of the state after each decoded step is appended to it
+                (NaN if the state contains NaN).
         """
         z, logdets = latents[-1], []
         for index, _, latent in downward(self.levels, latents):
@@ -123,7 +124,7 @@ class Levels:
     def _decode_level(
         self, index: int, z: Tensor, latent: Tensor | None, noise: Tensor | None, peaks: list[Tensor] | None
     ) -> tuple[Tensor, Tensor]:
-        """One level, of as many samples at a time as the memory holds where they share an image."""
+        """Decode one level; samples that share an image are decoded in groups that fit the memory."""
         planned = self.plan(index, inverse=True)
         if traced() or self.batch != 1 or z.shape[0] <= (together := self._samples_at_once(index)):
             return planned.decode(z, latent, noise, peaks)  # graphs have no chunks
@@ -142,14 +143,14 @@ class Levels:
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """Inside, weights do not change: what is made of them is made or compared once."""
+        """A context in which weights do not change: values computed from them are computed or compared only once."""
         with contextlib.ExitStack() as stack:
             for level in self.levels:
                 stack.enter_context(level.cache.held())
             yield
 
     def _samples_at_once(self, index: int) -> int:
-        """How many samples of an image a level decodes together."""
+        """The number of samples of an image that a level decodes together."""
         if self.options.samples_at_once is not None:
             return self.options.samples_at_once
         own = self.condition.features[index].own
@@ -157,7 +158,7 @@ class Levels:
         return max(1, spare_bytes(own.device) // (channels * own.shape[2] * own.shape[3] * own.element_size()))
 
     def _fit(self) -> bool:
-        """True where the plans take little enough memory to be stored."""
+        """True if the plans are small enough to be cached."""
         count = 0
         for level, features in zip(self.levels, self.condition.features):
             elements = 2 * level.channels + self.config.hidden_channels
@@ -166,7 +167,7 @@ class Levels:
 
 
 def _encode(x: Tensor, levels: Iterable[Callable[[Tensor], EncodedLevel]]) -> tuple[tuple[Tensor, ...], Tensor]:
-    """The latents of levels in encoding order, each a function of the state, and the sum of their log-dets (B,)."""
+    """The latents of the levels in encoding order, each level a function of the state, and the sum (B,) of their log-dets."""
     latents, logdets = [], []
     for encode in levels:
         x, latent, logdet = encode(x)
