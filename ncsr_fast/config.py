@@ -1,4 +1,4 @@
-"""A flow as data: everything needed to build a model, and nothing about its weights."""
+"""A flow described by data: everything needed to build a model, except its weights."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ class Branch:
     """An affine map `(z + shift) · scale` of a conditional step, whose shift and scale a network computes.
 
     Args:
-        name: The attribute of the level that holds the networks of all its steps; what state dicts call them.
-        condition: What the networks are conditioned on: "features", the encoder's; "noise", the noise at the level's
+        name: The attribute of the level that holds the networks of all its steps, and their name in state dicts.
+        condition: The condition of the networks: "features", the encoder's features; "noise", the noise at the level's
             resolution; or None.
         changes_all: True: every channel is changed, and the network reads the condition alone (SRFlow's injector). False: the
             second half of the channels is changed, and the network reads the first half too (a coupling).
-        steps: How many of the last steps of the level have it; None: all of them.
-        network: The kind of the networks, a name in `ncsr_fast.flow.networks.NETWORKS`.
+        steps: Number of the level's last steps that have the branch; None: all steps.
+        network: The kind of networks, a name in `ncsr_fast.flow.networks.NETWORKS`.
     """
 
     name: str
@@ -62,7 +62,7 @@ class Branch:
 
     @property
     def label(self) -> str:
-        """The branch of one step in words: "noise coupling" for noise_couplings."""
+        """The branch of one step in words, such as "noise coupling" for noise_couplings."""
         return self.name.replace("_", " ").removesuffix("s")
 
 
@@ -78,8 +78,8 @@ class LevelConfig:
         condition_channels: Channels of the features u.
         branches: The branches of a conditional step, in the order in which encoding applies them.
         transition_steps: Steps of actnorm and 1×1 convolution alone, before the conditional ones.
-        split_channels: Channels that leave the flow as a latent after the last step; 0: none.
-        squeeze: Side of the blocks of pixels that become channels before the first step; 1: none.
+        split_channels: Number of channels that leave the flow as a latent after the last step; 0: no split.
+        squeeze: Side of the blocks of pixels that become channels before the first step; 1: no squeeze.
     """
 
     steps: int
@@ -101,7 +101,7 @@ class LevelConfig:
             if not isinstance(value, int) or value < least:
                 raise ValueError(f"{name} of a level must be an integer ≥ {least}, not {value!r}")
         counts = ((branch, self.steps if branch.steps is None else min(branch.steps, self.steps)) for branch in self.branches)
-        # a branch that no step has is none, and one that asks for more steps than there are has all
+        # a branch with 0 steps is left out, and a branch with more steps than there are has all steps
         object.__setattr__(self, "branches", tuple(dataclasses.replace(b, steps=count) for b, count in counts if count > 0))
         names = [branch.name for branch in self.branches]
         if len(set(names)) != len(names):
@@ -110,19 +110,19 @@ class LevelConfig:
 
 @dataclass(frozen=True)
 class FlowConfig:
-    """A conditional flow: its levels, and what it flows from and to.
+    """A conditional flow: its levels, prior and base.
 
     Args:
-        scale: Sides of the HR image over those of the LR image.
-        levels: From the HR side.
-        channels: Of an image.
+        scale: Ratio of the sides of the HR image to those of the LR image.
+        levels: The levels, from the HR side.
+        channels: Channels of an image.
         hidden_channels: Width of the networks.
-        noise_channels: Of the noise condition: 0 none, those of the image, or 1 for its standard deviation.
+        noise_channels: Channels of the noise condition: 0 for none, as many as the image's, or 1 for its standard deviation.
         eps: Lower bound of a branch's scale.
-        prior: Of the top latent: "standard", N(0, 1); "encoder", N(mean, 1) with the encoder's `Condition.prior_mean`.
-        base: What sampled images are added to, and the flow's images are residuals of: None, or "bicubic", the LR image
-            enlarged (half-pixel centres, a = -0.75, as `torch.nn.functional.interpolate` has it).
-        lr_multiple: LR images are padded so that their sides are multiples of it.
+        prior: Prior of the top latent: "standard", N(0, 1); "encoder", N(mean, 1) with the encoder's `Condition.prior_mean`.
+        base: Image that the flow's images are residuals of, added to samples: None, or "bicubic", the LR image upsampled by
+            bicubic interpolation (half-pixel centres, a = -0.75, as `torch.nn.functional.interpolate` has it).
+        lr_multiple: LR images are padded so that their sides are multiples of this number.
     """
 
     scale: int
@@ -143,7 +143,7 @@ class FlowConfig:
         if not self.levels:
             raise ValueError("a flow needs a level")
         if not self.noise_channels and any(branch.condition == "noise" for level in self.levels for branch in level.branches):
-            raise ValueError("a branch has the noise as condition, and noise_channels is 0")
+            raise ValueError("a branch is conditioned on the noise, but noise_channels is 0")
         if self.levels[-1].split_channels:
             raise ValueError("the last level needs no split: its state is the top latent")
         squeeze, sides = math.prod(level.squeeze for level in self.levels), self.scale * self.lr_multiple
@@ -151,7 +151,7 @@ class FlowConfig:
             raise ValueError(f"the levels squeeze by {squeeze}, and sides of HR are multiples of scale · lr_multiple = {sides}")
         for index, (level, channels) in enumerate(zip(self.levels, self.level_channels())):
             if level.split_channels >= channels:
-                raise ValueError(f"level {index + 1} has {channels} channels, and its split takes {level.split_channels}")
+                raise ValueError(f"level {index + 1} has {channels} channels, but its split takes {level.split_channels}")
 
     def level_channels(self) -> list[int]:
         """Channels C of the state inside each level, from the HR side."""
@@ -163,7 +163,7 @@ class FlowConfig:
         return inside
 
     def latent_shapes(self, height: int, width: int) -> list[tuple[int, int, int]]:
-        """(C, h, w) of each latent of an LR image of that size: those of the splits in encoding order, then the top one."""
+        """The shape (C, h, w) of each latent for an LR image of this size: splits in encoding order, then the top latent."""
         sides = [-(-side // self.lr_multiple) * self.lr_multiple * self.scale for side in (height, width)]
         shapes = []
         for index, (level, channels) in enumerate(zip(self.levels, self.level_channels())):
@@ -189,13 +189,13 @@ class NCSRConfig:
         blocks: Number of residual-in-residual dense blocks of the encoder (`nb`).
         stacked_blocks: Indices of the blocks whose outputs condition the flow.
         steps: Conditional steps of each level (`K`).
-        transition_steps: Unconditional steps (actnorm and 1×1 convolution) that open each level.
+        transition_steps: Transition steps (actnorm and 1×1 convolution) at the beginning of each level.
         hidden_channels: Width of the injector and coupling networks.
-        noise_channels: 0: no noise-conditional layer (SRFlow); 3: conditioned on the noise image (NCSR); 1: conditioned on
-            the standard deviation of the noise.
-        noise_steps: For each level, how many of its last steps carry a noise-conditional layer (`S`); all zero with
+        noise_channels: 0: not conditioned on noise (SRFlow); 3: conditioned on the noise image (NCSR); 1: conditioned on the
+            standard deviation of the noise.
+        noise_steps: For each level, the number of its last steps that have a noise coupling (`S`); zero for all levels with
             noise_channels > 0 is NCSR "without the layer".
-        eps: Lower bound of a coupling's or injector's scale.
+        eps: Lower bound of the scale of a coupling or an injector.
     """
 
     scale: int = 4
@@ -260,7 +260,7 @@ class NCSRConfig:
         return inside
 
     def split_channels(self, level: int, channels: int) -> int:
-        """Channels that the split closing `level` (from 0) takes out; 0 where there is no split.
+        """Number of channels that the split of `level` (from 0) takes out; 0 if there is no split.
 
         The published models split after every level but the last two.
         """
@@ -268,7 +268,7 @@ class NCSRConfig:
 
     @property
     def flow(self) -> FlowConfig:
-        """The flow that the architecture is."""
+        """The `FlowConfig` of this architecture."""
         levels = []
         for index, channels in enumerate(self.level_channels()):
             noise = Branch("noise_couplings", "noise", steps=self.noise_steps[index])
@@ -307,8 +307,8 @@ class NCSRConfig:
     def from_published(cls, options: Mapping[str, Any]) -> NCSRConfig:
         """The configuration of a published NCSR or SRFlow YAML, given as the dict a YAML reader returns.
 
-        Reads `scale`, `mode`, `network_G.*` and `network_G.flow.*`. A key that asks for an architecture
-        this library does not have raises ValueError and names the key.
+        Reads `scale`, `mode`, `network_G.*` and `network_G.flow.*`. ValueError names a key that asks for an
+        architecture that this library does not have.
         """
         network = _section(options, "network_G")
         flow = _section(network, "flow", "network_G.flow")

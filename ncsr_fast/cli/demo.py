@@ -1,4 +1,4 @@
-"""`ncsr-fast demo`: super-resolve photographs that come with scikit-image, and show what the flow does."""
+"""`ncsr-fast demo`: super-resolve photographs of scikit-image, and show what the flow does."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ EXAMPLE = """\
 example:
   ncsr-fast demo --out demo_output
 
-writes demo_output/contact_sheet.png: the LR image, bicubic, temperature 0, three samples, the standard deviation of
-all samples at every pixel, and the original. The photographs come with scikit-image; nothing is downloaded."""
+The example writes demo_output/contact_sheet.png, which shows the LR image, bicubic, temperature 0, three samples, the standard
+deviation of all samples at every pixel, and the original. The photographs come with scikit-image; nothing is downloaded."""
 
 # By name, the top left corner of the window that the sheet shows
 _PHOTOGRAPHS = {"astronaut": (0, 100), "chelsea": (20, 110), "coffee": (60, 200)}
@@ -30,15 +30,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=_PHOTOGRAPHS,
         default=list(_PHOTOGRAPHS),
         metavar="NAME",
-        help=f"of {', '.join(_PHOTOGRAPHS)} (default: all)",
+        help=f"photographs: {', '.join(_PHOTOGRAPHS)} (default: all)",
     )
     parser.add_argument(
-        "--window", type=count, default=_WINDOW, help="side of what the sheet shows of each, HR pixels (default: %(default)s)"
+        "--window",
+        type=count,
+        default=_WINDOW,
+        help="side of the shown part of a photograph, in HR pixels (default: %(default)s)",
     )
     add_model(parser)
     parser.add_argument("--n", type=count, default=10, help="samples of each photograph, at least 3 (default: %(default)s)")
-    parser.add_argument("--temperature", type=temperature, default=_TEMPERATURE, help="of the samples (default: %(default)s)")
-    parser.add_argument("--seed", type=seed, default=0, help="of the samples (default: %(default)s)")
+    parser.add_argument(
+        "--temperature", type=temperature, default=_TEMPERATURE, help="temperature of the samples (default: %(default)s)"
+    )
+    parser.add_argument("--seed", type=seed, default=0, help="seed of the samples (default: %(default)s)")
     add_device(parser)
 
 
@@ -104,7 +109,7 @@ def run(args: argparse.Namespace) -> None:
     ]
     with atomic_write(out / _SHEET) as temporary:
         contact_sheet(rows, columns).save(temporary)
-    print(f"PSNR in dB; diversity in percent, from error maps. Look at {out / _SHEET}")
+    print(f"PSNR in dB; diversity in percent, from error maps. The pictures are in {out / _SHEET}")
 
 
 def _sample(out: Path, name: str, index: int) -> Path:
@@ -112,5 +117,5 @@ def _sample(out: Path, name: str, index: int) -> Path:
 
 
 def _targets(out: Path, names: list[str], n: int) -> list[Path]:
-    """All that is written."""
+    """The files that the demo writes."""
     return [out / _SHEET, *(_sample(out, name, index) for name in names for index in range(n))]

@@ -26,23 +26,23 @@ from ncsr_fast.cli._common import (
 if TYPE_CHECKING:
     from ncsr_fast.evaluation import Evaluation, Scores
 
-_MULTIPLE = 8  # of which the sides of HR images are, whatever the scale
-HELP = "measure a model on a folder of HR images, beside bicubic"
+_MULTIPLE = 8  # the sides of HR images are multiples of this number, whatever the scale
+HELP = "measure a model and bicubic on a folder of HR images"
 EXAMPLE = """\
 example:
   ncsr-fast evaluate photos/ --temperatures 0 0.5 0.8 --n 10 --json scores.json
 
-PSNR, SSIM, LR-PSNR (mean, and the worst of each image's samples) and diversity, means over images; LPIPS and the
-NTIRE diversity score as well where the lpips package and its weights are installed. HR images are cropped to
-multiples of 8 and LR images made by MATLAB bicubic unless --lr-images names them; then to the size that theirs says.
+The table shows means over images of PSNR, SSIM, LR-PSNR (mean, and the worst of each image's samples) and diversity; if the
+lpips package and its weights are installed, also LPIPS and the NTIRE diversity score. HR images are cropped to multiples of 8,
+and LR images are made by MATLAB bicubic. With --lr-images, HR images are cropped to fit the given LR images.
 
-Images that cannot be read, do not fit their LR image or do not fit in memory are named, the means are those of the others,
-and the exit status is 1. In the JSON a value that is infinite (the PSNR of equal images) or not a number is null."""
+If an image cannot be read, does not fit its LR image or does not fit in memory, a message names it, the means are those of the
+other images, and the exit status is 1. In the JSON file, infinite values (the PSNR of equal images) and NaN are null."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("images", type=path, help="folder of HR images, searched recursively")
-    parser.add_argument("--lr-images", type=path, help="folder of their LR images (default: MATLAB bicubic)")
+    parser.add_argument("--lr-images", type=path, help="folder of the LR images (default: made by MATLAB bicubic)")
     add_model(parser)
     parser.add_argument("--n", type=count, default=10, help="samples of each image above temperature 0 (default: %(default)s)")
     parser.add_argument(
@@ -51,10 +51,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         action=Gathered,
         default=[0.0, 0.5, 0.8],
-        help="of the samples (default: 0 0.5 0.8)",
+        help="temperatures of the samples (default: 0 0.5 0.8)",
     )
-    parser.add_argument("--seed", type=seed, default=0, help="of the latents of each image (default: %(default)s)")
-    parser.add_argument("--limit", type=count, help="use only the first so many images")
+    parser.add_argument("--seed", type=seed, default=0, help="seed of the latents of each image (default: %(default)s)")
+    parser.add_argument("--limit", type=count, help="use only this number of images, the first ones")
     parser.add_argument("--json", type=path, help="also write the means and every image's values to this file")
     add_device(parser)
 
@@ -99,7 +99,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _pairs(args: argparse.Namespace) -> list[tuple[Path, Path | None]]:
-    """The first HR images, each with its LR image where they are given."""
+    """The first HR images, each with its LR image if LR images are given."""
     from ncsr_fast.data.images import list_images, pair_up
 
     images = list_images(args.images)
@@ -109,7 +109,7 @@ def _pairs(args: argparse.Namespace) -> list[tuple[Path, Path | None]]:
 
 
 def _add(evaluation: Evaluation, hr: Path, lr: Path | None, n: int) -> str | None:
-    """Measure an image; return the reason where it cannot be measured, else None."""
+    """Measure an image; return the reason if it cannot be measured, else None."""
     from tqdm import tqdm
 
     from ncsr_fast.data.images import ImageError, crop_to_multiple, read_image

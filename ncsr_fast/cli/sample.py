@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from ncsr_fast.model import NCSR
 
-# errors of writing that are of one image's samples, and what is said of them where the system's words are not enough
+# errors of writing that concern one image's samples alone, with messages that say more than the system's
 _IN_THE_WAY = "a folder is where a sample, or a file where a folder of samples should be; move it, or choose another --out"
 _OF_ONE = {
     errno.ENAMETOOLONG: "the names of its samples are too long; use --names ntire",
@@ -43,19 +43,19 @@ EXAMPLE = """\
 example:
   ncsr-fast sample small.png --out large/ --n 5 --temperature 0.8 --seed 1 --names source
 
-writes large/small_sample00000.png … large/small_sample00004.png. With --names ntire (the default) files are called
-000000_sample00000.png … as the NTIRE 2021 toolkit expects, numbered in the order of the input. Files of the same names
-that are there already are replaced, other samples stay, and are named.
+The example writes large/small_sample00000.png … large/small_sample00004.png. With --names ntire (the default) files are called
+000000_sample00000.png … as the NTIRE 2021 toolkit expects, numbered in the order of the input. Existing files of the same
+names are replaced. Other samples in the folder are not deleted; a message names them.
 
-What a folder holds beside images is named, as are images that cannot be read or do not fit in memory. The others are
-sampled nevertheless, and the exit status is 1."""
+A message names files in a folder that are not images. If an image cannot be read or does not fit in memory, a message names
+it, the other images are sampled, and the exit status is 1."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "input", nargs="+", type=path, help="LR images, folders of them, searched recursively, or patterns as 'photos/*.png'"
+        "input", nargs="+", type=path, help="LR images, folders (searched recursively), or patterns such as 'photos/*.png'"
     )
-    parser.add_argument("--out", required=True, type=path, help="folder the PNG files are written to")
+    parser.add_argument("--out", required=True, type=path, help="folder to write the PNG files to")
     add_model(parser)
     parser.add_argument("--n", type=count, default=10, help="samples of each image (default: %(default)s)")
     parser.add_argument(
@@ -65,10 +65,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--on-nonfinite",
         choices=("warn", "retry", "raise", "ignore"),
         default="warn",
-        help="what to do about a sample that blew up; retry draws it again at a lower temperature, raise leaves its image out "
+        help="what to do about a blown-up sample; retry draws it again at a lower temperature, raise leaves out its image "
         "(default: %(default)s)",
     )
-    parser.add_argument("--seed", type=seed, default=0, help="of the latents of each image (default: %(default)s)")
+    parser.add_argument("--seed", type=seed, default=0, help="seed of the latents of each image (default: %(default)s)")
     parser.add_argument(
         "--names", choices=("ntire", "source"), default="ntire", help="how to name the files (default: %(default)s)"
     )
@@ -135,21 +135,21 @@ def _sampled(model: NCSR, file: Path, args: argparse.Namespace) -> tuple[Tensor,
     bad = int((~torch.isfinite(samples)).flatten(1).any(dim=1).sum())
     if not bad:
         return samples, None
-    problem = f"{bad} of {args.n} samples of {str(file)!r} are not finite, and black there. {model.advice(lr)}"
+    problem = f"{bad} of {args.n} samples of {str(file)!r} have pixels that are not finite, which are black. {model.advice(lr)}"
     return samples.nan_to_num(0), problem
 
 
 def _stems(files: Sequence[ImageFile], names: str) -> list[str]:
-    """Names of each image's samples, up to _sample. Raises ValueError where two images would have the same."""
+    """The names of each image's samples, up to _sample; raise ValueError if two images have the same name."""
     if names == "ntire":
         return [f"{number:06d}" for number in range(len(files))]
     found: dict[str, Path] = {}
     for file in files:
-        key = unicodedata.normalize("NFC", file.stem).casefold()  # what some file systems take for the same name
+        key = unicodedata.normalize("NFC", file.stem).casefold()  # as some file systems compare names
         if key in found:
             raise ValueError(
                 f"samples of {str(found[key])!r} and {str(file.path)!r} would have the same names; rename one, "
-                "or number them by --names ntire"
+                "or number them with --names ntire"
             )
         found[key] = file.path
     return [file.stem for file in files]
@@ -160,13 +160,13 @@ def _targets(out: Path, stem: str, n: int) -> list[Path]:
 
 
 def _check_searched(files: Sequence[ImageFile], stems: Sequence[str], out: Path) -> None:
-    """Raise ValueError where a sample would be an image of the next run's input."""
+    """Raise ValueError if a sample would be an input image of the next run."""
     searched = {(place.resolve(), file.deep) for file in files if file.folder for place in (file.folder, file.path.parent)}
     for place in {(out / stem).parent.resolve() for stem in stems}:
         for folder, deep in searched:
             if folder == place or (deep and folder in place.parents):
                 raise ValueError(
-                    f"samples in {str(place)!r} would be the next run's input, which is {str(folder)!r}; choose another --out"
+                    f"samples in {str(place)!r} would be input of the next run, {str(folder)!r}; choose another --out"
                 )
 
 
@@ -174,4 +174,4 @@ def _name_earlier(samples: Sequence[Path]) -> None:
     from ncsr_fast.data.search import named
 
     if samples:
-        print(f"{len(samples)} samples of an earlier run are there still: {named(map(str, samples))}", file=sys.stderr)
+        print(f"{len(samples)} samples of an earlier run are still in the folder: {named(map(str, samples))}", file=sys.stderr)

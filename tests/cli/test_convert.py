@@ -58,4 +58,4 @@ def test_convert_reads_a_published_yaml(published_yaml, tmp_path, capsys):
     (tmp_path / "4x.yml").write_text("scale: [")
     assert main([*arguments, str(tmp_path / "4x.yml")]) == 1
     err = capsys.readouterr().err
-    assert "4x.yml' describes no model: " in err and err.count("\n") == 1
+    assert "4x.yml' does not describe a model: " in err and err.count("\n") == 1
