@@ -1,7 +1,7 @@
-"""The state dicts of the published NCSR and SRFlow programs, and ours, in both directions.
+"""Conversion between state dicts of the published NCSR and SRFlow programs and of this package.
 
-The published programs keep one module per flow step in one flat list (`flowUpsamplerNet.layers.N`, squeezes
-and splits included); ours stack the steps of a level. `layout` is the one table that relates the two.
+The published programs have one module per flow step in one flat list (`flowUpsamplerNet.layers.N`, squeezes
+and splits included); this package stacks the steps of a level. `layout` is the one table that relates the two.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class Entry(NamedTuple):
-    """One published tensor: its name and shape, and the tensor of ours that it is (None: no computation uses it)."""
+    """One published tensor: its name and shape, and the model's tensor (None: no computation uses it)."""
 
     name: str
     shape: tuple[int, ...]
@@ -29,7 +29,7 @@ class Entry(NamedTuple):
 
 
 def layout(model: NCSR) -> Iterator[Entry]:
-    """Every tensor of the published state dict of `model`, in its order; the tensors are views of the parameters."""
+    """The entries of the published state dict of `model`, in order; their tensors are views of the parameters."""
     for name, tensor in encoder_layout(model.encoder):
         yield Entry("RRDB." + name, tuple(tensor.shape), tensor)
     config = model.config
@@ -70,7 +70,7 @@ def layout(model: NCSR) -> Iterator[Entry]:
 
 
 def load_network(model: NCSR, state: Mapping[str, Tensor]) -> None:
-    """Copy a published state dict into `model`; strict, and nothing is changed when it does not fit."""
+    """Copy a published state dict into `model`; if any tensor does not fit, raise CheckpointError and change nothing."""
     entries = list(layout(model))
     compare({entry.name: entry.shape for entry in entries}, state, f"this model ({model.describe()})")
     for entry in entries:
@@ -81,7 +81,7 @@ def load_network(model: NCSR, state: Mapping[str, Tensor]) -> None:
 
 
 def network_state_dict(model: NCSR) -> dict[str, Tensor]:
-    """The published state dict of `model`: copies, with the published shapes."""
+    """The published state dict of `model`, as copies with the published shapes."""
     like = next(model.parameters())
     state = {}
     for entry in layout(model):
@@ -91,7 +91,7 @@ def network_state_dict(model: NCSR) -> dict[str, Tensor]:
 
 
 def places(model: NCSR) -> dict[str, str | None]:
-    """For every published name, the tensor of ours that it is, as in "levels.0.invconv[3]"; None: no computation uses it."""
+    """The model's tensor for every published name, such as "levels.0.invconv[3]"; None: no computation uses it."""
     found = {}
     for name, parameter in model.named_parameters():
         found[parameter.data_ptr(), parameter.shape] = name

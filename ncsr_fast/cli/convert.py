@@ -19,9 +19,9 @@ example:
   ncsr-fast convert models/mine --out mine.pth
   ncsr-fast convert RRDB_DF2K_x4.pth --out models/encoder --long-skip last_block
 
-The source may be an NCSR or SRFlow network, or an RRDB generator (ESRGAN, BasicSR, Real-ESRGAN, ESRGAN+, and the encoders of SRFlow
-and NCSR) in any naming. A file may hold a bare state dict, names that begin with module., or a state dict in another dict. A
-generator's file does not say where its long skip starts: see --long-skip.
+The source may be an NCSR or SRFlow network, or an RRDB generator (ESRGAN, BasicSR, Real-ESRGAN, ESRGAN+, and the encoders of
+SRFlow and NCSR) in any naming. A file may hold a bare state dict, names that begin with module., or a state dict in another
+dict. A generator's file does not say where its long skip starts: see --long-skip.
 
 The name of OUT chooses the kind of file. NAME.pth or NAME.pt is a file that the published programs load; NAME.safetensors holds
 the same tensors; any other name is a directory for --model and NCSR.from_pretrained.

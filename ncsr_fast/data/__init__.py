@@ -1,4 +1,4 @@
-"""Image files, training crops, and the noise NCSR adds to them."""
+"""Image files, training crops, and the noise that NCSR adds to crops."""
 
 from ncsr_fast.data.crops import RandomCrops, crop_loader
 from ncsr_fast.data.degradation import load_degradation

@@ -1,4 +1,4 @@
-"""What turns images into what the flow is trained on: the degradation, and NCSR's noise."""
+"""The degradation of HR images to LR images, and NCSR's noise."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from ncsr_fast.metrics.imresize import imresize
 
 
 def degrade(hr: Tensor, scale: int) -> Tensor:
-    """LR images of uint8 HR images by MATLAB bicubic, uint8 as well: what a benchmark's LR files hold."""
+    """uint8 LR images of uint8 HR images by MATLAB's bicubic, as in the LR files of benchmarks."""
     return imresize(hr, 1 / scale)
 
 
 def to_pair(batch: dict[str, Tensor], scale: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
-    """A batch of `RandomCrops` → (hr, lr) in [0, 1] on `device`, lr computed there when the batch has none."""
+    """(hr, lr) in [0, 1] on `device` from a batch of `RandomCrops`; lr is computed there if the batch has none."""
     hr = batch["hr"].to(device, non_blocking=True)
     lr = batch["lr"].to(device, non_blocking=True) if "lr" in batch else degrade(hr, scale)
     return to_float(hr), to_float(lr)
@@ -32,15 +32,15 @@ def perturb(
         hr: (B, 3, sH, sW).
         lr: (B, 3, H, W), on the same device.
         max_std: Largest standard deviation of the noise.
-        generator: Of that device; None is torch's default one.
-        noise_channels: Of the noise condition, as in `NCSRConfig.noise_channels`.
+        generator: A generator on that device; None is torch's default generator.
+        noise_channels: Channels of the noise condition, as in `NCSRConfig.noise_channels`.
 
     Returns:
-        hr + v, lr + imresize(v, 1/s), and the condition: v (B, 3, sH, sW), c (B, 1, 1, 1) when noise_channels is 1, None
-        when it is 0.
+        hr + v, lr + imresize(v, 1/s), and the noise condition: v (B, 3, sH, sW), c (B, 1, 1, 1) when noise_channels is 1,
+        None when it is 0.
 
     Raises:
-        ValueError: A pair whose sizes are no integer scale apart, or a negative max_std.
+        ValueError: The sizes of hr are not an integer multiple of those of lr, or max_std is negative.
 
     Example:
         >>> hr, lr = torch.rand(2, 3, 32, 32), torch.rand(2, 3, 8, 8)
@@ -59,10 +59,10 @@ def perturbed(
     """`perturb` with given random numbers: std c (B, 1, 1, 1) and `normal` (B, 3, sH, sW), v = c · normal.
 
     Returns:
-        hr + v, lr + imresize(v, 1/s), and v, c, or None, as noise_channels is 3, 1 or 0.
+        hr + v, lr + imresize(v, 1/s), and the noise condition: v, c or None for noise_channels 3, 1 or 0.
 
     Raises:
-        ValueError: A pair whose sizes are no integer scale apart.
+        ValueError: The sizes of hr are not an integer multiple of those of lr.
     """
     scale = hr.shape[-1] // lr.shape[-1]
     if tuple(hr.shape) != (lr.shape[0], lr.shape[1], lr.shape[2] * scale, lr.shape[3] * scale):

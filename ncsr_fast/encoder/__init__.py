@@ -1,1 +1,1 @@
-"""Encoders: the RRDB network, and its files."""
+"""Encoders: the RRDB network and its files."""

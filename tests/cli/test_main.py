@@ -43,8 +43,8 @@ def test_entry_point(tmp_path):
 FAILURES = {
     "no-model": (["sample", "{photos}", "--out", "{out}", "--model", "nowhere"], "no model at 'nowhere'; shipped models: "),
     "no-input": (["sample", "{out}/nothing", "--out", "{out}", "--model", "{model}"], "no file or folder"),
-    "empty": (["evaluate", "{empty}", "--model", "{model}"], "holds no image"),
-    "empty-train": (["train", "--images", "{empty}", "--run", "{out}"], "holds no image"),
+    "empty": (["evaluate", "{empty}", "--model", "{model}"], "contains no image"),
+    "empty-train": (["train", "--images", "{empty}", "--run", "{out}"], "contains no image"),
     "few": (["demo", "--n", "2", "--model", "{model}"], "--n must be at least 3, not 2"),
     "device": (
         ["sample", "{photos}", "--out", "{out}", "--model", "{model}", "--device", "gpu"],

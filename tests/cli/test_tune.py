@@ -101,7 +101,7 @@ def test_doctor_says_which_entry_chose(gpu, tmp_path, monkeypatch):
         "float32 and bfloat16: triton; triton: measured at 2.5× the reference's speed, 2026-01-02 on Acme A1 (acme-a1.json); "
         "native: in use since before there were tables, never measured (default.json)"
     )
-    slower = "predicted at {}× the reference's speed, never measured; 1.3× is asked for (acme-a1.json)"
+    slower = "predicted at {}× the reference's speed, never measured; 1.3× is required (acme-a1.json)"
     assert doctor._choice("conv3x3") == (
         f"float32: triton; triton: {slower.format(1.4)} | bfloat16: reference; triton: {slower.format(1.2)}"
     )

@@ -139,7 +139,7 @@ def test_the_picture_is_where_and_what_its_name_says(tmp_path, capsys, name, kin
         assert picture.format == kind
     assert main(["plot", str(run), "--out", str(tmp_path / "x.txt")]) == 1
     err = capsys.readouterr().err
-    assert "x.txt': no plot is written as .txt; end the name in one of ." in err and ", .png, " in err
+    assert "x.txt': plots cannot be written as .txt; end the name in one of ." in err and ", .png, " in err
 
 
 def test_a_plot_that_fails_leaves_the_one_before(tmp_path):

@@ -36,7 +36,7 @@ def refused(settings, run, *errors) -> str:
 
 
 def no_folder(tmp_path):
-    return {"validation": "no_such_folder"}, r"^validation: there is no 'no_such_folder'; relative paths begin at"
+    return {"validation": "no_such_folder"}, r"^validation: there is no 'no_such_folder'; relative paths are relative to"
 
 
 def no_image(tmp_path):
@@ -66,7 +66,7 @@ def pattern(tmp_path):
 
 
 def one_image(tmp_path):
-    return {"images": (str(tmp_path / "photos" / "a.png"),)}, "^images: '.*a.png' is one image; give the folder.*photos'"
+    return {"images": (str(tmp_path / "photos" / "a.png"),)}, "^images: '.*a.png' is one image; give a folder.*photos'"
 
 
 def another_file(tmp_path):
@@ -84,7 +84,7 @@ def no_model(tmp_path):
 
 def other_encoder(tmp_path):
     NCSR(tiny_config(blocks=3)).encoder.save_pretrained(tmp_path / "encoder")
-    return {"encoder_weights": str(tmp_path / "encoder")}, "is not that of this encoder"
+    return {"encoder_weights": str(tmp_path / "encoder")}, "does not fit this encoder"
 
 
 def degradation(tmp_path):

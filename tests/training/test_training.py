@@ -127,7 +127,7 @@ def test_encoder_weights(settings, tmp_path, kind):
     model = train(replace(settings, encoder_weights=weights), tmp_path / "run")
     assert all(torch.equal(a, b) for a, b in zip(model.encoder.parameters(), source.encoder.parameters()))
     other = replace(settings.model, blocks=3)
-    with pytest.raises(CheckpointError, match=r"not that of this encoder \(RRDB, ×4, 3 blocks of 4 channels\); 30 missing"):
+    with pytest.raises(CheckpointError, match=r"does not fit this encoder \(RRDB, ×4, 3 blocks of 4 channels\); 30 missing"):
         train(replace(settings, model=other, encoder_weights=weights), tmp_path / "other")
 
 
