@@ -83,15 +83,15 @@ FILES = {
     "text": (content(b"Access denied\n"), "it is a text that begins with 'Access denied'"),
     "json": (content(b'{"error": "not found"}'), """it is a text that begins with '{"error": "not found"}'"""),
     "empty": (content(b""), r"it is empty \(0 bytes\): download or save it again"),
-    "pickle-2": (pickled(2), r"it holds a (posix|nt).system, which is more than tensors and is not run"),
-    "pickle-4": (pickled(4), r"it holds a (posix|nt).system, which is more than tensors and is not run"),
+    "pickle-2": (pickled(2), r"it holds a (posix|nt).system, which is more than tensors and is not executed"),
+    "pickle-4": (pickled(4), r"it holds a (posix|nt).system, which is more than tensors and is not executed"),
     "pickle-in-zip": (
         lambda path: torch.save({"a": Command(path.with_name("trace"))}, path),
         r"it holds a (posix|nt).system, which is more than tensors and is not executed; save only the network's state_dict\(\)",
     ),
     "whole-module": (
         lambda path: torch.save(torch.nn.Linear(1, 1), path),
-        "it holds a torch.nn.modules.linear.Linear, which is more than tensors and is not run",
+        "it holds a torch.nn.modules.linear.Linear, which is more than tensors and is not executed",
     ),
     "pickle-of-numbers": (
         lambda path: path.write_bytes(pickle.dumps({1, 2}, protocol=4)),

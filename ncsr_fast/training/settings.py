@@ -1,4 +1,4 @@
-"""Everything that decides a training run; stored with it, and compared when it is resumed."""
+"""The settings of a training run, stored with it and compared when it is resumed."""
 
 from __future__ import annotations
 
@@ -27,56 +27,59 @@ _POSITIVE = ("encoder_lr", "lr", "unfrozen_lr", "max_grad_norm", "gamma", "backo
 class TrainSettings:
     """Settings of the two stages: the encoder by L1 (SRFlow's generator pre-training), then the flow by its likelihood.
 
-    What is trained
-    model              its architecture
-    start_from         model directory, published .pth or shipped name whose weights, actnorms included, both stages start
-                       from, to fine-tune it; None for random weights and data-dependent actnorms
-    encoder_weights    what the encoder starts from: a published RRDB or ESRGAN file, or RUN/encoder of another run. Its long
-                       skip starts at the last block whatever it is: of an ESRGAN generator, whose skip starts at the first
-                       convolution, the weights are a start and not the same pictures
+    Model
+    model              the architecture
+    start_from         model directory, published .pth or shipped name; both stages start from its weights and actnorms, to
+                       fine-tune the model. None: random weights and data-dependent actnorms
+    encoder_weights    weights that the encoder starts from: a published RRDB or ESRGAN file, or RUN/encoder of another run.
+                       The encoder's long skip always starts at the last block. An ESRGAN generator's starts at the first
+                       convolution, so with its weights the encoder does not make the same pictures
 
-    Data (relative paths begin at the current folder, also those of a YAML; ~ is the home folder, patterns are not expanded)
-    images             folders of HR images, subfolders included, and published .pklv4 files, taken together
-    lr_images          LR counterparts, one for each of `images`; () to degrade the crops
-    degradation        "bicubic" (MATLAB's), or the "module:function" of one's own (`ncsr_fast.data.degradation`)
-    validation         folder of HR images to validate on, None to look at training images instead; validation_lr their LR
-                       images, None to degrade them
-    crop, batch        side of an HR crop, and crops a step, over all processes together
-    flip, rotate       crops are mirrored, and turned by a multiple of 90°, at random
-    workers            processes that read images, for each training process; 0 reads them between steps
-    cache_gib          decoded images are kept on disk in RUN/cache, at most so many GiB of them, while the run lasts
+    Data (relative paths are relative to the current folder, also in a YAML file; ~ is the home folder; patterns are not
+    expanded)
+    images             one or several folders of HR images, with their subfolders, and published .pklv4 files
+    lr_images          LR images, one place for each of `images`; (): the crops are degraded
+    degradation        "bicubic" (MATLAB's), or "module:function" (`ncsr_fast.data.degradation`)
+    validation         folder of HR images to validate on; None: training images are used
+    validation_lr      folder of LR images of `validation`; None: its images are degraded
+    crop, batch        side of an HR crop; crops per step, over all processes together
+    flip, rotate       mirror crops at random; turn crops by a random multiple of 90°
+    workers            processes that read images, for each training process; 0: images are read between steps
+    cache_gib          largest size in GiB of the cache of decoded images in RUN/cache, which is removed after the run
 
     The encoder's stage
-    encoder_steps      0 skips it
-    encoder_lr         its learning rate
+    encoder_steps      number of steps; 0: no such stage
+    encoder_lr         learning rate
 
     The flow's stage
-    steps, lr          how long, and Adam's learning rate
+    steps, lr          number of steps; Adam's learning rate
     unfreeze           fraction of the stage after which the encoder is trained too (0: from the start, 1: never)
-    unfrozen_lr        the encoder's learning rate then, None for `lr`
-    max_std            M of NCSR's noise, c ~ U(0, M)
-    lr_noise           the LR image gets the noise too, downsampled
+    unfrozen_lr        learning rate of the encoder from then on; None: `lr`
+    max_std            largest standard deviation M of NCSR's noise, c ~ U(0, M)
+    lr_noise           add the noise, downsampled, to the LR image too
     nll_weight, l1_weight   loss = nll_weight · NLL + l1_weight · mean |temperature-0 sample - hr| (published `weight_fl`,
                        `weight_l1`)
 
     Both stages
-    milestones, gamma  where the learning rate is multiplied by gamma: steps, or below 1 fractions of a stage
-    betas, weight_decay  of Adam
-    max_grad_norm      gradients are clipped to this norm, None for never
-    max_skipped        a step whose loss or gradient is not finite is skipped; so many in a row end the run
-    backoff            the learning rate is multiplied by it at each skipped step (1: never)
-    seed               of weights, crops and noise
+    milestones, gamma  the learning rate is multiplied by gamma at each milestone: a step, or below 1 a fraction of a stage
+    betas, weight_decay  Adam's settings
+    max_grad_norm      norm that gradients are clipped to; None: no clipping
+    max_skipped        number of skipped steps in a row that ends the run; a step is skipped if its loss or gradient is not
+                       finite
+    backoff            factor of the learning rate at each skipped step (1: no change)
+    seed               seed of weights, crops and noise
 
-    How it is computed (none of it but precision changes a result by more than rounding)
-    precision          of the networks: "fp32", "tf32", "bf16"
-    checkpoint         recompute hidden layers of the small networks in the backward pass instead of saving them
-    graph              steps as CUDA graphs; None: on a GPU, where one process trains
+    Evaluation (only precision changes results by more than rounding)
+    precision          precision of the networks: "fp32", "tf32", "bf16"
+    checkpoint         recompute the networks' hidden layers in the backward pass instead of saving them
+    graph              capture steps as CUDA graphs; None: on a GPU, if a single process trains
 
-    What is seen and kept
-    log_every, validate_every, save_every   in steps
-    keep               checkpoints kept of each stage
-    validation_images  how many of the validation folder are used, each cut to its middle of validation_size pixels a side
-    temperatures       of the samples drawn at each validation
+    Output
+    log_every, validate_every, save_every   intervals in steps
+    keep               number of checkpoints of each stage that stay on disk
+    validation_images  number of images used of the validation folder
+    validation_size    side in pixels of the middle part of an image that is used
+    temperatures       temperatures of the samples drawn at each validation
     tensorboard        write scalars and samples to RUN/tensorboard
     """
 
@@ -137,7 +140,7 @@ class TrainSettings:
         if self.lr_images and len(self.lr_images) != len(self.images):
             raise ValueError(f"lr_images must name one place for each of the {len(self.images)} of images: {self.lr_images}")
         if self.lr_images and self.degradation != "bicubic":
-            raise ValueError("degradation makes the LR images that lr_images names already: give one of the two")
+            raise ValueError("degradation makes LR images, but lr_images names LR images too: give one of the two")
         for names, sound, what in (
             (_AT_LEAST_ONE, lambda value: value >= 1, "at least 1"),
             (_NOT_NEGATIVE, lambda value: 0 <= value < math.inf, "0 or more and finite"),
@@ -157,14 +160,14 @@ class TrainSettings:
         if self.validation_size < 2 * self.model.scale:
             raise ValueError(f"validation_size must be at least 2·scale = {2 * self.model.scale}, not {self.validation_size!r}")
         if self.validation_lr is not None and self.validation is None:
-            raise ValueError("validation_lr holds the LR images of validation, which is missing")
+            raise ValueError("validation_lr needs validation, the folder of the HR images")
         if any(temperature < 0 for temperature in self.temperatures):
             raise ValueError(f"temperatures must be 0 or more, not {self.temperatures}")
         if not all(0 <= beta < 1 for beta in self.betas) or len(self.betas) != 2:
             raise ValueError(f"betas must be two numbers in [0, 1), not {self.betas}")
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready values."""
+        """The fields as JSON-ready values."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         values["model"] = self.model.to_dict()
         return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
@@ -188,7 +191,7 @@ def _path(name: str, path: str | os.PathLike) -> str:
     return text
 
 
-# What differs between the published models: the paper's noise, batch and number of steps.
+# Differences between the published models: the paper's noise, batch and number of steps.
 PUBLISHED: dict[str, dict[str, Any]] = {
     "ncsr-x4": {"max_std": 0.05, "steps": 220_000},
     "ncsr-x8": {"max_std": 0.03, "steps": 250_000},

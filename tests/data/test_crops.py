@@ -161,7 +161,7 @@ def test_unusable_files_are_named_and_counted(photos):
     Image.fromarray(np.zeros((20, 200, 3), dtype=np.uint8)).save(photos / "small.png")
     with pytest.warns(UserWarning, match="2 of 5 images are skipped") as caught:
         crops = RandomCrops(photos, scale=4, crop=32)
-    assert "broken.png': not an image" in str(caught[0].message)
+    assert "broken.png': it is not an image" in str(caught[0].message)
     assert "small.png' is 20×200, smaller than a 32×32 crop" in str(caught[0].message)
     assert len(crops) == 3 and len(crops.broken) == 2
 

@@ -118,7 +118,7 @@ def test_netpbm_of_any_depth(tmp_path, kind, highest):
 def test_several_pictures_in_a_file(tmp_path, suffix):
     frames = [Image.fromarray(RGB + 9 * number) for number in range(3)]
     frames[0].save(tmp_path / f"x.{suffix}", save_all=True, append_images=frames[1:])
-    with pytest.raises(ImageError, match="it holds 3 pictures; save the one"):
+    with pytest.raises(ImageError, match="it contains 3 pictures; save the one"):
         read_image(tmp_path / f"x.{suffix}")
 
 

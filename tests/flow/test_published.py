@@ -133,7 +133,7 @@ def test_bad_pth_files(tmp_path):
     for name in ("truncated.pth", "text.pth", "malicious.pth"):
         with pytest.raises(CheckpointError, match=f"{name}' is not a readable checkpoint"):
             read_state_dict(tmp_path / name)
-    with pytest.raises(CheckpointError, match="it holds a .*open, which is more than tensors and is not run") as caught:
+    with pytest.raises(CheckpointError, match="it holds a .*open, which is more than tensors and is not executed") as caught:
         read_state_dict(tmp_path / "malicious.pth")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "trace").exists()

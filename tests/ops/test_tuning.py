@@ -232,7 +232,10 @@ def test_a_table_is_read_as_it_was_written(tables):
     [
         ("{", "Expecting property name"),
         ('{"gpu": "A", "capability": "9.0", "tiles": []}', "'backends'"),
-        (json.dumps({"gpu": "A", "capability": "9.0", "tiles": [], "backends": [entry(kind="guessed")]}), "kind 'guessed'"),
+        (
+            json.dumps({"gpu": "A", "capability": "9.0", "tiles": [], "backends": [entry(kind="guessed")]}),
+            "kind of provenance 'guessed'",
+        ),
         (
             json.dumps({"gpu": "A", "capability": "9.0", "tiles": [], "backends": [entry(gain="2")]}),
             "measured has the gain '2'",

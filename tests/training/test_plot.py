@@ -113,7 +113,7 @@ def test_logs_that_cannot_be_plotted(tmp_path):
     with pytest.raises(ValueError, match="line 1 of .* is not JSON"):
         plot(tmp_path)
     (tmp_path / "log.jsonl").write_text('3\n{"stage": "flow", "step": 1, "loss": 1}\n')
-    with pytest.raises(ValueError, match="line 1 of .* is no row of a log but '3'; remove the line"):
+    with pytest.raises(ValueError, match="line 1 of .* is not a row of a log but '3'; remove the line"):
         plot(tmp_path)
 
 

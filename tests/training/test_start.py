@@ -42,13 +42,15 @@ def no_folder(tmp_path):
 def no_image(tmp_path):
     (tmp_path / "v").mkdir()
     (tmp_path / "v" / "a.png").touch()
-    return {"validation": str(tmp_path / "v")}, "^validation: cannot read image '.*a.png': not an image.*; remove or mend"
+    return {
+        "validation": str(tmp_path / "v")
+    }, "^validation: cannot read image '.*a.png': it is not an image.*; remove or correct"
 
 
 def too_small(tmp_path):
     (tmp_path / "v").mkdir()
     Image.new("RGB", (7, 40)).save(tmp_path / "v" / "a.png")
-    return {"validation": str(tmp_path / "v")}, "^validation: '.*a.png' is 40×7, smaller than the 8×8"
+    return {"validation": str(tmp_path / "v")}, "^validation: '.*a.png' is 40×7, smaller than 8×8"
 
 
 def other_lr(tmp_path):
@@ -119,7 +121,7 @@ def test_all_that_is_wrong_is_said_at_once(settings, tmp_path):
 
 def test_a_folder_that_cannot_be_used(settings, tmp_path, monkeypatch):
     (tmp_path / "run").touch()
-    assert "run' is a file, and a run needs a folder" in refused(settings, tmp_path / "run", NotADirectoryError)
+    assert "run' is a file, but a run needs a folder" in refused(settings, tmp_path / "run", NotADirectoryError)
     assert "cannot be written to: Not a directory" in refused(settings, tmp_path / "run" / "deep", OSError)
     (tmp_path / "mine" / "checkpoints").mkdir(parents=True)
     (tmp_path / "mine" / "settings.json").write_text(json.dumps(settings.to_dict()))
@@ -129,7 +131,7 @@ def test_a_folder_that_cannot_be_used(settings, tmp_path, monkeypatch):
 
 def test_a_disk_without_room_for_a_checkpoint(settings, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000))
-    assert "has 0 MiB free, and a checkpoint takes" in refused(settings, tmp_path / "run", OSError)
+    assert "has 0 MiB free, but a checkpoint takes" in refused(settings, tmp_path / "run", OSError)
 
 
 def test_without_tensorboard(settings, tmp_path, monkeypatch):

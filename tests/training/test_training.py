@@ -168,7 +168,7 @@ def test_out_of_memory_says_what_would_fit(settings, tmp_path, monkeypatch, erro
     settings = replace(settings, encoder_steps=0, unfreeze=0.0)
     monkeypatch.setattr(memory, "_step", measure)
     monkeypatch.setattr(StageLoop, "advance", advance)
-    with pytest.raises(TrainingOutOfMemory, match=r"out of memory: .*\n.*By the estimate 2 crops of 32×32") as caught:
+    with pytest.raises(TrainingOutOfMemory, match=r"out of memory: .*\n.*By estimate, 2 crops of 32×32") as caught:
         train(settings, run)
     assert caught.value.__cause__ is error
 
@@ -223,7 +223,7 @@ def test_learning_rate_schedule(settings):
         ({"milestones": (0.5, float("nan"))}, "milestones must be finite"),
         ({"temperatures": (0.8, -0.1)}, r"temperatures must be 0 or more, not \(0.8, -0.1\)"),
         ({"validation_size": 7}, "validation_size must be at least 2·scale = 8, not 7"),
-        ({"validation_lr": "lr"}, "validation_lr holds the LR images of validation, which is missing"),
+        ({"validation_lr": "lr"}, "validation_lr needs validation, the folder of the HR images"),
         ({"images": ("a", "")}, "images must be a path, not an empty text"),
         ({"start_from": ""}, "start_from must be a path, not an empty text"),
         ({"crop": 30}, r"crop must be a positive multiple of 2·scale = 8, not 30"),
