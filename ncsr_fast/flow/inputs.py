@@ -1,4 +1,4 @@
-"""The arguments of a conditioned flow: checked and padded on the way in, cropped and clipped on the way out."""
+"""Checks and padding of the arguments of a conditioned flow, and cropping and clipping of its results."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ class Inputs:
 
     Args:
         flow: The flow.
-        like: A parameter, of the dtype and device that tensors must have.
+        like: A parameter with the dtype and device that tensors must have.
     """
 
     def __init__(self, flow: FlowConfig, like: Tensor) -> None:
         self.flow, self.like = flow, like
 
     def lr(self, lr: Tensor) -> Tensor:
-        """LR images, padded to sides that are multiples of `FlowConfig.lr_multiple`."""
+        """The LR images, checked and padded to sides that are multiples of `FlowConfig.lr_multiple`."""
         check_image("lr", lr, self.like, self.flow.channels)
         return pad(lr, 1, self.flow.lr_multiple)
 
     def hr(self, hr: Tensor, lr: Tensor) -> Tensor:
-        """The HR images of `lr`, padded as they are."""
+        """The HR images of `lr`, checked and padded like `lr`."""
         check_image("hr", hr, self.like, self.flow.channels)
         check_pair(hr, lr, self.flow.scale)
         return pad(hr, self.flow.scale, self.flow.lr_multiple)
 
     def noise(self, noise: Tensor | None, lr: Tensor) -> Tensor | None:
-        """The noise condition of LR images, padded as they are."""
+        """The noise condition for LR images, checked and padded like `lr`."""
         if noise is None:
             return None
         check_noise(noise, lr, self.flow.scale, self.flow.noise_channels)
@@ -44,7 +44,7 @@ class Inputs:
         return noise if self.flow.noise_channels == 1 else pad(noise, self.flow.scale, self.flow.lr_multiple)
 
     def latents(self, latents: Sequence[Tensor], lr: Tensor) -> Sequence[Tensor]:
-        """The latents of images of the size of `lr`: as many, or any number of one LR image."""
+        """The latents, checked, for images of the size of `lr`; for one LR image any number of samples."""
         expected = self.flow.latent_shapes(*lr.shape[2:])
         if len(latents) != len(expected):
             raise ValueError(f"latents must be {len(expected)} tensors, not {len(latents)}")
@@ -58,7 +58,7 @@ class Inputs:
         return latents
 
     def sample_latents(self, latents: Sequence[Tensor], lr: Tensor, n: int) -> Sequence[Tensor]:
-        """The latents (B, n, …) of n samples of each LR image."""
+        """The latents (B, n, …), checked, of n samples of each LR image."""
         shapes = [(lr.shape[0], n, *shape) for shape in self.flow.latent_shapes(*lr.shape[2:])]
         if [tuple(latent.shape) for latent in latents] != shapes:
             raise ValueError(f"latents must have shapes {shapes}, not {[tuple(latent.shape) for latent in latents]}")
@@ -76,37 +76,36 @@ class Inputs:
         if self.flow.base is not None:
             base = F.interpolate(lr, scale_factor=self.flow.scale, mode=self.flow.base, align_corners=False)
             image = image + base.view(lr.shape[0], *[1] * (image.dim() - 4), *base.shape[1:])
-        return torch.where(image.isfinite(), image.clamp(0, 1), torch.nan)  # clamp alone would make an infinity look like white
+        return torch.where(image.isfinite(), image.clamp(0, 1), torch.nan)  # clamp alone would turn infinity into white
 
     def padded_pixels(self, lr: Tensor) -> int:
-        """The number of positions of a padded HR image."""
+        """The number of pixels of a padded HR image."""
         multiple, scale = self.flow.lr_multiple, self.flow.scale
         height, width = (-(-side // multiple) * multiple * scale for side in lr.shape[2:])
         return height * width
 
     def advice(self, lr: Tensor) -> str:
-        """Why samples of LR images blew up, as far as pixels tell, and advice."""
+        """An explanation why samples of LR images blew up, from their pixels, with advice."""
         if not lr.isfinite().all():
-            return "Pixels of lr are not finite."
+            return "Some pixels of lr are not finite."
         values = bytes_range(lr)
         if values:
             return f"lr has values {values}; images are floats in [0, 1]: divide by 255."
         return (
-            "Somewhere before, a scale near zero became a divisor: model.check_invertibility(lr) shows where. Try a lower "
+            "Before this step, decoding divided by a scale near zero: model.check_invertibility(lr) shows where. Try a lower "
             "temperature, or on_nonfinite='retry'."
         )
 
 
 def pad(image: Tensor, cell: int, multiple: int = 2) -> Tensor:
-    """Pad (B, C, H, W) at the bottom and right to multiples of `multiple` cells; the same tensor if it is that already.
+    """The image (B, C, H, W) padded at the bottom and right to multiples of `multiple` cells; itself if no padding is needed.
 
-    By reflection, or by replication along an axis that has too little to reflect.
+    Padding is by reflection, or by replication along an axis that is too short to reflect.
 
     Args:
-        image: To pad.
-        cell: Pixels of `image` to an LR pixel: 1 for the LR image, `scale` for the HR image and its noise, so that a padded
-            pair stays a pair.
-        multiple: In LR pixels.
+        image: The image to pad.
+        cell: Pixels of `image` per LR pixel along an axis: 1 for the LR image, `scale` for the HR image and its noise.
+        multiple: Number of LR pixels that the padded sides are multiples of.
     """
     for axis in (-1, -2):
         size = image.shape[axis]
