@@ -1,4 +1,4 @@
-"""Measuring a model on photographs: fidelity, consistency with the LR image, and diversity of the samples."""
+"""Scores of a model on photographs: fidelity, consistency with the LR image, and diversity of the samples."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from ncsr_fast.metrics.imresize import imresize
 from ncsr_fast.metrics.perceptual import diversity_score, error_maps, lpips
 from ncsr_fast.model import NCSR
 
-_MULTIPLE = 8  # of which many scripts make the sides of HR images, whatever the scale
+_MULTIPLE = 8  # many scripts crop HR images to sides that are multiples of 8, whatever the scale
 
 
 @dataclass
 class Scores:
-    """Means over images of one method. `lr_psnr_worst` is the smallest of an image's samples, meaned over images."""
+    """Means over images for one method; `lr_psnr_worst` is the mean of the smallest value among an image's samples."""
 
     method: str
     values: dict[str, list[float]] = field(default_factory=dict)
@@ -39,7 +39,7 @@ class Scores:
 
 @torch.no_grad()
 def timed_samples(model: NCSR, lr: Tensor, n: int, temperature: float, seed: int) -> tuple[Tensor, float]:
-    """n samples (n, 3, sH, sW) in [0, 1] of one uint8 LR image (3, H, W), and the seconds each of them took."""
+    """n samples (n, 3, sH, sW) in [0, 1] of one uint8 LR image (3, H, W), and the seconds per sample."""
     like = next(model.parameters())
     generator = torch.Generator(like.device).manual_seed(seed)
     started = time.perf_counter()
@@ -59,30 +59,41 @@ def evaluate(
     lr_images: Iterable[Tensor] | None = None,
     progress: Callable[[str], None] = lambda line: None,
 ) -> list[Scores]:
-    """Scores of bicubic enlargement and of `model` at each temperature (one sample at temperature 0, else n).
+    """Scores of bicubic interpolation and of `model` at each temperature (one sample at temperature 0, else n).
 
-    images         uint8 (3, H, W), as `Evaluation.add` takes them; lr_images their LR images, None for MATLAB bicubic
-    lpips_network  from `metrics.lpips_model`, None to leave LPIPS out
-    returns        what `Evaluation.scores` is
-    raises         ValueError for images and lr_images that are not as many, and as `Evaluation.add` does
+    Args:
+        model: The model.
+        images: HR images, uint8 (3, H, W), as for `Evaluation.add`.
+        temperatures: Temperatures of the samples.
+        n: Number of samples of each image at temperatures above 0.
+        seed: Seed of the latents of each image.
+        lpips_network: From `metrics.lpips_model`; None leaves LPIPS out.
+        lr_images: LR images of `images`; None: made by MATLAB's bicubic.
+        progress: Function that is called with a line about each image.
+
+    Returns:
+        The scores, as `Evaluation.scores`.
+
+    Raises:
+        ValueError: The numbers of images and lr_images differ; and as for `Evaluation.add`.
     """
     evaluation = Evaluation(model, temperatures, n, seed, lpips_network)
     given = iter(lr_images) if lr_images is not None else None
     for number, image in enumerate(images):
         lr = None if given is None else next(given, None)
         if given is not None and lr is None:
-            raise ValueError(f"there are {number} lr_images, and more images")
+            raise ValueError(f"there are {number} lr_images, but more images")
         progress(f"image {number}: {evaluation.add(image, lr)}")
     if given is not None and next(given, None) is not None:
-        raise ValueError(f"there are {evaluation.count} images, and more lr_images")
+        raise ValueError(f"there are {evaluation.count} images, but more lr_images")
     return evaluation.scores
 
 
 class Evaluation:
-    """Scores of bicubic enlargement and of a model at each temperature, image by image; arguments as of `evaluate`.
+    """Scores of bicubic interpolation and of a model at each temperature, image by image; arguments as for `evaluate`.
 
     Attributes:
-        scores: One `Scores` a method: psnr, ssim, lr_psnr, lr_psnr_worst, diversity (`diversity_score` of `error_maps`),
+        scores: One `Scores` per method: psnr, ssim, lr_psnr, lr_psnr_worst, diversity (`diversity_score` of `error_maps`),
             seconds (per sample); with LPIPS also lpips and lpips_diversity, the challenge's score. All per image, every
             sample counted alike.
     """
@@ -104,14 +115,14 @@ class Evaluation:
 
         Args:
             image: uint8 (3, H, W), sides of at least 8.
-            lr: Its uint8 LR image, None for MATLAB bicubic. Sides of `image` need not be multiples of the scale: the LR
-                image is that of its top left, cropped to multiples of the scale, or of 8 (Set14 and many scripts).
+            lr: The uint8 LR image of `image`; None: made by MATLAB's bicubic. Sides of `image` need not be multiples of the
+                scale: `image` is cropped at the top left to multiples of the scale, or of 8 (Set14 and many scripts).
 
         Returns:
             The PSNR of each method, in a line.
 
         Raises:
-            ValueError: The sizes of the two do not fit, or are too small to be measured.
+            ValueError: The sizes of the two images do not fit, or are too small to be measured.
         """
         device, scale = next(self._model.parameters()).device, self._model.config.scale
         hr = matching_crop(image, None if lr is None else tuple(lr.shape[-2:]), scale).to(device)
@@ -142,9 +153,9 @@ class Evaluation:
 
 
 def matching_crop(hr: Tensor, lr_size: tuple[int, int] | None, scale: int) -> Tensor:
-    """The top left of an HR image (3, H, W) that an LR image of `lr_size` is of: sides are multiples of the scale, or of 8.
+    """The top left part of an HR image (3, H, W) that fits an LR image of `lr_size`; sides are multiples of scale or 8.
 
-    Without LR image, the largest with multiples of the scale. Raises ValueError, with the sizes, where there is none.
+    Without `lr_size`, the largest part with multiples of the scale. Raises ValueError, with the sizes, if no part fits.
     """
     height, width = hr.shape[-2:]
     if min(height, width) < _MULTIPLE:

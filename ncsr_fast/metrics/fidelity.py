@@ -1,4 +1,4 @@
-"""How close a super-resolved image is: to the original (PSNR, SSIM), and to the LR image it came from (LR-PSNR)."""
+"""Fidelity of a super-resolved image to the original (PSNR, SSIM) and to its LR image (LR-PSNR)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ncsr_fast.metrics.imresize import imresize
 
 
 def to_uint8(image: Tensor) -> Tensor:
-    """Floats in [0, 1] clipped and rounded to 8 bits; uint8 as it is."""
+    """The image as uint8: floats in [0, 1] are clipped and rounded, uint8 is unchanged."""
     return image if image.dtype == torch.uint8 else image.mul(255).round().clamp(0, 255).to(torch.uint8)
 
 
@@ -31,9 +31,9 @@ def psnr(image: Tensor, target: Tensor) -> Tensor:
 
 
 def lr_psnr(sr: Tensor, lr: Tensor, scale: int) -> Tensor:
-    """PSNR (B,) in dB between `lr` and the 8-bit `sr` downsampled by MATLAB bicubic: is it a solution at all?
+    """PSNR (B,) in dB between `lr` and the 8-bit `sr` downsampled by MATLAB's bicubic: the consistency with the LR image.
 
-    sr (B, 3, sH, sW), lr (B, 3, H, W), as for `psnr`. The NTIRE 2021 protocol; it asks for at least 45 dB.
+    sr is (B, 3, sH, sW) and lr (B, 3, H, W), as for `psnr`. The protocol is that of NTIRE 2021, which requires 45 dB.
     """
     return psnr(imresize(to_uint8(sr), 1 / scale), lr)
 
@@ -41,7 +41,7 @@ def lr_psnr(sr: Tensor, lr: Tensor, scale: int) -> Tensor:
 def ssim(image: Tensor, target: Tensor) -> Tensor:
     """Structural similarity (B,) of 8-bit RGB images, by scikit-image with its 7×7 uniform window.
 
-    Arguments as for `psnr`; sides of at least 7. The setting of SRFlow's measurements. Needs scikit-image.
+    The arguments are those of `psnr`, with sides of at least 7. SRFlow's measurements have this setting. Needs scikit-image.
     """
     try:
         from skimage.metrics import structural_similarity
