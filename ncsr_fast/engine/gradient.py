@@ -1,6 +1,6 @@
 """A level's program as one differentiable map with a backward pass written by hand.
 
-The forward pass saves the state behind the mix of every stage, the pre-activations and the outputs of the injectors, and
+The forward pass saves the state after the mix of every stage, the pre-activations and the outputs of the injectors, and
 without checkpointing the hidden layers of the networks. The backward pass walks the same stages from the last to the first,
 with checkpointing recomputes the hidden layers of one stage's networks at a time, and writes the gradients of the
 pre-activations into one tensor, so that the large convolution before them has one backward pass. It does not invert the flow:
@@ -30,11 +30,11 @@ from ncsr_fast.ops.step_network import Layers, network_gradients
 def level_pass(
     x: Tensor, tensors: LevelTensors, program: Program, checkpoint: bool, peaks: list[Tensor] | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The state after a program, and the log|det| (B,) of its affines. Differentiable.
+    """The state after a program, and the log|det| (B,) of its affines, differentiable.
 
     Args:
         x: State (B, C, h, w).
-        tensors: Of the program; those of one sample are shared by all of x.
+        tensors: Tensors of the program; conditions with one sample are shared by all samples of x.
         program: The program.
         checkpoint: False: the hidden layers of the networks are saved, not recomputed in the backward pass.
         peaks: Is appended the largest magnitude (B,) of the state behind every mix, NaN where it holds one; only by a pass
@@ -114,7 +114,7 @@ def _backward(
 
 
 class LevelGradients(NamedTuple):
-    """Gradients of `LevelTensors`, None where they are not wanted."""
+    """Gradients of `LevelTensors`; None if not needed."""
 
     mix: Tensor
     offset: Tensor
@@ -144,7 +144,7 @@ class _Backward:
     def run(self, x: Tensor, dy: Tensor, dlogdet: Tensor) -> Tensor:
         """The gradient of x, from those of the state after the program and of the log-det."""
         stages = self.program.stages
-        ddeferred = None  # gradient of the output that a stage left to the one behind
+        ddeferred = None  # gradient of the output that a stage leaves to the next stage
         for index in reversed(range(len(stages))):
             states, layers = self._recomputed(index)
             if index + 1 < len(stages):
@@ -245,7 +245,7 @@ class _Backward:
 
 
 def _empty(networks: Networks, wanted: bool) -> tuple[Tensor | None, ...]:
-    """Room for the gradients of stacked networks."""
+    """Uninitialised gradients of stacked networks."""
     return tuple([torch.empty_like(t) if wanted and t is not None else None for t in networks])
 
 

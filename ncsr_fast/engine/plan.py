@@ -1,8 +1,8 @@
-"""A level planned once for a condition: parameters folded, all that depends on the condition alone computed, algorithms chosen.
+"""Plans of levels: for one condition, parameters are folded, algorithms chosen, and the hoisted parts computed once.
 
-The plan then maps states, any number of times. It serves both gradient modes. Where gradients of the condition or of the
-level's parameters are recorded, the pre-activations of all networks are one tensor, whose gradient the level's backward pass
-fills in. Where they are not, the outputs of the injectors are computed here as well, shared by all samples.
+The plan then maps states, any number of times, with or without gradients. If gradients of the condition or of the level's
+parameters are recorded, the pre-activations of all networks are one tensor, whose gradient the level's backward pass fills in.
+If not, the plan also computes the outputs of the injectors, which all samples share.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ from ncsr_fast.ops.backend import covering_backend
 from ncsr_fast.ops.conv3x3 import ConvolutionMethod, convolution
 from ncsr_fast.ops.step_network import evaluate_network
 
-# Bytes of pre-activations computed together where nothing is saved for a backward pass.
+# Bytes of pre-activations that are computed together if nothing is saved for a backward pass.
 _AT_ONCE = 256 * 2**20
 
 
 class Level(Protocol):
-    """The attributes of `ncsr_fast.flow.level.FlowLevel` that the engine reads."""
+    """Interface of a level for the engine: the attributes of `ncsr_fast.flow.level.FlowLevel` that it reads."""
 
     transition_steps: int
     steps: int
@@ -95,7 +95,7 @@ class FoldedLevel(NamedTuple):
 
 
 class PreActivations:
-    """Pre-activations of a level's networks and where each of them is, and outputs that need no state.
+    """Pre-activations of a level's networks, their places, and outputs that do not depend on the state.
 
     Args:
         sources: Tensors of pre-activations.
@@ -164,8 +164,8 @@ class LevelPlan:
             z: State of the next level, or the top latent; more samples than the features have share a batch of 1.
             latent: Of the split, None without one.
             noise: As the model has it, or None for zero.
-            peaks: Is appended the largest magnitude (B,) of the state after each step decoded, NaN where it holds one; not
-                where gradients are recorded.
+            peaks: Output list. If given and no gradients are recorded, the largest magnitude (B,) of the state after each
+                decoded step is appended (NaN if the state contains NaN).
         """
         logdets, options = [], self.options
         with without_autocast(z.device.type):
@@ -178,7 +178,7 @@ class LevelPlan:
 
     def _steps(self, x: Tensor, noise: Tensor | None, peaks: list[Tensor] | None) -> tuple[Tensor, Tensor]:
         sources = [*self._known.sources, *self._noise_source(noise)]
-        # autograd sums the gradients of what samples share
+        # autograd sums the gradients of tensors that samples share
         sources = [source.expand(x.shape[0], -1, -1, -1) if source.requires_grad else source for source in sources]
         networks, outputs = self.folded.networks, tuple(self._known.outputs)
         tensors = LevelTensors(self.mixing.mix, self.mixing.offset, networks, tuple(sources), outputs)
@@ -245,7 +245,7 @@ class LevelPlan:
         networks, method, own = self.folded.networks[index].unbind(), self.options.method, self.features.own
         hidden, changes_all = networks[0].w2.shape[0], self.level.branches[index].changes_all
         size = own[:, :1].numel() * hidden * own.element_size()
-        # torch.export knows no sizes
+        # in torch.export sizes are unknown
         together = len(networks) if isinstance(size, torch.SymInt) else max(1, _AT_ONCE // size)
         outputs: list[Tensor] = []
         for first in range(0, len(networks), together):
@@ -255,7 +255,7 @@ class LevelPlan:
             for network, own_pre in zip(part, pre.split(hidden, dim=1)):
                 if changes_all:
                     outputs.append(evaluate_network(network, None, own_pre, method.tf32, self._network_backend))
-                else:  # dense: read for every sample, and the pixels of a slice lie pages apart
+                else:  # dense, because it is read for every sample, and the pixels of a slice are pages apart
                     self._known.add(laid_out(own_pre, self.options.memory_format), [(index, 0)])
         if changes_all:
             self._known.outputs[index] = tuple(outputs)
@@ -303,7 +303,7 @@ def split_prior(split: tuple[Tensor, Tensor], z1: Tensor) -> Tensor:
 
 
 def _recorded(level: Level, features: Features) -> bool:
-    """True where autograd records the level's parameters or the features."""
+    """True if autograd records the level's parameters or the features."""
     if not torch.is_grad_enabled():
         return False
     tensors = (*level.parameters(), *(tensor for tensor in features if tensor is not None))

@@ -33,7 +33,7 @@ class LevelTensors(NamedTuple):
 
 
 class Record(NamedTuple):
-    """The tensors that a walk leaves for the backward pass and for those who watch.
+    """The tensors that a walk records for the backward pass and for watching the state.
 
     Args:
         states: The state behind the mix of every stage, which its networks read; None: not wanted.
@@ -62,7 +62,7 @@ class Walk:
         self._networks: Kernels | RecordedKernels = called(program.network_backend)
         self._weights = [networks.unbind() for networks in tensors.networks]
         heads = zip(program.heads, self.outputs)
-        # branches that read the condition alone and whose outputs are not known
+        # branches that read the condition alone and whose outputs are not yet computed
         self.free = [branch for branch, (own, known) in enumerate(heads) if known is None and not own[0].pass_through]
 
     def run(self, x: Tensor, record: Record | None = None) -> tuple[Tensor, Tensor]:
@@ -140,7 +140,7 @@ class Walk:
 
 
 def _enter(record: Record, x: Tensor, mixed: bool) -> None:
-    """Add the state behind the mix of a stage."""
+    """Record the state after the mix of a stage."""
     if record.states is not None:
         record.states.append(x)
     if record.peaks is not None and mixed:

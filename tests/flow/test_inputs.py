@@ -139,7 +139,7 @@ def test_images_beside_0_to_1_are_images(model):
 CAUSES = {
     "weights": "1 weights of the model are not finite, levels.1.actnorm_bias first, so no temperature helps",
     "pixels": r"lr has values from 0 to 2\d\d.*; images are floats in \[0, 1\]: divide by 255",
-    "scales": "a scale near zero became a divisor.* Try a lower temperature",
+    "scales": "divided by a scale near zero.* Try a lower temperature",
 }
 
 
