@@ -103,9 +103,9 @@ def sum_partials_kernel(
 def image(x: Tensor | None) -> tuple | None:
     """The form in which a kernel takes an image: its pointer and its strides, in elements.
 
-    All four; without that of the rows where they follow one another, so that the image is one row of H·W columns; that of the
-    columns alone where channels are adjacent and samples follow one another as well, so that the batch is one row of B·H·W.
-    No stride is None instead: Triton 3.6 cannot ask about a tuple with None in it.
+    All four strides are passed, with two exceptions. If rows follow one another, the stride of rows is left out, and the image
+    is one row of H·W columns. If also channels are adjacent and samples follow one another, only the stride of columns is
+    passed, and the batch is one row of B·H·W columns. None cannot replace a stride, because Triton 3.6 does not support it.
     """
     if x is None:
         return None

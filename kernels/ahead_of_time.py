@@ -155,7 +155,7 @@ def _host_function() -> str:
 
 
 def _bytes(arguments: Iterable[Any]) -> int:
-    """Of the tensors among the arguments of a kernel, tuples of a tensor and its strides included."""
+    """The bytes of the tensors among a kernel's arguments, including tensors in tuples with their strides."""
     first = [argument[0] if isinstance(argument, tuple) else argument for argument in arguments]
     return sum(tensor.numel() * tensor.element_size() for tensor in first if isinstance(tensor, Tensor))
 

@@ -37,8 +37,8 @@ def level_pass(
         tensors: Tensors of the program; conditions with one sample are shared by all samples of x.
         program: The program.
         checkpoint: False: the hidden layers of the networks are saved, not recomputed in the backward pass.
-        peaks: Is appended the largest magnitude (B,) of the state behind every mix, NaN where it holds one; only by a pass
-            that records no gradients.
+        peaks: Output list. If given and no gradients are recorded, the largest magnitude (B,) of the state after every mix is
+            appended (NaN if the state contains NaN).
     """
     flat, spec = pytree.tree_flatten((x, tensors))
     given = [tensor for tensor in flat if tensor is not None]
@@ -64,10 +64,10 @@ class Saved(NamedTuple):
     """The tensors that the forward pass saves besides its inputs.
 
     Args:
-        states: Behind the mix of every stage.
-        outputs: Of the networks of the walk's `free` branches, branch by branch.
-        free_h2: Second hidden layers of those networks, or none.
-        layers: Hidden layers and output of the networks that every stage evaluates, or none.
+        states: States after the mix of every stage.
+        outputs: Outputs of the networks of the walk's `free` branches, branch by branch.
+        free_h2: Second hidden layers of the networks of the `free` branches, or none.
+        layers: Hidden layers and outputs of the networks that every stage evaluates, or none.
     """
 
     states: list[Tensor]
@@ -142,7 +142,7 @@ class _Backward:
         )
 
     def run(self, x: Tensor, dy: Tensor, dlogdet: Tensor) -> Tensor:
-        """The gradient of x, from those of the state after the program and of the log-det."""
+        """The gradient of x, from the gradients of the state after the program and of the log-det."""
         stages = self.program.stages
         ddeferred = None  # gradient of the output that a stage leaves to the next stage
         for index in reversed(range(len(stages))):
@@ -154,9 +154,9 @@ class _Backward:
         return dy if stages[0].mix is None else self._mix_backward(0, dy, dlogdet, x, None)[0]
 
     def _recomputed(self, index: int) -> tuple[list[Tensor], list[Layers | None]]:
-        """The states that the heads of a stage read, that behind them, and the layers of their networks, None of `free`."""
+        """The states that a stage's heads read, the state after the heads, and the networks' layers (None for `free`)."""
         stage, states = self.program.stages[index], [self.saved.states[index]]
-        is_last = index + 1 == len(self.program.stages)  # no mix reads the state behind its heads
+        is_last = index + 1 == len(self.program.stages)  # no mix reads the state after its heads
         applied = stage.heads[:-1] if is_last else stage.heads
         saved = iter(self.saved.layers[index] if self.saved.layers else ())
         layers: list[Layers | None] = []
@@ -203,7 +203,7 @@ class _Backward:
         layers: list[Layers | None],
         ddeferred: Tensor | None,
     ) -> Tensor:
-        """The gradient of the state behind a stage's mix."""
+        """The gradient of the state after a stage's mix."""
         program = self.program
         for head, x, found in reversed(list(zip(stage.evaluated, states, layers))):
             if head is stage.deferred and ddeferred is not None:
@@ -233,7 +233,7 @@ class _Backward:
         self._network_backward(head, None, h1, h2, dh)
 
     def _network_backward(self, head: Head, z1: Tensor | None, h1: Tensor, h2: Tensor, dh: Tensor) -> Tensor | None:
-        """The gradient of z1; those of the pre-activation and of the weights are stored."""
+        """The gradient of z1; the gradients of the pre-activation and of the weights are stored."""
         dsource, needs_weights = self.gradients.sources[head.source], self.needs_weights[head.branch]
         dpre = torch.empty_like(h1) if dsource is None else self.walk.pre_activation(dsource, head)
         network = self.walk.network(head)

@@ -20,7 +20,7 @@ _AUTOCAST: dict[torch.dtype | None, str] = {dtype: precision for precision, dtyp
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """How a model is evaluated.
+    """Options that say how a model is evaluated.
 
     PyTorch's global flags change no precision, with two exceptions: if the flags forbid TF32, backward passes use no TF32
     either; and in a graph of `torch.compile`, convolutions without a kernel follow the flags.

@@ -11,7 +11,7 @@ from ncsr_fast.engine.options import EngineOptions
 from ncsr_fast.engine.plan import Level, LevelPlan
 
 
-class DefinedLevel(Level, Protocol):
+class ReferenceLevel(Level, Protocol):
     """Interface of a level with a reference, such as `ncsr_fast.flow.level.FlowLevel`."""
 
     noise_channels: int
@@ -35,7 +35,7 @@ class PlainLevel:
         options: Options of the engine, of which only the operators' backend is used.
     """
 
-    def __init__(self, level: DefinedLevel, features: Features, options: EngineOptions) -> None:
+    def __init__(self, level: ReferenceLevel, features: Features, options: EngineOptions) -> None:
         self.level, self.backend = level, options.backend
         self.u = features.joined.to(level.actnorm_bias.dtype)
 
@@ -65,7 +65,7 @@ class PlainLevel:
 Plan = LevelPlan | PlainLevel
 
 
-def plan(level: DefinedLevel, features: Features, options: EngineOptions, inverse: bool) -> Plan:
+def plan(level: ReferenceLevel, features: Features, options: EngineOptions, inverse: bool) -> Plan:
     """The plan of a level, or its reference if the options or the kind of its networks require it."""
     if options.engine == "plain" or not level.has_kernels:
         return PlainLevel(level, features, options)

@@ -84,7 +84,7 @@ class FoldedLevel(NamedTuple):
     """The networks of a level, folded.
 
     Args:
-        networks: Of every branch.
+        networks: The networks of every branch.
         hoisted: By condition, the rest of the first layers of all branches that have it, one branch after the other.
         weight: That of the hoisted convolution of the features, prepared for them; None where no branch reads them.
     """
@@ -100,7 +100,7 @@ class PreActivations:
     Args:
         sources: Tensors of pre-activations.
         places: By branch, of each of its networks, which of the sources has its pre-activation and the first of the channels.
-        outputs: By branch, those of all its networks, or None.
+        outputs: By branch, the outputs of all its networks, or None.
     """
 
     def __init__(self, branches: int) -> None:
@@ -109,7 +109,7 @@ class PreActivations:
         self.outputs: list[tuple[Tensor, ...] | None] = [None] * branches
 
     def add(self, source: Tensor, places: list[tuple[int, int]]) -> None:
-        """Add a tensor of pre-activations that holds those of branches, each (branch, first channel), in this order."""
+        """Add a tensor of pre-activations; `places` are the branch and first channel of each, in order."""
         for branch, channel in places:
             self.places[branch].append((len(self.sources), channel))
         self.sources.append(source)
@@ -272,7 +272,7 @@ class LevelPlan:
 
     def _make_program(self) -> Program:
         level, places, options = self.level, self._known.places, self.options
-        for index, channel in self._places("noise"):  # computed by each call, behind the sources that are known
+        for index, channel in self._places("noise"):  # computed by each call, after the sources that are already computed
             places[index].append((len(self._known.sources), channel))
         heads = []
         for index, (branch, networks) in enumerate(zip(level.branches, self.folded.networks)):

@@ -18,11 +18,11 @@ class LevelTensors(NamedTuple):
     """The tensors of a program besides the state.
 
     Args:
-        mix: (K, C, C) of every step; of the inverse maps when decoding.
-        offset: (K, C), likewise.
-        networks: Folded, of every branch.
+        mix: (K, C, C), the mixes of all steps; in decoding of the inverse maps.
+        offset: (K, C), the offsets of all steps; in decoding of the inverse maps.
+        networks: The folded networks of every branch.
         sources: Pre-activations (B, n·hidden, h, w) or (1, n·hidden, h, w), where the heads find them.
-        outputs: Of every branch the outputs of all its networks, where they are known already; else None.
+        outputs: For every branch the outputs of all its networks if already computed, else None.
     """
 
     mix: Tensor
@@ -36,9 +36,9 @@ class Record(NamedTuple):
     """The tensors that a walk records for the backward pass and for watching the state.
 
     Args:
-        states: The state behind the mix of every stage, which its networks read; None: not wanted.
-        peaks: The largest magnitude (B,) of the state behind every mix, NaN where it holds one; None: not wanted.
-        layers: Hidden layers and output of the networks that every stage evaluates; None: not wanted.
+        states: The state after the mix of every stage, which its networks read; None: not recorded.
+        peaks: The largest magnitude (B,) of the state after every mix, NaN if it contains NaN; None: not recorded.
+        layers: Hidden layers and output of the networks that every stage evaluates; None: not recorded.
     """
 
     states: list[Tensor] | None = None
@@ -52,7 +52,7 @@ class Walk:
     Args:
         program: The program.
         tensors: Its tensors; conditions of one sample are shared by all samples of the state.
-        recorded: True: autograd, or a graph that is traced, records what kernels do. False: they are called on memory.
+        recorded: True: autograd or a traced graph records the kernels. False: kernels are called on memory.
     """
 
     def __init__(self, program: Program, tensors: LevelTensors, recorded: bool) -> None:
@@ -90,7 +90,7 @@ class Walk:
         """Evaluate the networks of the branches `free`; their outputs are known from now on.
 
         Args:
-            layers: Is appended, for every such branch, the hidden layers and outputs of its networks.
+            layers: Output list. If given, the hidden layers and outputs of the networks are appended for every such branch.
         """
         for branch in self.free:
             heads = self.program.heads[branch]
@@ -112,7 +112,7 @@ class Walk:
         return layers[2]
 
     def fused(self, head: Head | None, x: Tensor, deferred: Tensor | None = None) -> Tensor | None:
-        """The output for an affine fused to a mix: `deferred` by the stage before, or known; None without a head."""
+        """The output for an affine fused to a mix: `deferred` by the stage before, or computed; None without a head."""
         return deferred if head is None or deferred is not None else self.output(head, x)
 
     def layers(self, head: Head, x: Tensor | None) -> Layers:
@@ -135,7 +135,7 @@ class Walk:
         return self._weights[head.branch][head.network]
 
     def pre_activation(self, source: Tensor, head: Head) -> Tensor:
-        """That part of its source, or of the gradient, which is the pre-activation of a head's network: a view."""
+        """A view of the part of `source`, or of its gradient, that is the pre-activation of a head's network."""
         return source if source.shape[1] == head.hidden else source[:, head.channel : head.channel + head.hidden]
 
 

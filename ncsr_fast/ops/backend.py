@@ -140,7 +140,7 @@ class Kernels(Protocol):
 
 
 class Coverage(NamedTuple):
-    """Where a backend has an operator: for tensors on these devices, of these dtypes."""
+    """The devices and dtypes of tensors for which a backend has an operator."""
 
     devices: tuple[str, ...]
     dtypes: tuple[torch.dtype, ...]

@@ -126,7 +126,7 @@ def network_gradients(
 
 
 def _method(tf32: bool, backend: str) -> ConvolutionMethod:
-    """How the gradients of a network are convolved."""
+    """The method by which the gradients of a network are convolved."""
     return ConvolutionMethod(tf32, "reference" if backend == "reference" else "auto")
 
 

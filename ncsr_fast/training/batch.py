@@ -22,7 +22,7 @@ class Draws(NamedTuple):
     turns: Tensor  # (B,) int64, 0 to 3
 
     @classmethod
-    def of_step(cls, step: int, settings: TrainSettings, generator: torch.Generator, share: slice = slice(None)) -> Draws:
+    def at_step(cls, step: int, settings: TrainSettings, generator: torch.Generator, share: slice = slice(None)) -> Draws:
         """The random numbers of the crops `share` of a step, which depend on seed, step and place in the batch.
 
         Every process draws the numbers of the whole batch, so that the noise does not depend on the number of processes.

@@ -265,7 +265,7 @@ class StageLoop:
     def inputs(self, batch: dict[str, Tensor], number: int, share: slice) -> tuple[Tensor | None, ...]:
         """The arguments of `stage.objective`."""
         hr, lr = (batch[key].to(self.processes.device, non_blocking=True) if key in batch else None for key in ("hr", "lr"))
-        return hr, lr, *Draws.of_step(number, self.settings, self.generator, share)
+        return hr, lr, *Draws.at_step(number, self.settings, self.generator, share)
 
     def _progress(self) -> tqdm:
         return tqdm(

@@ -53,7 +53,7 @@ def real_step(settings: TrainSettings, kind: type, phase: int, batch: int):
     hr, lr = (torch.randint(256, (batch, 3, side, side), dtype=torch.uint8) for side in (settings.crop, settings.crop // 4))
 
     def step() -> None:
-        draws = Draws.of_step(0, replace(settings, batch=batch), torch.Generator())
+        draws = Draws.at_step(0, replace(settings, batch=batch), torch.Generator())
         stage.objective.zero_grad(set_to_none=True)
         stage.objective(hr, lr, *draws)[0].backward()
         stage.objective.zero_grad(set_to_none=True)

@@ -105,7 +105,7 @@ def test_l1_on_the_temperature_zero_sample(settings, tmp_path):
     settings = replace(settings, max_std=0.0, nll_weight=0.5, l1_weight=3.0, flip=False, rotate=False)
     model = train(replace(settings, encoder_steps=0, steps=1), run)
     hr = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)
-    draws = Draws.of_step(0, settings, torch.Generator())
+    draws = Draws.at_step(0, settings, torch.Generator())
     loss, nll, l1 = FlowObjective(model, settings)(hr, None, *draws)
     clean, lr = to_float(hr), to_float(degrade(hr, 4))
     likely = model.decode([lr.new_zeros(2, *shape) for shape in model.latent_shapes(8, 8)], lr)
