@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ncsr_fast.cli._common import add_device, add_model, check_folder, count, path, pick_device, seed, temperature
+from ncsr_fast.cli._common import Gathered, add_device, add_model, check_folder, count, path, pick_device, seed, temperature
 
 HELP = "super-resolve three photographs and write a contact sheet"
 EXAMPLE = """\
@@ -27,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--photographs",
         nargs="+",
+        action=Gathered,
         choices=_PHOTOGRAPHS,
         default=list(_PHOTOGRAPHS),
         metavar="NAME",
