@@ -5,9 +5,9 @@
     dw[n, c, d] = Σ_p dy[p, n] · x[p + d, c],    dbias[n] = Σ_p dy[p, n]
 
 The first two are one kernel: dx is the convolution of dy with the transposed weight, its taps in reverse. No window is stored
-in memory: a program reads its pixels, moved by a tap, once for every tap. It adds the bias and applies σ, or in the backward pass
-the derivative of the previous σ, to the sums in its registers. So a dense block is one launch per convolution, which reads the
-leading channels of one buffer and writes the next ones.
+in memory: a program reads its pixels, moved by a tap, once for every tap. It adds the bias and applies σ, or in the backward
+pass the derivative of the previous σ, to the sums in its registers. So a dense block is one launch per convolution, which
+reads the leading channels of one buffer and writes the next ones.
 With nearest-neighbour upsampling, x at p + d is pixel (p + d)/2 of x, rounded down, and dx sums over the four upsampled pixels
 of a pixel, with 36 taps; nothing is upsampled in memory.
 
