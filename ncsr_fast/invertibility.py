@@ -60,11 +60,11 @@ class InvertibilityReport:
         return self.first_unhealthy is None
 
     def __str__(self) -> str:
-        lines = ["level  step  smallest scale  of              condition  round trip  largest state"]
+        lines = ["level        step  smallest scale  of              condition  round trip  largest state"]
         for s in self.steps:
-            step = s.step if s.step >= 0 else "plain"
+            step = s.step if s.step >= 0 else "transition"
             lines.append(
-                f"{s.level + 1:5}  {step!s:>5} {s.smallest_scale:14.2e}  {s.of:14}  {s.condition:9.1e}  {s.round_trip:10.1e}"
+                f"{s.level + 1:5}  {step!s:>10}  {s.smallest_scale:14.2e}  {s.of:14}  {s.condition:9.1e}  {s.round_trip:10.1e}"
                 f"  {s.largest_state:13.1e}"
             )
         first = self.first_unhealthy
