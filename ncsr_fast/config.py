@@ -77,7 +77,7 @@ class LevelConfig:
         steps: Conditional steps: actnorm, 1×1 convolution, branches.
         condition_channels: Channels of the features u.
         branches: The branches of a conditional step, in the order in which encoding applies them.
-        transition_steps: Steps of actnorm and 1×1 convolution alone, before the conditional ones.
+        transition_steps: Steps of actnorm and 1×1 convolution alone, before the conditional steps.
         split_channels: Number of channels that leave the flow as a latent after the last step; 0: no split.
         squeeze: Side of the blocks of pixels that become channels before the first step; 1: no squeeze.
     """

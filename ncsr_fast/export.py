@@ -101,7 +101,7 @@ def export_onnx(
             opset_version=opset,
             verbose=False,
         )
-    if program.model.opset_imports.get("") != opset:  # the exporter says so in its log, and goes on
+    if program.model.opset_imports.get("") != opset:  # the exporter only logs this
         raise ValueError(f"the exporter of torch {torch.__version__} cannot write opset {opset}; leave it at {_OPSET}")
     program.model.metadata_props.update(_metadata(model, decoder))
     graph = program.model_proto.SerializeToString()

@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="temperatures of the samples (default: 0 0.5 0.8)",
     )
     parser.add_argument("--seed", type=seed, default=0, help="seed of the latents of each image (default: %(default)s)")
-    parser.add_argument("--limit", type=count, help="use only this number of images, the first ones")
+    parser.add_argument("--limit", type=count, help="use only this number of images, from the first on")
     parser.add_argument("--json", type=path, help="also write the means and every image's values to this file")
     add_device(parser)
 

@@ -98,7 +98,7 @@ def _noise_steps(net: nn.Module, config: NCSRConfig) -> tuple[int, ...]:
     for level in range(config.levels):
         used = [bool(getattr(layer.affine, "stdmode", False)) for layer in islice(conditional, config.steps)]
         if used != sorted(used):
-            raise Unsupported(f"in level {level + 1} the steps with a noise coupling are not the last ones")
+            raise Unsupported(f"in level {level + 1} the steps with a noise coupling are not the last steps")
         counts.append(sum(used))
     return tuple(counts)
 

@@ -57,10 +57,13 @@ class ResidualNoise(nn.Module):
 
 
 class DenseBlock(nn.Module):
-    """Five convolutions, each reading everything before it; `x + 0.2 · conv5(...)`.
+    """Five convolutions, each of which reads the input and all outputs before it; `x + 0.2 · conv5(...)`.
 
-    residual  ESRGAN+'s (Rakotonirina and Rasoanaivo 2020): a 1×1 convolution of x is added to the output of conv2, and
-              the sum to that of conv4
+    Args:
+        channels: Channels of x.
+        growth: Channels that each of the first four convolutions adds.
+        residual: True: ESRGAN+'s block (Rakotonirina and Rasoanaivo 2020). A 1×1 convolution of x is added to the output of
+            conv2, and the sum to the output of conv4.
     """
 
     def __init__(self, channels: int, growth: int, residual: bool = False) -> None:

@@ -66,7 +66,7 @@ class Mixing(NamedTuple):
 
 
 def fold_networks(parameters: NetworkParameters, state_channels: int, dtype: torch.dtype) -> tuple[Networks, Hoisted]:
-    """Networks in `dtype` whose first `state_channels` input channels are z1 and whose other ones are the condition."""
+    """Folded networks in `dtype`; their first `state_channels` input channels are z1, and the others the condition."""
     scale1, scale2 = torch.exp(parameters.norm1_logs), torch.exp(parameters.norm2_logs)
     scale3 = torch.exp(LOG_SCALE * parameters.logs3)
     conv1 = (parameters.conv1 * _filters(scale1)).to(dtype)

@@ -121,7 +121,7 @@ class LevelPlan:
     Args:
         level: The level.
         features: Its condition, of a batch or of one image whose samples share it.
-        options: Of the engine.
+        options: Options of the engine.
         inverse: True for decoding.
     """
 
@@ -144,7 +144,7 @@ class LevelPlan:
 
         Args:
             z: (B, C/s², s·h, s·w) for a level that squeezes by s.
-            noise: As the model has it, or None for zero.
+            noise: Noise condition of the model, or None for zero.
         """
         level, options = self.level, self.options
         with without_autocast(z.device.type):
@@ -162,8 +162,8 @@ class LevelPlan:
 
         Args:
             z: State of the next level, or the top latent; more samples than the features have share a batch of 1.
-            latent: Of the split, None without one.
-            noise: As the model has it, or None for zero.
+            latent: Latent of the split, None without a split.
+            noise: Noise condition of the model, or None for zero.
             peaks: Output list. If given and no gradients are recorded, the largest magnitude (B,) of the state after each
                 decoded step is appended (NaN if the state contains NaN).
         """

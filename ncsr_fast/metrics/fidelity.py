@@ -18,7 +18,7 @@ def psnr(image: Tensor, target: Tensor) -> Tensor:
 
     Args:
         image: (B, 3, H, W), uint8, or floats in [0, 1], which are rounded to 8 bits first.
-        target: Likewise.
+        target: As `image`.
 
     Returns:
         (B,) float64; infinite for equal images.

@@ -364,7 +364,7 @@ def _triton_missing(kind: str) -> str:
 
 
 def compiled_module() -> Any:
-    """The compiled module `ncsr_fast._native`; ImportError where there is none for this Python and machine."""
+    """The compiled module `ncsr_fast._native`; raise ImportError if there is none for this Python and machine."""
     return importlib.import_module("ncsr_fast._native")
 
 
