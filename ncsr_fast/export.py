@@ -188,7 +188,7 @@ class Decoder(nn.Module):
     def __init__(self, model: NCSR, deterministic: bool = False, clip: bool = True) -> None:
         super().__init__()
         if not isinstance(model.config, NCSRConfig):
-            raise ValueError("only models of an NCSRConfig can be exported, and this model has a FlowConfig")
+            raise ValueError("only models of an NCSRConfig can be exported, but this model has a FlowConfig")
         self.deterministic, self.clip = deterministic, clip
         self.latents = [(channels, side) for channels, side, _ in model.latent_shapes(2, 2)]  # side to two LR pixels
         self.inputs = [] if deterministic else [f"latent{index}" for index in range(len(self.latents))]  # beside lr

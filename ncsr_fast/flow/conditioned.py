@@ -75,7 +75,7 @@ class Levels:
         return self._images[index]
 
     def plan(self, index: int, inverse: bool) -> Plan:
-        """The plan of a level in one direction; it records gradients of the weights if recorded now and before."""
+        """The plan of a level in one direction; weights are recorded if autograd was on at creation and is on now."""
         recorded = self.recorded and torch.is_grad_enabled()
         if (index, inverse, recorded) in self._plans:
             return self._plans[index, inverse, recorded]

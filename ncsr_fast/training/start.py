@@ -119,7 +119,7 @@ def _check_share(settings: TrainSettings, processes: Processes) -> None:
     if settings.workers > most:
         raise ValueError(f"workers: {settings.workers} processes are too many for {os.cpu_count()} processors; at most {most}")
     if settings.graph and processes.device.type != "cuda":
-        raise ValueError(f"graph: CUDA graphs need a GPU, and the device is {str(processes.device)!r}; leave graph out")
+        raise ValueError(f"graph: CUDA graphs need a GPU, but the device is {str(processes.device)!r}; leave graph out")
 
 
 def _check_room(folder: Path, model: NCSR) -> None:

@@ -167,7 +167,7 @@ def test_states_are_watched_at_every_step_whatever_evaluates_a_level(monkeypatch
         (lambda: Branch("a b"), "a branch's name must be an identifier"),
         (lambda: NCSR(replace(FLOW, noise_channels=0), Encoder()), "noise_channels is 0"),
         (lambda: NCSR(FLOW), "a model of a FlowConfig needs an encoder"),
-        (lambda: replace(FLOW, scale=1), "the levels squeeze by 4, and sides of HR are multiples of .* = 2"),
+        (lambda: replace(FLOW, scale=1), "the levels squeeze by 4, but sides of HR are multiples of .* = 2"),
         (lambda: replace(FLOW, prior="uniform"), "prior must be one of"),
         (lambda: replace(FLOW, levels=(replace(FLOW.levels[0], split_channels=12),) * 2), "needs no split"),
         (lambda: LevelConfig(0, 5), "steps of a level must be an integer ≥ 1"),

@@ -95,7 +95,7 @@ def degradation(tmp_path):
 
 
 def graph(tmp_path):
-    return {"graph": True}, "^graph: CUDA graphs need a GPU, and the device is 'cpu'"
+    return {"graph": True}, "^graph: CUDA graphs need a GPU, but the device is 'cpu'"
 
 
 @pytest.mark.parametrize(
