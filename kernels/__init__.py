@@ -1,5 +1,7 @@
-"""Triton kernels of the operators: host functions on checked tensors, no autograd; float32 arithmetic but for matrices and
-convolutions."""
+"""Triton kernels of the operators: host functions on checked tensors, without autograd.
+
+Arithmetic is float32, except in `inverse_logdet` and in the products of convolutions.
+"""
 
 from ncsr_fast.kernels._common import KernelFailure, launched
 from ncsr_fast.kernels._flow_step_mix import flow_step_mix_backward

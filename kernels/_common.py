@@ -1,11 +1,11 @@
-"""Functions that the kernels share: how they address images of any strides, and the launch.
+"""Functions that the kernels share: addressing of images with any strides, and the launch.
 
 A kernel takes an image (B, C, H, W) as a tuple of its pointer and strides. A program works on a tile of pixels × channels
-of one sample. Lanes run along the channels where the compiler sees that they are adjacent, that is where their stride is 1,
-and along the pixels otherwise, which it takes for granted because they are axis 0.
+of one sample. Lanes run along the channels if the compiler sees that channels are adjacent, that is if their stride is 1.
+Otherwise lanes run along the pixels, which the compiler assumes to be adjacent because they are axis 0.
 
-A lane reads 16 bytes at once where the compiler sees that every run of 16 bytes is aligned and wholly inside the image or
-outside. So numbers of channels are constants of the compiled kernel, and so are the strides of a channels-last image whose
+A lane reads 16 bytes at once if the compiler sees that every run of 16 bytes is aligned and wholly inside or outside the image.
+So numbers of channels are constants of the compiled kernel, and so are the strides of a channels-last image whose
 pixels follow one another, slices of the channels included. Nothing else of such an image depends on its size: images of
 all sizes run the same compiled kernel. Other images have strides that Triton specialises, on 1 and on multiples of 16.
 """
@@ -23,14 +23,12 @@ from ncsr_fast.layout import in_memory, is_channels_last
 from ncsr_fast.memory import is_out_of_memory
 from ncsr_fast.tuning import tiles
 
-if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 3):  # the first whose kernels take tuples
+if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 3):  # the first version whose kernels take tuples
     raise ImportError(f"ncsr_fast.kernels needs Triton 3.3 or newer, not {triton.__version__}")
 
-# CUDA's errors of kernels that ran already, after which nothing runs in the process
+# CUDA's errors of kernels that already ran, after which nothing runs in the process
 _OF_EARLIER_KERNELS = ("illegal memory access", "device-side assert", "unspecified launch failure", "misaligned address")
 SUMMED = 2048  # partial sums that a program of the second stage of a reduction adds at once, 16 a thread
-
-# ---- on the device
 
 
 @triton.jit
@@ -113,15 +111,12 @@ def sum_partials_kernel(
         tl.store(p_rest + o - first, b, mask=(o >= first) & (o < outputs))
 
 
-# ---- on the host
-
-
 def image(x: Tensor | None) -> tuple | None:
     """The form in which a kernel takes an image: its pointer and its strides, in elements.
 
-    All four; without that of the rows where they follow one another, so that the image is one row of H·W columns; that of the
-    columns alone where channels are adjacent and samples follow one another as well, so that the batch is one row of B·H·W.
-    No stride is None instead: Triton 3.6 cannot ask about a tuple with None in it.
+    All four strides are passed, with two exceptions. If rows follow one another, the stride of rows is left out, and the image
+    is one row of H·W columns. If also channels are adjacent and samples follow one another, only the stride of columns is
+    passed, and the batch is one row of B·H·W columns. None cannot replace a stride, because Triton 3.6 does not support it.
     """
     if x is None:
         return None
@@ -150,7 +145,7 @@ def per_sample(x: Tensor) -> tuple:
 
 
 def dense(x: Tensor) -> Tensor:
-    """The form in which a kernel takes what it reads from the first element to the last."""
+    """The form in which a kernel takes a tensor that it reads from the first element to the last."""
     return in_memory(x).contiguous()
 
 
@@ -172,12 +167,12 @@ def extent(*images: Tensor | None) -> dict[str, int | bool]:
 
 
 def tuned(device: torch.device, kernel: str, channels: int, sizes: dict[str, int]) -> dict[str, int]:
-    """`sizes`, of the tiles of a kernel, with what the tables of this GPU say instead for so many channels."""
+    """The sizes of a kernel's tiles, replaced by those in this GPU's tables for this number of channels."""
     return {**sizes, **tiles(kernel, channels)} if device.type == "cuda" else sizes
 
 
 def arithmetic(x: Tensor, tf32: bool) -> str:
-    """How numbers like those of x are multiplied: "half", in float16 or bfloat16, "tf32" or "ieee"."""
+    """The arithmetic of products of tensors like x: "half" (float16 or bfloat16), "tf32" or "ieee"."""
     return "half" if x.dtype != torch.float32 else "tf32" if tf32 else "ieee"
 
 
@@ -189,7 +184,7 @@ def check_dtype(x: Tensor, name: str = "x") -> None:
 
 
 class KernelFailure(Exception):
-    """A kernel that did not compile, or did not start: its name, the first line of the error, which is the cause."""
+    """A kernel did not compile or did not start; it has the kernel's name, and the first line of the cause."""
 
     def __init__(self, kernel: str, error: Exception) -> None:
         lines = str(error).strip().splitlines()
@@ -207,8 +202,8 @@ def launch(kernel, programs: int, device: torch.device, **arguments) -> None:
     TRITON_CACHE_DIR names.
 
     Raises:
-        KernelFailure: It does not compile or start. Errors of arguments and of memory, and those of earlier kernels that a
-            launch is told of, are raised as they are.
+        KernelFailure: The kernel does not compile or start. Errors of arguments and of memory, and errors of earlier kernels
+            that a launch reports, are raised unchanged.
     """
     try:
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():

@@ -49,7 +49,7 @@ def conv3x3_weight_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    """Of the `total` tiles of all samples the sum over `tiles` from the first of this program, for a tap and a block of dw.
+    """The sum over `tiles` tiles of this program, out of `total` of all samples, for a tap and a block of dw.
 
     height, width: of x, whose pixels are the cells. The programs of the first tap and inputs sum dbias as well.
     parts: of one batch; the samples are those of as many batches, one after the other, as there are programs for

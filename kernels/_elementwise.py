@@ -1,6 +1,6 @@
-"""The elementwise maps y2 = map(x2; h): the last channels changed by a pair of numbers each, the first ones unchanged.
+"""The elementwise maps y2 = map(x2; h): a pair of numbers changes each of the last channels; the first ones pass through.
 
-One pair of kernels for every such map. The map itself, on blocks of float32, is a constexpr argument:
+All such maps share one pair of kernels. The map itself, on blocks of float32, is a constexpr argument:
 `MAP(x, first, second, constant, INVERSE) -> (y, logdet term)` and
 `MAP(dy, g, x, first, second, constant, INVERSE) -> (dx, dfirst, dsecond)` for the backward kernel.
 """
@@ -31,16 +31,16 @@ from ncsr_fast.layout import empty_like
 # Elements of a tile, 4 a thread. Chosen for registers and occupancy by the ahead-of-time report
 # (ncsr_fast.kernels.ahead_of_time), never timed: no GPU yet.
 SIZES = {"TILE": 512, "num_warps": 4}
-CHANNELS_OF_A_PIXEL = 64  # at most so many channels in a channels-last tile: 256 bytes of float32
-CHANNELS_OF_A_ROW = 4  # and in another tile, which then has rows of 128 pixels
+CHANNELS_OF_A_PIXEL = 64  # most channels of a channels-last tile: 256 bytes of float32
+CHANNELS_OF_A_ROW = 4  # most channels of another tile, which then has rows of 128 pixels
 
 
 @triton.jit
 def load_pair(
     h, pixel, i_c, pass_through: tl.constexpr, channels: tl.constexpr, BLOCK_C: tl.constexpr, CHANNELS_LAST: tl.constexpr
 ):
-    """The pairs of tile i_c of the channels of x, channels i = 2(c - pass_through) and i + 1 of h."""
-    if CHANNELS_LAST:  # both at once: lanes read adjacent numbers
+    """The pairs for tile i_c of the channels of x: channels i = 2(c - pass_through) and i + 1 of h."""
+    if CHANNELS_LAST:  # both numbers at once, so that lanes read adjacent numbers
         o = channel_tile(i_c, 2 * BLOCK_C) - 2 * pass_through
         b = load(h, pixel, o, (o >= 0) & (o < 2 * (channels - pass_through)))
         return tl.split(tl.reshape(b, [b.shape[0], BLOCK_C, 2]))
@@ -183,7 +183,7 @@ def elementwise_backward_kernel(
 def _tiles(
     device: torch.device, kernel: str, channels: int, pixels: int, CHANNELS_LAST: bool, **_
 ) -> tuple[int, dict[str, int]]:
-    """Tiles of a sample, and their sizes."""
+    """The number of tiles of a sample, and the sizes of a tile."""
     sizes = tuned(device, kernel, channels, SIZES)
     block_c = min(CHANNELS_OF_A_PIXEL if CHANNELS_LAST else CHANNELS_OF_A_ROW, triton.next_power_of_2(channels))
     block_p = sizes["TILE"] // block_c

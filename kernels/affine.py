@@ -1,4 +1,4 @@
-"""Affine injector and coupling in one kernel a direction: shift, scale, log-det; the network of h is not in it."""
+"""Affine injector and coupling, one kernel per direction, for shift, scale and log-det; the network of h is not included."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ncsr_fast.kernels._elementwise import elementwise_backward, elementwise_for
 
 @triton.jit
 def sigmoid_scale(raw, eps):
-    """s = q + eps and q(1 - q) for q = sigmoid(raw + 2); exp(-|raw + 2|) cannot overflow, nor 1 - q lose its digits."""
+    """s = q + eps and q(1 - q) for q = sigmoid(raw + 2); exp(-|raw + 2|) cannot overflow, and 1 - q does not lose digits."""
     t = raw + 2.0
     b_e = tl.exp(-tl.abs(t))
     b_q = tl.where(t >= 0, 1.0, b_e) / (1.0 + b_e)

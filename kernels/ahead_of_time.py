@@ -1,11 +1,11 @@
-"""Registers, shared memory, spills and widths of loads of every kernel, compiled for GPUs that need not be there.
+"""Registers, shared memory, spills and widths of loads of every kernel, compiled for GPUs of any kind without a GPU.
 
 `python -m ncsr_fast.kernels.ahead_of_time [--targets 80 90 100] [--channels 12 24 48 96 192] [--variants every] [--json]`
-prints, for each kernel, target and number of channels, the most that any call needs; with `--networks bf16 tf32 fp32` or
-`--convolutions …` of the networks of the steps, or of convolutions of so many channels, in the precisions named. `report`
-returns every call, and `compiled_kernels` the number of kernels that are compiled for images of several sizes. The host
-functions are called on meta tensors, under a driver that compiles as a GPU's driver would, reads the binary instead of loading
-it, and launches nothing: what is compiled is what a launch would run. Written for Triton 3.6; TRITON_INTERPRET unset.
+prints, for each kernel, target and number of channels, the largest need of any call. `--networks bf16 tf32 fp32` and
+`--convolutions …` do this for networks, or for convolutions, in these precisions. `report` returns every call, and
+`compiled_kernels` the number of kernels compiled for images of several sizes. The host functions are called on meta tensors,
+under a driver that compiles like a GPU's driver, reads the binary instead of loading it, and launches nothing. So the compiled
+kernels are those that a launch would run. The module is written for Triton 3.6; TRITON_INTERPRET must not be set.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ class Row:
 
 
 class _CompilingDriver:
-    """The driver of a GPU as Triton asks it, answered for a target without one.
+    """A driver for Triton that stands in for the driver of a target GPU.
 
     `launched` collects, of every launch, the fields of a row that its kernel decides, one object a kernel, and the others.
     """
@@ -182,7 +182,7 @@ def _output_of(*command: str) -> str:
 
 
 def _compiling(target: int) -> _CompilingDriver:
-    """The driver of a target, which is left behind, so it wants a process of its own."""
+    """Install the driver of a target; it is not removed, so use a process of its own."""
     if triton.knobs.runtime.interpret:
         raise RuntimeError("ahead_of_time compiles the kernels, so the variable TRITON_INTERPRET must not be set")
     compiling = _CompilingDriver(target)
@@ -227,9 +227,9 @@ def compiled_kernels(
     called: Calls = flow_calls,
     sizes: Sequence[tuple[int, int, int]] = SIZES,
 ) -> int:
-    """The most kernels that are compiled, where one size would compile one, for images of these sizes.
+    """The largest number of compiled versions of a kernel for images of these sizes.
 
-    Of one variant: direction, dtype and precision do not change what depends on the size.
+    One variant is enough: direction, dtype and precision do not change how a kernel depends on the size.
     """
     compiling, found = _compiling(target), {}
     for size in sizes:
@@ -270,8 +270,8 @@ def main() -> None:
     parser.add_argument("--channels", type=int, nargs="+", default=CHANNELS)
     parser.add_argument("--variants", choices=VARIANTS, default="every", help="directions, layouts and dtypes of the calls")
     for name in PRODUCTS:
-        parser.add_argument(f"--{name}", choices=PRECISIONS, nargs="+", help=f"the {name} alone, in these precisions")
-    parser.add_argument("--json", action="store_true", help="every call, as a list of rows")
+        parser.add_argument(f"--{name}", choices=PRECISIONS, nargs="+", help=f"report only the {name}, in these precisions")
+    parser.add_argument("--json", action="store_true", help="print every call, as a JSON list of rows")
     options = parser.parse_args()
     jobs = [(given, called) for name, called in PRODUCTS.items() if (given := getattr(options, name.replace("-", "_")))]
     rows = []

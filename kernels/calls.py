@@ -18,7 +18,7 @@ LAYOUTS = {"nhwc": torch.channels_last, "nchw": torch.contiguous_format}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # of h
 Variant = tuple[str, str, str]  # direction, layout and dtype of a call
 EVERY_VARIANT: tuple[Variant, ...] = tuple(itertools.product(("forward", "inverse"), LAYOUTS, DTYPES))
-# "pairs": each two of a direction, layout and dtype are in one of them; "engine": those in the engine's layout
+# "pairs": every pair of direction, layout and dtype is in one of them; "engine": calls in the engine's layout
 PAIRS: tuple[Variant, ...] = (
     ("forward", "nhwc", "float32"),
     ("inverse", "nhwc", "bfloat16"),
@@ -84,7 +84,7 @@ def flow_calls(channels: int, size: tuple[int, int, int] = SIZE, variants: Seque
 def network_calls(
     channels: int, size: tuple[int, int, int] = SIZE, precisions: Sequence[str] = tuple(PRECISIONS)
 ) -> Iterator[Call]:
-    """Likewise of `step_network` as the engine calls it: z1 is some channels of the state, pre of all pre-activations."""
+    """Calls of `step_network` as by the engine: z1 is a slice of the state, pre a slice of all pre-activations."""
     for precision in precisions:
         dtype, tf32 = PRECISIONS[precision]
         z1 = _image(size, channels, torch.float32)[:, : channels // 2]
@@ -192,7 +192,7 @@ def filter_calls(
 def convolution_calls(
     channels: int, size: tuple[int, int, int] = SIZE, precisions: Sequence[str] = tuple(PRECISIONS)
 ) -> Iterator[Call]:
-    """Likewise of convolutions of so many channels of a wider buffer, forward and backward."""
+    """Calls of convolutions of some channels of a wider buffer, forward and backward."""
     batch, height, width = size
     for precision, (outputs, upsample2x) in itertools.product(precisions, CONVOLUTIONS):
         dtype, tf32 = PRECISIONS[precision]

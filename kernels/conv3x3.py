@@ -4,12 +4,12 @@
     dx[p, c]    = Σ_d Σ_n dy[p - d, n] · w[n, c, d]
     dw[n, c, d] = Σ_p dy[p, n] · x[p + d, c],    dbias[n] = Σ_p dy[p, n]
 
-The first two are one kernel: dx is the convolution of dy with the transposed weight, its taps in reverse. No window is laid
-out in memory: a program reads its pixels, moved by a tap, once for every tap. It adds the bias and applies σ, or in the
-backward pass the derivative of the σ before, to the sum that it holds in registers, so that a dense block is a launch a
-convolution: each reads a prefix of the channels of one buffer, and writes the next ones.
-With nearest-neighbour upsampling, x at p + d is its pixel (p + d)/2 rounded down, and dx the sum over the four copies of a
-pixel, 36 taps; nothing is upsampled in memory.
+The first two are one kernel: dx is the convolution of dy with the transposed weight, its taps in reverse. No window is stored
+in memory: a program reads its pixels, moved by a tap, once for every tap. It adds the bias and applies σ, or in the backward
+pass the derivative of the previous σ, to the sums in its registers. So a dense block is one launch per convolution, which
+reads the leading channels of one buffer and writes the next ones.
+With nearest-neighbour upsampling, x at p + d is pixel (p + d)/2 of x, rounded down, and dx sums over the four upsampled pixels
+of a pixel, with 36 taps; nothing is upsampled in memory.
 
 Products are of tensor cores: of float16 and bfloat16 with sums in float32, and of float32 in TF32 where the caller permits
 it; otherwise float32 is multiplied as such. Fewer channels than a tile has are filled up with zeros by masks.
@@ -127,7 +127,7 @@ def conv3x3_forward(
     out: Tensor | None = None,
     accumulate: bool = False,
 ) -> Tensor:
-    """As the reference's; best where channels are adjacent, in multiples of 16, and `weight` is of `conv3x3_weights`."""
+    """`conv3x3_forward` of the reference; fastest for adjacent channels, in multiples of 16, and `conv3x3_weights`."""
     if out is None:
         side = 2 if upsample2x else 1
         shape = x.shape[0], weight.shape[0], x.shape[2] * side, x.shape[3] * side
@@ -148,7 +148,7 @@ def conv3x3_backward(
     dx: Tensor | None = None,
     dweight: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """As the reference's, but that the gradients of weight and bias are float32 unless `dweight` is another."""
+    """`conv3x3_backward` of the reference; gradients of weight and bias are float32 unless `dweight` has another dtype."""
     if needed[0]:
         output, slope = relu or (None, 1.0)
         accumulate, dx = dx is not None, empty_channels_last((len(dy), *x.shape[1:]), dy) if dx is None else dx

@@ -1,7 +1,7 @@
-"""Work of a compiled kernel, read from its disassembly: what a warp issues outside loops, inside one, inside two, and so on.
+"""Work of a compiled kernel, read from its disassembly, by loop depth: outside loops, inside one loop, inside two, and so on.
 
-The numbers by depth are of instructions that are there, each counted once: what a warp does is their sum, each times the trips
-of the loops around it. Both sides of a branch count, and so does a path for rare values, such as a division by a denormal.
+The numbers at a depth count each instruction once; a warp's work is their sum, each times the trips of the loops around it.
+Both sides of a branch count, and so does a path for rare values, such as a division by a denormal.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _WARP = 32  # threads
 
 
 def instructions(sass: str) -> dict[str, int | float]:
-    """The fields of a row that the disassembly of a kernel tells."""
+    """The fields of a row that follow from the disassembly of a kernel."""
     opcodes = _OPCODE.findall(sass)
     widths = [width(opcode) for opcode in opcodes if _ACCESS.match(opcode)]
     shares = {least: sum(w for w in widths if w >= least) / max(1, sum(widths)) for least in (16, 8)}
@@ -30,7 +30,7 @@ def instructions(sass: str) -> dict[str, int | float]:
 
 
 def work(sass: str) -> dict[str, list[int]]:
-    """Instructions, FLOPs and bytes of a warp by the number of loops around them.
+    """The instructions, FLOPs and bytes of a warp, by the number of loops around them.
 
     Returns:
         issued: instructions.
@@ -55,7 +55,7 @@ def work(sass: str) -> dict[str, list[int]]:
 
 
 def width(opcode: str) -> int:
-    """Bytes that a thread moves by an instruction to global memory."""
+    """The number of bytes that a thread moves with an instruction to global memory."""
     parts = opcode.split(".")
     return next((size // 8 for size in (256, 128, 64) if str(size) in parts), 2 if {"U16", "16"} & {*parts} else 4)
 
@@ -65,7 +65,7 @@ def _depths(labels: dict[str, int], found: list[tuple[str, str]]) -> list[int]:
     ends: dict[int, int] = {}
     for index, (opcode, operands) in enumerate(found):
         target = _TARGET.search(operands) if opcode.startswith("BRA") else None
-        if target and labels[target[1]] < index:  # a branch to itself is where a kernel's code has ended
+        if target and labels[target[1]] < index:  # a branch to itself marks the end of a kernel's code
             ends[labels[target[1]]] = index
     changes = [0] * (len(found) + 1)
     for start, end in ends.items():
@@ -75,7 +75,7 @@ def _depths(labels: dict[str, int], found: list[tuple[str, str]]) -> list[int]:
 
 
 def _tensor_flops(opcode: str) -> int:
-    """Of a warp."""
+    """The FLOPs of a tensor-core instruction of a warp."""
     for pattern, warps in ((_GROUP_PRODUCT, 4), (_WARP_PRODUCT, 1)):
         if match := pattern.match(opcode):
             rows, columns, inner = map(int, match.groups())

@@ -1,7 +1,7 @@
 """The maps between two coupling networks, fused: affine, C×C mix of the channels of a pixel, affine, and the log-dets.
 
-The networks are not in it, nor the log-det of the mix, which is the same at every pixel. Either affine may be left
-out. The product is in real float32, never TF32: that alone would move the round trip of a level from 1e-6 to 2e-3.
+The networks are not included, nor is the log-det of the mix, which is the same at every pixel. Either affine may be left out.
+The product is in true float32, never TF32, which would raise the round-trip error of a level from 1e-6 to 2e-3.
 """
 
 from __future__ import annotations

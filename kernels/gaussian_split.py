@@ -1,4 +1,4 @@
-"""Split with a conditional Gaussian prior in one kernel a direction: the latent and its log-density."""
+"""Split with a conditional Gaussian prior, one kernel per direction, for the latent and its log-density."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Inverse and log|det| of square matrices in float64: a program a matrix, Gauss-Jordan elimination with partial pivoting.
+"""Inverse and log|det| of square matrices in float64: one program per matrix, Gauss-Jordan with partial pivoting.
 
-A step of the elimination reads one half of the program's workspace and writes the other, so that one barrier a step is
-enough. The two swapped rows are read where they lie: row k of the result comes from the pivot's row, and the pivot's from
-row k. With P the product of the swaps, what remains is (P·W)⁻¹, and W⁻¹ = (P·W)⁻¹·P: its columns are put back at the end.
+A step of the elimination reads one half of the program's workspace and writes the other, so that one barrier per step is
+enough. The two swapped rows are not moved: row k of the result comes from the pivot's row, and the pivot's from
+row k. With P the product of the swaps, what remains is (P·W)⁻¹, and W⁻¹ = (P·W)⁻¹·P: its columns are permuted at the end.
 """
 
 from __future__ import annotations
@@ -45,15 +45,15 @@ def inverse_logdet_kernel(
         b_sum = tl.sum(tl.abs(b), axis=1)
         b_norm = tl.maximum(b_norm, b_sum)
         b_total += b_sum
-    norm = tl.max(b_norm, axis=0) + 0.0 * tl.sum(b_total, axis=0)  # a maximum may pass over NaN, a sum does not
-    b_columns = o_c  # which column of the inverse a column of the result is
+    norm = tl.max(b_norm, axis=0) + 0.0 * tl.sum(b_total, axis=0)  # a maximum may ignore NaN, a sum does not
+    b_columns = o_c  # for each column of the result, its column of the inverse
     b_logdet = norm * 0.0
     tl.debug_barrier()
     for k in range(channels):
         source = workspace + (k % 2) * elements
         target = workspace + (1 - k % 2) * elements
         b_magnitude = tl.abs(tl.load(source + o_c * channels + k, mask=m_c, other=0.0))
-        b_magnitude = tl.where(b_magnitude >= 0, b_magnitude, -1.0)  # NaN is no pivot
+        b_magnitude = tl.where(b_magnitude >= 0, b_magnitude, -1.0)  # NaN cannot be a pivot
         pivot = tl.argmax(tl.where((o_c >= k) & m_c, b_magnitude, -2.0), axis=0)
         value = tl.load(source + pivot * channels + k)
         b_row = tl.load(source + pivot * channels + o_c, mask=m_c, other=0.0)

@@ -122,7 +122,7 @@ def step_network_forward(
     tf32: bool = False,
     packed: Sequence[Tensor] = (),
 ) -> Tensor:
-    """As the reference's."""
+    """`step_network_forward` of the reference."""
     return _layers(z1, pre, w1, w2, b2, w3, b3, tf32, packed, None)[1]
 
 
@@ -138,7 +138,7 @@ def step_network_layers(
     tf32: bool = False,
     packed: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As the reference's."""
+    """`step_network_layers` of the reference."""
     h1 = _empty(pre, pre.shape[1])
     return h1, *_layers(z1, pre, w1, w2, b2, w3, b3, tf32, packed, h1)
 

@@ -33,7 +33,7 @@ __all__ = [
     "training",
 ]
 
-_LAZY = ("data", "graphs", "metrics", "training")  # need more than torch, or are not always needed
+_LAZY = ("data", "graphs", "metrics", "training")  # modules that need more than torch, or are not always needed
 _COMPAT = ("accelerate", "restore")
 
 

@@ -1,7 +1,7 @@
-"""`torch.autocast`: the precision it asks for, and code that it does not touch.
+"""`torch.autocast`: its precision for networks, and contexts in which it is off.
 
-Under it the networks of a model run at the precision it asks for, as with the option of that name. The state, its
-log-determinants and the 1×1 convolutions stay float32, and a backward pass computes as its forward pass did, wherever it is
+Under `torch.autocast` the networks of a model run at autocast's precision, as with the option `precision`. The state, the
+log-dets and the 1×1 convolutions stay float32. A backward pass computes in the precision of its forward pass, wherever it is
 called.
 """
 
@@ -14,19 +14,19 @@ from torch import Tensor
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
-    """The dtype that `torch.autocast` asks for on a kind of device, or None where it is off."""
+    """The dtype of `torch.autocast` for a device type, or None if autocast is off."""
     available = device_type in ("cpu", "cuda") or torch.amp.is_autocast_available(device_type)
     return torch.get_autocast_dtype(device_type) if available and torch.is_autocast_enabled(device_type) else None
 
 
 def autocast(x: Tensor) -> Tensor:
-    """x as a convolution under `torch.autocast` would read it: in the dtype asked for, and float64 as it is."""
+    """x in the dtype in which a convolution under `torch.autocast` reads it; float64 is unchanged."""
     dtype = autocast_dtype(x.device.type)
     return x if dtype is None or x.dtype == torch.float64 else x.to(dtype)
 
 
 def without_autocast(device_type: str) -> contextlib.AbstractContextManager:
-    """Inside, operators run in the dtypes of their inputs."""
+    """A context in which operators run in the dtypes of their inputs."""
     if autocast_dtype(device_type) is None:
         return contextlib.nullcontext()
     return torch.autocast(device_type, enabled=False)

@@ -1,4 +1,4 @@
-"""Checks of images, noise and latents, whose errors name the argument, what it was and what it should be."""
+"""Checks of images, noise and latents; their errors name the argument, what it was and what it should be."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from torch import Tensor
 
 from ncsr_fast.synchronization import reading_is_free
 
-_BRIGHTEST, _DARKEST = 16.0, -1.0  # images, residuals and noise on either are far within; bytes and 16-bit pixels are not
+_BRIGHTEST, _DARKEST = 16.0, -1.0  # images, residuals and noisy images are far within; bytes and 16-bit pixels are not
 
 
 def check_image(name: str, image: Tensor, like: Tensor, channels: int) -> None:
     """Raise unless `image` is (B, channels, H, W), of the dtype and device of the parameter `like`, finite, and not of 0 … 255.
 
-    Values are read on the CPU only: on a GPU that would make the host wait. B, H and W are 1 or more.
+    Values are read on the CPU only, because reading them on a GPU makes the host wait. B, H and W must be 1 or more.
     """
     if not isinstance(image, Tensor):
         raise TypeError(f"{name} must be a tensor, not {type(image).__name__}")
@@ -24,7 +24,7 @@ def check_image(name: str, image: Tensor, like: Tensor, channels: int) -> None:
         raise ValueError(f"{name} must have shape (B, {channels}, H, W), not {tuple(image.shape)}")
     if 0 in image.shape:
         raise ValueError(
-            f"{name} must have shape (B, {channels}, H, W) of one image and one pixel or more, not {tuple(image.shape)}"
+            f"{name} must have shape (B, {channels}, H, W) with at least one image and one pixel, not {tuple(image.shape)}"
         )
     check_like(name, image, like)
     check_finite(name, image)
@@ -33,7 +33,7 @@ def check_image(name: str, image: Tensor, like: Tensor, channels: int) -> None:
 
 
 def check_like(name: str, tensor: Tensor, like: Tensor) -> None:
-    """Raise unless `tensor` has the dtype and device of the model, whose parameter `like` is."""
+    """Raise unless `tensor` has the dtype and device of the model's parameter `like`."""
     if tensor.dtype != like.dtype:
         hint = "; images are floats in [0, 1]: convert, then divide by 255" if not tensor.is_floating_point() else ""
         raise TypeError(f"{name} must be {like.dtype}, the dtype of the model, not {tensor.dtype}{hint}")
@@ -72,7 +72,7 @@ def check_tile(value: object) -> None:
 
 
 def check_temperature(value: object) -> None:
-    """Raise unless `value` is a finite number of 0 or more, or a tensor of one such."""
+    """Raise unless `value` is a finite number of 0 or more, or a tensor with one such number."""
     if isinstance(value, (str, bytes)) or not hasattr(type(value), "__float__"):
         raise TypeError(f"temperature must be a number, not {value!r}")
     if not 0 <= value < math.inf:
@@ -80,7 +80,7 @@ def check_temperature(value: object) -> None:
 
 
 def check_finite(name: str, tensor: Tensor) -> None:
-    """Raise when a CPU tensor holds NaN or infinite values."""
+    """Raise if a CPU tensor has NaN or infinite values."""
     if not reading_is_free(tensor):
         return
     finite = torch.isfinite(tensor)
@@ -89,10 +89,10 @@ def check_finite(name: str, tensor: Tensor) -> None:
 
 
 def bytes_range(image: Tensor) -> str | None:
-    """The range of the values of an image that cannot be of [0, 1], such as bytes made floats; None for any other.
+    """The range of an image's values as a text if they cannot be in [0, 1], as of bytes converted to floats; else None.
 
-    Far above 1 and hardly below 0, that is: an image that was decoded from a state that blew up is as far below.
-    Waits for the device.
+    Such values are far above 1 and hardly below 0; an image decoded from a blown-up state is also far below 0. This function
+    waits for the device.
     """
     darkest, brightest = map(float, image.detach().aminmax())
     return f"from {darkest:g} to {brightest:g}" if brightest > _BRIGHTEST and darkest >= _DARKEST else None
@@ -106,9 +106,9 @@ def check_pair(hr: Tensor, lr: Tensor, scale: int) -> None:
 
 
 def check_noise(noise: Tensor, lr: Tensor, scale: int, noise_channels: int) -> None:
-    """Raise unless `noise` is what a model with `noise_channels` is conditioned on."""
+    """Raise unless `noise` is a noise condition of a model with `noise_channels`."""
     if noise_channels == 0:
-        raise ValueError("noise must be None: this model has no noise-conditional layer")
+        raise ValueError("noise must be None: this model is not conditioned on noise")
     batch, _, height, width = lr.shape
     expected = (batch, noise_channels, height * scale, width * scale) if noise_channels > 1 else (batch, 1, 1, 1)
     if not isinstance(noise, Tensor):

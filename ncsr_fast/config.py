@@ -1,4 +1,4 @@
-"""A flow as data: everything needed to build a model, and nothing about its weights."""
+"""A flow described by data: everything needed to build a model, except its weights."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ class Branch:
     """An affine map `(z + shift) · scale` of a conditional step, whose shift and scale a network computes.
 
     Args:
-        name: The attribute of the level that holds the networks of all its steps; what state dicts call them.
-        condition: What the networks are conditioned on: "features", the encoder's; "noise", the noise at the level's
+        name: The attribute of the level that holds the networks of all its steps, and their name in state dicts.
+        condition: The condition of the networks: "features", the encoder's features; "noise", the noise at the level's
             resolution; or None.
         changes_all: True: every channel is changed, and the network reads the condition alone (SRFlow's injector). False: the
             second half of the channels is changed, and the network reads the first half too (a coupling).
-        steps: How many of the last steps of the level have it; None: all of them.
-        network: The kind of the networks, a name in `ncsr_fast.flow.networks.NETWORKS`.
+        steps: Number of the level's last steps that have the branch; None: all steps.
+        network: The kind of networks, a name in `ncsr_fast.flow.networks.NETWORKS`.
     """
 
     name: str
@@ -48,7 +48,7 @@ class Branch:
 
     @property
     def label(self) -> str:
-        """The branch of one step in words: "noise coupling" for noise_couplings."""
+        """The branch of one step in words, such as "noise coupling" for noise_couplings."""
         return self.name.replace("_", " ").removesuffix("s")
 
 
@@ -63,9 +63,9 @@ class LevelConfig:
         steps: Conditional steps: actnorm, 1×1 convolution, branches.
         condition_channels: Channels of the features u.
         branches: The branches of a conditional step, in the order in which encoding applies them.
-        transition_steps: Steps of actnorm and 1×1 convolution alone, before the conditional ones.
-        split_channels: Channels that leave the flow as a latent after the last step; 0: none.
-        squeeze: Side of the blocks of pixels that become channels before the first step; 1: none.
+        transition_steps: Steps of actnorm and 1×1 convolution alone, before the conditional steps.
+        split_channels: Number of channels that leave the flow as a latent after the last step; 0: no split.
+        squeeze: Side of the blocks of pixels that become channels before the first step; 1: no squeeze.
     """
 
     steps: int
@@ -87,7 +87,7 @@ class LevelConfig:
             if not isinstance(value, int) or value < least:
                 raise ValueError(f"{name} of a level must be an integer ≥ {least}, not {value!r}")
         counts = ((branch, self.steps if branch.steps is None else min(branch.steps, self.steps)) for branch in self.branches)
-        # a branch that no step has is none, and one that asks for more steps than there are has all
+        # a branch with 0 steps is left out, and a branch with more steps than there are has all steps
         object.__setattr__(self, "branches", tuple(dataclasses.replace(b, steps=count) for b, count in counts if count > 0))
         names = [branch.name for branch in self.branches]
         if len(set(names)) != len(names):
@@ -96,19 +96,19 @@ class LevelConfig:
 
 @dataclass(frozen=True)
 class FlowConfig:
-    """A conditional flow: its levels, and what it flows from and to.
+    """A conditional flow: its levels, prior and base.
 
     Args:
-        scale: Sides of the HR image over those of the LR image.
-        levels: From the HR side.
-        channels: Of an image.
+        scale: Ratio of the sides of the HR image to those of the LR image.
+        levels: The levels, from the HR side.
+        channels: Channels of an image.
         hidden_channels: Width of the networks.
-        noise_channels: Of the noise condition: 0 none, those of the image, or 1 for its standard deviation.
+        noise_channels: Channels of the noise condition: 0 for none, as many as the image's, or 1 for its standard deviation.
         eps: Lower bound of a branch's scale.
-        prior: Of the top latent: "standard", N(0, 1); "encoder", N(mean, 1) with the encoder's `Condition.prior_mean`.
-        base: What sampled images are added to, and the flow's images are residuals of: None, or "bicubic", the LR image
-            enlarged (half-pixel centres, a = -0.75, as `torch.nn.functional.interpolate` has it).
-        lr_multiple: LR images are padded so that their sides are multiples of it.
+        prior: Prior of the top latent: "standard", N(0, 1); "encoder", N(mean, 1) with the encoder's `Condition.prior_mean`.
+        base: Image that the flow's images are residuals of, added to samples: None, or "bicubic", the LR image upsampled by
+            bicubic interpolation (half-pixel centres, a = -0.75, as `torch.nn.functional.interpolate` has it).
+        lr_multiple: LR images are padded so that their sides are multiples of this number.
         lr_channels: Of an LR image.
     """
 
@@ -135,7 +135,7 @@ class FlowConfig:
                 f"base={self.base!r} is an LR image enlarged, which has {self.lr_channels} channels, not {self.channels}"
             )
         if not self.noise_channels and any(branch.condition == "noise" for level in self.levels for branch in level.branches):
-            raise ValueError("a branch has the noise as condition, and noise_channels is 0")
+            raise ValueError("a branch is conditioned on the noise, but noise_channels is 0")
         if self.levels[-1].split_channels:
             raise ValueError("the last level needs no split: its state is the top latent")
         squeeze, sides = math.prod(level.squeeze for level in self.levels), self.scale * self.lr_multiple
@@ -143,7 +143,7 @@ class FlowConfig:
             raise ValueError(f"the levels squeeze by {squeeze}, and sides of HR are multiples of scale · lr_multiple = {sides}")
         for index, (level, channels) in enumerate(zip(self.levels, self.level_channels())):
             if level.split_channels >= channels:
-                raise ValueError(f"level {index + 1} has {channels} channels, and its split takes {level.split_channels}")
+                raise ValueError(f"level {index + 1} has {channels} channels, but its split takes {level.split_channels}")
 
     def level_channels(self) -> list[int]:
         """Channels C of the state inside each level, from the HR side."""
@@ -160,7 +160,7 @@ class FlowConfig:
         return tuple(self.scale / squeeze for squeeze in squeezes)
 
     def latent_shapes(self, height: int, width: int) -> list[tuple[int, int, int]]:
-        """(C, h, w) of each latent of an LR image of that size: those of the splits in encoding order, then the top one."""
+        """The shape (C, h, w) of each latent for an LR image of this size: splits in encoding order, then the top latent."""
         sides = [-(-side // self.lr_multiple) * self.lr_multiple * self.scale for side in (height, width)]
         shapes = []
         for index, (level, channels) in enumerate(zip(self.levels, self.level_channels())):
@@ -187,11 +187,11 @@ class NCSRConfig:
         steps: Conditional steps of each level (`K`); of SRFlow-DA-S, of all levels together.
         transition_steps: Unconditional steps (actnorm and 1×1 convolution) that follow each squeeze.
         hidden_channels: Width of the injector and coupling networks.
-        noise_channels: 0: no noise-conditional layer (SRFlow); 3: conditioned on the noise image (NCSR); 1: conditioned on
-            the standard deviation of the noise.
-        noise_steps: For each level, how many of its last steps carry a noise-conditional layer (`S`); all zero with
+        noise_channels: 0: not conditioned on noise (SRFlow); 3: conditioned on the noise image (NCSR); 1: conditioned on the
+            standard deviation of the noise.
+        noise_steps: For each level, the number of its last steps that have a noise coupling (`S`); zero for all levels with
             noise_channels > 0 is NCSR "without the layer".
-        eps: Lower bound of a coupling's or injector's scale.
+        eps: Lower bound of the scale of a coupling or an injector.
         system: A name in `SYSTEMS`; "ncsr" without noise_channels is SRFlow.
         temperature: Recommended for samples of the weights, the default of `ncsr-fast sample`; None: the system's.
     """
@@ -285,7 +285,7 @@ class NCSRConfig:
 
     @property
     def flow(self) -> FlowConfig:
-        """The flow that the architecture is."""
+        """The `FlowConfig` of this architecture."""
         traits, levels, channels = self.traits, [], self.traits.channels
         for (squeeze, steps, is_split), noise_steps in zip(self._level_sizes(), self.noise_steps):
             noise = Branch("noise_couplings", "noise", steps=noise_steps, network=traits.networks)

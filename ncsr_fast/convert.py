@@ -1,4 +1,4 @@
-"""Models from one kind of file to another: published checkpoints, and the directories of `save_pretrained`."""
+"""Conversion of models between published checkpoints and directories of `save_pretrained`."""
 
 from __future__ import annotations
 
@@ -20,35 +20,35 @@ from ncsr_fast.model import NCSR
 from ncsr_fast.places import check_apart, files_of_model
 
 _SAFETENSORS = ".safetensors"
-FILE_SUFFIXES = (".pth", ".pt", _SAFETENSORS)  # what a published file ends with; anything else is a directory
+FILE_SUFFIXES = (".pth", ".pt", _SAFETENSORS)  # suffixes of published files; any other name is a directory
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """What `convert` did."""
+    """Result of `convert`."""
 
     source: Path
     out: Path
-    model: str  # in a few words
-    tensors: list[tuple[str | None, str | None]]  # name in the source and in `out`; None: it is not there
+    model: str  # description in a few words
+    tensors: list[tuple[str | None, str | None]]  # name in the source and in `out`; None: not there
 
     @property
     def renamed(self) -> list[tuple[str, str]]:
-        """Old and new names of the tensors whose names differ."""
+        """The old and new names of tensors whose names differ."""
         return [(old, new) for old, new in self.tensors if old and new and old != new]
 
     @property
     def dropped(self) -> list[str]:
-        """Tensors that no computation uses, and a directory has no place for."""
+        """The tensors that no computation uses, and that are not written to a directory."""
         return [old for old, new in self.tensors if old and not new]
 
     @property
     def zeros(self) -> list[str]:
-        """Tensors that no computation uses, and published files have nevertheless."""
+        """The tensors that no computation uses, but that published files contain."""
         return [new for old, new in self.tensors if new and not old]
 
     def summary(self) -> str:
-        """A line of numbers."""
+        """A summary of the conversion in one line."""
         kept = len(self.tensors) - len(self.renamed) - len(self.dropped) - len(self.zeros)
         parts = [f"{kept} tensors of the same name", f"{len(self.renamed)} renamed"]
         parts += [f"{len(self.dropped)} dropped, which no computation uses"] if self.dropped else []
@@ -56,7 +56,7 @@ class Conversion:
         return f"{self.model}: {', '.join(parts)}"
 
     def report(self) -> str:
-        """A line for each tensor."""
+        """A report with one line for each tensor."""
         return "\n".join(f"{old or '(zeros)'} → {new or '(dropped)'}" for old, new in self.tensors)
 
 
@@ -67,24 +67,24 @@ def convert(
     *,
     long_skip: str | None = None,
 ) -> Conversion:
-    """Write the model `source` to `out`, in the kind of file that the name of `out` asks for. Values are not changed.
+    """Write the model `source` to `out`, in the kind of file given by the name of `out`, without changing values.
 
-    Each file is written to a temporary name and renamed. What is there before is replaced.
+    Each file is written under a temporary name and renamed. Existing files are replaced.
 
     Args:
-        source: Whatever `NCSR.from_pretrained` or `RRDB.from_pretrained` reads: a flow or a generator, a published .pth or
+        source: Anything that `NCSR.from_pretrained` or `RRDB.from_pretrained` reads: a flow or a generator, a published .pth or
             .safetensors in any naming and wrapping, a checkpoint of `ncsr-fast train`, a directory, a name.
         out: NAME.pth or NAME.pt: a published file, as the published programs load it; NAME.safetensors: the same tensors
             under the same names; any other name: a directory of config.json and model.safetensors, as `from_pretrained` and
-            the Hugging Face Hub have it. Generators get the names of SRFlow, NCSR and ESRGAN's new architecture; of ESRGAN+
-            its own, and those with a pixel unshuffle BasicSR's. A directory records where a generator's long skip starts; a
-            file cannot, and is read as "conv_first" unless `RRDB.from_pretrained` is told otherwise.
-        config: Of a flow in a file; None finds it as `NCSR.from_pretrained` does.
-        long_skip: Of a generator, as for `RRDB.from_pretrained`: "last_block" for the RRDB files of SRFlow and NCSR.
+            the Hugging Face Hub read it. Generators get the names of SRFlow, NCSR and ESRGAN's new architecture; ESRGAN+ gets
+            its own names, and a generator with a pixel unshuffle BasicSR's. A directory records where a generator's long skip
+            starts; a file cannot, and is read as "conv_first" unless `RRDB.from_pretrained` is told otherwise.
+        config: Configuration of a flow in a file; None finds it as `NCSR.from_pretrained` does.
+        long_skip: Long skip of a generator, as for `RRDB.from_pretrained`: "last_block" for the RRDB files of SRFlow and NCSR.
 
     Raises:
-        ValueError: A file that is written is one that is read; and as `from_pretrained`, before anything is written. The
-            `problems` of a CheckpointError are every tensor that is missing, unexpected or of the wrong shape.
+        ValueError: A file would be both read and written; and as for `from_pretrained`, before anything is written. The
+            `problems` of a CheckpointError are all tensors that are missing, unexpected or of the wrong shape.
     """
     path, out = find_model(source), Path(out)
     check_apart({"out": written_files(out)}, {"the source": files_of_model(path)})
@@ -101,7 +101,7 @@ def written_files(out: Path) -> list[Path]:
 
 
 def read_model(path: Path, config: NCSRConfig | None, long_skip: str | None) -> tuple[NCSR | RRDB, dict[str, str] | None]:
-    """The model, and of a published file the names in it, by the published names in full (of a generator by SRFlow's)."""
+    """The model, and for a published file its names, by full published names (for a generator by SRFlow's names)."""
     if path.is_dir():
         if config is not None:
             raise ValueError(f"config belongs to a file; {str(path)!r} is a directory with its own {files.CONFIG}")
@@ -129,16 +129,16 @@ def _model_type(directory: Path) -> str | None:
     try:
         return files.read_json(directory / files.CONFIG).get("model_type")
     except (OSError, ValueError):
-        return "ncsr"  # whose reader says what is wrong with it
+        return "ncsr"  # its reader raises a better error
 
 
 def _write(model: NCSR | RRDB, out: Path) -> str | None:
-    """The key that wraps the published names in what was written, "" for none; None where the names are ours."""
+    """Write the model; return the prefix of the published names, "" for none, None for names of this package."""
     if out.suffix not in FILE_SUFFIXES:
         model.save_pretrained(out)
         return None
     state = {name: tensor.cpu().contiguous() for name, tensor in model.published_state_dict().items()}
-    # generators with a pixel unshuffle are BasicSR's alone, whose programs look under this key
+    # only BasicSR has generators with a pixel unshuffle, and its programs read this key
     wrapper = "params" if isinstance(model, RRDB) and model.unshuffle > 1 and out.suffix != _SAFETENSORS else ""
     with files.atomic_write(out) as path:
         if out.suffix == _SAFETENSORS:
@@ -149,7 +149,7 @@ def _write(model: NCSR | RRDB, out: Path) -> str | None:
 
 
 def _rows(model: NCSR | RRDB, names: dict[str, str] | None, wrapper: str | None) -> list[tuple[str | None, str | None]]:
-    """(name in the source, name in what was written) of every tensor."""
+    """The name in the source and the written name, for every tensor."""
     if isinstance(model, NCSR):
         places = published.places(model)
         written = {name: name for name in places}

@@ -1,7 +1,8 @@
-"""The decoding direction of a model as a graph of plain operators, for torch.export and ONNX.
+"""The decoder of a model as a graph of PyTorch's own operators, for torch.export and ONNX.
 
-Everything that depends on the weights alone is a constant of it: actnorms and exp-scales are folded into the convolutions,
-the 1×1 convolutions are inverted. What is left are convolutions, ReLUs, a sigmoid and a division a coupling.
+Everything that depends on the weights alone is a constant of the graph: actnorms and exp-scales are folded into the
+convolutions, and the 1×1 convolutions are inverted. The remaining operations are convolutions, ReLUs, and one sigmoid and one
+division per coupling.
 """
 
 from __future__ import annotations
@@ -47,12 +48,16 @@ def export_onnx(
     opset: int = _OPSET,
     check: bool = True,
 ) -> float | None:
-    """Write the `Decoder` of a model as an ONNX file, in float32; what it takes and computes is said there.
+    """Write the `Decoder` of a model as an ONNX file in float32.
 
-    Inputs are "lr" and, unless deterministic, "latent0" …; the output is "sr". Batch, height and width are dynamic. The file
-    is written to a temporary name and renamed. Its metadata are texts: "scale"; "latents", JSON of name, channels and scale of
-    each, which is (B, channels, scale·H, scale·W); "clip"; "deterministic"; "lr_multiple", what H and W must be multiples of;
-    "config", JSON of the `NCSRConfig`; "ncsr_fast", the version.
+    The inputs are "lr" and, unless deterministic, "latent0" …; the output is "sr" (see `Decoder`). Batch, height and width are
+    dynamic. The file is written under a temporary name and renamed. Its metadata are texts:
+
+    * "scale", "clip", "deterministic";
+    * "latents": JSON with the name, channels and scale of each latent, whose shape is (B, channels, scale·H, scale·W);
+    * "lr_multiple": H and W must be multiples of it;
+    * "config": JSON of the `NCSRConfig`;
+    * "ncsr_fast": the version of this package.
 
         >>> export_onnx(NCSR.from_pretrained("ncsr-compact-x4"), "decoder.onnx")
         >>> session = onnxruntime.InferenceSession("decoder.onnx")
@@ -60,21 +65,21 @@ def export_onnx(
 
     Args:
         model: The model.
-        path: Of the file.
-        deterministic: As of the `Decoder`.
-        clip: As of the `Decoder`.
-        opset: Of ONNX, 18 or more.
-        check: Run the graph in onnxruntime, at sizes and batches other than it was traced with, against the model's
-            reference in float64, and write nothing when a pixel differs by more than 1e-4 (of the largest one, where that
-            is above 1).
+        path: The file to write.
+        deterministic: As for `Decoder`.
+        clip: As for `Decoder`.
+        opset: The ONNX opset, 18 or more.
+        check: Compare the graph in onnxruntime with the model's reference in float64, at other sizes and batches than it was
+            traced with. The file is not written if a pixel differs by more than 1e-4 (relative to the largest pixel, if that is
+            above 1).
 
     Returns:
-        The largest difference found, None without the check.
+        The largest difference found; None without the check.
 
     Raises:
-        ValueError: Weights that are not finite, a singular 1×1 convolution, an opset that the exporter has not, or a graph
-            that fails the check.
-        ImportError: A package of the extra `export` that is missing, or a PyTorch too old to export.
+        ValueError: Weights that are not finite, a singular 1×1 convolution, an opset that the exporter does not have, or a
+            graph that fails the check.
+        ImportError: A package of the extra `export` is missing, or PyTorch is too old to export.
     """
     for name in ("onnx", "onnxscript", *(["onnxruntime"] if check else [])):
         try:
@@ -85,7 +90,7 @@ def export_onnx(
 
     newest = onnx.defs.onnx_opset_version()
     if not _OPSET <= opset <= newest:
-        raise ValueError(f"opset must be from {_OPSET} to {newest}, the newest that this onnx has, not {opset!r}")
+        raise ValueError(f"opset must be from {_OPSET} to {newest}, the newest of the installed onnx, not {opset!r}")
     reference = copy.deepcopy(model).cpu().double().eval()
     decoder = Decoder(reference, deterministic, clip).float()
     with warnings.catch_warnings():
@@ -98,7 +103,7 @@ def export_onnx(
             opset_version=opset,
             verbose=False,
         )
-    if program.model.opset_imports.get("") != opset:  # the exporter says so in its log, and goes on
+    if program.model.opset_imports.get("") != opset:  # the exporter only logs this
         raise ValueError(f"the exporter of torch {torch.__version__} cannot write opset {opset}; leave it at {_OPSET}")
     program.model.metadata_props.update(_metadata(model, decoder))
     graph = program.model_proto.SerializeToString()
@@ -143,7 +148,7 @@ def _metadata(model: NCSR, decoder: Decoder) -> dict[str, str]:
 
 
 def _difference(graph: bytes, decoder: Decoder, reference: NCSR) -> float:
-    """Between the graph in onnxruntime and the model's definition, step by step in float64."""
+    """The largest difference between the graph in onnxruntime and the model's reference in float64."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
@@ -187,7 +192,7 @@ class Decoder(nn.Module):
     def __init__(self, model: NCSR, deterministic: bool = False, clip: bool = True) -> None:
         super().__init__()
         if not isinstance(model.config, NCSRConfig):
-            raise ValueError("the exporter knows the architectures of NCSRConfig, and this model is a flow of one's own")
+            raise ValueError("only models of an NCSRConfig can be exported, and this model has a FlowConfig")
         self.deterministic, self.clip = deterministic, clip
         self.multiple, self.lr_channels = model.flow.lr_multiple, model.flow.lr_channels
         self.base = model.flow.base if clip else None
@@ -201,7 +206,7 @@ class Decoder(nn.Module):
         self.eval().requires_grad_(False)
         for name, value in self.state_dict().items():
             if not value.isfinite().all():
-                raise ValueError(f"the model cannot be exported: {name}, made of its weights, is not finite")
+                raise ValueError(f"the model cannot be exported: {name}, computed from its weights, is not finite")
 
     def example(self, batch: int, rows: int, columns: int) -> list[Tensor]:
         """Return lr, of `multiple` times these rows and columns, and latents: a smooth image, temperature 0.5."""
@@ -244,7 +249,7 @@ def _drop(module: nn.Module, parts: list[nn.Module]) -> None:
 
 
 class _Level(nn.Module):
-    """`FlowLevel.decode` with zero noise and without log-determinant: state of the next level → state of this one's input."""
+    """`FlowLevel.decode` with zero noise and without the log-det: state of the next level → state of this level's input."""
 
     def __init__(self, level: FlowLevel) -> None:
         super().__init__()
@@ -288,7 +293,7 @@ class _Level(nn.Module):
         return F.pixel_shuffle(z, self.squeeze) if self.squeeze > 1 else z
 
     def _undo(self, network: _Network, z: Tensor, pre: Tensor | None) -> Tensor:
-        """The inverse of a branch's affine map, z / scale - shift, of the channels the network has values for."""
+        """The inverse of a branch's affine map, z / scale - shift, for the channels that the branch changes."""
         pass_through = z.shape[1] - self.changed if network.sees_state else 0
         z1, z2 = z[:, :pass_through], z[:, pass_through:]
         shift, raw = network(z1 if pass_through else None, pre).chunk(2, dim=1)
@@ -326,7 +331,7 @@ class _Network(nn.Module):
 
 
 class _Convolution(nn.Module):
-    """A convolution that keeps the size, its weights constants."""
+    """A convolution that preserves the size, with constant weights."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
@@ -338,5 +343,5 @@ class _Convolution(nn.Module):
 
 
 def _halves(weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """A convolution whose even outputs come first, then the odd ones: the published order alternates shifts and scales."""
+    """The convolution with its even outputs first, then the odd ones; the published order alternates shifts and scales."""
     return torch.cat([weight[0::2], weight[1::2]]), torch.cat([bias[0::2], bias[1::2]])

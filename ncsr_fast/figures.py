@@ -1,4 +1,4 @@
-"""Pictures a person looks at: tiles with captions, and heat maps."""
+"""Pictures for people: tiles with captions, and heat maps."""
 
 from __future__ import annotations
 
@@ -28,24 +28,24 @@ _HEAT = (
 
 
 def save_figure(figure: Figure, path: str | os.PathLike, dpi: int) -> None:
-    """Write a matplotlib figure atomically, in the format that the name of `path` ends in: PNG where it ends in none.
+    """Write a matplotlib figure atomically, in the format of the suffix of `path`, or as PNG without a suffix.
 
     Raises:
-        ValueError: Matplotlib writes no such format.
+        ValueError: Matplotlib cannot write this format.
     """
     path = Path(path)
     kind = path.suffix[1:].lower() or "png"
     known = figure.canvas.get_supported_filetypes()
     if kind not in known:
         raise ValueError(
-            f"{str(path)!r}: no plot is written as {path.suffix}; end the name in one of .{', .'.join(sorted(known))}"
+            f"{str(path)!r}: plots cannot be written as {path.suffix}; end the name in one of .{', .'.join(sorted(known))}"
         )
     with atomic_write(path) as temporary:
         figure.savefig(temporary, dpi=dpi, format=kind)
 
 
 def heat_map(values: Tensor, top: float) -> Tensor:
-    """(H, W) values from 0 to `top` as colours (3, H, W) in [0, 1]."""
+    """Colours (3, H, W) in [0, 1] of values (H, W) from 0 to `top`."""
     place = (values.float() / top).clamp(0, 1) * (len(_HEAT) - 1)
     low = place.floor().long().clamp(max=len(_HEAT) - 2)
     weight = (place - low)[..., None]
@@ -53,7 +53,7 @@ def heat_map(values: Tensor, top: float) -> Tensor:
 
 
 def contact_sheet(rows: Sequence[tuple[str, Sequence[Tensor]]], columns: Sequence[str]) -> Image.Image:
-    """Rows of equally large tiles (3, H, W) in [0, 1], each row under its title, the columns under theirs."""
+    """A picture of rows of equally large tiles (3, H, W) in [0, 1], with titles above rows and columns."""
     font = ImageFont.load_default(size=_TEXT)
     height, width = rows[0][1][0].shape[1:]
     across = _GAP + len(columns) * (width + _GAP)

@@ -1,4 +1,4 @@
-"""Kinds of files that are given in place of a checkpoint: told by their first bytes, and what to do about each."""
+"""Kinds of files given instead of a checkpoint, recognised by their first bytes, with advice for each."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import pickletools
 import zipfile
 from pathlib import Path
 
-_HEAD = 512  # bytes that tell
-_PICKLE = 2**24  # bytes of one that are looked through
+_HEAD = 512  # bytes that a kind is recognised by
+_PICKLE = 2**24  # bytes of a pickle that are searched
 _UNPACK = "unpack it and give the checkpoint inside"
-_SOURCE = "give the PyTorch checkpoint it was made from"
+_SOURCE = "give the PyTorch checkpoint that it was made from"
 _MAGIC = {
     b"version https://git-lfs.github.com/spec/": (
-        "a Git LFS pointer, a few lines that stand for the file: get the file itself by `git lfs pull`, or download it"
+        "a Git LFS pointer, a few lines instead of the file: get the file itself with `git lfs pull`, or download it"
     ),
     b"\x93NUMPY": f"a NumPy array: {_SOURCE}",
     b"\x89HDF\r\n\x1a\n": f"an HDF5 file, as Keras writes: {_SOURCE}",
@@ -37,7 +37,7 @@ def is_safetensors(path: str | os.PathLike) -> bool:
 
 
 def kind_of(path: str | os.PathLike) -> str | None:
-    """The kind of a file that is no checkpoint, and what to do, as what follows "it is"; None where nothing tells."""
+    """The kind of a file that is not a checkpoint, and advice, to follow "it is"; None if unknown."""
     head = _head(path)
     if not head:
         return "empty (0 bytes): download or save it again"
@@ -51,7 +51,7 @@ def kind_of(path: str | os.PathLike) -> str | None:
 
 
 def names_in_pickle(path: str | os.PathLike) -> list[str]:
-    """The functions and classes that a pickle, or the one in PyTorch's archive, names; read without calling any."""
+    """The functions and classes that a pickle or a PyTorch archive names; none of them is called."""
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
@@ -72,7 +72,7 @@ def names_in_pickle(path: str | os.PathLike) -> list[str]:
                 names.append(".".join(texts[-2:]))
             elif isinstance(argument, str):
                 texts.append(argument)
-    except (ValueError, UnicodeDecodeError):  # no pickle, or not to its end
+    except (ValueError, UnicodeDecodeError):  # not a pickle, or truncated
         return names
     return names
 
@@ -86,8 +86,8 @@ def _kind_of_text(head: bytes) -> str | None:
     start = head.removeprefix(b"\xef\xbb\xbf").lstrip()
     if start[:15].lower().startswith((b"<!doctype html", b"<html", b"<?xml")):
         return (
-            "a web page, which a download gives that wants a click or a log-in first: open the link in a browser and save "
-            "the file itself"
+            "a web page; the download probably needs a click or a log-in first: open the link in a browser and save the "
+            "file itself"
         )
     try:
         text = start[:60].decode("ascii")
@@ -100,13 +100,13 @@ def _kind_of_text(head: bytes) -> str | None:
 
 def _kind_of_zip(path: str | os.PathLike) -> str | None:
     if not zipfile.is_zipfile(path):
-        return "an archive without its end, as a download that was broken off leaves: download or copy it again"
+        return "a truncated archive, such as an interrupted download leaves: download or copy it again"
     with zipfile.ZipFile(path) as archive:
         names = archive.namelist()
     parts = {name.partition("/")[2] for name in names}
     if "constants.pkl" in parts:
         return (
-            "a TorchScript program, which is more than tensors and is not run: save its weights, "
+            "a TorchScript program, which is more than tensors and is not executed: save its weights, "
             "torch.save(torch.jit.load(file).state_dict(), …)"
         )
     if "data.pkl" in parts:

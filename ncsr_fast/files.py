@@ -1,4 +1,4 @@
-"""Files of models: written atomically, read without executing anything, and what is wrong with one said in full."""
+"""Files of models: written atomically, read without executing anything, with errors that describe the file."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from ncsr_fast.file_kinds import is_safetensors, kind_of, names_in_pickle
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 SHIPPED = Path(__file__).parent / "models"
-_TEMPORARY = 40  # characters of a name that a temporary file has too; all of a long one, and more, would be too many
-_SHOWN = 40  # characters of a value that an error shows
-_FLAGS = ("actnorm_initialized",)  # of our state dicts
-_LISTED = 5  # names an error spells out of each kind
+_TEMPORARY = 40  # characters of a file's name in that of its temporary file; the whole name could be too long
+_SHOWN = 40  # characters of a value in an error
+_FLAGS = ("actnorm_initialized",)  # flags in this package's state dicts
+_LISTED = 5  # names of each kind in an error
 
 
 class CheckpointError(ValueError):
-    """A file or state dict that is not the model's: corrupt, or with other tensors.
+    """A file or state dict does not fit the model: it is corrupt, or has other tensors.
 
     Args:
-        problems: All tensors that are "missing", "unexpected", "of the wrong shape", "not finite" or of another kind than
-            weights are, of which the message has the first few.
+        problems: Names of the tensors that are "missing", "unexpected", "of the wrong shape", "not finite" or not weights, by
+            kind of problem; the message names the first few.
     """
 
     def __init__(self, message: str, problems: Mapping[str, list[str]] | None = None) -> None:
@@ -42,9 +42,9 @@ class CheckpointError(ValueError):
 
 @contextmanager
 def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
-    """A temporary file beside `path`, flushed to disk and renamed to it when the block ends without an error.
+    """A context with a temporary file, which is flushed to disk and renamed to `path` if the block ends without an error.
 
-    An OSError of writing names `path`.
+    An OSError in writing names `path`.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -65,13 +65,13 @@ def _move(temporary: Path, path: Path) -> None:
         os.fsync(file.fileno())
     mask = os.umask(0)
     os.umask(mask)
-    temporary.chmod(0o666 & ~mask)  # mkstemp made it private
+    temporary.chmod(0o666 & ~mask)  # mkstemp makes files private
     os.replace(temporary, path)
 
 
 @contextmanager
 def _named_errors(path: Path, temporary: str | None = None) -> Iterator[None]:
-    """Errors of the system as errors of `path`: those of a full disk name no file, others the temporary one."""
+    """A context in which system errors name `path`, instead of no file or the temporary file."""
     try:
         yield
     except OSError as error:
@@ -81,17 +81,17 @@ def _named_errors(path: Path, temporary: str | None = None) -> Iterator[None]:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a safetensors file. Raises OSError when the disk is full, where safetensors' own function has another error."""
+    """Write a safetensors file; raise OSError if the disk is full, as safetensors' own function does not."""
     from safetensors.torch import save
 
     path.write_bytes(save(dense(tensors), metadata={"format": "pt"}))
 
 
 def dense(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same values on the CPU, one after the other in memory, as files hold them.
+    """The tensors on the CPU, contiguous, as files hold them.
 
     Raises:
-        ValueError: Tensors are on the meta device, which has no values.
+        ValueError: A tensor is on the meta device, and has no values.
     """
     empty = {"without values": [name for name, tensor in tensors.items() if tensor.device.type == "meta"]}
     if any(empty.values()):
@@ -100,14 +100,14 @@ def dense(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def write_pickled(path: Path, value: Any) -> None:
-    """Write a file as `torch.save` does. Raises OSError when the disk is full, where that raises an error of its insides."""
+    """Write a file as `torch.save` does, but raise OSError if the disk is full."""
     buffer = io.BytesIO()
     torch.save(value, buffer)
     path.write_bytes(buffer.getbuffer())
 
 
 def json_value(value: Any) -> Any:
-    """`value` with None for each number that is not finite, which JSON does not have; mappings and lists are gone through."""
+    """`value` with None for each number that is not finite, which JSON cannot hold, also inside mappings and lists."""
     if isinstance(value, Mapping):
         return {key: json_value(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -116,18 +116,18 @@ def json_value(value: Any) -> Any:
 
 
 def read_json(path: str | os.PathLike) -> dict[str, Any]:
-    """The names and values in a JSON file. Raises OSError, or ValueError for a file that holds anything else."""
+    """The names and values in a JSON file; raise OSError, or ValueError for a file with any other content."""
     try:
         values = json.loads(Path(path).read_text(encoding="utf-8"))
     except RecursionError as error:
-        raise ValueError("its lists or objects are too deep in one another") from error
+        raise ValueError("its lists or objects are nested too deeply") from error
     if not isinstance(values, dict):
         raise ValueError(f"it should be an object of names and values, not {str(values)[:_SHOWN]}")
     return values
 
 
 def shipped() -> list[str]:
-    """Names of the models that come with the package."""
+    """The names of the models in the package."""
     return sorted(entry.name for entry in SHIPPED.iterdir() if (entry / WEIGHTS).is_file()) if SHIPPED.is_dir() else []
 
 
@@ -145,8 +145,8 @@ def load_directory(directory: Path, model_type: str, build: Callable[[dict[str, 
     """The model of a directory written by `save_directory`; `build` makes it from its configuration.
 
     Raises:
-        FileNotFoundError: There is no such directory, or a file of it is missing.
-        CheckpointError: Files that are corrupt, of another type, or do not fit each other.
+        FileNotFoundError: There is no such directory, or one of its files is missing.
+        CheckpointError: The files are corrupt, of another type, or do not fit each other.
     """
     for name in (CONFIG, WEIGHTS):
         if not (directory / name).is_file():
@@ -171,12 +171,12 @@ def load_directory(directory: Path, model_type: str, build: Callable[[dict[str, 
 def read_checkpoint(path: str | os.PathLike) -> Any:
     """The content of a checkpoint file, on the CPU; nothing in the file is executed.
 
-    A file that begins as the safetensors format does is read as such, any other by `torch.load(…, weights_only=True)`.
+    A file that begins like the safetensors format is read as such, any other file by `torch.load(…, weights_only=True)`.
 
     Raises:
-        FileNotFoundError: There is nothing at the path.
-        CheckpointError: The file is none that PyTorch or safetensors wrote, is damaged, or holds more than tensors. The
-            message says what it is, as far as its bytes tell, and what to do.
+        FileNotFoundError: There is no file at the path.
+        CheckpointError: The file was not written by PyTorch or safetensors, is damaged, or holds more than tensors. The
+            message says what the file is, as far as its bytes show, and what to do.
     """
     name = os.fspath(path)
     if not os.path.exists(path):
@@ -202,16 +202,16 @@ def _read_safetensors(path: str | os.PathLike) -> dict[str, Tensor]:
 
 
 def _read_pickled(path: str | os.PathLike) -> Any:
-    with open(path, "rb") as file:  # of a path torch.load would look at the suffix
+    with open(path, "rb") as file:  # given a path, torch.load would read its suffix
         return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def _reason(path: str | os.PathLike, error: Exception) -> str:
-    """The cause in one line.
+    """The cause of an error in reading, in one line.
 
     PyTorch's own message for a refused file advises to let the file run code, so only the name in that message is passed on.
     """
-    # of a file that ends early torch 2.4 makes a refusal, with that advice
+    # torch 2.4 refuses a truncated file with that advice
     cause = error.__context__ if "unexpected EOF" in str(error.__context__) else error
     if not isinstance(cause, pickle.UnpicklingError):
         return f"it is truncated or corrupt ({_line(cause)}): download or save it again"
@@ -219,8 +219,8 @@ def _reason(path: str | os.PathLike, error: Exception) -> str:
     names = [name for name in names_in_pickle(path) if name.partition(".")[0] not in ("torch", "collections")]
     names = [refused[1]] if refused else names
     if names:
-        return f"it holds a {names[0]}, which is more than tensors and is not run; save the network's state_dict() alone"
-    return "it was not written by torch.save or safetensors, or is corrupt: save the network's state_dict() by torch.save"
+        return f"it holds a {names[0]}, which is more than tensors and is not executed; save only the network's state_dict()"
+    return "it was not written by torch.save or safetensors, or is corrupt: save the network's state_dict() with torch.save"
 
 
 def _line(error: Exception) -> str:
@@ -228,25 +228,25 @@ def _line(error: Exception) -> str:
 
 
 def _meant(directory: Path) -> str:
-    """Advice on what to give instead of a folder that is no model."""
+    """Advice what to give instead of a folder that is not a model."""
     if (directory / "model" / CONFIG).is_file():
         return f"give the model in it, {str(directory / 'model')!r}"
     found = sorted(path for path in directory.iterdir() if path.suffix in (".pth", ".pt", ".ckpt", ".safetensors"))
     if found:
-        return f"give a checkpoint in it, as {str(found[0])!r}"
+        return f"give a checkpoint in it, such as {str(found[0])!r}"
     return "a model directory is written by save_pretrained"
 
 
 def check_weights(state: Any, where: str) -> None:
-    """Raise CheckpointError unless `state` is a mapping from names to tensors of finite floating-point numbers, all there.
+    """Raise CheckpointError unless `state` maps names to dense tensors of finite floating-point numbers.
 
-    A model's flags, which are no weights, may be of any type.
+    A model's flags, which are not weights, may be of any type.
     """
     if not isinstance(state, Mapping) or not state or not all(isinstance(value, Tensor) for value in state.values()):
-        raise CheckpointError(f"{where} holds no state dict (a mapping from names to tensors)")
+        raise CheckpointError(f"{where} does not hold a state dict (a mapping from names to tensors)")
     odd = [repr(name) for name in state if not isinstance(name, str)]
     if odd:
-        raise CheckpointError(f"{where} holds tensors under {', '.join(odd[:_LISTED])}, which is no name: names are texts")
+        raise CheckpointError(f"{where} holds tensors under keys that are not texts: {', '.join(odd[:_LISTED])}")
     problems: dict[str, list[str]] = {}
     for name, tensor in state.items():
         kind = None if name in _FLAGS else _kind_of_tensor(tensor)
@@ -254,7 +254,7 @@ def check_weights(state: Any, where: str) -> None:
             problems.setdefault(kind, []).append(name)
     if problems:
         raise CheckpointError(
-            f"{where} holds tensors that are no weights, {listed(problems)}; save the network's state_dict() of dense "
+            f"{where} holds tensors that are not weights, {listed(problems)}; save the network's state_dict() of dense "
             "floating-point tensors",
             problems,
         )
@@ -269,9 +269,9 @@ def check_weights(state: Any, where: str) -> None:
 
 
 def _kind_of_tensor(tensor: Tensor) -> str | None:
-    """The kind of a tensor that is no weight, in words; None for a dense floating-point one with values."""
+    """The kind of a tensor that is not a weight, in words; None for a dense floating-point tensor with values."""
     if tensor.device.type == "meta":
-        return "without values (of the meta device)"
+        return "without values (on the meta device)"
     if tensor.is_quantized:
         return "quantized"
     if tensor.layout != torch.strided or tensor.is_nested:
@@ -286,7 +286,7 @@ def _is_finite(tensor: Tensor) -> bool:
 
 
 def adopt_dtype(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Make the model of the one floating dtype that `state` has, so that no value is rounded; nothing where it has several."""
+    """Convert the model to the floating dtype of `state`, so that no value is rounded, unless `state` has several."""
     floats = {tensor.dtype for tensor in state.values() if tensor.is_floating_point()}
     if len(floats) == 1:
         model.to(floats.pop())
@@ -296,11 +296,11 @@ def compare(expected: Mapping[str, tuple[int, ...]], state: Mapping[str, Tensor]
     """Raise CheckpointError naming the tensors of `state` that are missing, unexpected or of another shape."""
     problems = differences(expected, state)
     if problems:
-        raise CheckpointError(f"the checkpoint is not that of {what}; {listed(problems)}", problems)
+        raise CheckpointError(f"the checkpoint does not fit {what}; {listed(problems)}", problems)
 
 
 def differences(expected: Mapping[str, tuple[int, ...]], state: Mapping[str, Tensor]) -> dict[str, list[str]]:
-    """The tensors of `state` that are not as expected, by what is wrong with them; empty when all are."""
+    """The names of the tensors of `state` that are not as expected, by kind of problem; empty if all are."""
     problems = {
         "missing": [name for name in expected if name not in state],
         "unexpected": [name for name in state if name not in expected],
@@ -314,7 +314,7 @@ def differences(expected: Mapping[str, tuple[int, ...]], state: Mapping[str, Ten
 
 
 def listed(problems: Mapping[str, list[str]]) -> str:
-    """Differences in a line: how many there are of each kind, and the first few of them."""
+    """Problems in a line: the number of each kind, and the first few names."""
     return "; ".join(
         f"{len(names)} {kind}: {', '.join(names[:_LISTED])}{', …' if len(names) > _LISTED else ''}"
         for kind, names in problems.items()

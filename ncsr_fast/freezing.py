@@ -1,4 +1,4 @@
-"""A model whose weights will not change: what is made of them is made once, and every way to change them is refused."""
+"""Frozen models: constants are folded once, and changes of the weights are refused."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
 
 class FrozenError(RuntimeError):
-    """The weights of a frozen model were changed, or would have been."""
+    """The weights of a frozen model were changed, or a call would change them."""
 
 
 class Freezer:
-    """The promise that a model's weights stay as they are, and the modes of the model before it.
+    """The promise that a model's weights do not change, and the state to restore when it is withdrawn.
 
     A copy or a pickle of a frozen model is not frozen.
     """
@@ -31,7 +31,7 @@ class Freezer:
 
     @property
     def frozen(self) -> bool:
-        """True while the promise holds."""
+        """True from `freeze` to `thaw`."""
         return self._record is not None
 
     def freeze(self, model: nn.Module, caches: Sequence[Cache], fold: Callable[[], None]) -> None:
@@ -39,11 +39,11 @@ class Freezer:
 
         Args:
             model: The model.
-            caches: Of what is made of its weights.
-            fold: Makes what is made of the weights, so that it is made here and not in the first pass.
+            caches: The caches of values computed from its weights.
+            fold: Function that computes these values, so that they are computed here and not in the first pass.
 
         Raises:
-            ValueError: The weights were made under `torch.inference_mode()`, of which PyTorch counts no changes.
+            ValueError: The weights were made under `torch.inference_mode()`, where PyTorch does not count changes.
         """
         self.thaw(model, caches)
         if any(parameter.is_inference() for parameter in model.parameters()):
@@ -65,7 +65,7 @@ class Freezer:
             raise
 
     def thaw(self, model: nn.Module, caches: Sequence[Cache]) -> None:
-        """Restore mode and gradients as they were; nothing happens to a model that is not frozen."""
+        """Restore mode and gradients; nothing happens to a model that is not frozen."""
         record, self._record = self._record, None
         if record is None:
             return
@@ -81,16 +81,16 @@ class Freezer:
             raise FrozenError(f"{what} would change the weights of a frozen model; call model.unfreeze() first")
 
     def check(self, model: nn.Module) -> None:
-        """Raise FrozenError if the model is frozen and a weight was changed since. Never waits for the device."""
-        if self._record is not None and not traced():  # a traced graph folds what weights it is given
+        """Raise FrozenError if the model is frozen and a weight was changed since; never wait for the device."""
+        if self._record is not None and not traced():  # a traced graph folds the weights that it receives
             self._record.check(model)
 
     def recording(self) -> contextlib.AbstractContextManager:
-        """Inside, a frozen model records no gradients; one that is not frozen as the caller has it."""
+        """A context in which a frozen model records no gradients; other models record them as the caller has it."""
         return torch.no_grad() if self.frozen else contextlib.nullcontext()
 
     def move(self, model: nn.Module, caches: Sequence[Cache], move: Callable[[], object], fold: Callable[[], None]) -> None:
-        """Run `move`, which moves or converts the weights of a model, and freeze a frozen one again."""
+        """Run `move`, which moves or converts the weights of a model, and freeze a frozen model again."""
         record = self._record
         if record is None:
             move()
@@ -104,7 +104,7 @@ class Freezer:
 
 
 class _Record:
-    """The weights at the time of freezing, and what thawing restores."""
+    """The weights at the time of freezing, and the state that thawing restores."""
 
     def __init__(self, model: nn.Module, training: bool, flags: list[bool]) -> None:
         self.training, self.flags = training, flags
@@ -116,12 +116,12 @@ class _Record:
             same = index < len(self.parameters) and parameter is self.parameters[index]
             if not same or _state(parameter) != self.states[index]:
                 raise FrozenError(
-                    f"{name} was changed since model.freeze_for_inference(), and what was folded is stale: call "
-                    "model.unfreeze() before weights change, or model.freeze_for_inference() again to take them as they are"
+                    f"{name} was changed since model.freeze_for_inference(), so the folded constants are stale: call "
+                    "model.unfreeze() before weights change, or model.freeze_for_inference() again to fold the new weights"
                 )
 
     def __reduce__(self) -> tuple:
-        return type(None), ()  # a copy has other weights, and is not frozen
+        return type(None), ()  # a copy has its own weights, and is not frozen
 
 
 def _state(parameter: Tensor) -> tuple:

@@ -1,7 +1,7 @@
 """A training step and a sampling pass as CUDA graphs: thousands of kernel launches replayed as one.
 
-Nothing in either waits for the device or looks at a value, which is what makes capture possible. The same two classes run
-without capture on any device (`graph=False`), for machines without a GPU and for comparison.
+A step or a pass can be captured because nothing in it waits for the device or reads a value on the host. The same two classes
+run without capture on any device (`graph=False`), for machines without a GPU and for comparison.
 """
 
 from __future__ import annotations
@@ -19,29 +19,30 @@ from ncsr_fast.autocast import autocast_dtype
 from ncsr_fast.flow.samples import around_prior_mean, decode_samples, draw_latents
 from ncsr_fast.model import NCSR
 
-_WARM_UP = 3  # runs before a capture: plans of cuDNN, compilation of Triton, lazy loading of modules
+_WARM_UP = 3  # runs before a capture: cuDNN makes plans, Triton compiles, modules are loaded
 _WARM_UP_OF_DDP = 11  # as PyTorch's notes on CUDA graphs ask for: DistributedDataParallel rebuilds its buckets meanwhile
 Loss = Callable[..., Tensor]
 
 
 def mean_nll(model: nn.Module, hr: Tensor, lr: Tensor, noise: Tensor | None = None) -> Tensor:
-    """The loss of NCSR, or of a module that wraps one: the mean of `nll` over the batch, in bits per pixel position."""
+    """The loss of NCSR, or of a module that wraps one: the mean `nll` of the batch, in bits per HR pixel position."""
     return model(hr, lr, noise).mean()
 
 
 def adam(
     parameters: nn.Module | Iterable[Any], lr: float, betas: tuple[float, float] = (0.9, 0.99), weight_decay: float = 0.0
 ) -> torch.optim.Adam:
-    """An Adam that a graph can hold: fused, on a GPU capturable, and with the learning rate of every group in a tensor.
+    """An Adam optimizer that a CUDA graph can capture.
 
-    A schedule writes to the tensors: `optimizer.param_groups[0]["lr"].fill_(value)`.
+    The optimizer is fused; on a GPU it is capturable and has the learning rate of every group in a tensor. A schedule writes to
+    these tensors: `optimizer.param_groups[0]["lr"].fill_(value)`.
 
     Args:
-        parameters: A model, for those that are trained; or what torch.optim takes: parameters, or groups with their own
-            "lr".
-        lr: Learning rate of the groups that have none of their own.
-        betas: Of Adam.
-        weight_decay: Of Adam.
+        parameters: A model, of which all parameters that require gradients are trained; or what torch.optim takes: parameters,
+            or groups with their own "lr".
+        lr: Learning rate of the groups without an "lr".
+        betas: Adam's coefficients of the running averages.
+        weight_decay: Adam's weight decay.
     """
     if isinstance(parameters, nn.Module):
         parameters = [parameter for parameter in parameters.parameters() if parameter.requires_grad]
@@ -56,30 +57,31 @@ def adam(
 class TrainingStep:
     """Forward, backward, clipping and optimizer step of one batch shape: `result, norm = step(hr, lr, noise)`.
 
-    A call returns the result of `loss` and the gradient norm, tensors on the device that the next call overwrites. Every call
-    changes the weights and the gradients too: one thread at a time.
+    A call returns the result of `loss` and the gradient norm, as tensors on the device that the next call overwrites. Every
+    call changes the weights and the gradients, so only one thread may call a step at a time.
 
-    A step whose loss or gradient norm is not finite is skipped: weights and optimizer stay as they were. On the device,
-    `counters` (int64: steps, skipped ones, skipped in a row, number of the last skipped one or -1) says so, and `rate`, a
-    factor for a schedule to apply, falls by `backoff`. Reading either on a GPU waits for it.
+    A step whose loss or gradient norm is not finite is skipped: weights and optimizer stay unchanged. Two tensors on the device
+    count skipped steps. `counters` (int64) holds the number of steps, of skipped steps, of skipped steps in a row, and the
+    number of the last skipped step or -1. `rate`, a factor that a schedule may apply to the learning rate, is multiplied by
+    `backoff` at each skipped step. Reading either tensor waits for the GPU.
 
     Args:
-        model: The model that `loss` takes: an NCSR, or a module around one.
-        optimizer: As `adam` makes it, or another fused one. None: gradients alone, which stay where they are from call to
-            call, to be reduced over processes before a step.
-        max_grad_norm: Gradients are clipped to it; None leaves them.
+        model: The model that `loss` takes: an NCSR, or a module that wraps one.
+        optimizer: An optimizer made by `adam`, or another fused optimizer. None: gradients alone, which stay in the same memory
+            from call to call, to be reduced over processes before a step.
+        max_grad_norm: The norm that gradients are clipped to; None: no clipping.
         loss: `(model, *inputs)` → a scalar, or a vector whose first element is minimised; it must not wait for the device.
             Inputs are tensors or None.
-        graph: Capture at the first call. Weights, optimizer state and gradients are then as a step without capture leaves
-            them: the runs before the capture are undone. A batch of another shape or dtype is captured anew, and so is all
-            after the model was moved, frozen or thawed, after a parameter's `requires_grad`, an option, or a number of the
-            optimizer changed, and after its `load_state_dict`. Of a model in DistributedDataParallel, every process must
-            make the same calls.
-        backoff: The factor of `rate` at a skipped step.
-        reduce: Called with the detached result of `loss`, to make it the result of all processes, in place.
+        graph: Capture a CUDA graph at the first call. Weights, optimizer state and gradients are then the same as after a step
+            without capture: the effect of the runs before the capture is undone. The graph is captured again for a batch of
+            another shape or dtype; after the model was moved, frozen or thawed; after an option, a parameter's `requires_grad`
+            or a number of the optimizer changed; and after the optimizer's `load_state_dict`. With DistributedDataParallel,
+            every process must make the same calls.
+        backoff: Factor of `rate` at a skipped step.
+        reduce: A function that is called with the detached result of `loss`, and reduces it over all processes, in place.
 
     Raises:
-        ValueError: A model on the CPU with graph=True, or an optimizer that is not fused or cannot be captured.
+        ValueError: graph=True with a model on the CPU, or with an optimizer that is not fused or cannot be captured.
     """
 
     def __init__(
@@ -103,11 +105,11 @@ class TrainingStep:
         self.counters = torch.tensor([0, 0, 0, -1], device=self.device)
         self.rate = torch.ones((), dtype=torch.float32, device=self.device)
         self._captured: dict[Hashable, tuple[_Captured, list[tuple[Tensor, Tensor | None]]]] = {}
-        self._memory: _Memory | None = None  # that the captured graphs read and write
+        self._memory: _Memory | None = None  # read and written by the captured graphs
 
     @property
     def parameters(self) -> list[Tensor]:
-        """The parameters that are trained: the optimizer's, or those of the model that require a gradient."""
+        """The trained parameters: the optimizer's, or the model's parameters that require a gradient."""
         if self.optimizer is None:
             return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
@@ -128,11 +130,11 @@ class TrainingStep:
         captured, gradients = self._captured[key]
         results = captured(*inputs)
         for parameter, gradient in gradients:
-            parameter.grad = gradient  # where the graph wrote it, whatever was there since
+            parameter.grad = gradient  # the tensor that the graph writes, even if it was replaced since
         return results
 
     def _key(self, inputs: tuple[Tensor | None, ...]) -> Hashable:
-        """What a graph is captured for."""
+        """The properties of inputs, model and optimizer that a captured graph is valid for."""
         shapes = tuple(None if tensor is None else (tensor.shape, tensor.dtype) for tensor in inputs)
         numbers = self.max_grad_norm, self.backoff, *self._numbers_of_optimizer()
         modes = tuple(module.training for module in self.model.modules())
@@ -164,7 +166,7 @@ class TrainingStep:
         return result, norm
 
     def _count(self, bad: Tensor) -> None:
-        """Note a step, and have the optimizer skip a `bad` one: it reads that on the device."""
+        """Count a step, and make the optimizer skip a `bad` step, which it reads on the device."""
         if self.optimizer is not None:
             self.optimizer.found_inf = bad.float()
         done, skipped, in_a_row, last = self.counters.unbind()
@@ -175,7 +177,7 @@ class TrainingStep:
         self.rate.mul_(torch.where(bad, self.backoff, 1.0))
 
     def _state(self) -> Iterator[tuple[Hashable, Tensor]]:
-        """Tensors that a step changes, each with a name of its own."""
+        """The tensors that a step changes, by name."""
         yield "counters", self.counters
         yield "rate", self.rate
         for index, parameter in enumerate(self.parameters):
@@ -188,7 +190,7 @@ class TrainingStep:
 
     @torch.no_grad()
     def _restore(self, saved: dict[Hashable, Tensor]) -> None:
-        """As before the capture; what the optimizer had not yet starts from zero, as Adam does."""
+        """Restore the state saved before the capture; optimizer state made since is set to zero, as Adam begins."""
         for name, tensor in self._state():
             tensor.copy_(saved[name]) if name in saved else tensor.zero_()
 
@@ -196,15 +198,16 @@ class TrainingStep:
 class Sampler:
     """`NCSR.sample` of one LR shape and number of samples as a graph: `sr, first_bad = sampler(lr, temperature, generator)`.
 
-    Captured at the first call, and anew for another LR shape or after an option of the model has changed, after the model was
-    moved, frozen or thawed, or a parameter was put in another's place. The graph begins with the weights as they are when it
-    is replayed. Threads may share a sampler, one of which waits for the other; all of them on one CUDA stream.
+    The graph is captured at the first call. It is captured again for another LR shape; after an option of the model has
+    changed; and after the model was moved, frozen or thawed, or a parameter was replaced by another. A replay uses the weights
+    as they are at that time. Threads may share a sampler, on the same CUDA stream; their calls run one after the other.
 
-    A call returns sr (B, n, 3, sH, sW), as `NCSR.sample` does, and first_bad (B, n): the number of the decoding step after
-    which a state was first beyond bounds or not finite, at least `sampler.sound` where none was; first_bad stays on the device.
+    A call returns `sr` (B, n, 3, sH, sW) as `NCSR.sample` does, and `first_bad` (B, n), on the device: the number of the first
+    decoding step after which the state was beyond bounds or not finite. For a sound sample `first_bad` is `sampler.sound` or
+    more.
 
     Raises:
-        ValueError: A model on the CPU with graph=True.
+        ValueError: graph=True with a model on the CPU.
     """
 
     def __init__(self, model: NCSR, n: int, *, graph: bool = True) -> None:
@@ -217,7 +220,7 @@ class Sampler:
 
     @torch.no_grad()
     def __call__(self, lr: Tensor, temperature: float = 0.9, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-        """Samples (B, n, 3, sH, sW), and (B, n) the decoding step at which each of them blew up."""
+        """Samples (B, n, 3, sH, sW), and for each the decoding step at which it blew up, (B, n)."""
         padded = self.model.padded(lr)
         shapes = self.model.latent_shapes(*lr.shape[2:])
         latents = draw_latents(shapes, lr.shape[0], self.n, temperature, lr, generator)
@@ -242,9 +245,9 @@ class Sampler:
 
 
 class _Memory:
-    """Tensors that a graph reads or writes by address: a model's, the constants of a frozen one, and others.
+    """Tensors that a graph reads or writes by address: those of a model, of its frozen constants, and others.
 
-    The memory stays allocated while this lives, so that nothing else is found at the address.
+    Their memory stays allocated as long as this object exists, so that no other tensor gets the same address.
     """
 
     def __init__(self, model: nn.Module, others: Iterable[Tensor] = ()) -> None:
@@ -253,7 +256,7 @@ class _Memory:
         self._places, self._constants = _places(tensors), _folded_constants(model)
 
     def is_still_that_of(self, model: nn.Module, others: Iterable[Tensor] = ()) -> bool:
-        """True if a graph that was captured before is right for the model as it is."""
+        """True if a graph captured with this memory is valid for the model as it is now."""
         constants = _folded_constants(model)
         same = len(constants) == len(self._constants) and all(a is b for a, b in zip(constants, self._constants))
         return same and _places(_tensors(model, others)) == self._places
@@ -273,7 +276,7 @@ def _folded_constants(model: nn.Module) -> list[dict]:
 
 
 class _Captured:
-    """A function of tensors as a graph, with inputs of its own into which every call copies."""
+    """A function of tensors as a graph; every call copies its arguments into the graph's own inputs."""
 
     def __init__(
         self,
@@ -296,9 +299,9 @@ class _Captured:
 def capture(
     function: Callable[[], tuple[Tensor, ...]], device: str | torch.device, warm_up: int
 ) -> tuple[Callable[[], None], tuple[Tensor, ...]]:
-    """A function as a CUDA graph of this device, after some runs of the function: the graph's replay, and its outputs.
+    """The replay of a function captured as a CUDA graph on this device, and its outputs; the function runs a few times first.
 
-    Other threads may allocate meanwhile, as the one of a DataLoader that pins memory does: "thread_local".
+    Other threads, such as the pinning thread of a DataLoader, may allocate during the capture ("thread_local").
     """
     with torch.cuda.device(device):
         stream, current = torch.cuda.Stream(device), torch.cuda.current_stream(device)
@@ -327,7 +330,7 @@ def _warm_up(model: nn.Module) -> int:
 def _check_on_gpu(model: nn.Module) -> None:
     device = next(model.parameters()).device
     if device.type != "cuda":
-        raise ValueError(f"a CUDA graph needs a model on a GPU, not on {device}; graph=False runs the same without one")
+        raise ValueError(f"a CUDA graph needs a model on a GPU, not on {device}; graph=False runs without one")
 
 
 def _check_optimizer(optimizer: torch.optim.Optimizer, graph: bool) -> None:

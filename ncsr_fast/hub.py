@@ -1,4 +1,4 @@
-"""Models by name: files and folders that are here, the models in the package, and those of the Hugging Face Hub."""
+"""Models by name: existing files and folders, the models in the package, and models of the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from ncsr_fast import files
 
 _REPOSITORY = re.compile(r"(\w[\w.-]*)/(\w[\w.-]*)", re.ASCII)  # user/name
-_FILES = (".pth", ".pt", ".ckpt", ".state", ".safetensors")  # a name that ends so means a file
+_FILES = (".pth", ".pt", ".ckpt", ".state", ".safetensors")  # a name with such an ending means a file
 
 
 def find_model(
@@ -21,26 +21,27 @@ def find_model(
 ) -> Path:
     """The file or folder of the model that `path` names.
 
-    The first of these that holds decides:
+    The first of these rules that applies decides:
 
-    1. something exists at `path`: that
-    2. it is the name of a model in the package: that
-    3. it is a string "user/name", no file's name, and there is no folder "user" here: the repository of the Hugging Face Hub,
-       of which config.json and model.safetensors are downloaded where the cache has them not
+    1. If something exists at `path`, it is the model.
+    2. If `path` is the name of a model in the package, it is that model.
+    3. If `path` is a string "user/name" that is not a file's name, and there is no folder "user" here, it is a repository of
+       the Hugging Face Hub. Its config.json and model.safetensors are downloaded unless they are cached.
 
-    So a mistyped path to a file, to a folder beside others, absolute, or with a `./` before it, is never looked for elsewhere.
+    So a mistyped path is never searched for on the Hub if it is absolute, begins with `./`, names a file, or begins with an
+    existing folder.
 
     Args:
         path: A path, the name of a model in the package, or a repository.
-        revision: Of the Hub, as `huggingface_hub.snapshot_download` has it; so are the following.
-        cache_dir: Likewise.
-        token: Likewise.
-        local_files_only: Likewise.
+        revision: Revision of the Hub repository, as in `huggingface_hub.snapshot_download`.
+        cache_dir: As in `huggingface_hub.snapshot_download`.
+        token: As in `huggingface_hub.snapshot_download`.
+        local_files_only: As in `huggingface_hub.snapshot_download`.
 
     Raises:
-        FileNotFoundError: There is none; the message says where was looked.
-        ImportError: A repository's name without huggingface_hub.
-        ValueError: A revision of what is no repository.
+        FileNotFoundError: There is no such model; the message says where it was searched for.
+        ImportError: `path` is a repository, and huggingface_hub is not installed.
+        ValueError: `revision` is given, and `path` is not a repository.
     """
     name = os.fspath(path)
     here = Path(path)
@@ -48,14 +49,14 @@ def find_model(
         here = files.SHIPPED / name
     if here.exists():
         if revision is not None:
-            raise ValueError(f"revision={revision!r} is for models of the Hugging Face Hub, and {name!r} is here")
+            raise ValueError(f"revision={revision!r} is for models of the Hugging Face Hub, but {name!r} is a local model")
         return here
     repository = _REPOSITORY.fullmatch(name) if isinstance(path, str) and not name.endswith(_FILES) else None
     if repository is None:
         raise FileNotFoundError(f"no model at {name!r}; shipped models: {', '.join(files.shipped()) or 'none'}")
     if Path(repository[1]).exists():
         raise FileNotFoundError(
-            f"no model at {name!r}; it is not looked up on the Hugging Face Hub either, since there is a {repository[1]!r} here"
+            f"no model at {name!r}; it is not searched for on the Hugging Face Hub, because {repository[1]!r} exists here"
         )
     try:
         from huggingface_hub import snapshot_download
@@ -64,7 +65,7 @@ def find_model(
             f"no model at {name!r}; if it is a repository of the Hugging Face Hub: pip install 'ncsr_fast[hub]'"
         ) from error
     try:
-        folder = snapshot_download(  # of one commit, which two downloads of one file each might not be
+        folder = snapshot_download(  # both files of one commit; two downloads might be of two commits
             name,
             revision=revision,
             cache_dir=cache_dir,
@@ -72,7 +73,7 @@ def find_model(
             local_files_only=local_files_only,
             allow_patterns=[files.CONFIG, files.WEIGHTS],
         )
-    except (OSError, ValueError) as error:  # what all its errors are
+    except (OSError, ValueError) as error:  # base classes of all its errors
         reason = " ".join(str(error).split())
-        raise FileNotFoundError(f"no model at {name!r}, and none of that name from the Hugging Face Hub: {reason}") from error
+        raise FileNotFoundError(f"no model at {name!r}, and the Hugging Face Hub gave none: {reason}") from error
     return Path(folder)

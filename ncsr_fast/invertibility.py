@@ -1,4 +1,4 @@
-"""Where a flow cannot be inverted: what every step divides by, and how well it is undone."""
+"""Report on how well a flow can be inverted: the divisors and the round-trip error of every step."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from ncsr_fast.flow.walk import downward
 if TYPE_CHECKING:
     from ncsr_fast.model import NCSR
 
-HEALTHY_SCALE = 1e-2  # below it, eight steps in a row take a state of 1 beyond float32
+HEALTHY_SCALE = 1e-2  # eight steps in a row with a smaller scale take a state of 1 beyond float32
 
 
 @dataclass(frozen=True)
 class StepReport:
-    """One step, decoding a sample."""
+    """Figures of one step, from decoding a sample."""
 
-    level: int  # from the HR side, 0 first
-    step: int  # in encoding order, 0 first; the unconditional transition steps are counted below 0
-    smallest_scale: float  # of everything that decoding the step divides by
-    of: str  # what has it: "actnorm", "injector", "coupling" or "noise coupling"
-    condition: float  # number of the 1×1 convolution, in the 2-norm
-    round_trip: float  # largest |encode(decode(y)) - y| of the step, over the largest |y|
-    largest_state: float  # after decoding the step
+    level: int  # counted from the HR side, from 0
+    step: int  # in encoding order, from 0; transition steps have negative numbers, -1 the last
+    smallest_scale: float  # the smallest divisor of decoding the step
+    of: str  # the map with that scale: "actnorm", "injector", "coupling" or "noise coupling"
+    condition: float  # condition number of the 1×1 convolution, in the 2-norm
+    round_trip: float  # largest |encode(decode(y)) - y| of the step, divided by the largest |y|
+    largest_state: float  # largest |state| after decoding the step
 
 
 @dataclass(frozen=True)
 class InvertibilityReport:
-    """What `NCSR.check_invertibility` returns; printing it shows the table."""
+    """Report of `NCSR.check_invertibility`; `print(report)` prints it as a table."""
 
     steps: tuple[StepReport, ...]  # in the order of decoding
     round_trip: float  # largest |decode(encode(hr)) - hr| of the decoded images
@@ -47,21 +47,24 @@ class InvertibilityReport:
 
     @property
     def first_unhealthy(self) -> StepReport | None:
-        """The first step decoded with a scale below 0.01 or a state that is not finite; what follows suffers from it."""
+        """The first decoded step with a scale below 0.01 or a state that is not finite; None if all steps are healthy.
+
+        Steps decoded after it may be unhealthy because of it.
+        """
         steps = (s for s in self.steps if s.smallest_scale < HEALTHY_SCALE or not math.isfinite(s.largest_state))
         return next(steps, None)
 
     @property
     def healthy(self) -> bool:
-        """Whether there is no such step."""
+        """True if every scale is at least 0.01 and every state is finite."""
         return self.first_unhealthy is None
 
     def __str__(self) -> str:
-        lines = ["level  step  smallest scale  of              condition  round trip  largest state"]
+        lines = ["level        step  smallest scale  of              condition  round trip  largest state"]
         for s in self.steps:
-            step = s.step if s.step >= 0 else "plain"
+            step = s.step if s.step >= 0 else "transition"
             lines.append(
-                f"{s.level + 1:5}  {step!s:>5} {s.smallest_scale:14.2e}  {s.of:14}  {s.condition:9.1e}  {s.round_trip:10.1e}"
+                f"{s.level + 1:5}  {step!s:>10}  {s.smallest_scale:14.2e}  {s.of:14}  {s.condition:9.1e}  {s.round_trip:10.1e}"
                 f"  {s.largest_state:13.1e}"
             )
         first = self.first_unhealthy
@@ -71,7 +74,7 @@ class InvertibilityReport:
 
 @torch.no_grad()
 def check_invertibility(model: NCSR, lr: Tensor, temperature: float, generator: torch.Generator | None) -> InvertibilityReport:
-    """What `NCSR.check_invertibility` documents, of an LR image of even size, step by step without the engine."""
+    """The report of `NCSR.check_invertibility` for an LR image of even size, by the reference, step by step."""
     drawn = draw_latents(model.latent_shapes(*lr.shape[2:]), len(lr), 1, temperature, lr, generator)
     condition = model.features(lr, plain=True)
     latents = [latent[:, 0] for latent in around_prior_mean(drawn, condition.prior_mean)]
@@ -102,7 +105,7 @@ def check_invertibility(model: NCSR, lr: Tensor, temperature: float, generator: 
 
 
 def _smallest_scale(level: FlowLevel, step: Step, y: Tensor, u: Tensor, noise: Tensor | None) -> tuple[float, str]:
-    """The smallest scale of a step and what has it; y is the state after it, whose first half its networks read."""
+    """The smallest scale of a step, and the map that has it; y is the state after the step."""
     found = [(float(torch.exp(step.logs.min())), "actnorm")]
     for branch, network in step.branches:
         h = network(level.network_input(branch, y, u, noise))

@@ -1,4 +1,4 @@
-"""Memory of the tensors that kernels read and write: whether there is any, and in which layout outputs lie."""
+"""Memory and layout of the tensors that kernels read and write."""
 
 from __future__ import annotations
 
@@ -11,39 +11,39 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def readable(tensors: Iterable[Tensor], by_pytorch: bool = False) -> bool:
-    """True where kernels may be called on these tensors: their values lie in memory, and nothing but autograd looks on.
+    """True if kernels may be called on these tensors: they have memory, and nothing but autograd records the call.
 
     Args:
-        tensors: Of one call.
-        by_pytorch: PyTorch's operators, which take tensors on the meta device as well, stand for the kernels.
+        tensors: The tensors of one call.
+        by_pytorch: True: the kernels are made of PyTorch's operators, which also take tensors on the meta device.
     """
     return not traced() and all(map(is_eager if by_pytorch else has_memory, tensors))
 
 
 def is_eager(x: Tensor) -> bool:
-    """True for a plain tensor, one on the meta device included.
+    """True for an ordinary tensor, also on the meta device.
 
-    False for a fake tensor, for any other subclass that says what operators do to it (DTensor …), and for a tensor that a
-    transform of `torch.func` or a batched gradient wraps.
+    False for a fake tensor, for any other subclass that defines its own operators (DTensor …), and for a tensor wrapped by a
+    transform of `torch.func` or by a batched gradient.
     """
     return _is_plain(x) and not is_wrapped(x)
 
 
 def has_memory(x: Tensor) -> bool:
-    """True for an eager tensor whose values lie in memory of its own."""
+    """True for an eager tensor that has its values in its own memory."""
     return is_eager(x) and not x.is_meta
 
 
 def is_wrapped(x: Tensor) -> bool:
-    """True where a transform of `torch.func` or a batched gradient put something else in a tensor's place."""
+    """True if a transform of `torch.func` or a batched gradient wraps the tensor."""
     functorch = torch._C._functorch
     return functorch.is_functorch_wrapped_tensor(x) or functorch.is_legacy_batchedtensor(x)
 
 
 def traced() -> bool:
-    """True where operators are recorded, or work on something else than memory, so that nothing would see a kernel's work.
+    """True if operators are recorded or do not work on memory, so that the effect of a kernel would be lost.
 
-    That is inside `torch.compile`, `torch.func`, forward-mode differentiation, `make_fx`, `FakeTensorMode` and
+    This is so inside `torch.compile`, `torch.func`, forward-mode differentiation, `make_fx`, `FakeTensorMode` and
     `torch.jit.trace`.
     """
     if torch.compiler.is_compiling():
@@ -59,12 +59,12 @@ def in_a_graph() -> bool:
 
 
 def transformed() -> bool:
-    """True inside transforms of `torch.func` and forward-mode differentiation, which plain PyTorch operators alone know."""
+    """True inside transforms of `torch.func` and forward-mode differentiation, which only PyTorch's operators support."""
     return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
 def laid_out(x: Tensor, memory_format: torch.memory_format) -> Tensor:
-    """x in a memory format; as it lies inside transforms, some of which know none."""
+    """x in a memory format; unchanged inside transforms, some of which support no formats."""
     if transformed():
         return x
     if memory_format == torch.channels_last and x.shape[1] == 1 and x.stride(1) != 1:
@@ -74,10 +74,10 @@ def laid_out(x: Tensor, memory_format: torch.memory_format) -> Tensor:
 
 
 def in_memory(x: Tensor) -> Tensor:
-    """x, or a copy where its memory does not hold its values.
+    """x, or a copy if its memory does not hold its values.
 
-    Such are negated and known-to-be-zero tensors (`torch._neg_view`, forward-mode gradients). Raises TypeError for a tensor
-    without memory of its own.
+    Negated tensors and tensors known to be zero are copied (`torch._neg_view`, forward-mode gradients). Raises TypeError for
+    a tensor without memory of its own.
     """
     if not _is_plain(x):
         raise TypeError(
@@ -89,9 +89,9 @@ def in_memory(x: Tensor) -> Tensor:
 
 
 def writable(y: Tensor) -> Tensor:
-    """y, whose memory a kernel may write to. Raises TypeError where that memory does not hold its values, or there is none."""
+    """y, to be written to by a kernel; raise TypeError if y has no memory, or its memory does not hold its values."""
     if in_memory(y) is not y:
-        raise TypeError("a kernel cannot write to a tensor with a negative bit, or to one that is known to be zero")
+        raise TypeError("a kernel cannot write to a tensor with a negative bit, or to a tensor that is known to be zero")
     return y
 
 
@@ -100,14 +100,14 @@ def _is_plain(x: Tensor) -> bool:
 
 
 def is_channels_last(x: Tensor) -> bool:
-    """True for an image whose channels of a pixel are adjacent in memory, a slice of a channels-last tensor included."""
+    """True for an image with the channels of a pixel adjacent in memory, also for a slice of a channels-last tensor."""
     return x.dim() == 4 and x.stride(1) == 1 and not x.is_contiguous()
 
 
 def empty_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Uninitialised and dense, of the shape, device and layout of x: an image (B, C, H, W), or matrices.
+    """An uninitialised dense tensor of the shape, device and layout of x: an image (B, C, H, W), or matrices.
 
-    Every output of a kernel is allocated here, and by the fake of its operator too, so that the strides agree.
+    A kernel and the fake of its operator both allocate outputs by this function, so that the strides agree.
     `torch.empty_like` would copy the strides of a permuted or sliced x instead.
     """
     return torch.empty_like(x, dtype=dtype, memory_format=dense_format(x))
@@ -119,5 +119,5 @@ def empty_channels_last(shape: Sequence[int], like: Tensor, dtype: torch.dtype |
 
 
 def dense_format(x: Tensor) -> torch.memory_format:
-    """The memory format of what lies as x does, and is dense."""
+    """The memory format of a dense tensor in the layout of x."""
     return torch.channels_last if is_channels_last(x) else torch.contiguous_format

@@ -1,6 +1,6 @@
-"""Memory: how much tensors take during a call, what happens when there is no more, and how to have that happen in time.
+"""Memory: the peak of a call, errors of memory, and a limit that makes such an error come in time.
 
-Calls are measured on the CPU, or on the "meta" device, where tensors have sizes and no memory.
+Calls are measured on the CPU, or on the "meta" device, where tensors have sizes but no memory.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ _MEMORY, _STATUS, _GROUP = Path("/proc/meminfo"), Path("/proc/self/status"), Pat
 
 
 def peak_bytes(call: Callable[[], Any]) -> int:
-    """Most memory that tensors took during a call, its results included, beyond those it was given.
+    """The largest number of bytes that tensors took during a call, with its results but without its arguments.
 
-    Counts what operators return, in autograd Functions, backward passes and our native operators too. It does not count
-    memory that the inside of one operator takes and gives back, nor that of compiled graphs. On a GPU ask the allocator:
+    The peak counts what operators return, also in autograd Functions, backward passes and native operators. It does not
+    count memory that one operator takes and frees inside, nor that of compiled graphs. On a GPU ask the allocator:
     `torch.cuda.max_memory_allocated`.
     """
     with _Storages() as storages:
-        results = call()  # kept, so that its memory is not returned before the end
+        results = call()  # referenced, so that its memory is not freed before the end
     del results
     return storages.peak
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """True for an error of memory that ran out, on a GPU or on the CPU, whose allocator raises a plain RuntimeError."""
+    """True if an error says that memory ran out, on a GPU or on a CPU, where PyTorch raises a RuntimeError."""
     if isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(
@@ -42,15 +42,16 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextlib.contextmanager
 def within_free_memory() -> Iterator[None]:
-    """A context in which this process has no more memory than is free now: what asks for more gets an error.
+    """A context in which this process cannot have more memory than is free now: asking for more raises an error.
 
-    Without it Linux promises memory that it does not have, and kills the process that uses it. Elsewhere nothing is done.
+    Without this limit, Linux promises memory that it does not have, and kills the process that uses it. On other systems
+    nothing is done.
     """
     free = free_memory()
     if free is None:
         yield
         return
-    import resource  # where there is free memory to know of, it is there
+    import resource  # it exists wherever the free memory is known
 
     before, hard = resource.getrlimit(resource.RLIMIT_DATA)
     bound = _kibibytes(_STATUS, "VmData") + free
@@ -63,12 +64,12 @@ def within_free_memory() -> Iterator[None]:
 
 
 def free_memory() -> int | None:
-    """Bytes of the machine's memory, or of this container's, that a process can have; None where nothing tells."""
+    """Bytes of free memory of the machine or of this container; None if unknown."""
     try:
         free = _kibibytes(_MEMORY, "MemAvailable")
     except (OSError, KeyError):
         return None
-    with contextlib.suppress(OSError, ValueError, KeyError):  # "max" where there is no limit, and elsewhere no file
+    with contextlib.suppress(OSError, ValueError, KeyError):  # "max" without a limit, and no file on other systems
         limit, used = (int((_GROUP / name).read_text(encoding="utf-8")) for name in ("memory.max", "memory.current"))
         lines = (_GROUP / "memory.stat").read_text(encoding="utf-8").splitlines()
         cached = dict(line.split() for line in lines)["inactive_file"]
@@ -85,24 +86,24 @@ def free_bytes(device: torch.device) -> int | None:
 
 
 def _kibibytes(file: Path, name: str) -> int:
-    """Bytes that a line `name: number kB` of a file of the kernel's stands for."""
+    """The number of bytes in a line `name: number kB` of a file of the kernel."""
     lines = dict(line.split(":", 1) for line in file.read_text(encoding="utf-8").splitlines() if ":" in line)
     return 1024 * int(lines[name].split()[0])
 
 
 class _Storages(TorchDispatchMode):
-    """The storages alive that operators made since it was entered."""
+    """A context that counts the living storages made by operators inside it."""
 
     def __init__(self) -> None:
         super().__init__()
         self.now = self.peak = 0
-        self._sizes: dict[int, int] = {}  # 0 for one from before
+        self._sizes: dict[int, int] = {}  # 0 for storages made before
 
     def __torch_dispatch__(self, operator: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         self._meet((args, kwargs), made=False)
         results = operator(*args, **kwargs)
-        self._meet(results, made=True)  # but for views: their storage is that of an argument
+        self._meet(results, made=True)  # except views, which have the storage of an argument
         return results
 
     def _meet(self, values: Any, made: bool) -> None:
@@ -115,7 +116,7 @@ class _Storages(TorchDispatchMode):
                 self._sizes[key] = storage.nbytes() if made else 0
                 self.now += self._sizes[key]
                 self.peak = max(self.peak, self.now)
-                # called when the memory goes, not when this Python object would: PyTorch keeps it as long as the memory
+                # called when the memory is freed: PyTorch keeps this Python object as long as the memory
                 weakref.finalize(storage, self._free, key).atexit = False
 
     def _free(self, key: int) -> None:

@@ -35,7 +35,7 @@ from ncsr_fast.layout import laid_out
 
 
 def _option(name: str, meaning: str) -> property:
-    """The property of a model that is one of its `options`."""
+    """A property of a model that reads and writes one field of its `options`."""
 
     def write(model: NCSR, value: Any) -> None:
         model.options = replace(model.options, **{name: value})
@@ -79,13 +79,13 @@ class NCSR(Freezable):
         self.register_buffer("actnorm_initialized", torch.tensor(False))
         self.unused_published: dict[str, Tensor] = {}  # tensors of a published file that no computation reads
 
-    engine = _option("engine", 'Evaluation of the model, "fused" or "plain", the reference, which goes step by step.')
-    precision = _option("precision", 'Precision of the networks, "fp32", "tf32" or "bf16".')
+    engine = _option("engine", 'Evaluation of the model: "fused", the engine, or "plain", the reference, step by step.')
+    precision = _option("precision", 'Precision of the networks: "fp32", "tf32" or "bf16".')
     checkpoint = _option("checkpoint", "True if the backward pass recomputes hidden layers instead of saving them.")
 
     @property
     def served(self) -> EngineOptions:
-        """The options of a call made now: `options`, under `torch.autocast` with the precision it asks for."""
+        """The options in force for a call made now: `options`, under `torch.autocast` with autocast's precision."""
         return self.options.under_autocast(self.inputs.like)
 
     @property
@@ -141,7 +141,7 @@ class NCSR(Freezable):
         return self._condition(lr).encode(hr, noise, prior=prior)
 
     def forward(self, hr: Tensor, lr: Tensor, noise: Tensor | None = None, *, prior: str | Tensor = "condition") -> Tensor:
-        """Return `nll(hr, lr, noise)`: what training optimises, and what wrappers of modules, hooks and `torch.compile` see."""
+        """Return `nll(hr, lr, noise)`, so that training, module wrappers, hooks and `torch.compile` can call the model."""
         return self.nll(hr, lr, noise, prior=prior)
 
     def nll(self, hr: Tensor, lr: Tensor, noise: Tensor | None = None, *, prior: str | Tensor = "condition") -> Tensor:
@@ -155,7 +155,7 @@ class NCSR(Freezable):
     def initialize(self, hr: Tensor, lr: Tensor, noise: Tensor | None = None) -> Tensor:
         """Set every actnorm from one batch, in encoding order, and return the batch's `nll` (B,).
 
-        Each of them, those of networks included, makes the data that reaches it zero-mean and unit-variance per channel.
+        Each actnorm, also inside the networks, then gives its input zero mean and unit variance per channel.
         """
         self._freezer.refuse("initialize()")
         inputs = self.inputs
@@ -230,27 +230,30 @@ class NCSR(Freezable):
     def check_invertibility(
         self, lr: Tensor, temperature: float = 0.9, generator: torch.Generator | None = None
     ) -> InvertibilityReport:
-        """Decode one sample of each LR image step by step, and report what each step divides by and how well it is undone.
+        """Decode one sample of each LR image step by step, and report how well every step can be inverted.
 
-        Per step: the smallest scale, the condition number of the 1×1 convolution, the round-trip error and the largest state;
-        of the images, the round-trip error. Scales near zero compound as divisors, which the likelihood does not show.
-        `print(report)` is a table, `report.worst` the step with the smallest scale. Slow: without the engine, and it waits
-        for the device at every step. Raises what `sample` does.
+        For each step the report has the smallest scale, which is a divisor in decoding, the condition number of the 1×1
+        convolution, the round-trip error and the largest state; for the images it has the round-trip error. Decoding compounds
+        divisions by scales near zero, and the likelihood does not show it. `print(report)` prints a table; `report.worst` is
+        the step with the smallest scale.
+
+        The check is slow: it does not use the engine, and waits for the device at every step. It raises the same errors as
+        `sample`.
         """
         check_temperature(temperature)
         return check_invertibility(self, self.padded(lr), temperature, generator)
 
     def latent_shapes(self, height: int, width: int) -> list[tuple[int, int, int]]:
-        """(C, h, w) of each latent of an LR image of that size, in the order of `encode`."""
+        """The shape (C, h, w) of each latent for an LR image of this size, in the order of `encode`."""
         return self.flow.latent_shapes(height, width)
 
     def padded(self, lr: Tensor) -> Tensor:
-        """An LR image checked, and padded to sides that the flow takes."""
+        """The LR images, checked, and padded to sides that the flow takes."""
         self._freezer.check(self)
         return self.inputs.lr(lr)
 
     def features(self, lr: Tensor, plain: bool | None = None, tile: int | str | None = None) -> Condition:
-        """The encoder's condition for LR images of a padded size, unchecked; `plain` (None: as the engine) by the reference."""
+        """The encoder's condition for padded LR images, unchecked; `plain`: by the reference (None: as `engine` says)."""
         if self.engine == "plain" if plain is None else plain:
             return condition(self.encoder, lr, None, tile)
         options = self.served
@@ -260,7 +263,7 @@ class NCSR(Freezable):
         return found.with_mean_in(self.inputs.like.dtype)
 
     def conditioned_levels(self, lr: Tensor, keeps: bool = False, tile: int | str | None = None) -> Levels:
-        """The levels for LR images of a padded size, without checks; `keeps` their plans for further calls."""
+        """The levels for padded LR images, unchecked; `keeps`: their plans are cached for further calls."""
         return Levels(self.levels, self.flow, self.features(lr, tile=tile), self.served, keeps)
 
     def _condition(self, lr: Tensor, keeps: bool = False, tile: int | str | None = None) -> ConditionedFlow:
@@ -273,12 +276,12 @@ class NCSR(Freezable):
         return ConditionedFlow(levels, self.inputs, lr, watched, self._freezer.recording, self.advice, reference)
 
     def advice(self, lr: Tensor) -> str:
-        """The reason why samples of LR images (B, 3, H, W) blew up, as far as weights and pixels tell, and advice."""
+        """An explanation why samples of LR images (B, 3, H, W) blew up, from weights and pixels, with advice."""
         broken = [name for name, weight in self.named_parameters() if not weight.isfinite().all()]
         if broken:
             return (
-                f"{len(broken)} weights of the model are not finite, {broken[0]} first, so no temperature helps: load a "
-                "checkpoint from before they were."
+                f"{len(broken)} weights of the model are not finite, {broken[0]} first, so no temperature helps: load an "
+                "earlier checkpoint."
             )
         return self.inputs.advice(lr)
 
@@ -287,7 +290,7 @@ class NCSR(Freezable):
         return [level.cache for level in self.levels]
 
     def _visit(self) -> None:
-        """Decode and encode an image as small as there is, so that all is folded that passes need."""
+        """Decode and encode the smallest possible image, so that everything the passes need is folded."""
         side = self.flow.lr_multiple
         lr = self.inputs.like.new_zeros(1, self.flow.lr_channels, side, side)
         latents = [lr.new_zeros(1, *shape) for shape in self.latent_shapes(side, side)]
@@ -306,7 +309,7 @@ class NCSR(Freezable):
         published.load_network(self, read_state_dict(source))
 
     def published_state_dict(self) -> dict[str, Tensor]:
-        """The weights under the published names and shapes; tensors that nothing uses are those last loaded, or zeros."""
+        """The weights under the published names and shapes; unused tensors are those last loaded, or zeros."""
         return published.network_state_dict(self)
 
     @classmethod
@@ -343,21 +346,21 @@ class NCSR(Freezable):
         return models.load_model(lambda found: cls(found, **options), path, config)
 
     def save_pretrained(self, directory: str | os.PathLike) -> Path:
-        """Write `config.json` and `model.safetensors` to `directory`, each atomically; return it. For an `NCSRConfig`."""
+        """Write `config.json` and `model.safetensors` to `directory`, each atomically, and return it (`NCSRConfig` only)."""
         return files.save_directory(self, "ncsr", self._published_config("save_pretrained()").to_dict(), directory)
 
     def describe(self) -> str:
-        """The model in a few words, for messages."""
+        """A description of the model in a few words, for messages."""
         if isinstance(self.config, NCSRConfig):
             return models.describe(self.config)
         return f"a flow, ×{self.flow.scale}, {len(self.levels)} levels"
 
     def _published_config(self, what: str) -> NCSRConfig:
         if not isinstance(self.config, NCSRConfig) or not isinstance(self.encoder, (RRDB, LowLightEncoder)):
-            raise ValueError(f"{what} is for the architectures of NCSRConfig; of this model save state_dict()")
+            raise ValueError(f"{what} is for the architectures of NCSRConfig; for this model use state_dict()")
         return self.config
 
 
 def _bits(encoded: Encoded, pixels: int) -> Tensor:
-    """Negative log-likelihood (B,) in bits per position of an image of so many pixels."""
+    """Negative log-likelihood (B,) in bits per pixel position, for images with this number of pixels."""
     return encoded.log_likelihood / (-math.log(2) * pixels)

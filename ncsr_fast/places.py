@@ -1,4 +1,4 @@
-"""Files and folders by what they are, not by their names: what is written must not be what is read."""
+"""Identity of files and folders, whatever their names: a command must not write what it reads."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ AnyPath = str | os.PathLike
 
 
 def holds(folder: AnyPath, path: AnyPath) -> bool:
-    """True if `path` is the folder or in it, by any name: through links, or in letters of another case where that is one name.
+    """True if `path` is the folder or in it, also by another name: through links, or in other case where case is ignored.
 
-    Neither has to be there.
+    Neither of the two has to exist.
     """
     key = _key(folder)
     return any(_key(place) == key for place in _upwards(path))
 
 
 def check_apart(outputs: Mapping[str, Iterable[AnyPath]], inputs: Mapping[str, Iterable[AnyPath]]) -> None:
-    """Check that what a command writes replaces nothing that it reads, lies in no folder that it reads, and is written once.
+    """Check that a command's outputs replace none of its inputs or each other, and are in no folder that it reads.
 
     Args:
-        outputs: Files, by what messages call them.
-        inputs: Files, and folders of which everything is read, by what messages call them.
+        outputs: Files, by their names in messages.
+        inputs: Files, and folders that are read as a whole, by their names in messages.
 
     Raises:
-        ValueError: Naming the two that are one.
+        ValueError: Two of them are the same; the message names both.
     """
     read = {_key(path): (name, os.fspath(path)) for name, paths in inputs.items() for path in paths}
     written: dict[Hashable, tuple[str, str]] = {}
@@ -54,7 +54,7 @@ def check_apart(outputs: Mapping[str, Iterable[AnyPath]], inputs: Mapping[str, I
 
 
 def files_of_model(model: AnyPath) -> list[Path]:
-    """The files that are read of a model, given as for `from_pretrained`; none of one that is to be downloaded."""
+    """The files of a model given as for `from_pretrained`; none if it is to be downloaded."""
     place = Path(model)
     if not place.exists() and os.fspath(model) in files.shipped():
         place = files.SHIPPED / place
@@ -65,10 +65,10 @@ def files_of_model(model: AnyPath) -> list[Path]:
 
 
 def _key(path: AnyPath) -> Hashable:
-    """Equal for two names of one file or folder."""
+    """A key that is equal for two names of one file or folder."""
     try:
         status = os.stat(path)
-    except OSError:  # not there: what some file systems take for the same name
+    except OSError:  # it does not exist: compare names as some file systems do
         return unicodedata.normalize("NFC", os.path.realpath(path)).casefold()
     return status.st_dev, status.st_ino
 

@@ -1,17 +1,17 @@
 """True float32 where the package convolves or multiplies, whatever PyTorch's global flags say.
 
 The flags let PyTorch round the operands of float32 convolutions and products: on a GPU to TF32, which cuDNN does by default; on
-a CPU to TF32 or bfloat16, where it has instructions for them. The relative error of an operand is then 5e-4 or 4e-3. oneDNN's
-flag for products decides about convolutions too: PyTorch computes small ones as products.
+a CPU to TF32 or bfloat16, if it has instructions for them. The relative error of an operand is then 5e-4 or 4e-3. oneDNN's flag
+for products also affects convolutions, because PyTorch computes small convolutions as products.
 
-The flags belong to the process, and passes to its threads. So passes are counted: the first one in makes the flags exact, the
-last one out puts back what was there, and a flag that the program has set to another value meanwhile keeps that value. No pass
-waits for another. One that permits TF32 changes no flag, and is more exact than it need be while a pass of another thread is
-inside. Who asks here what the flags say is told what the program has set, not what a pass has made of it.
+The flags are global to the process and its threads. So passes are counted: the first pass to begin makes the flags exact, and
+the last pass to end restores them. A flag that the program sets meanwhile keeps the program's value. No pass waits for another.
+A pass that permits TF32 changes no flag, and is more exact than necessary while a pass in another thread needs exact flags. The
+functions of this module that read the flags return what the program has set, not what a pass has made of it.
 
-While a pass is inside on a GPU, PyTorch refuses to read `torch.backends.cudnn.allow_tf32`, as it does after a program has set
-`torch.backends.fp32_precision`: that flag cannot be changed and put back. So forward passes there change no flag (see
-`ncsr_fast.ops.conv3x3`), and backward passes do for one call at a time, inside which no code of the user's runs.
+While a pass is in progress on a GPU, PyTorch refuses to read `torch.backends.cudnn.allow_tf32`, as it does after a program has
+set `torch.backends.fp32_precision`: that flag cannot be changed and restored. So forward passes on a GPU change no flag (see
+`ncsr_fast.ops.conv3x3`), and backward passes change flags only for the duration of one call, which runs no code of the user's.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ _EXACT = ("ieee", "none", "highest", False)  # values of flags under which nothi
 
 
 class _Flag(NamedTuple):
-    """A global flag."""
+    """A global flag of PyTorch."""
 
-    name: str  # "conv" (before torch 2.9 "cudnn", a GPU's alone), "matmul", or "all", whose value those two may inherit
+    name: str  # "conv" (before torch 2.9 "cudnn", for GPUs only), "matmul", or "all", from which these two may inherit
     read: Callable[[], Any]
     read_own: Callable[[], Any]  # the same, but "none" where the value is inherited
     write: Callable[[Any], None]
@@ -38,13 +38,13 @@ class _Flag(NamedTuple):
 
 
 class _Flags:
-    """The flags of a device, and how many passes are inside which need them exact."""
+    """The flags of a device, and the number of passes in progress that need them exact."""
 
     def __init__(self, flags: list[_Flag]) -> None:
-        self._flags = flags  # "all" first: once it is exact, what still rounds has a value of its own, which can be put back
+        self._flags = flags  # "all" first: flags that still round after it have a value of their own, which can be restored
         self._inside = 0
-        self._own: dict[str, Any] = {}  # by name: what to put back
-        self._found: dict[str, Any] = {}  # by name: what the program has set
+        self._own: dict[str, Any] = {}  # by name: the value to restore
+        self._found: dict[str, Any] = {}  # by name: the value that the program has set
 
     def enter(self) -> None:
         with _LOCK:
@@ -79,9 +79,9 @@ class _Flags:
 def _flags_of(backend: str) -> _Flags:
     """Flags of "cuda" or "mkldnn", of torch ≥ 2.9.
 
-    Read and written as `torch.backends` does it; but `torch.backends.mkldnn.fp32_precision` writes another flag than it reads.
-    The flag of cuDNN's convolutions begins with a value that cannot be written, "tf32 unless another is inherited", so "all" is
-    what changes it.
+    They are read and written as by `torch.backends`, except that `torch.backends.mkldnn.fp32_precision` writes another flag
+    than it reads. The flag of cuDNN's convolutions has an initial value that cannot be written, "tf32 unless another value is
+    inherited", so it is changed through "all".
     """
     get, set_ = torch._C._get_fp32_precision_getter, torch._C._set_fp32_precision_setter
 
@@ -89,7 +89,7 @@ def _flags_of(backend: str) -> _Flags:
         value, inherited = get(backend, "all"), get("generic", "all")
         if value != inherited or value == "none":
             return value
-        set_("generic", "all", "ieee")  # for a moment: does "all" follow?
+        set_("generic", "all", "ieee")  # temporarily, to see if "all" follows
         own = get(backend, "all")
         set_("generic", "all", inherited)
         return own if own == value else "none"
@@ -104,7 +104,7 @@ def _flags_of(backend: str) -> _Flags:
 
 
 def _flags_before_2_9() -> _Flags:
-    """A flag for cuDNN's convolutions, and one for all products on any device."""
+    """The flags before torch 2.9: one for cuDNN's convolutions, and one for all products on any device."""
     cudnn, read, write = torch.backends.cudnn, torch.get_float32_matmul_precision, torch.set_float32_matmul_precision
 
     def allowed() -> bool:
@@ -115,7 +115,7 @@ def _flags_before_2_9() -> _Flags:
 
 
 def _flags() -> dict[str, _Flags]:
-    """The flags by the type of device."""
+    """The flags by device type."""
     if hasattr(torch._C, "_get_fp32_precision_getter"):
         return {"cpu": _flags_of("mkldnn"), "cuda": _flags_of("cuda")}
     return dict.fromkeys(("cpu", "cuda"), _flags_before_2_9())
@@ -126,13 +126,13 @@ _FLAGS = _flags()
 
 
 def has_cudnn() -> bool:
-    """True if PyTorch convolves on a GPU by cuDNN; otherwise it does so by matrix products."""
+    """True if PyTorch convolves on a GPU with cuDNN; otherwise it uses matrix products."""
     return torch.backends.cudnn.is_available() and torch.backends.cudnn.enabled
 
 
 @contextlib.contextmanager
 def true_float32(like: Tensor) -> Iterator[None]:
-    """Inside, convolutions and products of tensors like this one, if it is float32, round no operand."""
+    """A context in which convolutions and products of tensors like `like`, if it is float32, round no operand."""
     flags = _FLAGS.get(like.device.type) if like.dtype == torch.float32 else None
     if flags is None:
         yield

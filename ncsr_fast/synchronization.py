@@ -1,4 +1,4 @@
-"""Where the host may look at values: a look at a GPU's would make it wait for everything queued before."""
+"""When the host may read values: reading values on a GPU makes the host wait for all queued work."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from ncsr_fast.layout import has_memory, traced
 def reading_is_free(tensor: Tensor) -> bool:
     """True if values of `tensor` may be read in a training step or a sampling pass.
 
-    That is on the CPU only, and not where the tensor has no values yet, in a graph that is traced or under a transform of
+    This is so on the CPU only, and only for a tensor with values: not in a graph that is traced, nor under a transform of
     `torch.func`.
 
-    All checks that look at values ask this, so that on a GPU such a pass never waits and can be captured in a CUDA graph.
+    Every check that reads values asks this function first, so that on a GPU a pass never waits and can be captured in a CUDA
+    graph.
     """
     return tensor.device.type == "cpu" and not traced() and has_memory(tensor)

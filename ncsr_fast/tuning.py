@@ -1,16 +1,18 @@
-"""Tables of GPUs: which backend runs each kernel, and in which tiles, with where every entry comes from.
+"""Tables of GPUs: which backend runs each kernel, and in which tiles, with the provenance of every entry.
 
-A table is a JSON file. Its entries say of a kernel, as `ncsr_fast.ops.backend.COVERAGE` names it, how many times faster than
-the reference a backend is, and of a Triton kernel and a bucket of channels which tiles it runs in. The package's tables lie in
-`ncsr_fast/gpus`; `ncsr-fast tune` writes the user's, which come first. The entry of a backend is that of the first table that
-has one, of: this GPU's, the user's before the package's; those of other GPUs of its compute capability; that of any GPU. The
-environment variable NCSR_FAST_TUNING bounds that:
+A table is a JSON file. An entry says how many times the reference's speed a backend has for a kernel, named as in
+`ncsr_fast.ops.backend.COVERAGE`; or in which tiles a Triton kernel runs for a bucket of channels. The package's tables are in
+`ncsr_fast/gpus`; `ncsr-fast tune` writes the user's table.
 
-    strict     this GPU's tables alone; what they lack is an error
-    nearest    all of them (the default)
-    default    the package's table for any GPU alone
+The tables are searched for the entry of a backend in this order: the user's table for this GPU, the package's table for this
+GPU, tables for other GPUs of the same compute capability, the table for any GPU. The environment variable NCSR_FAST_TUNING
+limits the search:
 
-The tables are read when the first operator runs on a GPU, once a process.
+    strict     only tables for this GPU; a missing entry is an error
+    nearest    all tables (the default)
+    default    only the package's table for any GPU
+
+The tables are read once per process, when the first operator runs on a GPU.
 """
 
 from __future__ import annotations
@@ -30,16 +32,21 @@ import torch
 PACKAGED = Path(__file__).parent / "gpus"
 MODE, USERS = "NCSR_FAST_TUNING", "NCSR_FAST_TUNING_TABLE"  # environment variables: the mode, and the user's table
 MODES = ("strict", "nearest", "default")
-PREDICTED_GAIN = 1.3  # a kernel that was never measured runs where the model predicts as many times the reference's speed
-KINDS = ("measured", "predicted", "established", "unmeasured")  # of provenances; established: in use before there were tables
+PREDICTED_GAIN = 1.3  # a kernel that was never measured runs from this predicted gain on
+KINDS = (
+    "measured",
+    "predicted",
+    "established",
+    "unmeasured",
+)  # kinds of provenance; established: in use before there were tables
 
 
 class TuningMissing(ValueError):
-    """In the mode "strict" no table of this GPU has an entry; the message says what to do."""
+    """In mode "strict", no table for this GPU has an entry; the message says what to do."""
 
 
 class Gpu(NamedTuple):
-    """A GPU as tables know it: the name PyTorch gives it, and its compute capability, such as "9.0"."""
+    """A GPU: its name in PyTorch, and its compute capability, such as "9.0"."""
 
     name: str
     capability: str
@@ -47,14 +54,15 @@ class Gpu(NamedTuple):
 
 @dataclass(frozen=True)
 class Choice:
-    """An entry: a backend for a kernel.
+    """An entry of a table: a backend for a kernel.
 
     Attributes:
-        kernel: As in `COVERAGE`.
-        dtype: Of the tensor that decides, such as "bfloat16"; None is any.
+        kernel: The name of the kernel, as in `COVERAGE`.
+        dtype: Dtype of the tensor that decides, such as "bfloat16"; None is any.
         backend: "triton" or "native".
-        gain: The reference's time over the backend's; None where neither was measured or predicted.
-        provenance: `kind`, one of `KINDS`; "measured": date, torch, triton and gpu; "predicted": the model and its GPU.
+        gain: The reference's time divided by the backend's; None if neither measured nor predicted.
+        provenance: `kind`, one of `KINDS`; if "measured" also date, torch, triton and gpu; if "predicted" the cost model and
+            its GPU.
     """
 
     kernel: str
@@ -65,7 +73,7 @@ class Choice:
 
     @property
     def used(self) -> bool:
-        """True where "auto" may take the backend: measured to be faster, predicted to be faster by far, or established."""
+        """True if "auto" may take the backend: measured to be faster, predicted to be much faster, or established."""
         kind = self.provenance["kind"]
         if kind == "measured":
             return self.gain is not None and self.gain > 1
@@ -76,7 +84,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Tiles:
-    """An entry: the sizes of the tiles of a Triton kernel. `channels` is the largest number of its bucket."""
+    """An entry of a table: the sizes of the tiles of a Triton kernel; `channels` is the largest number of its bucket."""
 
     kernel: str
     channels: int
@@ -87,7 +95,7 @@ class Tiles:
 
 @dataclass(frozen=True)
 class Table:
-    """The entries of a file. `gpu` and `capability` are None for any GPU."""
+    """The entries of a file; `gpu` and `capability` are None for any GPU."""
 
     file: Path
     gpu: str | None
@@ -103,8 +111,8 @@ def preferred(kernel: str, dtype: str) -> tuple[str, ...]:
     """The backends that the tables prefer to the reference for a kernel on this GPU, the best first.
 
     Raises:
-        TuningMissing: In the mode "strict", where no table of this GPU has an entry.
-        ValueError: A table, or the mode, is not what it should be; the message names it.
+        TuningMissing: In mode "strict", no table for this GPU has an entry.
+        ValueError: A table or the mode is not valid; the message names it.
     """
     found = choices(kernel, dtype)
     if not found and mode() == "strict":
@@ -113,7 +121,7 @@ def preferred(kernel: str, dtype: str) -> tuple[str, ...]:
 
 
 def choices(kernel: str, dtype: str) -> list[tuple[Choice, Table]]:
-    """The entries for a kernel and dtype, one of each backend, with the table of each."""
+    """The entries for a kernel and dtype, one for each backend, with their tables."""
     found: dict[str, tuple[Choice, Table]] = {}
     for table in _tables():
         for choice in table.backends:
@@ -124,7 +132,7 @@ def choices(kernel: str, dtype: str) -> list[tuple[Choice, Table]]:
 
 @functools.cache
 def tiles(kernel: str, channels: int) -> Mapping[str, int]:
-    """The sizes that the tables have for the tiles of a Triton kernel on this GPU; empty where the kernel's own hold.
+    """The sizes of the tiles of a Triton kernel in the tables of this GPU; empty if the kernel's own sizes hold.
 
     Raises:
         TuningMissing, ValueError: As `preferred`.
@@ -139,12 +147,12 @@ def tiles(kernel: str, channels: int) -> Mapping[str, int]:
 
 
 def bucket(channels: int) -> int:
-    """The largest number of channels whose tiles are those of `channels`: the next power of two."""
+    """The largest number of channels in the bucket of `channels`: the next power of two."""
     return 1 << max(0, channels - 1).bit_length()
 
 
 def gpu() -> Gpu | None:
-    """The current GPU; None where there is none."""
+    """The current GPU; None without a GPU."""
     if not torch.cuda.is_available():
         return None
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
@@ -152,7 +160,7 @@ def gpu() -> Gpu | None:
 
 
 def mode() -> str:
-    """The mode of the look-up. Raises ValueError for one that there is not."""
+    """The mode of the search; raise ValueError for an unknown mode."""
     chosen = os.environ.get(MODE) or "nearest"
     if chosen not in MODES:
         raise ValueError(f"{MODE} must be one of {', '.join(map(repr, MODES))}, not {chosen!r}")
@@ -160,7 +168,7 @@ def mode() -> str:
 
 
 def forget() -> None:
-    """Read the tables anew when they are next asked."""
+    """Forget the tables, so that they are read again when they are next used."""
     _tables.cache_clear()
     tiles.cache_clear()
 
@@ -183,7 +191,7 @@ _tried: dict[tuple[str, int], Mapping[str, int]] = {}
 
 @functools.cache
 def _tables() -> tuple[Table, ...]:
-    """The tables to ask, the first to have an entry being right."""
+    """The tables in the order of the search."""
     packaged, here = _in_folder(PACKAGED), gpu()
     last = [table for table in packaged if table.gpu is None]
     if mode() == "default":
@@ -199,7 +207,7 @@ def _tables() -> tuple[Table, ...]:
 def _missing(what: str) -> TuningMissing:
     here = gpu()
     return TuningMissing(
-        f"no table of {here.name if here else 'a GPU'} says {what}, which {MODE}=strict asks for: measure it with "
+        f"no table of {here.name if here else 'a GPU'} says {what}, which {MODE}=strict requires: measure it with "
         f"`ncsr-fast tune`, or use {MODE}=nearest"
     )
 
@@ -208,7 +216,7 @@ def _missing(what: str) -> TuningMissing:
 
 
 def user_folder() -> Path:
-    """The folder of the user's tables, which need not be there."""
+    """The folder of the user's tables, which may not exist."""
     base = os.environ.get("XDG_CONFIG_HOME", "")
     return (Path(base) if os.path.isabs(base) else Path("~/.config").expanduser()) / "ncsr_fast" / "gpus"
 
@@ -222,8 +230,8 @@ def read(file: Path) -> Table:
     """The table that a file holds.
 
     Raises:
-        OSError: It cannot be read.
-        ValueError: It is no table; the message names the file.
+        OSError: The file cannot be read.
+        ValueError: The file is not a table; the message names it.
     """
     try:
         stored = json.loads(file.read_text(encoding="utf-8"))
@@ -232,17 +240,17 @@ def read(file: Path) -> Table:
         for entry in (*entries, *sizes):
             kind, gain = entry.provenance["kind"], entry.gain
             if kind not in KINDS:
-                raise ValueError(f"there is no provenance of the kind {kind!r}")
+                raise ValueError(f"there is no kind of provenance {kind!r}")
             if kind in ("measured", "predicted") and not isinstance(gain, (int, float)):
                 raise ValueError(f"an entry that was {kind} has the gain {gain!r}")
         return Table(file, stored["gpu"], stored["capability"], tuple(entries), tuple(sizes))
     except (ValueError, TypeError, KeyError) as error:
-        problem = f"{str(file)!r} is no table of a GPU: {error}"
-        raise ValueError(f"{problem}; write it anew with `ncsr-fast tune`, or remove it") from error
+        problem = f"{str(file)!r} is not a table of a GPU: {error}"
+        raise ValueError(f"{problem}; write it again with `ncsr-fast tune`, or remove it") from error
 
 
 def text(table: Table) -> str:
-    """A table as its file holds it, an entry a line."""
+    """The text of a table's file, one entry per line."""
     head = {"gpu": table.gpu, "capability": table.capability}
     lists = {"backends": table.backends, "tiles": table.tiles}
     parts = [f" {json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}" for key, value in head.items()]
@@ -257,17 +265,17 @@ def _in_folder(folder: Path) -> list[Table]:
 
 
 def _of_the_user(here: Gpu | None) -> list[Table]:
-    """The user's tables, the named one alone where one is named."""
+    """The user's tables; only the named table if one is named."""
     named = os.environ.get(USERS)
     return [read(Path(named).expanduser())] if named else _in_folder(user_folder())
 
 
 def described(choice: Choice, table: Table) -> str:
-    """What an entry says of its backend, and the name of its file, in a line."""
+    """An entry's backend, gain and provenance, and the name of its file, in a line."""
     origin = choice.provenance
     said = {
         "measured": f"measured at {choice.gain}× the reference's speed, {origin.get('date')} on {origin.get('gpu')}",
-        "predicted": f"predicted at {choice.gain}× the reference's speed, never measured; {PREDICTED_GAIN}× is asked for",
+        "predicted": f"predicted at {choice.gain}× the reference's speed, never measured; {PREDICTED_GAIN}× is required",
         "established": origin.get("note", "in use since before there were tables, never measured"),
         "unmeasured": "neither measured nor predicted, so not used",
     }

@@ -1,4 +1,4 @@
-"""Warnings of the package, at the line of the program that called it."""
+"""Warnings of the package, reported at the line of the program that called it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _PACKAGE = str(Path(__file__).parent)
 
 
 def warn_caller(message: str) -> None:
-    """Give a RuntimeWarning at the line that called the package."""
+    """Give a RuntimeWarning, reported at the line that called the package."""
     frame, level = sys._getframe(1), 2
     while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
         frame, level = frame.f_back, level + 1

@@ -75,7 +75,7 @@ def numpy_array(path):
 
 
 FILES = {
-    "web-page": (content(b"\n<!DOCTYPE html><html><head>Virus scan warning"), "it is a web page, .* save the file itself"),
+    "web-page": (content(b"\n<!DOCTYPE html><html><head>Virus scan warning"), "it is a web page; .* save the file itself"),
     "lfs-pointer": (
         content(b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n"),
         "it is a Git LFS pointer, .* `git lfs pull`",
@@ -83,15 +83,15 @@ FILES = {
     "text": (content(b"Access denied\n"), "it is a text that begins with 'Access denied'"),
     "json": (content(b'{"error": "not found"}'), """it is a text that begins with '{"error": "not found"}'"""),
     "empty": (content(b""), r"it is empty \(0 bytes\): download or save it again"),
-    "pickle-2": (pickled(2), r"it holds a (posix|nt).system, which is more than tensors and is not run"),
-    "pickle-4": (pickled(4), r"it holds a (posix|nt).system, which is more than tensors and is not run"),
+    "pickle-2": (pickled(2), r"it holds a (posix|nt).system, which is more than tensors and is not executed"),
+    "pickle-4": (pickled(4), r"it holds a (posix|nt).system, which is more than tensors and is not executed"),
     "pickle-in-zip": (
         lambda path: torch.save({"a": Command(path.with_name("trace"))}, path),
-        r"it holds a (posix|nt).system, which is more than tensors and is not run; save the network's state_dict\(\) alone",
+        r"it holds a (posix|nt).system, which is more than tensors and is not executed; save only the network's state_dict\(\)",
     ),
     "whole-module": (
         lambda path: torch.save(torch.nn.Linear(1, 1), path),
-        "it holds a torch.nn.modules.linear.Linear, which is more than tensors and is not run",
+        "it holds a torch.nn.modules.linear.Linear, which is more than tensors and is not executed",
     ),
     "pickle-of-numbers": (
         lambda path: path.write_bytes(pickle.dumps({1, 2}, protocol=4)),
@@ -103,10 +103,10 @@ FILES = {
     ),
     "zip": (zipped, r"it is a zip archive \(inner/network.pth\): unpack it"),
     "gzip": (content(b"\x1f\x8b\x08\x00\x00\x00"), "it is a gzip archive: unpack it"),
-    "cut": (cut_checkpoint, "it is an archive without its end, .* download or copy it again"),
+    "cut": (cut_checkpoint, "it is a truncated archive, .* download or copy it again"),
     "damaged": (damaged_checkpoint, r"it is truncated or corrupt \(.*\): download or save it again"),
     "cut-safetensors": (cut_safetensors, r"it is truncated or corrupt \(.*\): download or save it again"),
-    "numpy": (numpy_array, "it is a NumPy array: give the PyTorch checkpoint it was made from"),
+    "numpy": (numpy_array, "it is a NumPy array: give the PyTorch checkpoint that it was made from"),
     "npz": (numpy_archive, r"it is an archive of NumPy arrays \(.npz\): give the PyTorch checkpoint"),
     "onnx": (content(b"\x08\x0a\x12\x07pytorch\x1a\x052.0.0"), "it is an ONNX graph: give the PyTorch checkpoint"),
     "image": (lambda path: Image.new("RGB", (2, 2)).save(path, "PNG"), "it is a PNG image: give the model's file"),
@@ -159,7 +159,7 @@ def test_folders_that_are_no_model(tmp_path):
     with pytest.raises(FileNotFoundError, match="run' has no config.json; a model directory is written by save_pretrained"):
         NCSR.from_pretrained(folder)
     torch.save(model.published_state_dict(), folder / "5_G.pth")
-    with pytest.raises(FileNotFoundError, match="has no config.json; give a checkpoint in it, as '.*5_G.pth'"):
+    with pytest.raises(FileNotFoundError, match="has no config.json; give a checkpoint in it, such as '.*5_G.pth'"):
         NCSR.from_pretrained(folder)
     model.save_pretrained(folder / "model")
     with pytest.raises(FileNotFoundError, match="has no config.json; give the model in it, '.*model'"):

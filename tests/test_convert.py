@@ -73,7 +73,9 @@ def test_a_checkpoint_of_a_training_run(model):
     Path("run/checkpoints").mkdir(parents=True)
     state = {"stage": "flow", "step": 3, "model": model.state_dict(), "optimizer": {}, "generator": torch.zeros(2)}
     torch.save(state, "run/checkpoints/flow-00000003.pt")
-    with pytest.raises(CheckpointError, match="has our tensors, but no .*settings.json' says of which model"):
+    with pytest.raises(
+        CheckpointError, match="has the tensors of this package, but .*settings.json', which describes the model, is missing"
+    ):
         convert("run/checkpoints/flow-00000003.pt", "model")
     Path("run/settings.json").write_text(json.dumps({"model": model.config.to_dict(), "batch": 1}))
     convert("run/checkpoints/flow-00000003.pt", "model")

@@ -57,8 +57,8 @@ def test_as_many_lr_images_as_images():
     model = tiny_model(dtype=torch.float32)
     hr = to_uint8(image(3, 16, 16))
     for images, lr_images, said in (
-        ([hr, hr], 1, "are 1 lr_images, and more images"),
-        ([hr], 2, "1 images, and more lr"),
+        ([hr, hr], 1, "are 1 lr_images, but more images"),
+        ([hr], 2, "1 images, but more lr"),
     ):
         with pytest.raises(ValueError, match=said):
             evaluate(model, images, [0.0], lr_images=[imresize(hr, 1 / 4)] * lr_images)

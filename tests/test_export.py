@@ -250,7 +250,7 @@ def test_models_that_cannot_be_exported(tmp_path, value, message):
     model = randomize(NCSR(tiny_config()))
     with torch.no_grad():
         model.levels[0].couplings.bias3[0, 0] = torch.inf
-    with pytest.raises(ValueError, match="levels.0.couplings.*bias, made of its weights, is not finite"):
+    with pytest.raises(ValueError, match="levels.0.couplings.*bias, computed from its weights, is not finite"):
         export_onnx(model, tmp_path / "x.onnx")
     assert not list(tmp_path.iterdir())
 

@@ -51,7 +51,7 @@ def test_a_repository_from_the_cache():
     assert again.engine == "plain"
     assert_same_weights(model, NCSR.from_pretrained("user/model", cache_dir=cache, local_files_only=True, revision=COMMIT))
     for absent in ({"revision": "other"}, {"cache_dir": "empty"}):
-        with pytest.raises(FileNotFoundError, match="at 'user/model', and none of that name from the Hugging Face Hub: "):
+        with pytest.raises(FileNotFoundError, match="at 'user/model', and the Hugging Face Hub gave none: "):
             NCSR.from_pretrained("user/model", **({"cache_dir": cache, "local_files_only": True} | absent))
 
 
@@ -75,7 +75,9 @@ def test_what_is_here_comes_first(downloads):
     assert not downloads
     tiny_model().save_pretrained("ncsr-compact-x4")
     assert_same_weights(tiny_model(), NCSR.from_pretrained("ncsr-compact-x4"))
-    with pytest.raises(ValueError, match="revision='v1' is for models of the Hugging Face Hub, and 'user/model' is here"):
+    with pytest.raises(
+        ValueError, match="revision='v1' is for models of the Hugging Face Hub, but 'user/model' is a local model"
+    ):
         NCSR.from_pretrained("user/model", revision="v1")
 
 

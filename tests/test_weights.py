@@ -18,7 +18,7 @@ WEIGHTS = {
     "int32": (lambda tensor: (tensor * 100).int(), "of int32"),
     "complex64": (lambda tensor: tensor.to(torch.complex64), "of complex64"),
     "sparse": (torch.Tensor.to_sparse, "not dense"),
-    "meta": (lambda tensor: tensor.to("meta"), "without values (of the meta device)"),
+    "meta": (lambda tensor: tensor.to("meta"), "without values (on the meta device)"),
     "quantized": (lambda tensor: torch.quantize_per_tensor(tensor, 0.1, 0, torch.qint8), "quantized"),
 }
 READERS = {
@@ -40,7 +40,7 @@ def test_tensors_of_other_kinds(tmp_path, kind, reader, every):
     name = next(name for name in state if name.endswith("conv_last.weight"))
     torch.save({key: change(value) if every or key == name else value for key, value in state.items()}, tmp_path / "net.pth")
     count = len(state) if every else 1
-    with pytest.raises(CheckpointError, match=rf"holds tensors that are no weights, {count} {re.escape(words)}: ") as caught:
+    with pytest.raises(CheckpointError, match=rf"holds tensors that are not weights, {count} {re.escape(words)}: ") as caught:
         READERS[reader](tmp_path / "net.pth")
     assert "\n" not in str(caught.value) and name in caught.value.problems[words]
     assert [path.name for path in tmp_path.iterdir()] == ["net.pth"]
@@ -51,11 +51,11 @@ def test_weights_of_other_kinds_in_a_directory(tmp_path):
         model.save_pretrained(tmp_path)
         save_file({name: tensor.long() for name, tensor in model.state_dict().items()}, tmp_path / "model.safetensors")
         with pytest.raises(
-            CheckpointError, match="model.safetensors' holds tensors that are no weights, .* of int64: .*weight"
+            CheckpointError, match="model.safetensors' holds tensors that are not weights, .* of int64: .*weight"
         ):
             reader.from_pretrained(tmp_path)
         torch.save([1], tmp_path / "model.safetensors")
-        with pytest.raises(CheckpointError, match="model.safetensors' holds no state dict"):
+        with pytest.raises(CheckpointError, match="model.safetensors' does not hold a state dict"):
             reader.from_pretrained(tmp_path)
 
 
@@ -76,9 +76,7 @@ def empty(state):
 def test_shapes_of_no_convolution(tmp_path, change, place):
     state = tiny_model().encoder.published_state_dict()
     torch.save({**state, place: change(state)[place]}, tmp_path / "net.pth")
-    said = (
-        rf"is not that of an RRDB generator; 1 of the wrong shape: {re.escape(place)} \(.*\), expected that of a convolution's"
-    )
+    said = rf"does not fit an RRDB generator; 1 of the wrong shape: {re.escape(place)} \(.*\), expected that of a convolution's"
     with pytest.raises(CheckpointError, match=said):
         RRDB.from_pretrained(tmp_path / "net.pth")
 
@@ -89,7 +87,7 @@ def test_names_that_are_no_text(tmp_path, wrapped, capsys):
     torch.save({"params": state} if wrapped else state, tmp_path / "net.pth")
     assert main(["convert", str(tmp_path / "net.pth"), "--out", str(tmp_path / "out")]) == 1
     err = capsys.readouterr().err
-    assert "net.pth' holds tensors under 1, which is no name: names are texts" in err and err.count("\n") == 1
+    assert "net.pth' holds tensors under keys that are not texts: 1" in err and err.count("\n") == 1
 
 
 def test_a_layer_number_without_bound(tmp_path):
@@ -105,7 +103,7 @@ def test_a_layer_number_without_bound(tmp_path):
     [
         ("[]", r"it should be an object of names and values, not \[\]"),
         ("5", "it should be an object of names and values, not 5"),
-        ("[" * 100_000, "its lists or objects are too deep in one another"),
+        ("[" * 100_000, "its lists or objects are nested too deeply"),
         ("{", "Expecting property name"),
     ],
 )

@@ -1,1 +1,1 @@
-"""Models in files: functions of state dicts, published and our own."""
+"""Models in files: functions of state dicts, published and of this package."""

@@ -1,4 +1,4 @@
-"""Models in files: the published programs' checkpoints, our directories, and the shipped model."""
+"""Models in files: checkpoints of the published programs, directories of this package, and the shipped model."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ def load_model(make: Callable[[NCSRConfig], NCSR], path: Path, config: NCSRConfi
     """A model from a directory written by `save_pretrained`, or from a file.
 
     Args:
-        make: Makes a model without weights.
-        path: Of the directory or file.
-        config: Of a file; None finds it.
+        make: Function that makes a model without weights.
+        path: The directory or file.
+        config: The configuration of a model in a file; None finds it.
 
     Raises:
-        ValueError: There is a config, and the directory has its own.
+        ValueError: `config` is given for a directory, which has its own.
         CheckpointError: As for `load_state_dict`.
     """
     if path.is_dir():
@@ -42,7 +42,7 @@ def load_model(make: Callable[[NCSRConfig], NCSR], path: Path, config: NCSRConfi
 def model_of_state_dict(
     make: Callable[[NCSRConfig], NCSR], state: Mapping[str, Tensor], path: Path, config: NCSRConfig | None
 ) -> NCSR:
-    """A model from what the file `path` holds: a published state dict, or one of ours."""
+    """A model from the state dict in the file `path`, published or of this package."""
     if is_own(state):
         model = make(_config_of_run(path) if config is None else config)
         expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -57,7 +57,7 @@ def model_of_state_dict(
 
 
 def describe(config: NCSRConfig) -> str:
-    """A model in a few words, for messages."""
+    """A description of a model in a few words, for messages."""
     condition = {0: "", 1: ", std-conditional", 3: ", noise-conditional"}[config.noise_channels]
     kind = "SRFlow" if config.system == "ncsr" and not condition else config.traits.title + condition
     where = "in one level" if config.traits.split_period else "a level"
@@ -65,7 +65,7 @@ def describe(config: NCSRConfig) -> str:
 
 
 def is_own(state: Mapping[str, Tensor]) -> bool:
-    """Whether the names are those of our modules, and not the published ones."""
+    """True if the names are those of this package's modules, not the published names."""
     return "levels.0.actnorm_bias" in state
 
 
@@ -76,8 +76,8 @@ def _config_of_run(path: Path) -> NCSRConfig:
         return NCSRConfig.from_dict(files.read_json(settings)["model"])
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise files.CheckpointError(
-            f"{str(path)!r} has our tensors, but no {str(settings)!r} says of which model: give its config, or the "
-            "directory RUN/model that a training run ends with"
+            f"{str(path)!r} has the tensors of this package, but {str(settings)!r}, which describes the model, is missing: "
+            "give its config, or the directory RUN/model of the training run"
         ) from error
 
 
@@ -101,8 +101,8 @@ def _matching_config(make: Callable[[NCSRConfig], NCSR], state: Mapping[str, Ten
         found.append((sum(map(len, problems.values())), model.describe(), problems))
     _, nearest, problems = min(found, key=lambda candidate: candidate[0])
     raise files.CheckpointError(
-        f"{str(path)!r} has the tensors of no preset ({', '.join(PRESETS)}); of the nearest, {nearest}, it has "
-        f"{files.listed(problems)}. Say which model it is: "
+        f"{str(path)!r} fits no preset ({', '.join(PRESETS)}); compared with the nearest, {nearest}, it has "
+        f"{files.listed(problems)}. Give the model's configuration: "
         "NCSR.from_pretrained(path, config=NCSRConfig.from_published(options))",
         problems,
     )

@@ -26,7 +26,7 @@ _LLFLOW_WIDTH = 64  # that its program takes for granted
 
 
 def layout(model: NCSR) -> Iterator[Entry]:
-    """Every tensor of the published state dict of `model`, in its order; the tensors are views of the parameters."""
+    """The entries of the published state dict of `model`, in order; their tensors are views of the parameters."""
     for entry in model.encoder.layout():
         yield entry._replace(name=f"RRDB.{entry.name}")
     config = model.config
@@ -78,7 +78,7 @@ def _step(prefix: str, model: NCSR, level: FlowLevel, index: int) -> Iterator[En
 
 
 def load_network(model: NCSR, state: Mapping[str, Tensor]) -> None:
-    """Copy a published state dict into `model`; strict, and nothing is changed when it does not fit."""
+    """Copy a published state dict into `model`; if any tensor does not fit, raise CheckpointError and change nothing."""
     entries = list(layout(model))
     expected = {entry.name: entry.shape for entry in entries}
     problems = differences(expected, state)
@@ -96,7 +96,7 @@ def load_network(model: NCSR, state: Mapping[str, Tensor]) -> None:
 
 
 def network_state_dict(model: NCSR) -> dict[str, Tensor]:
-    """The published state dict of `model`: copies, with the published shapes."""
+    """The published state dict of `model`, as copies with the published shapes."""
     like = next(model.parameters())
     state = {}
     for entry in layout(model):
@@ -106,7 +106,7 @@ def network_state_dict(model: NCSR) -> dict[str, Tensor]:
 
 
 def places(model: NCSR) -> dict[str, str | None]:
-    """For every published name, the tensor of ours that it is, as in "levels.0.invconv[3]"; None: no computation uses it."""
+    """The model's tensor for every published name, such as "levels.0.invconv[3]"; None: no computation uses it."""
     found = {}
     for name, parameter in model.named_parameters():
         found[parameter.data_ptr(), parameter.shape] = name

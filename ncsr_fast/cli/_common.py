@@ -1,4 +1,4 @@
-"""Arguments of the subcommands, the choice of a device, checks of paths before the work begins, and the account at its end."""
+"""Arguments of the subcommands, the choice of a device, checks of paths, and messages about errors."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ DEFAULT_MODEL = "ncsr-compact-x4"
 _MENDS = {
     errno.ENOSPC: "make room, or choose another disk",
     errno.EDQUOT: "make room, or choose another disk",
-    errno.EFBIG: "files as large are not allowed here (ulimit -f); allow it, or choose another disk",
+    errno.EFBIG: "files of this size are not allowed here (ulimit -f); raise the limit, or choose another disk",
     errno.EACCES: "change who may use it, or choose another place",
     errno.EPERM: "change who may use it, or choose another place",
     errno.EROFS: "choose another place",
@@ -28,7 +28,7 @@ _MENDS = {
     errno.EISDIR: "give a file",
     errno.ENOTDIR: "give a folder",
 }
-_MOST_THREADS = 8 * (os.cpu_count() or 1)  # of many times more the threads' memory is not there, and OpenMP ends the process
+_MOST_THREADS = 8 * (os.cpu_count() or 1)  # many more threads exhaust memory, and OpenMP ends the process
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
@@ -69,11 +69,11 @@ def _argument(description: str, read: Callable[[str], Any], accepted: Callable[[
     return convert
 
 
-# what `type` of an argument may be; `~` is expanded also where a shell does not, as in --out=~/large
+# values for `type` of an argument; `~` is expanded also where a shell does not expand it, as in --out=~/large
 path = _argument("a path", os.path.expanduser, bool)
 count = _argument("a whole number of 1 or more", int, lambda value: value >= 1)
 thread_count = _argument(
-    f"a whole number from 1 to {_MOST_THREADS}, 8 a processor", int, lambda value: 1 <= value <= _MOST_THREADS
+    f"a whole number from 1 to {_MOST_THREADS}, 8 per processor", int, lambda value: 1 <= value <= _MOST_THREADS
 )
 seed = _argument("a whole number from 0 to 2⁶⁴ - 1", int, lambda value: 0 <= value < 2**64)
 seconds = _argument("a number of seconds, 0 or more", float, lambda value: 0 <= value < math.inf)
@@ -96,12 +96,12 @@ def recommended_temperature(model: Any) -> float:
 
 
 def why_no_cuda() -> str:
-    """What keeps this PyTorch from using a GPU, when `torch.cuda.is_available()` is false."""
+    """The reason why this PyTorch cannot use a GPU, if `torch.cuda.is_available()` is false."""
     return "this PyTorch is a CPU build" if torch.version.cuda is None else "PyTorch finds no CUDA device"
 
 
 def pick_device(name: str) -> str:
-    """The device called `name`, or the best there is for "auto". Raises ValueError when it is not here."""
+    """The device called `name`, or for "auto" the best device. Raises ValueError if there is no such device."""
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -118,7 +118,7 @@ def pick_device(name: str) -> str:
 
 
 class Gathered(argparse.Action):
-    """The values of all times that an option was given, in place of its default."""
+    """Action that collects the values of an option from all its occurrences, instead of its default."""
 
     def __call__(self, parser: object, namespace: argparse.Namespace, values: Sequence[Any], option: object = None) -> None:
         given = getattr(namespace, self.dest)
@@ -126,15 +126,15 @@ class Gathered(argparse.Action):
 
 
 class ImageFile(NamedTuple):
-    """An image of the input."""
+    """An image file to read."""
 
     path: Path
-    folder: Path | None  # it was found in; None where the file itself was named
-    deep: bool  # whether folders in that one were searched too
+    folder: Path | None  # where it was found; None if the file itself was named
+    deep: bool  # True if subfolders of `folder` were searched too
 
     @property
     def stem(self) -> str:
-        """Its path below the folder, without the suffix."""
+        """The path of the image below the folder, without the suffix."""
         inside = self.path.name if self.folder is None else self.path.relative_to(self.folder)
         return str(Path(inside).with_suffix(""))
 
@@ -143,7 +143,7 @@ def image_files(places: Iterable[str]) -> list[ImageFile]:
     """The images of folders, files and patterns such as "photos/*.png", each once.
 
     Raises:
-        FileNotFoundError: A file or folder is not there, or nothing is what a pattern describes.
+        FileNotFoundError: A file or folder does not exist, or no file matches a pattern.
         ValueError: A folder holds no image.
     """
     from ncsr_fast.data.images import list_images
@@ -153,7 +153,7 @@ def image_files(places: Iterable[str]) -> list[ImageFile]:
         pattern = glob.has_magic(place) and not os.path.exists(place)
         matches = sorted(glob.glob(place, recursive=True)) if pattern else [place]
         if not matches:
-            raise FileNotFoundError(f"no file is as {place!r} describes")
+            raise FileNotFoundError(f"no file matches {place!r}")
         for match in map(Path, matches):
             if not match.exists():
                 raise FileNotFoundError(f"no file or folder {str(match)!r}")
@@ -167,20 +167,20 @@ def image_files(places: Iterable[str]) -> list[ImageFile]:
 
 
 def check_folder(option: str, folder: str | os.PathLike) -> Path:
-    """The path of a folder that can be written to, or made. Nothing is made yet. Raises OSError naming the option."""
+    """The path of a folder that can be written to or made; raise OSError naming the option. Nothing is made yet."""
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{option}: {str(folder)!r} is a file; give a folder")
     there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
     if not there.is_dir():
-        raise NotADirectoryError(f"{option}: {str(folder)!r} cannot be made, for {str(there)!r} is a file")
+        raise NotADirectoryError(f"{option}: {str(folder)!r} cannot be made, because {str(there)!r} is a file")
     if not os.access(there, os.W_OK | os.X_OK):
         raise PermissionError(f"{option}: {str(there)!r} cannot be written to; choose another place")
     return folder
 
 
 def check_file(option: str, file: str | os.PathLike) -> Path:
-    """The path of a file that can be written. Nothing is made yet. Raises OSError naming the option."""
+    """The path of a file that can be written; raise OSError naming the option. Nothing is made yet."""
     if Path(file).is_dir():
         raise IsADirectoryError(f"{option}: {os.fspath(file)!r} is a folder; give the file to write")
     check_folder(option, Path(file).absolute().parent)
@@ -188,9 +188,9 @@ def check_file(option: str, file: str | os.PathLike) -> Path:
 
 
 def raise_problems(problems: Sequence[str], total: int, done: str) -> None:
-    """Raise ValueError if there are problems: the one of a single image, or how many of `total` images were not `done`.
+    """Raise ValueError if there are problems: the problem of a single image, or the number of images that were not `done`.
 
-    Several are printed to stderr, a line each.
+    Several problems are printed to stderr, one per line.
     """
     if total == len(problems) == 1:
         raise ValueError(problems[0])
@@ -200,7 +200,7 @@ def raise_problems(problems: Sequence[str], total: int, done: str) -> None:
 
 
 def told(error: OSError) -> str:
-    """The file, what is wrong, and what can be done, of an error that the system raised; the message of any other."""
+    """A message about a system error, with the file, the cause and what to do; the message of any other error."""
     if not error.strerror:
         return str(error) or type(error).__name__
     place = f"{os.fspath(error.filename)!r}: " if error.filename is not None else ""

@@ -12,33 +12,37 @@ from ncsr_fast.cli._common import check_file, check_folder, path
 if TYPE_CHECKING:
     from ncsr_fast.config import NCSRConfig
 
-HELP = "turn a published checkpoint into a model directory, or back"
+HELP = "convert a published checkpoint to a model directory, or back"
 EXAMPLE = """\
 example:
   ncsr-fast convert 200000_G.pth --out models/mine --report mine.txt
   ncsr-fast convert models/mine --out mine.pth
   ncsr-fast convert RRDB_DF2K_x4.pth --out models/encoder --long-skip last_block
 
-NCSR and SRFlow networks, and RRDB generators (ESRGAN, BasicSR, Real-ESRGAN, ESRGAN+, and the encoders of SRFlow and NCSR) in
-any naming; bare, with module. before their names, or wrapped. No file of a generator says where its long skip starts.
-A name that ends in .pth or .pt is a file as the published programs load it, one in .safetensors the same tensors; any
-other is a directory, for --model and NCSR.from_pretrained. Checkpoints are read without running anything in them. When a
-tensor is missing, unexpected or of the wrong shape, all such are named, nothing is written, and the exit status is 1."""
+The source may be an NCSR or SRFlow network, or an RRDB generator (ESRGAN, BasicSR, Real-ESRGAN, ESRGAN+, and the encoders of
+SRFlow and NCSR) in any naming. A file may hold a bare state dict, names that begin with module., or a state dict in another
+dict. A generator's file does not say where its long skip starts: see --long-skip.
+
+The name of OUT chooses the kind of file. NAME.pth or NAME.pt is a file that the published programs load; NAME.safetensors holds
+the same tensors; any other name is a directory for --model and NCSR.from_pretrained.
+
+Checkpoints are read without executing anything in them. If tensors are missing, unexpected or of the wrong shape, all of them
+are named, nothing is written, and the exit status is 1."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", type=path, help="published .pth or .safetensors, model directory, or name of a model")
-    parser.add_argument("--out", required=True, type=path, help="what is written, in the kind its name asks for")
+    parser.add_argument("source", type=path, help="published .pth or .safetensors file, model directory, or model name")
+    parser.add_argument("--out", required=True, type=path, help="file or directory to write (see below)")
     parser.add_argument(
-        "--options", metavar="FILE", type=path, help="published YAML, or config.json, of a flow that is none of the presets"
+        "--options", metavar="FILE", type=path, help="published YAML, or config.json, of a flow that is not a preset"
     )
     parser.add_argument(
         "--long-skip",
         choices=("conv_first", "last_block"),
-        help="of a generator: conv_first in ESRGAN and its relatives, which is the default; last_block in the RRDB files of "
-        "SRFlow and NCSR",
+        help="where a generator's long skip starts: conv_first in ESRGAN and its relatives (the default), last_block in the "
+        "RRDB files of SRFlow and NCSR",
     )
-    parser.add_argument("--report", metavar="FILE", type=path, help="write a line for each tensor: its name before, and after")
+    parser.add_argument("--report", metavar="FILE", type=path, help="write a line for each tensor: its old and its new name")
 
 
 def run(args: argparse.Namespace) -> int | None:
@@ -89,6 +93,6 @@ def _config(file: str) -> NCSRConfig:
         except yaml.YAMLError as error:
             raise ValueError(" ".join(str(error).split())) from error
     except ImportError as error:
-        raise ImportError("--options: a YAML needs pyyaml to be read: pip install 'ncsr_fast[train]'") from error
+        raise ImportError("--options: reading a YAML file needs pyyaml: pip install 'ncsr_fast[train]'") from error
     except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"--options: {file!r} describes no model: {error}") from error
+        raise ValueError(f"--options: {file!r} does not describe a model: {error}") from error

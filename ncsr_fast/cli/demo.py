@@ -1,4 +1,4 @@
-"""`ncsr-fast demo`: super-resolve photographs that come with scikit-image, and show what the flow does."""
+"""`ncsr-fast demo`: super-resolve photographs of scikit-image, and show what the flow does."""
 
 from __future__ import annotations
 
@@ -48,15 +48,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=_PHOTOGRAPHS,
         default=list(_PHOTOGRAPHS),
         metavar="NAME",
-        help=f"of {', '.join(_PHOTOGRAPHS)} (default: all)",
+        help=f"photographs: {', '.join(_PHOTOGRAPHS)} (default: all)",
     )
     parser.add_argument(
-        "--window", type=count, default=_WINDOW, help="side of what the sheet shows of each, HR pixels (default: %(default)s)"
+        "--window",
+        type=count,
+        default=_WINDOW,
+        help="side of the shown part of a photograph, in HR pixels (default: %(default)s)",
     )
     add_model(parser)
     parser.add_argument("--n", type=count, default=10, help="samples of each photograph, at least 3 (default: %(default)s)")
-    parser.add_argument("--temperature", type=temperature, default=_TEMPERATURE, help="of the samples (default: %(default)s)")
-    parser.add_argument("--seed", type=seed, default=0, help="of the samples (default: %(default)s)")
+    parser.add_argument(
+        "--temperature", type=temperature, default=_TEMPERATURE, help="temperature of the samples (default: %(default)s)"
+    )
+    parser.add_argument("--seed", type=seed, default=0, help="seed of the samples (default: %(default)s)")
     add_to_8bit(parser)
     add_device(parser)
 
@@ -163,5 +168,5 @@ def _sample(out: Path, name: str, index: int) -> Path:
 
 
 def _targets(out: Path, names: list[str], n: int) -> list[Path]:
-    """All that is written."""
+    """The files that the demo writes."""
     return [out / _SHEET, *(_sample(out, name, index) for name in names for index in range(n))]

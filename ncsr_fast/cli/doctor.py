@@ -1,4 +1,4 @@
-"""`ncsr-fast doctor`: what this machine has, which backend each operator uses, and why a faster one is refused."""
+"""`ncsr-fast doctor`: show what this machine has, which backend each operator uses, and why others are not available."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ _PACKAGES = {
     "pillow": "",
     "safetensors": "",
     "tqdm": "",
-    "triton": "for the Triton kernels; PyTorch's CUDA builds bring it",
+    "triton": "for the Triton kernels; CUDA builds of PyTorch include it",
     "scikit-image": "for `demo` and SSIM: pip install 'ncsr_fast[eval]'",
     "lpips": "for LPIPS: pip install 'ncsr_fast[eval]'",
     "pyyaml": "for `train`: pip install 'ncsr_fast[train]'",
     "pydantic": "for `train`: pip install 'ncsr_fast[train]'",
     "tensorboard": "for `train --tensorboard`: pip install 'ncsr_fast[train]'",
-    "matplotlib": "for curves of a run: pip install 'ncsr_fast[train]'",
-    "huggingface-hub": "for models of the Hugging Face Hub: pip install 'ncsr_fast[hub]'",
+    "matplotlib": "for plots of a run: pip install 'ncsr_fast[train]'",
+    "huggingface-hub": "for models from the Hugging Face Hub: pip install 'ncsr_fast[hub]'",
     "onnx": "for `export`: pip install 'ncsr_fast[export]'",
     "onnxscript": "for `export`: pip install 'ncsr_fast[export]'",
     "onnxruntime": "for the check of `export`: pip install 'ncsr_fast[export]'",
@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def report() -> dict[str, dict[str, str]]:
-    """What `doctor` prints: sections of names and values."""
+    """The sections that `doctor` prints, each with names and values."""
     from ncsr_fast import __version__, files, ops
 
     return {
@@ -81,7 +81,7 @@ def report() -> dict[str, dict[str, str]]:
 
 
 def _operators() -> list[str]:
-    """The maps of the state, and the operators that have a kernel of their own."""
+    """Names of the maps of the state, and of the other operators that have a kernel of their own."""
     from ncsr_fast import ops
     from ncsr_fast.ops.backend import COVERAGE, kernel_of
 
@@ -89,7 +89,7 @@ def _operators() -> list[str]:
 
 
 def _choice(operator: str) -> str:
-    """The backend of an operator, of float32 tensors and of others where that differs, and on a GPU the reason."""
+    """The backend of an operator; on a GPU for float32 and bfloat16 tensors, with the reason."""
     from ncsr_fast import ops, tuning
     from ncsr_fast.ops.backend import kernel_of
 
@@ -103,19 +103,19 @@ def _choice(operator: str) -> str:
         except tuning.TuningMissing as error:
             backend = f"an error ({error})"
         entries = [tuning.described(*entry) for entry in tuning.choices(kernel_of(operator), name)]
-        found.setdefault("; ".join((backend, *(entries or ["no table has it"]))), []).append(name)
+        found.setdefault("; ".join((backend, *(entries or ["no table has an entry"]))), []).append(name)
     return " | ".join(f"{' and '.join(names)}: {line}" for line, names in found.items())
 
 
 def _tables() -> dict[str, str]:
-    """Where tables of GPUs are read, and in which mode."""
+    """The files of the tables of GPUs, and the mode in which they are read."""
     from ncsr_fast import tuning
 
     mine = os.environ.get(tuning.USERS) or tuning.user_folder()
     return {
         "mode": f"{tuning.mode()} ({tuning.MODE})",
         "the package's": ", ".join(file.name for file in sorted(tuning.PACKAGED.glob("*.json"))),
-        "the user's": f"{mine} ({'there' if os.path.exists(mine) else 'not there: `ncsr-fast tune` writes it'})",
+        "the user's": f"{mine} ({'exists' if os.path.exists(mine) else 'does not exist: `ncsr-fast tune` writes it'})",
     }
 
 
@@ -124,9 +124,9 @@ def _installation() -> str:
     try:
         origin = importlib.metadata.distribution("ncsr_fast").read_text("direct_url.json") or "{}"
     except importlib.metadata.PackageNotFoundError:
-        return "a source tree that was not installed; in it: pip install -e ."
+        return "a source tree that was not installed; run there: pip install -e ."
     editable = json.loads(origin).get("dir_info", {}).get("editable")
-    return "editable: edits of csrc/ take effect when it is installed again" if editable else "installed"
+    return "editable: after an edit of csrc/, install it again" if editable else "installed"
 
 
 def _gpus() -> str:

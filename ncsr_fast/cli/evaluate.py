@@ -28,7 +28,7 @@ from ncsr_fast.cli._common import (
 if TYPE_CHECKING:
     from ncsr_fast.evaluation.temperatures import Evaluation, Scores
 
-_MULTIPLE = 8  # of which the sides of HR images are, whatever the scale
+_MULTIPLE = 8  # the sides of HR images are multiples of this number, whatever the scale
 _N = 10  # the challenge's
 _TEMPERATURES = [0.0, 0.5, 0.8]
 HELP = "measure a model or a folder of samples on HR images"
@@ -55,7 +55,7 @@ and the exit status is 1. In the JSON a value that is infinite (the PSNR of equa
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("images", type=path, nargs="?", help="folder of HR images, searched recursively")
-    parser.add_argument("--lr-images", type=path, help="folder of their LR images (default: MATLAB bicubic)")
+    parser.add_argument("--lr-images", type=path, help="folder of the LR images (default: made by MATLAB bicubic)")
     add_model(parser)
     parser.set_defaults(model=None)
     parser.add_argument("--n", type=count, help=f"samples of each image above temperature 0 (default: {_N})")
@@ -68,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of the samples (default: 0 0.5 0.8; with --protocol one, 0.9)",
     )
     parser.add_argument("--seed", type=seed, help="of the latents of each image (default: 0)")
-    parser.add_argument("--limit", type=count, help="use only the first so many images")
+    parser.add_argument("--limit", type=count, help="use only this number of images, from the first on")
     parser.add_argument("--json", type=path, help="also write the means and every image's values to this file")
     parser.add_argument("--csv", type=path, help="also write a line for each image to this file")
     add_to_8bit(parser, default=None)
@@ -163,7 +163,7 @@ def lpips_or_none(device: str) -> Any:
 
 
 def _pairs(args: argparse.Namespace) -> list[tuple[Path, Path | None]]:
-    """The first HR images, each with its LR image where they are given."""
+    """The first HR images, each with its LR image if LR images are given."""
     from ncsr_fast.data.images import list_images, pair_up
 
     images = list_images(args.images)
@@ -173,7 +173,7 @@ def _pairs(args: argparse.Namespace) -> list[tuple[Path, Path | None]]:
 
 
 def _add(evaluation: Evaluation, hr: Path, lr: Path | None, n: int) -> str | None:
-    """Measure an image; return the reason where it cannot be measured, else None."""
+    """Measure an image; return the reason if it cannot be measured, else None."""
     from tqdm import tqdm
 
     from ncsr_fast.data.images import ImageError, crop_to_multiple, read_image

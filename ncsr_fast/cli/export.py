@@ -1,4 +1,4 @@
-"""`ncsr-fast export`: a model as an ONNX file."""
+"""`ncsr-fast export`: write a model's decoder as an ONNX file."""
 
 from __future__ import annotations
 
@@ -12,18 +12,20 @@ example:
   ncsr-fast export ncsr-compact-x4 --out decoder.onnx
   ncsr-fast export models/mine --out likely.onnx --deterministic
 
-The inputs are lr (B, 3, H, W), RGB in [0, 1], H and W even, and latent0, latent1 …, drawn by the caller from
-N(0, temperature²) in the shapes the metadata gives; the output is sr. Batch and sizes are free. The file is compared with the
-model in onnxruntime first, and not written when a pixel differs by more than 1e-4."""
+The inputs are lr (B, 3, H, W), RGB in [0, 1] with even H and W, and latent0, latent1 …, which the caller draws from
+N(0, temperature²) in the shapes that the metadata gives. The output is sr. Batch and sizes are free. Before a file is written,
+onnxruntime evaluates it and the result is compared with the model's; a difference above 1e-4 in a pixel prevents writing."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", type=path, help="model directory, published .pth, or name of a model")
+    parser.add_argument("model", type=path, help="model directory, published .pth, or model name")
     parser.add_argument("--out", required=True, metavar="ONNX", type=path, help="file to write")
-    parser.add_argument("--deterministic", action="store_true", help="without latents: the image of temperature 0")
+    parser.add_argument("--deterministic", action="store_true", help="export a decoder without latents, at temperature 0")
     parser.add_argument("--no-clip", action="store_true", help="do not clip sr to [0, 1]")
-    parser.add_argument("--opset", type=count, default=18, help="of ONNX (default: %(default)s)")
-    parser.add_argument("--no-check", action="store_true", help="do not compare, which needs onnxruntime")
+    parser.add_argument("--opset", type=count, default=18, help="opset of ONNX (default: %(default)s)")
+    parser.add_argument(
+        "--no-check", action="store_true", help="do not compare with the model; the comparison needs onnxruntime"
+    )
 
 
 def run(args: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""The entry point of `ncsr-fast`: finds the subcommand, runs it, and turns what users can mend into one line."""
+"""The entry point of `ncsr-fast`: run a subcommand, and print errors that users can correct in one line."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from ncsr_fast import __version__
 
 COMMANDS = ("demo", "sample", "edit", "train", "plot", "evaluate", "compare", "convert", "export", "bench", "tune", "doctor")
-_CLOSED = 141  # the exit status of a program whose reader went away: 128 + SIGPIPE
+_CLOSED = 141  # exit status after a closed pipe: 128 + SIGPIPE
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -36,20 +36,20 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run a command; return its exit status.
 
-    Everything is imported inside, so that Ctrl-C is no traceback there either. What comes before, PyTorch's import by
-    `ncsr_fast` itself, is Python's own, and shows one.
+    Modules are imported inside this function, so that Ctrl-C during an import gives no traceback. Only during the import of
+    PyTorch by `ncsr_fast` itself does it give one.
     """
     try:
         try:
             return _run(argv)
         finally:
-            sys.stdout.flush()  # here, where a closed pipe or a full disk can still be told of
+            sys.stdout.flush()  # here a closed pipe or a full disk can still be reported
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
         return _CLOSED
-    except OSError as error:  # of the flush
+    except OSError as error:  # raised by the flush
         from ncsr_fast.cli._common import told
 
         print(f"ncsr-fast: standard output: {told(error)}", file=sys.stderr)
@@ -60,7 +60,7 @@ def _run(argv: list[str] | None) -> int:
     from ncsr_fast.memory import is_out_of_memory
 
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a × or a file's name may have no place in the terminal's encoding
+        if hasattr(stream, "reconfigure"):  # the terminal's encoding may lack × or a character of a file's name
             stream.reconfigure(errors="backslashreplace")
     args = build_parser().parse_args(argv)
     try:
@@ -77,11 +77,11 @@ def _run(argv: list[str] | None) -> int:
 
 
 def _told(error: Exception) -> str:
-    """The message of an error that users can mend."""
+    """The message of an error that users can correct."""
     from ncsr_fast.cli._common import told
 
     if isinstance(error, MemoryError) and str(error):
-        return str(error)  # ours, or numpy's
+        return str(error)  # raised by this package or numpy
     if isinstance(error, (MemoryError, RuntimeError)):
         return f"out of memory: {(str(error).strip() or 'none is left').splitlines()[0]}"
     return told(error) if isinstance(error, OSError) else str(error) or type(error).__name__
@@ -89,7 +89,7 @@ def _told(error: Exception) -> str:
 
 @contextmanager
 def _warnings_in_a_line(command: str) -> Iterator[None]:
-    """Without the line of source that a warning came from, which users did not write."""
+    """A context in which warnings are one line, without the line of source that they came from."""
     before = warnings.formatwarning
     warnings.formatwarning = lambda message, *_, **__: f"ncsr-fast {command}: warning: {message}\n"
     try:

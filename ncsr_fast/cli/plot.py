@@ -1,4 +1,4 @@
-"""`ncsr-fast plot`: the log of a training run as a picture."""
+"""`ncsr-fast plot`: plot the log of a training run."""
 
 from __future__ import annotations
 
@@ -11,13 +11,18 @@ EXAMPLE = """\
 example:
   ncsr-fast plot runs/mine --out mine.png
 
-Losses, learning rate, gradient norm and skipped steps, quality at each temperature and the health of the inverse: what of
-it RUN/log.jsonl has. Works while the run goes on. Needs matplotlib."""
+The plot shows what RUN/log.jsonl contains of: losses, learning rate, gradient norm and skipped steps, quality at each
+temperature, and the health of the inverse. The run may still be going on. The command needs matplotlib."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=path, help="folder of the run")
-    parser.add_argument("--out", metavar="PICTURE", type=path, help="PNG, or what its name ends in (default: RUN/training.png)")
+    parser.add_argument(
+        "--out",
+        metavar="PICTURE",
+        type=path,
+        help="file to write, in the format of its ending, else PNG (default: RUN/training.png)",
+    )
 
 
 def run(args: argparse.Namespace) -> None:

@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=path,
         help="LR or dark images, folders of them, searched recursively, or patterns as 'photos/*.png'",
     )
-    parser.add_argument("--out", required=True, type=path, help="folder the PNG files are written to")
+    parser.add_argument("--out", required=True, type=path, help="folder to write the PNG files to")
     add_model(parser)
     parser.add_argument("--n", type=count, help="samples of each image (default: 10; 1 at temperature 0)")
     parser.add_argument(
@@ -79,7 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--on-nonfinite",
         choices=("warn", "retry", "raise", "ignore"),
         default="warn",
-        help="what to do about a sample that blew up; retry draws it again at a lower temperature, raise leaves its image out "
+        help="what to do about a blown-up sample; retry draws it again at a lower temperature, raise leaves out its image "
         "(default: %(default)s)",
     )
     parser.add_argument(
@@ -87,7 +87,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="put samples onto the LR image: change them as little as makes their bicubic reduction that image",
     )
-    parser.add_argument("--seed", type=seed, default=0, help="of the latents of each image (default: %(default)s)")
+    parser.add_argument("--seed", type=seed, default=0, help="seed of the latents of each image (default: %(default)s)")
     parser.add_argument(
         "--names", choices=("source", "ntire"), default="source", help="how to name the files (default: %(default)s)"
     )
@@ -138,16 +138,16 @@ def _account(jobs: Sequence[Job], total: int, n: int) -> str:
 
 
 def _stems(files: Sequence[ImageFile], names: str) -> list[str]:
-    """Names of each image's samples, up to _sample. Raises ValueError where two images would have the same."""
+    """The names of each image's samples, up to _sample; raise ValueError if two images have the same name."""
     if names == "ntire":
         return [f"{number:06d}" for number in range(len(files))]
     found: dict[str, Path] = {}
     for file in files:
-        key = unicodedata.normalize("NFC", file.stem).casefold()  # what some file systems take for the same name
+        key = unicodedata.normalize("NFC", file.stem).casefold()  # as some file systems compare names
         if key in found:
             raise ValueError(
                 f"samples of {str(found[key])!r} and {str(file.path)!r} would have the same names; rename one, "
-                "or number them by --names ntire"
+                "or number them with --names ntire"
             )
         found[key] = file.path
     return [file.stem for file in files]
@@ -158,13 +158,13 @@ def _targets(out: Path, stem: str, n: int) -> list[Path]:
 
 
 def _check_searched(files: Sequence[ImageFile], stems: Sequence[str], out: Path) -> None:
-    """Raise ValueError where a sample would be an image of the next run's input."""
+    """Raise ValueError if a sample would be an input image of the next run."""
     searched = {(place.resolve(), file.deep) for file in files if file.folder for place in (file.folder, file.path.parent)}
     for place in {(out / stem).parent.resolve() for stem in stems}:
         for folder, deep in searched:
             if folder == place or (deep and folder in place.parents):
                 raise ValueError(
-                    f"samples in {str(place)!r} would be the next run's input, which is {str(folder)!r}; choose another --out"
+                    f"samples in {str(place)!r} would be input of the next run, {str(folder)!r}; choose another --out"
                 )
 
 
@@ -172,4 +172,4 @@ def _name_earlier(samples: Sequence[Path]) -> None:
     from ncsr_fast.data.search import named
 
     if samples:
-        print(f"{len(samples)} samples of an earlier run are there still: {named(map(str, samples))}", file=sys.stderr)
+        print(f"{len(samples)} samples of an earlier run are still in the folder: {named(map(str, samples))}", file=sys.stderr)

@@ -30,45 +30,49 @@ _DEFAULTS = ", ".join(
     if field.default not in (dataclasses.MISSING, None, ())
 )
 
-# the settings are explained where they are defined, and nowhere else
+# the settings are explained only in the docstring of TrainSettings
 EXAMPLE = f"""\
 example:
   ncsr-fast train --preset ncsr-compact-x4 --images photos/ --run runs/mine
   ncsr-fast train mine.yml --steps 50000 --model steps=8 hidden_channels=32
   ncsr-fast train -opt 4X.yml --images photos/
 
-The same command again resumes a run that was stopped. The model ends up in RUN/model, for
-`ncsr-fast sample --model RUN/model` or NCSR.from_pretrained("RUN/model"). A run is checked before it starts: images,
-weights, settings and the folder. One process at a time trains in a folder; RUN/lock says which.
+The same command, given again, resumes a run that was stopped. The trained model is written to RUN/model, for
+`ncsr-fast sample --model RUN/model` or NCSR.from_pretrained("RUN/model"). Images, weights, settings and the folder of a run
+are checked before it starts. Only one process at a time trains in a folder; RUN/lock says which.
 
-A YAML has a line `name: value` for each setting, and `preset`, `variant`, `run` and `model` beside them; each of them
-can be given here as `--name value`, with _ or -, which goes before the YAML. Lists have spaces between their values
-(commas in --model), true and false are written out, and none stands for None.
+A YAML file has a line `name: value` for each setting, and for `preset`, `variant`, `run` and `model`. Each of them is also
+an option here, `--name value` with _ or -, which overrides the YAML file. Values of a list are separated by spaces (in
+--model by commas). Truth values are true and false; none stands for None.
 
 {inspect.cleandoc(TrainSettings.__doc__ or "")}
 
-Defaults, where the preset has no other:
+Defaults, unless the preset has others:
 {textwrap.fill(_DEFAULTS, 118, initial_indent="    ", subsequent_indent="    ", break_on_hyphens=False)}"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = "ncsr-fast train [CONFIG.yml] [--run RUN] [--SETTING VALUE ...]"
     parser.add_argument(
-        "config", nargs="?", type=path, help="YAML of settings, or a YAML of the published NCSR and SRFlow programs"
+        "config", nargs="?", type=path, help="YAML file of settings, or a YAML file of the published NCSR and SRFlow programs"
     )
-    parser.add_argument("-opt", metavar="YAML", type=path, help="the same, as the published programs call it")
+    parser.add_argument("-opt", metavar="YAML", type=path, help="another way to give CONFIG.yml, as in the published programs")
     parser.add_argument(
         "--run",
-        "--run-dir",  # torchrun takes a plain --run for one of its own options
+        "--run-dir",  # torchrun takes --run for one of its own options
         type=path,
-        help="folder of the run: log, checkpoints, samples, model (default: runs/NAME of the YAML); under torchrun --run-dir",
+        help="folder of log, checkpoints, samples and model (default: runs/NAME for NAME.yml); use --run-dir under torchrun",
     )
-    parser.add_argument("--preset", help=f"architecture, and the settings that go with it: {', '.join(PUBLISHED)}")
-    parser.add_argument("--variant", help=f"which of the paper's noise-conditional layers: {', '.join(VARIANTS)}")
+    parser.add_argument("--preset", help=f"architecture and its settings: {', '.join(PUBLISHED)}")
+    parser.add_argument("--variant", help=f"variant of the noise condition: {', '.join(VARIANTS)}")
     parser.add_argument(
-        "--model", nargs="+", action=Gathered, metavar="KEY=VALUE", help="fields of NCSRConfig, over the preset's: steps=8"
+        "--model",
+        nargs="+",
+        action=Gathered,
+        metavar="KEY=VALUE",
+        help="fields of NCSRConfig that override the preset's, such as steps=8",
     )
-    parser.add_argument("--estimate", action="store_true", help="say how much memory the run would need, and stop")
+    parser.add_argument("--estimate", action="store_true", help="only print how much memory the run would need")
     add_device(parser)
     for name, hint in _HINTS.items():
         if name != "model":
@@ -77,7 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _values(hint: object) -> dict[str, Any]:
-    """How many values a flag takes; what they may be is for `configure` to say."""
+    """Arguments of `add_argument` for a setting: the number of its values; `configure` checks the values."""
     if typing.get_origin(hint) is tuple:
         return {"nargs": "*", "action": Gathered}
     return {"nargs": "?", "const": "true"} if bool in (hint, *typing.get_args(hint)) else {}
@@ -96,7 +100,7 @@ def run(args: argparse.Namespace) -> int | None:
             print(estimate(configuration.settings))
         return None
     if configuration.run is None:
-        raise ValueError("--run: should be the folder of the run, which only a YAML can leave out")
+        raise ValueError("--run: should be the folder of the run; only with a YAML file may it be left out")
     if args.device != "auto":
         pick_device(args.device)
     from ncsr_fast.places import check_apart
@@ -121,7 +125,7 @@ def run(args: argparse.Namespace) -> int | None:
 
 def _configuration(args: argparse.Namespace) -> Configuration:
     if args.config and args.opt:
-        raise ValueError(f"-opt: {args.opt!r} is a second YAML beside {args.config!r}; give one")
+        raise ValueError(f"-opt: {args.opt!r} is a second YAML file besides {args.config!r}; give one of them")
     names = ("preset", "variant", "run", *(name for name in _HINTS if name != "model"))
     overrides = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     if args.model:

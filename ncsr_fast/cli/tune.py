@@ -1,4 +1,4 @@
-"""`ncsr-fast tune`: measure on this GPU which backend and which tiles each kernel should run in, and write its table."""
+"""`ncsr-fast tune`: measure on this GPU which backend and which tiles are fastest for each kernel, and write its table."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from pathlib import Path
 
 from ncsr_fast.cli._common import check_file, path, why_no_cuda
 
-HELP = "measure on this GPU which implementation of each operator is fastest, and use it from then on"
+HELP = "measure which backend of each operator is fastest on this GPU, and use it from then on"
 EXAMPLE = """\
 example:
   ncsr-fast tune
 
-Every candidate is compared with the float64 reference first, and then timed beside PyTorch's own operators, at the shapes of
-the published models. The table goes to the folder ncsr_fast/gpus of $XDG_CONFIG_HOME, or ~/.config, and is read there; one
-written elsewhere with --out is read where NCSR_FAST_TUNING_TABLE names it. `ncsr-fast doctor` shows what is used and why.
-Without a GPU the exit status is 2."""
+Every candidate is first compared with the float64 reference. Then the candidates and PyTorch's own operators are timed at the
+shapes of the published models. The table is written to the folder ncsr_fast/gpus in $XDG_CONFIG_HOME or ~/.config, where the
+package reads it. A table written elsewhere with --out is read if NCSR_FAST_TUNING_TABLE names it. `ncsr-fast doctor` shows what
+is used and why. Without a GPU the exit status is 2."""
 _NO_GPU = 2
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", metavar="FILE", type=path, help="write the table there (default: the user's own)")
-    parser.add_argument("--quick", action="store_true", help="the shapes of a training step of the ×4 model alone")
+    parser.add_argument("--out", metavar="FILE", type=path, help="file to write the table to (default: the user's table)")
+    parser.add_argument("--quick", action="store_true", help="measure only the shapes of a training step of the ×4 model")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -41,5 +41,5 @@ def run(args: argparse.Namespace) -> int:
     table = tune.table_of(gpu, file, uses=tune.QUICK if args.quick else tune.USES)
     with files.atomic_write(file) as temporary:
         temporary.write_text(tuning.text(table), encoding="utf-8")
-    print(f"written to {str(file)!r}" + (f", which is read where {tuning.USERS} names it" if args.out else ""))
+    print(f"written to {str(file)!r}" + (f", which is read if {tuning.USERS} names it" if args.out else ""))
     return 0

@@ -1,4 +1,4 @@
-"""Other people's networks on our engine: whole published networks and single Glow layers, in place."""
+"""The engine under other programs' networks: whole published networks and single Glow layers, in place."""
 
 from ncsr_fast.compat.accelerate import AccelerationReport, accelerate, restore
 

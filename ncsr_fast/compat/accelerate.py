@@ -17,14 +17,14 @@ from ncsr_fast.engine.options import EngineOptions
 
 @dataclass(frozen=True)
 class AccelerationReport:
-    """What `accelerate` did; `print(report)` says it in words."""
+    """Report of `accelerate`; `print(report)` prints it in words."""
 
-    replaced: dict[str, str]  # name of the module ("" is the one given) → what it was recognised as
-    left: dict[str, str]  # name → why it is left as it was
-    handed_over: Counter[str] = field(default_factory=Counter)  # reason → calls so far that ran the module's own code
+    replaced: dict[str, str]  # name of the module ("" is the given module) → what it was recognised as
+    left: dict[str, str]  # name → why it was left unchanged
+    handed_over: Counter[str] = field(default_factory=Counter)  # reason → number of calls so far that ran the module's own code
 
     def __str__(self) -> str:
-        lines = [f"replaced {len(self.replaced)}, left {len(self.left)} as they were"]
+        lines = [f"replaced {len(self.replaced)}, left {len(self.left)} unchanged"]
         lines += [f"  + {_shown(name)}: {what}" for name, what in self.replaced.items()]
         lines += [f"  - {_shown(name)}: {why}" for name, why in self.left.items()]
         lines += [f"  {count} calls ran the module's own code: {reason}" for reason, count in self.handed_over.items()]
@@ -32,32 +32,35 @@ class AccelerationReport:
 
 
 def accelerate(module: nn.Module, **options: Any) -> AccelerationReport:
-    """Let the published NCSR and SRFlow networks, and the Glow layers, in `module` run on the engine and the fused operators.
+    """Make the published NCSR and SRFlow networks, and Glow layers, in `module` run on the engine and the fused operators.
 
-    In place: modules and Parameter objects stay the same objects, so optimizers, `state_dict`, checkpoints, hooks of the
-    network and wrappers around it do not notice. Calls, and what they return, are as before, and equal up to rounding;
-    seeded samples are the same samples. A network is recognised by its structure, and the formulas of its code by running a
-    copy of it once on a small image. Where a later call cannot be served (actnorms not yet initialised, hooks on inner
-    modules, attributes or options changed since, …) the network's own code runs, and `report.handed_over` counts why. Several
-    threads may call a network at once, with and without gradients. Under `torch.autocast` the small networks and the encoder
-    have the precision it asks for, and the state, which the published code rounds too, stays float32. Of the RRDB encoder what
-    only the super-resolved image uses is not evaluated.
+    The change is made in place. Modules and Parameter objects stay the same objects, so that optimizers, `state_dict`,
+    checkpoints, hooks of the network and wrappers around it work as before. Calls take and return the same values, equal up to
+    rounding, and seeded samples are the same samples.
 
-    See `ncsr_fast.compat.layers` for the layers. `restore(module)` undoes it.
+    A network is recognised by its structure; a copy of it is run once on a small image to verify the formulas of its code. If a
+    later call cannot be served (actnorms not yet initialised, hooks on inner modules, attributes or options changed since, …),
+    the network's own code runs, and `report.handed_over` counts the reason. Several threads may call a network at once, with
+    and without gradients.
+
+    Under `torch.autocast` the small networks and the encoder run at autocast's precision. The state stays float32, whereas the
+    published code rounds the state too. Parts of the RRDB encoder that only its super-resolved image needs are not evaluated.
+
+    `ncsr_fast.compat.layers` lists the layers. `restore(module)` undoes the change.
 
     Args:
-        module: A network, or anything that holds one: DataParallel, DistributedDataParallel, a module of your own.
-        options: Of `EngineOptions`, for whole networks: `precision="bf16"`, … `checkpoint` is False unless given: even
-            so the engine saves less for the backward pass than the published network does.
+        module: A network, or a module that contains one: DataParallel, DistributedDataParallel, a module of your own.
+        options: Fields of `EngineOptions`, for whole networks: `precision="bf16"` … `checkpoint` is False by default; even then
+            the engine saves less for the backward pass than the published network does.
 
     Returns:
-        A report of what was replaced and of what was not, and why.
+        A report of what was replaced and what was not, and why.
 
     Raises:
         ValueError: Nothing in `module` could be replaced.
     """
     if EngineOptions(**options).engine != "fused":
-        raise ValueError("accelerate is the fused engine; engine='plain' is what restore(module) brings back")
+        raise ValueError("accelerate always uses the fused engine; restore(module) brings the module's own code back")
     restore(module)
     report = AccelerationReport({}, {})
     _visit(module, "", options, report)
@@ -68,7 +71,7 @@ def accelerate(module: nn.Module, **options: Any) -> AccelerationReport:
 
 
 def restore(module: nn.Module) -> None:
-    """Undo `accelerate`: everything runs its own code again. Nothing happens where nothing was accelerated."""
+    """Undo `accelerate`: every module runs its own code again. A module that was not accelerated is not changed."""
     for part in module.modules():
         replacement = Replacement.of(part)
         if replacement is not None:
@@ -76,7 +79,7 @@ def restore(module: nn.Module) -> None:
 
 
 def _visit(module: nn.Module, name: str, options: dict[str, Any], report: AccelerationReport) -> None:
-    """Replace the forward of a module, or of what is in it."""
+    """Replace the forward of a module, or of the modules in it."""
     kind = layers.candidate(module)
     passed_over: tuple[str, ...] = ()
     try:

@@ -1,4 +1,4 @@
-"""Our model on a published network's parameters, and what it keeps between two calls that record no gradients."""
+"""The model of this package on a published network's parameters, with a cache for calls that record no gradients."""
 
 from __future__ import annotations
 
@@ -28,51 +28,51 @@ class Image(NamedTuple):
 
 
 class Engine:
-    """Our model with the parameters of a published network, for one call after the other or several at once.
+    """An NCSR model with the parameters of a published network, for several calls at once.
 
-    Where gradients are recorded, parameters are stacked anew in every call, as part of the graph.
+    If gradients are recorded, parameters are stacked in every call, as part of the graph.
 
-    Where they are not, the stacked parameters, what is folded of them, the encoder's features of the last LR image and what
-    all samples of it share are kept as long as the parameters have the same memory, count of changes and hash of bits, and
-    the image the same pixels, whatever tensor they are in.
+    If not, the stacked parameters, the constants folded from them, the encoder's features of the last LR image and the values
+    that its samples share are cached. They are used again as long as the parameters have the same memory, count of changes
+    and hash of bits, and the image has the same pixels, in whatever tensor.
 
-    Threads share nothing that a call changes under another's hands: every recorded call fills a model of its own, and what is
-    kept is replaced by something new, never changed into it.
+    Calls may run in several threads: every recorded call fills its own model, and cached values are replaced by new ones,
+    never changed.
     """
 
     def __init__(self, net: nn.Module, config: NCSRConfig, options: dict[str, Any]) -> None:
         self.skeleton, self._given_options = skeleton_of(config), options
         self.weights = StackedWeights(self.skeleton, net)
-        self._idle: list[Vessel] = []  # empty, as many as calls were inside at once
-        self._kept: tuple[object, Filled] | None = None  # with the state of its parameters
+        self._idle: list[Vessel] = []  # empty vessels, as many as there were simultaneous calls
+        self._cached: tuple[object, Filled] | None = None  # with the state of its parameters
 
     @contextlib.contextmanager
     def filled(self, weights: list[Tensor], recorded: bool) -> Iterator[Filled]:
-        """The model with these parameters, for use inside."""
+        """A context with the model with these parameters."""
         options = self._options(weights[0])
         state = None if recorded else state_of(weights)
         if state is not None:
-            yield self._kept_of(weights, options, (state, options))
+            yield self._cached_model(weights, options, (state, options))
             return
-        self._kept = None  # let go of what was kept
+        self._cached = None  # free the cached model
         vessel = self._vessel()
         try:
             vessel.fill(weights)
             yield Filled(vessel.model, options, keeps=False)
         finally:
-            vessel.clear()  # the graph keeps what it needs
+            vessel.clear()  # the graph has references to what it needs
             self._idle.append(vessel)
 
-    def _kept_of(self, weights: list[Tensor], options: EngineOptions, state: object) -> Filled:
-        kept = self._kept
-        if kept is None or kept[0] != state:
-            kept = self._kept = None  # before the memory is needed again
+    def _cached_model(self, weights: list[Tensor], options: EngineOptions, state: object) -> Filled:
+        cached = self._cached
+        if cached is None or cached[0] != state:
+            cached = self._cached = None  # before the memory is needed again
             vessel = self._vessel()
             vessel.fill(weights)
             for level in vessel.model.levels:
-                level.cache.freeze()  # nobody changes its weights
-            kept = self._kept = state, Filled(vessel.model, options, keeps=True)
-        return kept[1]
+                level.cache.freeze()  # its weights are never changed
+            cached = self._cached = state, Filled(vessel.model, options, keeps=True)
+        return cached[1]
 
     def _vessel(self) -> Vessel:
         try:
@@ -87,7 +87,7 @@ class Engine:
 
 
 class Filled:
-    """Our model with parameters."""
+    """An NCSR model with parameters."""
 
     def __init__(self, model: NCSR, options: EngineOptions, keeps: bool) -> None:
         self.model, self._keeps = model, keeps
@@ -95,7 +95,7 @@ class Filled:
         self._image: Image | None = None
 
     def condition(self, lr: Tensor) -> Levels:
-        """The levels conditioned on LR images of an even size."""
+        """The levels conditioned on LR images with even sides."""
         if not self._keeps:
             return self.model.conditioned_levels(lr)
         image = self._image
@@ -105,19 +105,19 @@ class Filled:
         return image.levels
 
     def given(self, features: Sequence[Tensor]) -> Levels:
-        """The levels conditioned on feature maps that are there."""
+        """The levels conditioned on given feature maps."""
         model, options = self.model, self.model.options
         dtype, layout = options.network_dtype(features[0].dtype), options.memory_format
         condition = Condition([Features(laid_out(own.to(dtype), layout)) for own in features])
         return Levels(model.levels, model.flow, condition, options, keeps=False)
 
     def decode(self, latents: list[Tensor], levels: Levels, noise: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The image, and the log-det (B,) of decoding, minus that of encoding."""
+        """The image, and the log-det (B,) of decoding, which is the negative of that of encoding."""
         if noise is not None and self._keeps and not noise.any():
             noise = None  # zero
         return levels.decode(latents, noise)
 
 
 def _same(first: Tensor, second: Tensor) -> bool:
-    """Whether two images are the same to the last bit, in the same place; NaN is not. Waits for the device."""
+    """True if two images on the same device have the same bits, and no NaN; waits for the device."""
     return first.dtype == second.dtype and first.device == second.device and torch.equal(first, second)

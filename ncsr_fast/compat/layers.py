@@ -1,6 +1,6 @@
 """Single layers of common Glow code on the fused operators.
 
-Recognised by parameters, attributes and signatures, and verified against the code of
+Layers are recognised by parameters, attributes and signatures, and were verified against the code of
 
     chaiyujin/glow-pytorch     487a6b1   ActNorm2d, InvertibleConv1x1 (without LU), FlowStep (affine)
     y0ast/Glow-PyTorch         13c7b01   ActNorm2d, InvertibleConv1x1 (without LU)
@@ -8,9 +8,9 @@ Recognised by parameters, attributes and signatures, and verified against the co
     andreas128/SRFlow          5a007ad   ActNorm2d, InvertibleConv1x1
     younggeun-kim/NCSR         85bdaff   ActNorm2d, InvertibleConv1x1
 
-A step is one operator for its actnorm and 1×1 convolution, whose determinant is taken once, and one for its coupling; the
-network inside a coupling is called as it is. An actnorm alone is one pass over its input. Actnorms that wait for their first
-batch run their own code.
+A step becomes one operator for its actnorm and 1×1 convolution, with one determinant, and one operator for its coupling; the
+network inside a coupling is called unchanged. An actnorm alone is one pass over its input. Actnorms that are not yet
+initialised run their own code.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from ncsr_fast.autocast import without_autocast
 from ncsr_fast.compat.replacement import Replacement, Unsupported, check_tensor, expect
 from ncsr_fast.precision import true_float32
 
-_NO_EPS = 1e-37  # Glow's scale has no lower bound, and the operator's may not be 0: this one is lost in rounding
-_SERVED = {  # attributes that the code of the layers reads, where they have them
+_NO_EPS = 1e-37  # Glow's scale has no lower bound; the operator needs one above 0, and this one is lost in rounding
+_SERVED = {  # values of attributes that the layers' code reads, if they exist
     "flow_permutation": "invconv",
     "flow_coupling": "affine",
     "affine": True,
@@ -37,11 +37,11 @@ _SERVED = {  # attributes that the code of the layers reads, where they have the
     "LU": False,
     "LU_decomposed": False,
 }
-_TRIAL_TOLERANCE = 1e-4  # of the largest element, or of 1; float32 rounding is below 1e-5
+_TRIAL_TOLERANCE = 1e-4  # relative to the largest element, or to 1; float32 rounding is below 1e-5
 
 
 class LayerForward(Replacement):
-    """`forward(x, logdet=None, reverse=False)` → (y, logdet plus that of the map, or None)."""
+    """Replacement of `forward(x, logdet=None, reverse=False)` → (y, logdet plus the map's log-det, or None)."""
 
     def forward(self, *arguments: Any, **options: Any) -> tuple[Tensor, Tensor | None]:
         try:
@@ -54,11 +54,11 @@ class LayerForward(Replacement):
 
     @classmethod
     def described(cls) -> str:
-        """Which layer it is of."""
+        """Name of the replaced layer, for messages."""
         return cls.__doc__.splitlines()[0].rstrip(".").replace("`", "")
 
     def check_call(self, x: Tensor) -> None:
-        """Raise Unsupported unless the layer is initialised, and x one of its inputs."""
+        """Raise Unsupported unless the layer is initialised and x is a valid input."""
         self.check()
         check_attributes(type(self), self.module)
         like = self.weight()
@@ -68,7 +68,7 @@ class LayerForward(Replacement):
         if not all(x.shape):
             raise Unsupported("the input is empty")
         for actnorm in self.actnorms():
-            # NCSR's and Glow's flag, rosinality's buffer
+            # the flag of NCSR and Glow, or the buffer of rosinality
             if not bool(getattr(actnorm, "inited", getattr(actnorm, "initialized", True))):
                 raise Unsupported("an actnorm is not initialised, which its own forward does")
 
@@ -83,7 +83,7 @@ class LayerForward(Replacement):
         return self.weight().shape[0]
 
     def compute(self, x: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:
-        """The map or its inverse, and its log-det: (), or (B,) where it depends on the sample."""
+        """The map or its inverse, and its log-det: (), or (B,) if it depends on the sample."""
         raise NotImplementedError
 
 
@@ -130,16 +130,16 @@ class Step(LayerForward):
         norm = self.module.actnorm
         mixing = norm.bias.flatten(), norm.logs.flatten(), self.module.invconv.weight
         if reverse:
-            x, coupling_logdet = _couple(x, network(_kept(x)), True)
+            x, coupling_logdet = _couple(x, network(_pass_through(x)), True)
             x, mixing_logdet = _mix(x, *mixing, True)
         else:
             x, mixing_logdet = _mix(x, *mixing, False)
-            x, coupling_logdet = _couple(x, network(_kept(x)), False)
+            x, coupling_logdet = _couple(x, network(_pass_through(x)), False)
         return x, mixing_logdet + coupling_logdet
 
 
 class ReversibleLayer(LayerForward):
-    """rosinality's layers: `forward(x)` → (y, logdet), `reverse(y)` → x."""
+    """Replacement of rosinality's layers: `forward(x)` → (y, logdet), `reverse(y)` → x."""
 
     methods = ("forward", "reverse")
 
@@ -177,7 +177,7 @@ class ReversibleCoupling(ReversibleLayer):
         return 2 * self.weight().shape[1]
 
     def compute(self, x: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:
-        raw, shift = self.module.net(_kept(x)).chunk(2, dim=1)
+        raw, shift = self.module.net(_pass_through(x)).chunk(2, dim=1)
         return _couple(x, torch.stack([shift, raw], dim=2).flatten(1, 2), reverse)
 
 
@@ -199,7 +199,7 @@ class ReversibleStep(ReversibleLayer):
         loc, scale = self.module.actnorm.loc.flatten(), self.module.actnorm.scale.flatten()
         invconv = self.module.invconv
         weight = invconv.calc_weight() if hasattr(invconv, "calc_weight") else invconv.weight
-        # the scale may be negative: its sign goes with the matrix
+        # the scale may be negative, so its sign is multiplied into the matrix
         mixing = loc, torch.log(scale.abs()), weight[:, :, 0, 0] * scale.detach().sign()
         if reverse:
             return _mix(self.module.coupling.reverse(x), *mixing, True)
@@ -209,20 +209,20 @@ class ReversibleStep(ReversibleLayer):
 
 
 def _glow_arguments(arguments: tuple, options: dict[str, Any]) -> tuple[Tensor, Any, bool]:
-    """input, logdet and reverse; raises Unsupported for others."""
+    """The arguments input, logdet and reverse; raise Unsupported for other arguments."""
     names = ("input", "logdet", "reverse")
     given = dict(zip(names, arguments)) | options
     if len(arguments) > 3 or not set(given) <= set(names) or "input" not in given:
-        raise Unsupported("its arguments are others than input, logdet and reverse")
+        raise Unsupported("its arguments are not input, logdet and reverse")
     return given["input"], given.get("logdet"), given.get("reverse", False)
 
 
-def _kept(x: Tensor) -> Tensor:
+def _pass_through(x: Tensor) -> Tensor:
     return x[:, : x.shape[1] // 2]
 
 
 def _mix(x: Tensor, bias: Tensor | None, logs: Tensor | None, weight: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:
-    """Actnorm and 1×1 convolution, or the latter alone; the log-det () is that of every sample."""
+    """Actnorm and 1×1 convolution, or the convolution alone; the log-det () holds for every sample."""
     if bias is None:
         bias = logs = weight.new_zeros(weight.shape[0])
     y, logdet = ops.actnorm_invconv(x, bias, logs, weight, inverse=reverse)
@@ -233,11 +233,8 @@ def _couple(x: Tensor, h: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:
     return ops.affine_coupling(x, h, _NO_EPS, inverse=reverse)
 
 
-# -- recognising them ----------------------------------------------------------------------------------------------
-
-
 def candidate(module: nn.Module) -> type[LayerForward] | None:
-    """What would replace a module with these parameters and children."""
+    """The kind of replacement for a module with these parameters and children."""
     own = {name: tuple(parameter.shape) for name, parameter in module.named_parameters(recurse=False)}
     children = {name for name, _ in module.named_children()}
     reversible = callable(getattr(module, "reverse", None))
@@ -259,17 +256,17 @@ def candidate(module: nn.Module) -> type[LayerForward] | None:
 
 
 def check_attributes(kind: type[LayerForward], module: nn.Module) -> None:
-    """Raise Unsupported where the layer, or a child whose own code does not run, was told to compute something else."""
+    """Raise Unsupported if an attribute of the layer, or of a child that is not called, changes what it computes."""
     expect(module, "layer", **_SERVED)
     for name in kind.passed_over or ():
         expect(getattr(module, name), name, **_SERVED)
 
 
 def check_layer(kind: type[LayerForward], module: nn.Module) -> None:
-    """Raise Unsupported where the layer computes something else than its replacement."""
+    """Raise Unsupported if the layer computes something else than its replacement."""
     check_attributes(kind, module)
     if kind is Step and ("weight" not in module.invconv._parameters or candidate(module.actnorm) is not ActNorm):
-        raise Unsupported("its 1×1 convolution is decomposed, or its actnorm another")
+        raise Unsupported("its 1×1 convolution is decomposed, or its actnorm is of another kind")
     if not issubclass(kind, ReversibleLayer):
         arguments = list(inspect.signature(type(module).forward).parameters)[1:4]
         if arguments != ["input", "logdet", "reverse"]:

@@ -1,4 +1,4 @@
-"""A whole published NCSR or SRFlow network on our engine: the same call, the same results."""
+"""A whole published NCSR or SRFlow network on the engine: the same calls, the same results."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from ncsr_fast.ops.reference import gaussian_log_density
 
 
 class NetworkForward(Replacement):
-    """The forward of a published network.
+    """Replacement of the forward of a published network.
 
     `net(gt=…, lr=…)` → (z, or the list `epses` with all latents; nll (B,) in bits per pixel position; logdet (B,)), and with
-    `reverse=True` → (image, logdet). What is drawn inside comes from the same generators in the same order.
+    `reverse=True` → (image, logdet). Random numbers are drawn from the same generators in the same order.
 
     Args:
-        options: Of `EngineOptions`; without `precision`, float32 convolutions on a GPU are rounded to TF32 when PyTorch's
-            flags say so, as those of the published network are.
+        options: Fields of `EngineOptions`. Without `precision`, float32 convolutions on a GPU are rounded to TF32 if PyTorch's
+            flags say so, as in the published network.
     """
 
     def __init__(
@@ -39,15 +39,15 @@ class NetworkForward(Replacement):
     ) -> None:
         super().__init__(module, handed_over)
         self.config, self.options = config, options
-        self.served = served_attributes(module, config) if served is None else served  # as it was recognised
+        self.served = served_attributes(module, config) if served is None else served  # the attributes at recognition
         self._engines: dict[bool, Engine] = {}  # with and without the noise couplings
-        self._layers: list[tuple[str, nn.Module, dict[str, Any]]] | None = None  # the layers that are served, found by name
+        self._layers: list[tuple[str, nn.Module, dict[str, Any]]] | None = None  # the served layers, found by name
 
     def for_replica(self, replica: nn.Module) -> NetworkForward:
         return NetworkForward(replica, self.config, self.options, self.handed_over, self.served)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_engines": {}}  # a copy has its own
+        return {**self.__dict__, "_engines": {}}  # a copy has its own engines
 
     def forward(self, *arguments: Any, **options: Any) -> tuple:
         try:
@@ -68,12 +68,10 @@ class NetworkForward(Replacement):
             self._engines[conditioned] = Engine(self.module, config, self.options)
         return self._engines[conditioned]
 
-    # -- what is served ----------------------------------------------------------------------------------------
-
     def check(self) -> None:
         super().check()
         if replace(configuration_of(self.module), noise_steps=()) != replace(self.config, noise_steps=()):
-            raise Unsupported("its options `opt` are others than those it was recognised by")
+            raise Unsupported("its options `opt` have changed since it was recognised")
         if self._layers is None:
             modules = dict(self.module.named_modules())
             if not self.served.keys() <= modules.keys():
@@ -83,7 +81,7 @@ class NetworkForward(Replacement):
             expect(layer, name, **attributes)
 
     def _check_call(self, call: Call, engine: Engine, like: Tensor) -> None:
-        """Raise Unsupported unless the arguments are those of a published training or test program, and the actnorms set."""
+        """Raise Unsupported unless the arguments are those of a published program, and the actnorms are initialised."""
         for module in engine.weights.modules:
             if module.training and not getattr(module, "inited", True):
                 raise Unsupported("actnorms are not initialised, which the network's own forward does")
@@ -111,7 +109,7 @@ class NetworkForward(Replacement):
             check_tensor("lr", call.lr, (None, 3, None, None), like)
             batch, height, width = call.lr.shape[0], *call.lr.shape[2:]
         if not batch or not height or not width or height % 2 or width % 2:
-            raise Unsupported("there is no LR image of an even size")
+            raise Unsupported("there is no LR image with even sides")
         if not call.reverse:
             check_tensor("gt", call.gt, (batch, 3, scale * height, scale * width), like)
         if call.lr_enc is not None:
@@ -123,17 +121,15 @@ class NetworkForward(Replacement):
 
     def _check_noise(self, std: Tensor, batch: int, like: Tensor) -> None:
         if not self.config.noise_channels:
-            raise Unsupported("std is given to a network without a noise condition")
+            raise Unsupported("std is given, but the network has no noise condition")
         check_tensor("std", std, (batch, None, None, None), like)
         image = self.config.noise_channels == 3 and std.shape[1] == 3
         if not image and tuple(std.shape[1:]) != (1, 1, 1):
             raise Unsupported("std is neither a noise image nor one number for each image")
 
     def _given_features(self, call: Call) -> list[Tensor]:
-        """Of `lr_enc`, those that the levels are conditioned on, from the HR side; None where one is missing."""
+        """The features in `lr_enc` that the levels are conditioned on, from the HR side; None if one is missing."""
         return [call.lr_enc.get(f"fea_up{self.config.scale >> level}") for level in range(1, self.config.levels + 1)]
-
-    # -- both directions ---------------------------------------------------------------------------------------
 
     def _encode(self, call: Call, filled: Filled) -> tuple[Tensor | list[Tensor], Tensor, Tensor]:
         z, pixels = call.gt, call.gt.shape[2] * call.gt.shape[3]
@@ -156,10 +152,10 @@ class NetworkForward(Replacement):
         return image, logdet
 
     def _latents(self, call: Call, filled: Filled) -> list[Tensor]:
-        """Latents in encoding order.
+        """The latents in encoding order.
 
         Latents of splits that are not given are drawn as the network draws them: on the default device, in the default dtype,
-        those nearest to the top first.
+        and from the top level down.
         """
         if isinstance(call.epses, list):
             return [latent.to(call.lr) for latent in call.epses]

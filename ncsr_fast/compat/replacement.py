@@ -1,4 +1,4 @@
-"""What stands in place of a module's `forward`, and when it steps aside for the module's own."""
+"""Replacements of a module's `forward`, and the conditions under which the module's own code runs."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from ncsr_fast.layout import traced
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _GLOBAL_HOOKS = tuple(f"_global{hooks}" for hooks in _HOOKS)
-_COUNTING = threading.Lock()  # replicas count together, each in a thread
+_COUNTING = threading.Lock()  # replicas in several threads share a count
 _REPLICATE = "_replicate_for_data_parallel"  # what DataParallel calls to copy a module to another device
 
 
 class Unsupported(ValueError):
-    """Why something is left to the code it came with."""
+    """The reason why a module or a call is left to the module's own code."""
 
 
 class Replacement:
     """A substitute for the `methods` of one module.
 
     The methods are attributes of the instance, so that the module's hooks, its class and wrappers around it stay as they are.
-    Parameters stay where they are too: every call reads them from the module. What it cannot serve it hands over to the
-    module's own method, and counts the reason in `handed_over`. A copy or a pickle of the module, and the replicas that
-    DataParallel makes of it, have a replacement of their own.
+    Parameters stay in the module, and every call reads them there. A call that cannot be served is handed over to the
+    module's own method, and the reason is counted in `handed_over`. A copy or a pickle of the module, and the replicas that
+    DataParallel makes of it, have their own replacement.
     """
 
     methods: tuple[str, ...] = ("forward",)
-    passed_over: tuple[str, ...] | None = None  # children whose own forward does not run; None: that of no submodule does
+    passed_over: tuple[str, ...] | None = None  # children whose forward is not called; None: no submodule's is
 
     def __init__(self, module: nn.Module, handed_over: Counter[str] | None = None) -> None:
         self.module, self.handed_over = module, Counter() if handed_over is None else handed_over
@@ -55,7 +55,7 @@ class Replacement:
         return owner if isinstance(owner, Replacement) else None
 
     def own(self, method: str, *arguments: Any, **options: Any) -> Any:
-        """What the module itself does."""
+        """Call the module's own method."""
         return getattr(type(self.module), method)(self.module, *arguments, **options)
 
     def hand_over(self, reason: str, method: str, *arguments: Any, **options: Any) -> Any:
@@ -64,11 +64,11 @@ class Replacement:
         return self.own(method, *arguments, **options)
 
     def for_replica(self, replica: nn.Module) -> Replacement:
-        """One that reads the parameters of `replica`."""
+        """A replacement that reads the parameters of `replica`."""
         return type(self)(replica, self.handed_over)
 
     def check(self) -> None:
-        """Raise Unsupported where no call can be served, now or because the module was changed."""
+        """Raise Unsupported if no call can be served in this context, or because the module was changed."""
         check_context()
         if self._tree is None:
             self._tree = Tree(self.module, self.passed_over)
@@ -78,7 +78,7 @@ class Replacement:
         replica = self.own(_REPLICATE)
         replacement = self.for_replica(replica)
         replacement.install()
-        replacement._tree = None  # made in its first call: its children are not there yet
+        replacement._tree = None  # made in its first call, because it has no children yet
         return replica
 
 
@@ -90,14 +90,14 @@ class _Edge(NamedTuple):
 
 
 class Tree:
-    """The submodules of a module, or of some of its children, as they were when it was made."""
+    """The submodules of a module, or of some of its children, at the time of recognition."""
 
     def __init__(self, module: nn.Module, children: tuple[str, ...] | None) -> None:
         self._edges = [edge for edge in _edges(module) if children is None or edge.name.split(".")[0] in children]
         self._parents = [(parent, len(parent._modules)) for parent in [module, *(edge.child for edge in self._edges)]]
 
     def check(self) -> None:
-        """Raise Unsupported when a submodule was exchanged, added or removed, or has what only its own call would run."""
+        """Raise Unsupported if submodules were exchanged, added or removed, or have hooks or another forward."""
         if any(len(parent._modules) != count for parent, count in self._parents):
             raise Unsupported("submodules were added or removed")
         for name, parent, key, child in self._edges:
@@ -118,7 +118,7 @@ def _edges(module: nn.Module, prefix: str = "") -> Iterator[_Edge]:
 
 
 def check_context() -> None:
-    """Raise Unsupported where the module's own code has to be seen or would compute something else."""
+    """Raise Unsupported in contexts that trace the module's own code, or change what it computes."""
     if traced():
         raise Unsupported("torch.compile or torch.func traces it")
     if torch.jit.is_tracing():
@@ -128,12 +128,12 @@ def check_context() -> None:
 
 
 def check_tensor(name: str, tensor: Any, shape: tuple[int | None, ...], like: Tensor, anywhere: bool = False) -> None:
-    """Raise Unsupported unless it is a plain tensor of a shape, and of the dtype and, unless `anywhere`, the device of `like`.
+    """Raise Unsupported unless `tensor` is an ordinary tensor with this shape and with the dtype and device of `like`.
 
-    Sizes of the shape that are None may be any.
+    Sizes that are None may be any; with `anywhere` the device may be any.
     """
     if type(tensor) not in (Tensor, nn.Parameter):
-        raise Unsupported(f"{name} is not a plain tensor")
+        raise Unsupported(f"{name} is not an ordinary tensor")
     if tensor.dim() != len(shape) or any(size not in (None, there) for size, there in zip(shape, tensor.shape)):
         raise Unsupported(f"{name} has another shape than the network's")
     if tensor.dtype != like.dtype or not (anywhere or tensor.device == like.device):
@@ -141,7 +141,7 @@ def check_tensor(name: str, tensor: Any, shape: tuple[int | None, ...], like: Te
 
 
 def expect(module: nn.Module, name: str, **attributes: Any) -> None:
-    """Raise Unsupported where an attribute that the module has is another than is served."""
+    """Raise Unsupported if an attribute of the module has a value that is not served."""
     for attribute, expected in attributes.items():
         value = getattr(module, attribute, expected)
         if value != expected:

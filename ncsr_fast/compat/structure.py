@@ -1,4 +1,4 @@
-"""Recognising a network of the published NCSR and SRFlow programs: by its module tree, parameters and attributes."""
+"""Recognition of networks of the published NCSR and SRFlow programs by module tree, parameters and attributes."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ class Call:
     reverse_with_grad: bool = False
     lr_enc: Mapping[str, Tensor] | None = None
     add_gt_noise: bool = False
-    step: Any = None  # ignored, as it is there
+    step: Any = None  # ignored, as in the published network
     y_label: Any = None
-    std: Tensor | None = None  # NCSR's alone
+    std: Tensor | None = None  # only in NCSR
 
     @classmethod
     def of(cls, *arguments: Any, **options: Any) -> Call:
-        """Raises Unsupported for other arguments, of which the network will say itself what is wrong."""
+        """The call with these arguments; raise Unsupported for others, about which the network itself raises an error."""
         try:
             return cls(*arguments, **options)
         except TypeError as error:
@@ -51,16 +51,16 @@ class Call:
 
 
 def resembles_network(module: nn.Module) -> bool:
-    """Whether it has the parts of a published network."""
+    """True if the module has the parts of a published network."""
     layers = getattr(getattr(module, "flowUpsamplerNet", None), "layers", None)
     return isinstance(getattr(module, "RRDB", None), nn.Module) and isinstance(layers, nn.ModuleList)
 
 
 def recognise(net: nn.Module) -> NCSRConfig:
-    """Which network it is; raises Unsupported saying what about it is not served.
+    """The configuration of a published network; raise Unsupported with the reason if it cannot be served.
 
-    The options it was built with tell the architecture, and everything that shows is compared with what they say: the names
-    and shapes of all parameters, the attributes of the layers, the arguments of `forward`.
+    The options that the network was built with give the architecture. Everything visible is compared with it: the names and
+    shapes of all parameters, the attributes of the layers, the arguments of `forward`.
     """
     names = [field.name for field in fields(Call)]
     arguments = list(inspect.signature(type(net).forward).parameters)[1:]
@@ -77,12 +77,12 @@ def recognise(net: nn.Module) -> NCSRConfig:
 
 
 def configuration_of(net: nn.Module) -> NCSRConfig:
-    """What the options say that the network was built with, and that its parts read; its noise steps are in the layers."""
+    """The configuration that the network's options describe, with the noise steps found in its layers."""
     if not isinstance(getattr(net, "opt", None), Mapping):
-        raise Unsupported("it has no options `opt`, which tell the architecture")
+        raise Unsupported("it has no options `opt`, which describe the architecture")
     for name in ("RRDB", "flowUpsamplerNet"):
         if getattr(getattr(net, name), "opt", net.opt) != net.opt:
-            raise Unsupported(f"the options {name}.opt are others than those of the network")
+            raise Unsupported(f"the options {name}.opt are not those of the network")
     try:
         config = NCSRConfig.from_published(net.opt)
     except (ValueError, TypeError) as error:
@@ -93,7 +93,7 @@ def configuration_of(net: nn.Module) -> NCSRConfig:
 
 
 def _noise_steps(net: nn.Module, config: NCSRConfig) -> tuple[int, ...]:
-    """How many of the last steps of each level use their noise coupling."""
+    """For each level, the number of its last steps that use their noise coupling."""
     if not config.noise_channels:
         return ()
     conditional = (layer for layer in net.flowUpsamplerNet.layers if hasattr(layer, "affine"))
@@ -101,7 +101,7 @@ def _noise_steps(net: nn.Module, config: NCSRConfig) -> tuple[int, ...]:
     for level in range(config.levels):
         used = [bool(getattr(layer.affine, "stdmode", False)) for layer in islice(conditional, config.steps)]
         if used != sorted(used):
-            raise Unsupported(f"in level {level + 1} the steps with a noise coupling are not the last ones")
+            raise Unsupported(f"in level {level + 1} the steps with a noise coupling are not the last steps")
         counts.append(sum(used))
     return tuple(counts)
 
@@ -116,11 +116,11 @@ def _compare_parameters(net: nn.Module, config: NCSRConfig) -> None:
                 f"expected {expected.get(name, 'none: it is unknown')}"
             )
     if any(True for _ in net.buffers()):
-        raise Unsupported("it has buffers, which published networks have not")
+        raise Unsupported("it has buffers, but published networks have none")
 
 
 def served_attributes(net: nn.Module, config: NCSRConfig) -> dict[str, dict[str, Any]]:
-    """For every layer, by name, those attributes that its own code reads and that it has, and what they have to be."""
+    """For every layer, by name, the attributes that its own code reads, with the values that are served."""
     found: dict[str, dict[str, Any]] = {}
     for name, module in net.named_modules():
         if isinstance(module, nn.Conv2d):
@@ -129,9 +129,9 @@ def served_attributes(net: nn.Module, config: NCSRConfig) -> dict[str, dict[str,
             found[name] = {"padding": padding, "stride": (1, 1), "dilation": (1, 1), "groups": 1, "padding_mode": "zeros"}
             found[name] |= {"logscale_factor": LOG_SCALE, "do_actnorm": True}
         elif isinstance(module, nn.LeakyReLU):
-            # in place or not as it is now: the encoder hands on features from before or after it
+            # in place or not, as now: the encoder's features are taken before or after it accordingly
             found[name] = {"negative_slope": SLOPE, "inplace": module.inplace}
-    first = [config.steps - count for count in config.noise_steps]  # that use their noise coupling
+    first = [config.steps - count for count in config.noise_steps]  # the first steps that use their noise coupling
     used = iter([bool(config.noise_channels) and k >= start for start in first for k in range(config.steps)])
     for index, layer in enumerate(net.flowUpsamplerNet.layers):
         name = f"flowUpsamplerNet.layers.{index}"
@@ -153,7 +153,7 @@ def served_attributes(net: nn.Module, config: NCSRConfig) -> dict[str, dict[str,
 
 @lru_cache(maxsize=4)
 def skeleton_of(config: NCSRConfig) -> NCSR:
-    """The model without weights; one for all who do not fill it."""
+    """The model without weights, shared by all users that do not fill it."""
     with torch.device("meta"), _Uninitialised():
         return NCSR(config)
 
@@ -165,7 +165,7 @@ def entries_of(model: NCSR) -> list[Entry]:
 
 
 class _Uninitialised(TorchFunctionMode):
-    """Inside, nothing is computed of new parameters: without memory, that would take seconds, and import PyTorch's compiler."""
+    """A context that skips initialising parameters, which on the meta device is slow and imports PyTorch's compiler."""
 
     _UNCHANGED = (Tensor.normal_, Tensor.uniform_, Tensor.mul, Tensor.__mul__, Tensor.mul_)
 
@@ -179,19 +179,17 @@ class _Uninitialised(TorchFunctionMode):
         return (torch.empty if function is torch.randn else function)(*arguments, **(options or {}))
 
 
-# -- a trial -------------------------------------------------------------------------------------------------------
-
-_TOLERANCE = 1e-4  # of the largest element: float32 rounding is below 1e-5, a formula that differs somewhere is far above
-_SIZE = 8  # of the LR image: the published encoder needs that many pixels
-# By how much parameters are moved, so that no zero-initialised layer hides what it computes. Inverses explode when it is more.
+_TOLERANCE = 1e-4  # relative to the largest element: rounding is below 1e-5, a different formula far above
+_SIZE = 8  # side of the LR image, the smallest for the published encoder
+# Size of random changes of parameters, so that zero-initialised layers compute something. Larger ones make inverses explode.
 _STEPS = {"encode": 3e-3, "decode": 3e-4}
 
 
 @torch.no_grad()
 def disagreement(net: nn.Module, config: NCSRConfig, ours: Callable[[nn.Module], Replacement]) -> str | None:
-    """What a copy of `net` and its replacement `ours(copy)` compute differently of a small image; None: nothing.
+    """The difference between the results of a copy of `net` and of `ours(copy)` on a small image, in words; None: none.
 
-    A class may look the same and compute something else. Neither the network nor a random generator is touched.
+    A class may have the same structure and compute something else. Neither the network nor a random generator is changed.
     """
     for direction, step in _STEPS.items():
         try:
@@ -203,10 +201,10 @@ def disagreement(net: nn.Module, config: NCSRConfig, ours: Callable[[nn.Module],
             like = next(trial.parameters())
             with true_float32(like), without_autocast(like.device.type):
                 trial.train()
-                replacement.own("forward", **images)  # sets the actnorms that are not: inverses explode without
+                replacement.own("forward", **images)  # initialises the actnorms, without which inverses explode
                 trial.eval()
                 found = _differences(replacement, direction, images)
-        except Exception as error:  # of code we do not know
+        except Exception as error:  # unknown code may raise anything
             return f"it fails for a small image: {type(error).__name__}: {error}"
         reason = next(iter(replacement.handed_over), found)
         if reason is not None:
@@ -230,7 +228,7 @@ def _differences(replacement: Replacement, direction: str, images: dict[str, Ten
         gt = images.pop("gt")
         arguments = {**images, "epses": latents, "reverse": True}
         image, found = replacement.own("forward", **arguments), replacement.forward(**arguments)
-        pairs, inaccuracy = [*zip(image, found)], float((found[0] - gt).abs().max())  # of inverting in float32
+        pairs, inaccuracy = [*zip(image, found)], float((found[0] - gt).abs().max())  # error of inverting in float32
     for theirs, own in pairs:
         allowed = _TOLERANCE * float(theirs.abs().max()) + 10 * inaccuracy
         if not float((theirs - own).abs().max()) <= allowed:

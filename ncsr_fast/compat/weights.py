@@ -1,4 +1,4 @@
-"""The parameters of a published network as our model has them: stacked."""
+"""The parameters of a published network, stacked as in this package's model."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from ncsr_fast.model import NCSR
 
 
 class Slot(NamedTuple):
-    """A parameter of ours, and the published ones it consists of."""
+    """A parameter of this package's model, and the published parameters it consists of."""
 
-    module: str  # that has it
+    module: str  # the module with the parameter
     name: str
     shape: torch.Size
-    sources: slice  # of all sources
+    sources: slice  # its published parameters among all of them
 
 
 class StackedWeights:
-    """Which parameters of a published network make those of our model, and what they are now.
+    """The map from the parameters of a published network to those of this package's model.
 
-    `ncsr_fast.checkpoints.published.layout` says which belongs where: its entries are views of the parameters.
+    It is made from `ncsr_fast.checkpoints.published.layout`, whose entries are views of the model's parameters.
     """
 
     def __init__(self, skeleton: NCSR, net: nn.Module) -> None:
@@ -48,7 +48,7 @@ class StackedWeights:
         self.modules = list(dict.fromkeys(module for module, _ in self._sources))
 
     def read(self) -> list[Tensor]:
-        """The published parameters as they are now; raises Unsupported unless they are plain tensors of one kind."""
+        """The current published parameters; raise Unsupported unless they are ordinary tensors of one dtype and device."""
         tensors = [getattr(module, name) for module, name in self._sources]
         dtype, device = tensors[0].dtype, tensors[0].device
         if dtype not in (torch.float32, torch.float64) or device.type == "meta":
@@ -56,12 +56,12 @@ class StackedWeights:
         if any(tensor.dtype != dtype or tensor.device != device for tensor in tensors):
             raise Unsupported("its parameters are not all of one dtype and device")
         if any(type(tensor) not in (Tensor, nn.Parameter) for tensor in tensors):
-            raise Unsupported("its parameters are not plain tensors")
+            raise Unsupported("its parameters are not ordinary tensors")
         return tensors
 
 
 class Vessel:
-    """A model without weights, to be filled with those of a call."""
+    """A model without weights, to be filled with the weights of a call."""
 
     def __init__(self, skeleton: NCSR, slots: list[Slot]) -> None:
         self.model, self._slots = copy.deepcopy(skeleton), slots
@@ -69,7 +69,7 @@ class Vessel:
         self._empty = [module._parameters[slot.name] for module, slot in zip(self._modules, slots)]
 
     def fill(self, tensors: list[Tensor]) -> None:
-        """Stack what `StackedWeights` read, differentiably."""
+        """Stack the tensors read by `StackedWeights`, differentiably."""
         for module, slot in zip(self._modules, self._slots):
             parts = tensors[slot.sources]
             whole = parts[0] if len(parts) == 1 else torch.stack(parts)
@@ -81,6 +81,6 @@ class Vessel:
 
 
 def state_of(tensors: Iterable[Tensor]) -> object | None:
-    """What two lists of parameters share only when none of them changed; None where that cannot be told."""
+    """A value that is equal for two lists of parameters only if none changed; None if changes cannot be noticed."""
     tensors = list(tensors)
     return None if any(tensor.is_inference() for tensor in tensors) else fingerprint(tensors)

@@ -1,15 +1,16 @@
-"""Decoded images, kept on disk for every process that reads them.
+"""Decoded images, cached on disk for every process that reads them.
 
-Four files in one folder:
+A cache is a folder with four files:
 
-pixels   uint8 (H, W, 3) of one image after the other, at places known in advance from the images' headers; sparse
-flags    a byte an image, set once its pixels are complete
-index    what the others were made for, as JSON; written last
-lock     held shared by each process that uses them, alone by the one that makes them
+pixels   uint8 (H, W, 3) of all images, one after the other, at places known in advance from the images' headers; sparse
+flags    one byte per image, set once its pixels are complete
+index    the files that the cache was made for, as JSON; written last
+lock     held shared by each process that uses the cache, exclusively by the process that makes it
 
-An image is written by whichever process decodes it first. Two that do so at once write the same bytes, and one that
-is killed half-way leaves the flag unset. What the kernel holds in memory of the files every process shares; it may
-be lost when the machine goes down, a flag without its pixels among it, so a cache is not used after that.
+An image is written by whichever process decodes it first. Two processes that write an image at once write the same bytes, and a
+process that is killed half-way leaves the flag unset. All processes share the pages of the files that the kernel holds in
+memory. Such pages may be lost when the machine goes down, and a flag may survive without its pixels, so a cache is not used
+after a reboot.
 """
 
 from __future__ import annotations
@@ -35,20 +36,20 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-_ATTEMPTS, _PAUSE = 20, 0.05  # s between them: how long another process may be in the way
+_ATTEMPTS, _PAUSE = 20, 0.05  # attempts, and seconds between them, while another process holds the lock
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 class ImageCache:
     """The pixels of image files, decoded once.
 
-    A cache of the same files, sizes and limit that is there already is used, any other replaced. Where none can be
-    kept (a folder that cannot be written to or locked, or that a running process uses for other images, or a disk
-    that is full) a warning says so, and images are decoded every time.
+    An existing cache of the same files, sizes and limit is used; any other cache is replaced. If no cache is possible (the
+    folder cannot be written to or locked, a running process uses it for other images, or the disk is full), a warning says
+    so, and images are decoded every time.
 
     Args:
-        folder: Of the cache, made if there is none. Of several machines that share a disk each needs one of its own.
-        limit: Bytes of pixels on disk at most, and never more than half of what is free there. Images that do not fit, in
+        folder: The folder of the cache, made if it does not exist. Machines that share a disk need a folder each.
+        limit: Largest number of bytes of pixels on disk; at most half of the free space is used. Images that do not fit, in
             the order of `sizes`, are decoded every time.
         sizes: (height, width) of each file, as its header tells.
     """
@@ -60,7 +61,7 @@ class ImageCache:
         self._open()
 
     def read(self, path: Path) -> Tensor:
-        """An image as uint8 (3, H, W), to be read only: it may be a view of the file. Raises what `read_image` does."""
+        """An image as uint8 (3, H, W), not to be written to: it may be a view of the file. Raises as `read_image` does."""
         place = self._places.get(path)
         if place is None:
             return read_image(path)
@@ -68,12 +69,12 @@ class ImageCache:
         if self._flags[number]:
             return self._pixels[start : start + height * width * 3].view(height, width, 3).permute(2, 0, 1)
         image = read_image(path)
-        if image.shape == (3, height, width):  # the header told otherwise, or the file is another by now
+        if image.shape == (3, height, width):  # else the header was wrong, or the file was replaced
             self._write(number, start, image)
         return image
 
     def remove(self) -> None:
-        """Delete the files, and the folder if nothing else is in it. Processes that use them can go on doing so."""
+        """Delete the files, and the folder if it is then empty. Processes that use the files can continue to do so."""
         _remove(self.folder)
 
     def _open(self) -> None:
@@ -94,7 +95,7 @@ class ImageCache:
                 self._places[path] = (number, start, tuple(size))
 
     def _lock(self) -> tuple[list[int | None], int]:
-        """Share the lock with those who use the same cache, made first if need be; where its images start, and its end."""
+        """Acquire the shared lock, making the cache if needed; return the position of each image and the end."""
         if fcntl is None:
             raise OSError("files cannot be locked on this system")
         for _ in range(_ATTEMPTS):
@@ -103,12 +104,12 @@ class ImageCache:
             try:
                 try:
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    # nobody else uses it; without a boot id, what a process wrote that is gone may have been lost
+                    # no other process uses the cache; without a boot id, bytes written by an ended process may have been lost
                     if self._key["boot"] is None or self._index() is None:
                         self._make()
                 except BlockingIOError:
                     pass
-                fcntl.flock(lock, fcntl.LOCK_SH)  # waits for one who is making it
+                fcntl.flock(lock, fcntl.LOCK_SH)  # waits for a process that makes the cache
                 index = self._index()
                 if index is not None and _same_file(lock.fileno(), self.folder / "lock"):
                     self._files.append(lock)
@@ -127,7 +128,7 @@ class ImageCache:
             return None
 
     def _make(self) -> None:
-        """New files: those of before are unlinked, not overwritten, and stay what they were for whoever has them open."""
+        """Make new files; old files are unlinked, not overwritten, so that processes can still read them."""
         for name in ("index", "flags", "pixels"):
             (self.folder / name).unlink(missing_ok=True)
         room, total = min(self._key["limit"], shutil.disk_usage(self.folder).free // 2), 0
@@ -154,16 +155,16 @@ class ImageCache:
             os.pwrite(flags.fileno(), b"\1", number)
         except OSError as error:
             self._warn(error)
-            self._places = {}  # what is there already is on a disk in trouble too
+            self._places = {}  # the disk may be at fault, so existing pixels are not used either
 
     def _warn(self, error: Exception) -> None:
-        warnings.warn(f"no decoded images are kept in {str(self.folder)!r}, they are decoded every time: {error}", stacklevel=4)
+        warnings.warn(f"decoded images are not cached in {str(self.folder)!r}, but decoded every time: {error}", stacklevel=4)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in ("folder", "_paths", "_key")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """In a spawned process: the files are opened anew."""
+        """Open the files again in a spawned process."""
         self.__dict__.update(state)
         self._open()
 
@@ -173,7 +174,7 @@ class ImageCache:
 
 
 def remove_caches(folder: Path) -> None:
-    """Delete the caches in the folders in `folder`, and what of these is empty then; anything else in them stays."""
+    """Delete the caches in subfolders of `folder`, and the subfolders that are then empty; other files stay."""
     for cache in filter(Path.is_dir, folder.glob("*")):
         if (cache / "lock").exists():
             _remove(cache)
@@ -182,7 +183,7 @@ def remove_caches(folder: Path) -> None:
 
 
 def _remove(cache: Path) -> None:
-    """Delete a cache's files, halves of an index among them, and the folder if nothing else is in it."""
+    """Delete a cache's files, also a half-written index, and the folder if it is then empty."""
     with contextlib.suppress(OSError):
         for path in (*(cache / name for name in ("index", "flags", "pixels", "lock")), *cache.glob(".index.*")):
             path.unlink(missing_ok=True)
@@ -190,7 +191,7 @@ def _remove(cache: Path) -> None:
 
 
 def _stamp(path: Path, size: tuple[int, int]) -> dict[str, Any]:
-    """What tells an image file from an older one of its name, JSON-ready."""
+    """Values that differ between an image file and an older file of the same name, JSON-ready."""
     status = os.stat(path)
     return {"path": str(path.absolute()), "bytes": status.st_size, "modified": status.st_mtime_ns, "size": list(size)}
 
@@ -203,7 +204,7 @@ def _boot_id() -> str | None:
 
 
 def _same_file(descriptor: int, path: Path) -> bool:
-    """Whether an open file is still the one at `path`: it may have been removed since."""
+    """True if an open file is still the file at `path`, and was not removed since."""
     try:
         return os.path.samestat(os.fstat(descriptor), os.stat(path))
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""Random crops of images, such that crop number n is the same in every run."""
+"""Random crops of images; crop number n is the same in every run."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from ncsr_fast.data.low_light import equalize
 from ncsr_fast.data.sources import Source, list_sources, read_source, source_size
 from ncsr_fast.data.workers import leave_signals
 
-_NAMED = 5  # broken files a warning spells out
-_PREFETCHED = 4  # batches each worker keeps ready: enough to outlast a few large images being decoded
+_NAMED = 5  # broken files that a warning names
+_PREFETCHED = 4  # batches that each worker prepares ahead, enough for the time of decoding a few large images
 
 Place = str | os.PathLike
 
@@ -77,7 +77,7 @@ class RandomCrops(Dataset):
         listed = list_sources(_places(images), _places(lr_images))
         if lr_images and self.degradation is not None:
             raise ValueError(
-                f"degradation {degradation!r} makes the LR images that lr_images names already: give one of the two"
+                f"degradation {degradation!r} makes LR images, but lr_images names LR images too: give one of the two"
             )
         self.sizes: dict[Source, tuple[int, int]] = {}
         self.files = [files for files in listed if self._usable(files)]
@@ -91,7 +91,7 @@ class RandomCrops(Dataset):
             self.keep_decoded(cache_folder, cache_bytes)
 
     def __len__(self) -> int:
-        """Number of images; items go on without end."""
+        """Number of images; the number of items is not bounded."""
         return len(self.files)
 
     def __getitem__(self, number: int) -> dict[str, Tensor]:
@@ -105,7 +105,7 @@ class RandomCrops(Dataset):
         item = {}
         for name, image, ratio in zip(("hr", "lr", "equalized"), images, (1, self.scale, self.scale)):
             window = image[:, top // ratio : (top + side) // ratio, left // ratio : (left + side) // ratio]
-            # copied, also where it is contiguous: it may be a view of the cache
+            # copied even if contiguous, because it may be a view of the cache
             item[name] = window.clone(memory_format=torch.contiguous_format)
         if self.degradation is not None:
             generator = torch.Generator().manual_seed(draw.getrandbits(63))
@@ -113,18 +113,18 @@ class RandomCrops(Dataset):
         return item
 
     def batch(self, step: int, batch: int) -> dict[str, Tensor]:
-        """The whole batch of a training step, over all processes, stacked. Raises ValueError for one of no crops."""
+        """The whole batch of a training step, over all processes, stacked; raise ValueError if `batch` is less than 1."""
         if batch < 1:
             raise ValueError(f"batch must be at least 1, not {batch!r}")
         return default_collate([self[number] for number in range(step * batch, (step + 1) * batch)])
 
     def name(self, number: int) -> str:
-        """The name of the HR image that item `number` is cut from."""
+        """The name of the HR image that item `number` is a crop of."""
         files, _ = self._drawn(number)
         return str(files[0])
 
     def keep_decoded(self, folder: str | os.PathLike, limit: int) -> None:
-        """Keep decoded image files in `folder`, at most `limit` bytes of them: see `ImageCache`. 0 keeps none."""
+        """Cache decoded images in `folder`, at most `limit` bytes of them (0: none): see `ImageCache`."""
         file_sizes = {image: size for image, size in self.sizes.items() if isinstance(image, Path)}
         if limit > 0 and file_sizes:
             self._cache = ImageCache(folder, limit, file_sizes)
@@ -135,7 +135,7 @@ class RandomCrops(Dataset):
             self._cache.remove()
 
     def _drawn(self, number: int) -> tuple[tuple[Source, ...], list[Tensor]]:
-        """The image (pair) that `number` falls on, or the next readable one after it, with its pixels."""
+        """The image (pair) of item `number`, or the next readable image after it, with its pixels."""
         start = self._shuffled(number)
         for offset in range(len(self.files)):
             files = self.files[(start + offset) % len(self.files)]
@@ -146,7 +146,7 @@ class RandomCrops(Dataset):
                 self._check_pair(files, [tuple(image.shape[1:]) for image in images])
                 return files, images
             except (ImageError, OSError, MemoryError) as error:
-                self.broken[str(files[0])] = reason = str(error) or f"{str(files[0])!r} is too large for the memory there is"
+                self.broken[str(files[0])] = reason = str(error) or f"{str(files[0])!r} does not fit in memory"
                 self._warn([reason], len(self.files))
         raise ValueError(f"no usable image is left: all {len(self.files)} are broken")
 
@@ -164,11 +164,11 @@ class RandomCrops(Dataset):
         return self._cache.read(image)
 
     def _usable(self, files: tuple[Source, ...]) -> bool:
-        """True if the headers of an image (pair) fit; their sizes are added to `self.sizes`."""
+        """True if an image (pair) fits by its headers; the sizes are added to `self.sizes`."""
         try:
             found = [source_size(image) for image in files]
             self._check_pair(files, found)
-        except (ImageError, OSError) as error:  # the latter for a file that was removed as it was listed
+        except (ImageError, OSError) as error:  # OSError if the file was removed since it was listed
             self.broken[str(files[0])] = str(error)
             return False
         self.sizes.update(zip(files, found))
@@ -206,21 +206,21 @@ class _Share(Sampler[int]):
 def crop_loader(
     crops: RandomCrops, batch: int, first_step: int, stop_step: int, workers: int = 0, rank: int = 0, world: int = 1
 ) -> DataLoader:
-    """The batches of training steps first_step … stop_step - 1, the same ones whatever `first_step` is.
+    """The batches of training steps first_step … stop_step - 1; a step's batch does not depend on `first_step`.
 
     Args:
         crops: The crops.
-        batch: Crops a step over all `world` processes together; each reads batch / world of them, those of `rank` in turn,
-            so that a step's crops are the same for any number of processes.
-        first_step: The first of the steps.
-        stop_step: The step behind the last one.
-        workers: Processes that read images; 0 reads them when they are asked for. They leave SIGINT and SIGTERM to the main
-            process, and have one thread each.
-        rank: Of this process among the `world` ones.
-        world: Number of the processes that train together.
+        batch: Number of crops of a step, over all `world` processes together. Each process reads a contiguous share of
+            batch / world crops, so that a step's crops are the same for any number of processes.
+        first_step: The first step.
+        stop_step: The step after the last one.
+        workers: Number of processes that read images, with one thread each; they leave SIGINT and SIGTERM to the main
+            process. 0: images are read when they are asked for.
+        rank: Rank of this process, from 0.
+        world: Number of processes that train together.
 
     Raises:
-        ValueError: A batch that `world` does not divide, or a rank outside it.
+        ValueError: `world` does not divide the batch, or the rank is not one of `world`.
     """
     if not 0 <= rank < world:
         raise ValueError(f"rank must be one of the {world} of world, 0 … {world - 1}, not {rank!r}")

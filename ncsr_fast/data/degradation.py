@@ -1,4 +1,4 @@
-"""Degradations of one's own: a function that makes the LR image of an HR crop."""
+"""User-defined degradations: functions that make the LR image of an HR crop."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ _EXAMPLE = 'write "bicubic", or "module:function", as in "my_degradations:blur" 
 
 
 class Degradation:
-    """`function(hr, scale, generator) → lr`, its result checked.
+    """`function(hr, scale, generator) → lr`, with a check of its result.
 
     Args:
-        hr: uint8 (3, scale·H, scale·W), on the CPU and its own: it may be written to.
-        generator: torch.Generator, seeded by the run's seed and the crop's number. A function whose only randomness it is
-            gives the same crops in every run, and in one that was resumed.
+        hr: uint8 (3, scale·H, scale·W), on the CPU. The function may write to it.
+        generator: torch.Generator, seeded by the run's seed and the crop's number. A function that draws random numbers only
+            from it gives the same crops in every run, also in a resumed run.
 
     Returns:
         lr, uint8 (3, H, W).
 
     Raises:
-        ValueError: The function returned anything else; the message names the function. What the function raises itself
-            passes through.
+        ValueError: The function returned anything else; the message names the function. Errors raised by the function itself
+            pass through.
     """
 
     def __init__(self, function: Callable[[Tensor, int, torch.Generator], Tensor], name: str | None = None) -> None:
@@ -37,7 +37,7 @@ class Degradation:
         return self.name or getattr(self._function, "__qualname__", repr(self._function))
 
     def __call__(self, hr: Tensor, scale: int, generator: torch.Generator) -> Tensor:
-        """The LR image of hr; hr itself is left as it is."""
+        """The LR image of hr; hr is not changed."""
         expected = (hr.shape[0], hr.shape[1] // scale, hr.shape[2] // scale)
         lr = self._function(hr.clone(), scale, generator)
         if not isinstance(lr, Tensor):
@@ -51,7 +51,7 @@ class Degradation:
         return lr
 
     def __getstate__(self) -> dict[str, Any]:
-        """A name is looked up anew by a spawned worker, which may not have this process's `sys.path`."""
+        """The state to pickle: a name, so that a spawned worker with another `sys.path` looks the function up itself."""
         return {"name": self.name, "_function": None if self.name else self._function}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -60,12 +60,12 @@ class Degradation:
 
 
 def load_degradation(degradation: str | Callable[[Tensor, int, torch.Generator], Tensor]) -> Degradation | None:
-    """None for "bicubic", else the `Degradation` of a function, or of the one named as "module:function".
+    """None for "bicubic", else the `Degradation` of a function or of the name "module:function".
 
-    The module is looked for in the current folder first, as by `python -m`.
+    The module is searched for in the current folder first, as by `python -m`.
 
     Raises:
-        ValueError: A name that is malformed, or of no function. What the module raises when it is imported passes through.
+        ValueError: The name is malformed, or there is no such function. Errors of importing the module pass through.
     """
     if degradation == "bicubic":
         return None
@@ -83,11 +83,11 @@ def _look_up(name: str) -> Callable[[Tensor, int, torch.Generator], Tensor]:
     folder = os.getcwd()
     sys.path.insert(0, folder)
     try:
-        importlib.invalidate_caches()  # the module may be younger than this process
+        importlib.invalidate_caches()  # the module may have been written after this process started
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if not error.name or not f"{module_name}.".startswith(f"{error.name}."):
-            raise  # it is there, and imports something that is not
+            raise  # the module exists, but imports a missing module
         raise ValueError(
             f"degradation {name!r}: there is no module {error.name!r}, neither in {folder!r} nor installed: {_EXAMPLE}"
         ) from error

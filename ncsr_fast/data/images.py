@@ -18,8 +18,8 @@ from ncsr_fast.data.search import Search, named
 from ncsr_fast.files import atomic_write
 from ncsr_fast.metrics.fidelity import to_uint8
 
-# What is read, by Pillow's names, and how such files end. Not all that Pillow knows: EPS and PDF are programs to run, others
-# hold no photographs.
+# Formats that are read, by Pillow's names, with their suffixes. Other formats of Pillow are left out: EPS and PDF are programs
+# to execute, others hold no photographs.
 FORMATS = {
     "PNG": (".png", ".apng"),
     "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
@@ -36,8 +36,8 @@ FORMATS = {
 }
 SUFFIXES = tuple(suffix for suffixes in FORMATS.values() for suffix in suffixes)
 _ORIENTATION, _KIND, _WIDTH, _HEIGHT, _BITS = 274, 254, 256, 257, 258  # tags of TIFF, the first of EXIF too
-_GREY = ("PNG", "PPM")  # formats that have 16-bit grey and nothing above, which Pillow calls I as it does 32-bit integers
-_TAGS = ("", "x4", "x8")  # after the HR image's name, in its LR image's
+_GREY = ("PNG", "PPM")  # formats with at most 16-bit grey, for which Pillow's mode is I as for 32-bit integers
+_TAGS = ("", "x4", "x8")  # what an LR image's name appends to the HR image's
 _METADATA = ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif")  # where Pillow looks for an orientation
 
 
@@ -46,35 +46,35 @@ class ImageError(ValueError):
 
 
 def list_images(folder: str | os.PathLike) -> list[Path]:
-    """The image files in `folder` and below, sorted by path: those whose names end as `FORMATS` has it.
+    """The image files in `folder` and its subfolders, sorted by path; their names end as in `FORMATS`.
 
-    Links are followed, and what two of them lead to is listed once, by its own path where it has one in `folder`. All else
-    that is there is named in a warning: files of other formats, hidden ones (a name with a dot before it, as copies made by
-    macOS and halves of interrupted writes have), links that lead nowhere or to what is listed already.
+    Links are followed. A file that several links lead to is listed once, by its own path if that is in `folder`. A warning
+    names everything that is left out: files of other formats, hidden files (whose names begin with a dot, such as copies made
+    by macOS and remains of interrupted writes), broken links, and links to files that are already listed.
 
     Raises:
         FileNotFoundError: There is no such folder.
-        NotADirectoryError: It is a file.
-        ValueError: It holds no image.
+        NotADirectoryError: `folder` is a file.
+        ValueError: `folder` contains no image.
     """
     folder = Path(folder)
     if not folder.is_dir():
         if folder.exists():
-            raise NotADirectoryError(f"{str(folder)!r} is a file; give the folder it is in")
+            raise NotADirectoryError(f"{str(folder)!r} is a file; give the folder that contains it")
         hint = "; patterns are not expanded here: give the folder" if glob.has_magic(str(folder)) else ""
         raise FileNotFoundError(f"no folder {str(folder)!r}{hint}")
     search = Search(folder, SUFFIXES)
     if not search.found:
         others = f"; in it: {search.account()}" if search.left_out else ""
-        raise ValueError(f"{str(folder)!r} holds no image ({', '.join(SUFFIXES)}){others}")
+        raise ValueError(f"{str(folder)!r} contains no image ({', '.join(SUFFIXES)}){others}")
     if search.left_out:
         count = sum(map(len, search.left_out.values()))
-        warnings.warn(f"{count} of what {str(folder)!r} holds are left out: {search.account()}", stacklevel=2)
+        warnings.warn(f"{count} entries of {str(folder)!r} are left out: {search.account()}", stacklevel=2)
     return sorted(search.found)
 
 
 def image_size(path: str | os.PathLike) -> tuple[int, int]:
-    """(height, width) of an image as `read_image` returns it, from its header. Raises what `read_image` does."""
+    """(height, width) of an image as `read_image` returns it, from its header. Raises as `read_image` does."""
     with _named_errors(path), _opened(path) as image:
         return _size(image)
 
@@ -83,13 +83,13 @@ def read_image(path: str | os.PathLike) -> Tensor:
     """An image as uint8 RGB (3, H, W).
 
     Grey, palette and CMYK images become RGB, EXIF orientation is applied, and an alpha channel is dropped, as the published
-    programs' reader does. Grey of 10, 12 or 16 bits is rounded to 8 bits; of 16-bit colour Pillow keeps the upper 8. The
-    formats are those of `FORMATS`, told by content, not by name.
+    programs' reader does. Grey of 10, 12 or 16 bits is rounded to 8 bits; of 16-bit colour Pillow returns the upper 8 bits.
+    The format, one of `FORMATS`, is recognised by content, not by name.
 
     Raises:
         FileNotFoundError: There is no such file.
-        ImageError: The file is truncated, corrupt or no image, or holds what 8-bit RGB does not: several pictures (of a
-            phone's MPO the first is taken, of a TIFF the one that is no thumbnail), floats, or 32-bit integers.
+        ImageError: The file is truncated, corrupt or not an image, or holds what does not fit 8-bit RGB: several pictures,
+            floats, or 32-bit integers. From a phone's MPO the first picture is taken, from a TIFF with thumbnails the other.
         MemoryError: The image is too large.
     """
     with _named_errors(path), _opened(path) as image:
@@ -118,12 +118,12 @@ def write_image(path: str | os.PathLike, image: Tensor, to_8bit: str = "round") 
 
 
 def to_float(images: Tensor) -> Tensor:
-    """uint8 → float32 in [0, 1]."""
+    """The images in float32 in [0, 1], from uint8."""
     return images.float().div(255)
 
 
 def crop_to_multiple(image: Tensor, multiple: int) -> Tensor:
-    """The top left of (…, H, W) whose sides are multiples of `multiple` (MATLAB scripts' `modcrop`)."""
+    """The top left part of (…, H, W) whose sides are multiples of `multiple` (`modcrop` of MATLAB scripts)."""
     height, width = (side - side % multiple for side in image.shape[-2:])
     return image[..., :height, :width]
 
@@ -133,10 +133,10 @@ def pair_up(hr: Iterable[Path], hr_root: Path, lr: Iterable[Path], lr_root: Path
 
     DIV2K's `0001x4.png` matches `0001.png` too, and `low00001.png` of LOL-v2 matches `normal00001.png`.
 
-    LR files without an HR partner are named in a warning.
+    A warning names LR files without an HR partner.
 
     Raises:
-        ValueError: Naming the first HR files without a partner, or two files that would be the same image's.
+        ValueError: HR files have no partner, or two files would match the same image; the message names them.
     """
     hr_by_key, lr_by_key = _by_key(hr, hr_root), _by_key(lr, lr_root)
     pairs, alone, partners = [], [], set()
@@ -144,7 +144,7 @@ def pair_up(hr: Iterable[Path], hr_root: Path, lr: Iterable[Path], lr_root: Path
         found = [name for name in _lr_keys(key) if name in lr_by_key]
         if len(found) > 1:
             both = " and ".join(repr(str(lr_by_key[name])) for name in found[:2])
-            raise ValueError(f"{both} would both be the LR image of {str(path)!r}; take one away")
+            raise ValueError(f"{both} would both be the LR image of {str(path)!r}; remove one of them")
         if found:
             pairs.append((path, lr_by_key[found[0]]))
             partners.add(found[0])
@@ -166,12 +166,14 @@ def _lr_keys(key: str) -> list[str]:
 
 
 def _by_key(paths: Iterable[Path], root: Path) -> dict[str, Path]:
-    """Files by their relative path without the suffix."""
+    """The files by relative path without the suffix."""
     found: dict[str, Path] = {}
     for path in paths:
         key = str(path.relative_to(root).with_suffix(""))
         if key in found:
-            raise ValueError(f"{str(found[key])!r} and {str(path)!r} would both be the image {key!r} of a pair; take one away")
+            raise ValueError(
+                f"{str(found[key])!r} and {str(path)!r} would both be the image {key!r} of a pair; remove one of them"
+            )
         found[key] = path
     return found
 
@@ -183,17 +185,17 @@ def _opened(path: str | os.PathLike) -> Image.Image:
 
 def _size(image: Image.Image) -> tuple[int, int]:
     """(height, width) once the orientation is applied; orientations 5 to 8 swap the axes."""
-    if image.format == "TIFF":  # whose `size` has the orientation in it, or not, as the version of Pillow has it
+    if image.format == "TIFF":  # whether `size` includes the orientation depends on the version of Pillow
         (width, height), orientation = (image.tag_v2[_WIDTH], image.tag_v2[_HEIGHT]), image.tag_v2.get(_ORIENTATION, 1)
     else:
-        # a PNG without metadata would be decoded whole in search of them
+        # Pillow would decode a whole PNG without metadata to look for them
         told = any(key in image.info for key in _METADATA)
         (width, height), orientation = image.size, image.getexif().get(_ORIENTATION, 1) if told else 1
     return (width, height) if orientation in (5, 6, 7, 8) else (height, width)
 
 
 def _check_single(image: Image.Image) -> None:
-    """Raise ValueError for animations and several pages; the pages of a TIFF that are smaller copies do not count."""
+    """Raise ValueError for animations and several pages; smaller copies in a TIFF do not count as pages."""
     count = getattr(image, "n_frames", 1)
     if count == 1 or image.format == "MPO":
         return
@@ -205,11 +207,11 @@ def _check_single(image: Image.Image) -> None:
         image.seek(0)
         count = 1 if sum(kinds) == count - 1 and not kinds[0] else count
     if count > 1:
-        raise ValueError(f"it holds {count} pictures; save the one that is meant in a file of its own")
+        raise ValueError(f"it contains {count} pictures; save the one you want in a file of its own")
 
 
 def _check_range(image: Image.Image) -> None:
-    """Raise ValueError for pixels of which no file says what is white."""
+    """Raise ValueError for pixel types whose value of white the file does not define."""
     kind = "floats" if image.mode == "F" else None
     if image.mode == "I" and image.format not in _GREY:
         bits, *_ = image.tag_v2.get(_BITS, (32,)) if image.format == "TIFF" else (32,)
@@ -219,13 +221,13 @@ def _check_range(image: Image.Image) -> None:
 
 
 def _highest(image: Image.Image) -> int:
-    """White of a grey image with more than 8 bits. Pillow makes 16 of all but those of a TIFF."""
+    """The value of white in a grey image with more than 8 bits; Pillow scales all but TIFF to 16 bits."""
     bits, *_ = image.tag_v2.get(_BITS, (16,)) if image.format == "TIFF" else (16,)
     return 2**bits - 1
 
 
 def _pixels(image: Image.Image, highest: int) -> np.ndarray:
-    """uint8 (3, H, W)."""
+    """The pixels as uint8 (3, H, W)."""
     if image.mode.startswith("I"):  # grey with more than 8 bits; Pillow's own conversion clips it
         grey = np.asarray(image, dtype=np.float64) / (highest / 255)
         array = np.repeat(grey.round().astype(np.uint8)[..., None], 3, axis=2)
@@ -236,7 +238,7 @@ def _pixels(image: Image.Image, highest: int) -> np.ndarray:
 
 @contextlib.contextmanager
 def _named_errors(path: str | os.PathLike) -> Iterator[None]:
-    """Errors of a decoder that was given arbitrary bytes as an ImageError of the file."""
+    """A context in which errors of decoding are raised as an ImageError that names the file."""
     try:
         yield
     except FileNotFoundError:
@@ -250,9 +252,9 @@ def _named_errors(path: str | os.PathLike) -> Iterator[None]:
 
 def _image_error(path: str | os.PathLike, error: Exception, cut: bool) -> ImageError:
     if cut:
-        reason = "it is broken off, and its header asks for more pixels than fit; copy or download it again"
+        reason = "it is truncated, and its header asks for more pixels than fit; copy or download it again"
     elif isinstance(error, UnidentifiedImageError):
-        reason = f"not an image, or of another format than {', '.join(FORMATS)}"
+        reason = f"it is not an image, or its format is not one of {', '.join(FORMATS)}"
     elif isinstance(error, Image.DecompressionBombError):
         reason = f"{error}; cut it into parts, or raise PIL.Image.MAX_IMAGE_PIXELS"
     else:

@@ -1,4 +1,4 @@
-"""What turns images into what the flow is trained on: the degradation, and NCSR's noise."""
+"""The degradation of HR images to LR images, and NCSR's noise."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ncsr_fast.metrics.imresize import imresize
 
 
 def degrade(hr: Tensor, scale: int) -> Tensor:
-    """LR images of uint8 HR images by MATLAB bicubic, uint8 as well: what a benchmark's LR files hold."""
+    """uint8 LR images of uint8 HR images by MATLAB's bicubic, as in the LR files of benchmarks."""
     return imresize(hr, 1 / scale)
 
 
@@ -45,17 +45,17 @@ def perturb(
         hr: (B, 3, sH, sW).
         lr: (B, 3, H, W), on the same device.
         max_std: Largest standard deviation of the noise.
-        generator: Of that device; None is torch's default one.
-        noise_channels: Of the noise condition, as in `NCSRConfig.noise_channels`.
+        generator: A generator on that device; None is torch's default generator.
+        noise_channels: Channels of the noise condition, as in `NCSRConfig.noise_channels`.
         fixed_std: True: c is max_std for every image, as SRFlow-DA has it.
         lr_noise: False leaves lr as it is; then it may be anything that the images of hr are conditioned on.
 
     Returns:
-        hr + v, lr + imresize(v, 1/s), and the condition: v (B, 3, sH, sW), c (B, 1, 1, 1) when noise_channels is 1, None
-        when it is 0.
+        hr + v, lr + imresize(v, 1/s), and the noise condition: v (B, 3, sH, sW), c (B, 1, 1, 1) when noise_channels is 1,
+        None when it is 0.
 
     Raises:
-        ValueError: A pair whose sizes are no integer scale apart, or a negative max_std.
+        ValueError: The sizes of hr are not an integer multiple of those of lr, or max_std is negative.
 
     Example:
         >>> hr, lr = torch.rand(2, 3, 32, 32), torch.rand(2, 3, 8, 8)
@@ -75,10 +75,11 @@ def perturbed(
     """`perturb` with given random numbers: std c (B, 1, 1, 1) and `normal` (B, 3, sH, sW), v = c · normal.
 
     Returns:
-        hr + v, lr + imresize(v, 1/s), and v, c, or None, as noise_channels is 3, 1 or 0. Without `lr_noise` lr itself.
+        hr + v, lr + imresize(v, 1/s), and the noise condition: v, c or None for noise_channels 3, 1 or 0. Without
+        `lr_noise` lr itself.
 
     Raises:
-        ValueError: A pair whose sizes are no integer scale apart.
+        ValueError: The sizes of hr are not an integer multiple of those of lr.
     """
     noise = std * normal
     condition = {3: noise, 1: std, 0: None}[noise_channels]

@@ -1,7 +1,7 @@
-"""Published `.pklv4` files, pickled lists of images, read without letting the file call anything.
+"""Published `.pklv4` files, which are pickled lists of images, read without letting the file call anything.
 
-Unpickling calls whatever a file names. Here the few names a pickled array needs stand for classes of this module
-that only take notes, and every other name is refused; not even numpy is handed arguments of the file's choosing.
+Unpickling calls whatever a file names. Here, classes of this module stand for the few names that a pickled array needs, and
+only record their arguments; every other name is refused. Not even numpy receives arguments from the file.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ SUFFIX = ".pklv4"
 
 
 class PickleRefused(ImageError):
-    """A pickle that asks for something no list of images needs; the message names both."""
+    """A pickle names a function or class that a list of images does not need; the message says which."""
 
 
 class PickledImages:
     """The images of a `.pklv4` file: a list of uint8 (H, W, 3) arrays, as the published `prepare_data.py` writes it.
 
-    They are kept one after the other in a single tensor, which worker processes share: forked ones by inheritance,
-    spawned ones through shared memory.
+    The images are stored in a single tensor, which worker processes share: forked processes inherit it, spawned processes map
+    it as shared memory.
 
     Raises:
         FileNotFoundError: There is no such file.
-        PickleRefused: The pickle asks for anything but arrays of uint8.
-        ImageError: The file is truncated or holds anything but such a list; the message names the file.
+        PickleRefused: The pickle needs anything but arrays of uint8.
+        ImageError: The file is truncated or does not hold such a list; the message names the file.
     """
 
     def __init__(self, path: str | os.PathLike) -> None:
@@ -47,7 +47,7 @@ class PickledImages:
         end = 0
         arrays.reverse()
         while arrays:
-            array = arrays.pop()  # let go of at once: published files have gigabytes
+            array = arrays.pop()  # freed at once, because published files have gigabytes
             self._offsets.append(end)
             end += array.size
             self._pixels[self._offsets[-1] : end].numpy().reshape(array.shape)[...] = array
@@ -74,16 +74,16 @@ class PickledImage:
 
     @property
     def size(self) -> tuple[int, int]:
-        """Height and width."""
+        """(height, width) of the image."""
         return self.images.sizes[self.index]
 
     def read(self) -> Tensor:
-        """uint8 (3, H, W), a view of the shared tensor."""
+        """The image as uint8 (3, H, W), a view of the shared tensor."""
         return self.images[self.index]
 
 
 class _Type:
-    """Stands for `numpy.dtype`."""
+    """Stand-in for `numpy.dtype`."""
 
     code: Any = None
 
@@ -91,11 +91,11 @@ class _Type:
         self.code = code
 
     def __setstate__(self, state: Any) -> None:
-        """The byte order, of no account for single bytes."""
+        """Ignore the byte order, which single bytes do not need."""
 
 
 class _Array:
-    """Stands for `numpy.core.multiarray._reconstruct`, whose array gets its pixels by `__setstate__`."""
+    """Stand-in for `numpy.core.multiarray._reconstruct`; the array receives its pixels by `__setstate__`."""
 
     shape: Any = None
     kind: Any = None
@@ -103,14 +103,14 @@ class _Array:
     data: Any = None
 
     def __init__(self, *_: Any) -> None:
-        """The placeholder's type, shape and dtype."""
+        """Ignore type, shape and dtype of the placeholder."""
 
     def __setstate__(self, state: Any) -> None:
         _, self.shape, self.kind, column_major, self.data = state
         self.order = "F" if column_major else "C"
 
     def pixels(self) -> np.ndarray | None:
-        """The array if it is a uint8 (H, W, 3) one, else None."""
+        """The array if it is uint8 (H, W, 3), else None."""
         code = self.kind.code if isinstance(self.kind, _Type) else None
         if code != "u1" or not isinstance(self.shape, tuple) or not isinstance(self.data, (bytes, bytearray)):
             return None
@@ -122,14 +122,14 @@ class _Array:
 
 
 class _BufferArray(_Array):
-    """Stands for `numpy.core.numeric._frombuffer`, protocol 5's way."""
+    """Stand-in for `numpy.core.numeric._frombuffer`, which pickles of protocol 5 use."""
 
     def __init__(self, data: Any, kind: Any, shape: Any, order: Any) -> None:
         self.data, self.kind, self.shape, self.order = data, kind, shape, "F" if order == "F" else "C"
 
 
 _ADMITTED = {
-    ("numpy", "ndarray"): None,  # only ever an argument, which is not looked at
+    ("numpy", "ndarray"): None,  # only used as an argument, which is ignored
     ("numpy", "dtype"): _Type,
     ("numpy.core.multiarray", "_reconstruct"): _Array,
     ("numpy._core.multiarray", "_reconstruct"): _Array,  # numpy 2
@@ -141,7 +141,7 @@ _ADMITTED = {
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _ADMITTED:
-            raise PickleRefused(f"it asks for {module}.{name}, which no list of images needs; nothing of it was run")
+            raise PickleRefused(f"it asks for {module}.{name}, which no list of images needs; nothing in it was executed")
         return _ADMITTED[module, name]
 
 
@@ -153,10 +153,10 @@ def _unpickle(path: Path) -> list[np.ndarray]:
             raise PickleRefused(f"{str(path)!r} is refused: {error}") from None
         except MemoryError:
             raise
-        except Exception as error:  # a corrupt pickle can ask for any operation on anything
-            raise ImageError(f"cannot read {str(path)!r}, it is truncated or corrupt: {error}") from error
+        except Exception as error:  # a corrupt pickle can cause any error
+            raise ImageError(f"cannot read {str(path)!r}: it is truncated or corrupt: {error}") from error
     if not isinstance(elements, list) or not elements:
-        raise ImageError(f"{str(path)!r} must hold a list of images, not {_describe(elements)}")
+        raise ImageError(f"{str(path)!r} must contain a list of images, not {_describe(elements)}")
     arrays = []
     for index, element in enumerate(elements):
         array = element.pixels() if isinstance(element, _Array) else None
@@ -168,5 +168,5 @@ def _unpickle(path: Path) -> list[np.ndarray]:
 
 def _describe(element: Any) -> str:
     if isinstance(element, _Array):
-        return f"one of dtype {getattr(element.kind, 'code', None)!r} and shape {element.shape}"
+        return f"an array of dtype {getattr(element.kind, 'code', None)!r} and shape {element.shape}"
     return f"{'an empty' if element == [] else 'a'} {type(element).__name__}"

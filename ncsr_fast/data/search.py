@@ -1,4 +1,4 @@
-"""Looking for files in a folder, so that nothing that is there is passed over without a word."""
+"""A search for files in a folder that also reports everything it leaves out."""
 
 from __future__ import annotations
 
@@ -7,32 +7,32 @@ import stat
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
-_NAMED = 3  # files that a message spells out of each kind
+_NAMED = 3  # files of each kind that a message names
 
 
 class Search:
-    """The files below a folder whose names end as asked for, and the rest by what it is.
+    """The files below a folder with given suffixes, and everything else in the folder, by kind.
 
-    Links are followed. What two of them lead to is found once, at its own path where it has one in the folder.
+    Links are followed. A file that several links lead to is found once, at its own path if that is in the folder.
 
     Args:
-        folder: Where to look.
-        suffixes: What names may end in, in lower case and with the dot.
+        folder: The folder to search.
+        suffixes: The suffixes, in lower case and with the dot.
     """
 
     def __init__(self, folder: Path, suffixes: Collection[str]) -> None:
         self.found: list[Path] = []
         self.left_out: dict[str, list[Path]] = {}
-        self.origins = [folder]  # all that is found is one of these or below one, by its real path
+        self.origins = [folder]  # every found file is one of these or below one, by its real path
         self._folder, self._suffixes = folder, suffixes
-        self._places: set[tuple[int, int]] = set()  # by what the file system knows files and folders by
+        self._places: set[tuple[int, int]] = set()  # device and inode of files and folders
         self._links: list[Path] = []
         self._enter(folder, linked=False)
-        while self._links:  # when all that is there by itself is listed
+        while self._links:  # after all files that are not links
             self._follow(self._links.pop(0))
 
     def account(self) -> str:
-        """A line about the files left out: how many of each kind, and the first few."""
+        """A line about the files left out: the number of each kind, and the first few names."""
         names = {kind: [str(path.relative_to(self._folder)) for path in sorted(paths)] for kind, paths in self.left_out.items()}
         return "; ".join(f"{len(found)} {kind} ({named(found)})" for kind, found in names.items())
 
@@ -74,13 +74,13 @@ class Search:
             self._leave("that are neither files nor folders", path)
         elif path.suffix.lower() not in self._suffixes:
             self._leave(f"that end in {path.suffix}" if path.suffix else "whose names have no ending", path)
-        elif not self._is_new(status) and linked:  # without links they are two names of one content, each meant
+        elif not self._is_new(status) and linked:  # hard links are listed by every name
             self._leave("that are listed under another path", path)
         else:
             self.found.append(path)
 
     def _is_new(self, status: os.stat_result) -> bool:
-        """Note a file or folder, and say if it was not noted before."""
+        """True if a file or folder was not met before; it counts as met from now on."""
         place = (status.st_dev, status.st_ino)
         known = place in self._places
         self._places.add(place)
@@ -91,6 +91,6 @@ class Search:
 
 
 def named(names: Iterable[str], count: int = _NAMED) -> str:
-    """The first `count` names, for a message."""
+    """The first `count` names as a text, for a message."""
     names = list(names)
     return ", ".join(map(repr, names[:count])) + (", …" if len(names) > count else "")

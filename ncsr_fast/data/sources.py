@@ -1,4 +1,4 @@
-"""Where images come from: folders of files, and published `.pklv4` files."""
+"""Sources of images: folders of files, and published `.pklv4` files."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ Source = Path | PickledImage
 def list_sources(
     places: list[Path], lr_places: list[Path], names: tuple[str, str] = ("images", "lr_images")
 ) -> list[tuple[Source, ...]]:
-    """The HR images of all places, or where there are LR places, one for each, the pairs (HR, LR).
+    """The HR images of all places; with LR places, one for each, the pairs (HR, LR).
 
     Args:
         places: Folders, searched with their subfolders, and `.pklv4` files.
         lr_places: Places of the LR counterparts, or [].
-        names: What messages call the two.
+        names: The names of the two arguments in messages.
 
     Raises:
-        FileNotFoundError: A place is not there.
-        ValueError: A place is neither a folder nor a `.pklv4` file, or holds no image, or HR and LR do not fit together.
+        FileNotFoundError: A place does not exist.
+        ValueError: A place is neither a folder nor a `.pklv4` file, or contains no image; or HR and LR do not fit together.
     """
     if not places:
         raise ValueError(f"{names[0]} must name at least one folder of HR images or .pklv4 file")
@@ -48,7 +48,9 @@ def list_sources(
         elif pickled:
             lr = _sources(lr_place)
             if len(hr) != len(lr):
-                raise ValueError(f"{str(place)!r} holds {len(hr)} images and {str(lr_place)!r} {len(lr)}: they must be pairs")
+                raise ValueError(
+                    f"{str(place)!r} contains {len(hr)} images and {str(lr_place)!r} {len(lr)}: every image needs a partner"
+                )
             listed += zip(hr, lr)
         else:
             listed += pair_up(hr, place, _sources(lr_place), lr_place)
@@ -56,30 +58,32 @@ def list_sources(
 
 
 def source_size(source: Source) -> tuple[int, int]:
-    """(height, width), of a file from its header. Raises what `image_size` does."""
+    """(height, width) of an image, for a file from its header. Raises as `image_size` does."""
     return source.size if isinstance(source, PickledImage) else image_size(source)
 
 
 def read_source(source: Source) -> Tensor:
-    """uint8 (3, H, W), of an image in a `.pklv4` a view. Raises what `read_image` does."""
+    """The image as uint8 (3, H, W), a view if it is in a `.pklv4` file. Raises as `read_image` does."""
     return source.read() if isinstance(source, PickledImage) else read_image(source)
 
 
 def _check_place(name: str, place: Path) -> None:
-    """Raise for what is neither a folder nor a `.pklv4` file, saying what to give instead."""
+    """Raise for a place that is neither a folder nor a `.pklv4` file, with advice what to give instead."""
     if place.is_dir() or _is_pickled(place) and place.is_file():
         return
     if not place.exists() and glob.has_magic(str(place)):
         folder = next(parent for parent in place.parents if not glob.has_magic(str(parent)))
         raise ValueError(
-            f"{name}: {str(place)!r} is a pattern, and patterns are not expanded; give the folder, {str(folder)!r}: all its "
-            "images are used, those of its subfolders too"
+            f"{name}: {str(place)!r} is a pattern, and patterns are not expanded; give the folder, {str(folder)!r}: all images "
+            "in it and in its subfolders are used"
         )
     if place.suffix.lower() in SUFFIXES and place.is_file():
-        raise ValueError(f"{name}: {str(place)!r} is one image; give the folder of the images, as in {str(place.parent)!r}")
+        raise ValueError(f"{name}: {str(place)!r} is one image; give a folder of images, such as {str(place.parent)!r}")
     if place.exists():
         raise ValueError(f"{name}: {str(place)!r} is neither a folder of images nor a {SUFFIX} file")
-    raise FileNotFoundError(f"{name}: there is no {str(place)!r}; relative paths begin at the current folder, {os.getcwd()!r}")
+    raise FileNotFoundError(
+        f"{name}: there is no {str(place)!r}; relative paths are relative to the current folder, {os.getcwd()!r}"
+    )
 
 
 def _is_pickled(place: Path) -> bool:

@@ -1,4 +1,4 @@
-"""Processes that read crops, and who may stop them."""
+"""Worker processes that read crops, and how they end."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from typing import Any
 def leave_signals() -> Callable[[int], None]:
     """A `worker_init_fn` that leaves SIGINT and SIGTERM to the main process.
 
-    Ctrl-C and a scheduler's SIGTERM reach workers as well, but the main process needs them until it has stopped itself.
+    Ctrl-C and a scheduler's SIGTERM also reach workers, but the main process needs the workers until it has stopped itself.
     """
     return functools.partial(_leave, _ending())
 
 
 @functools.cache
 def _ending() -> Any:
-    """Shared with the workers: nonzero once this process ends.
+    """A value shared with the workers, nonzero once this process ends.
 
-    `multiprocessing` then ends its children by SIGTERM and waits for them: one that goes on ignoring it would make it wait
-    forever. Exit handlers run last in, first out, so this one comes before that.
+    At its exit `multiprocessing` ends its children by SIGTERM and waits for them; a child that still ignores SIGTERM would
+    make it wait forever. Exit handlers run last in, first out, so this handler runs before that of `multiprocessing`.
     """
     ending = multiprocessing.RawValue("b", 0)
     atexit.register(setattr, ending, "value", 1)

@@ -1,4 +1,4 @@
-"""RRDB networks in files: those of the published programs, and our directories."""
+"""RRDB networks in files of the published programs and directories of this package."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ if TYPE_CHECKING:
 
 
 def load_published(network: RRDB, source: Mapping[str, Tensor] | str | os.PathLike) -> None:
-    """As `RRDB.load_published`."""
+    """Implementation of `RRDB.load_published`."""
     found = read_generator(source)
     if found.from_flow and network.long_skip != "last_block":
         raise files.CheckpointError(
-            "the checkpoint is a flow's, and the long skip of its encoder starts at the last block, not at the first "
-            "convolution as in this network: build it with long_skip='last_block'"
+            "the checkpoint is a flow's, whose encoder has its long skip from the last block, but this network has it from the "
+            "first convolution: build the network with long_skip='last_block'"
         )
     _load(network, found)
 
 
 def from_pretrained(make: Callable[..., RRDB], path: Path, long_skip: str | None, unshuffle: int | None) -> RRDB:
-    """As `RRDB.from_pretrained`, of a directory or file that is here; `make` makes a network without weights."""
+    """Implementation of `RRDB.from_pretrained` for a local directory or file; `make` makes a network without weights."""
     if not path.is_dir():
         return from_state(make, read_generator(path), long_skip, unshuffle)
-    unrecorded = {"long_skip": long_skip or "last_block"}  # by versions that had no other
+    unrecorded = {"long_skip": long_skip or "last_block"}  # versions that had no other did not record it
     network = files.load_directory(path, "rrdb", lambda values: make(**{**unrecorded, **values}))
     for name, asked in (("long_skip", long_skip), ("unshuffle", unshuffle)):
         if asked not in (None, getattr(network, name)):
@@ -42,10 +42,10 @@ def from_pretrained(make: Callable[..., RRDB], path: Path, long_skip: str | None
 def from_state(
     make: Callable[..., RRDB], state: GeneratorState, long_skip: str | None = None, unshuffle: int | None = None
 ) -> RRDB:
-    """A generator of the size that the shapes tell; long_skip and unshuffle as for `RRDB.from_pretrained`."""
+    """A generator of the sizes given by the shapes; long_skip and unshuffle as for `RRDB.from_pretrained`."""
     if state.from_flow:
         if long_skip not in (None, "last_block"):
-            raise ValueError(f"long_skip={long_skip!r}: the file is a flow's, and its encoder's is 'last_block'")
+            raise ValueError(f"long_skip={long_skip!r}: the file is a flow's, and its encoder has 'last_block'")
         long_skip = "last_block"
     network = make(**configuration_of(state.tensors, unshuffle), long_skip=long_skip or "conv_first")
     files.adopt_dtype(network, state.tensors)
@@ -54,7 +54,7 @@ def from_state(
 
 
 def _load(network: RRDB, state: GeneratorState) -> None:
-    """Copy a state dict into `network`; strict, and nothing is changed when it does not fit."""
+    """Copy a state dict into `network`; if any tensor does not fit, raise CheckpointError and change nothing."""
     entries = list(encoder_layout(network))
     files.compare({entry.name: entry.shape for entry in entries}, state.tensors, f"this encoder ({network.describe()})")
     for entry in entries:

@@ -1,6 +1,6 @@
-"""The tensors of an RRDB network in the files of SRFlow, BasicSR, ESRGAN and ESRGAN+, by name, and the network they make.
+"""Names of an RRDB network's tensors in the files of SRFlow, BasicSR, ESRGAN and ESRGAN+, and the network they make.
 
-The names of SRFlow, which are also those of NCSR and of ESRGAN's new architecture, are what all others are turned into.
+All names are converted to SRFlow's names, which NCSR and ESRGAN's new architecture share.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from ncsr_fast.files import CheckpointError, listed
 if TYPE_CHECKING:
     from ncsr_fast.encoder.rrdb import RRDB
 
-_FLOW_PREFIX = "RRDB."  # what the names of a flow's encoder begin with
+_FLOW_PREFIX = "RRDB."  # prefix of the names of a flow's encoder
 
 
 class GeneratorState(NamedTuple):
-    """The tensors of an RRDB network, and where they come from."""
+    """The tensors of an RRDB network, and their origin."""
 
-    tensors: dict[str, Tensor]  # by SRFlow's names
+    tensors: dict[str, Tensor]  # by SRFlow's name
     names: dict[str, str]  # SRFlow's name → name in the file
-    from_flow: bool  # the encoder of a flow, whose long skip starts at the last block
+    from_flow: bool  # True: the encoder of a flow, whose long skip starts at the last block
 
 
 def read_generator(source: Mapping[str, Tensor] | str | os.PathLike) -> GeneratorState:
@@ -50,10 +50,11 @@ def generator_state(named: StateDict) -> GeneratorState:
 
 
 def configuration_of(state: Mapping[str, Tensor], unshuffle: int | None = None) -> dict[str, Any]:
-    """The arguments of the network that has this state dict (SRFlow's names), but for its long skip.
+    """The arguments of the network with this state dict (SRFlow's names), except for its long skip.
 
-    unshuffle  None: 2, 4, … where the first convolution reads 4, 16, … times the channels that the last one makes, and the
-               network doubles often enough; as in BasicSR's ×2 and ×1 generators, which double twice
+    Args:
+        state: The tensors by SRFlow's names.
+        unshuffle: As for `RRDB.from_pretrained`; BasicSR's ×2 and ×1 generators upsample twice.
     """
     growth, channels = _kernel(state, "RRDB_trunk.0.RDB1.conv1.weight")
     read = _kernel(state, "conv_first.weight")[1] if "conv_first.weight" in state else 3
@@ -63,7 +64,7 @@ def configuration_of(state: Mapping[str, Tensor], unshuffle: int | None = None) 
     if unshuffle is None:
         unshuffle = next((side for side in sides if read == made * side**2), 1)
     if unshuffle not in sides or read % unshuffle**2:
-        raise ValueError(f"unshuffle={unshuffle}: the file's network reads {read} channels and doubles {doublings} times")
+        raise ValueError(f"unshuffle={unshuffle}: the file's network reads {read} channels and upsamples ×2 {doublings} times")
     residual = any(name.endswith(".conv1x1.weight") for name in state)
     return {
         "scale": 2**doublings // unshuffle,
@@ -74,18 +75,18 @@ def configuration_of(state: Mapping[str, Tensor], unshuffle: int | None = None) 
         "in_channels": read // unshuffle**2,
         "out_channels": made,
         "dense_residual": residual,
-        "training_noise": "dense" if residual else "none",  # as ESRGAN+'s program trains: no file says whether it was
+        "training_noise": "dense" if residual else "none",  # as in ESRGAN+'s training; files do not record it
     }
 
 
 def _kernel(state: Mapping[str, Tensor], name: str) -> tuple[int, int]:
     """Output and input channels of a convolution's weight."""
     if name not in state:
-        raise CheckpointError(f"the checkpoint is not that of an RRDB generator: it has no {name!r}", {"missing": [name]})
+        raise CheckpointError(f"the checkpoint does not fit an RRDB generator: it has no {name!r}", {"missing": [name]})
     shape = tuple(state[name].shape)
     if len(shape) != 4 or 0 in shape:
         wrong = {"of the wrong shape": [f"{name} {shape}, expected that of a convolution's weight"]}
-        raise CheckpointError(f"the checkpoint is not that of an RRDB generator; {listed(wrong)}", wrong)
+        raise CheckpointError(f"the checkpoint does not fit an RRDB generator; {listed(wrong)}", wrong)
     return shape[0], shape[1]
 
 
@@ -96,9 +97,9 @@ def encoder_layout(encoder: nn.Module) -> Iterator[Entry]:
 
 
 def published_layout(encoder: RRDB) -> Iterator[tuple[str, Tensor]]:
-    """The same, with the names that the program whose network it is reads.
+    """The published name and the tensor, for every tensor of the network, in the order of its own state dict.
 
-    ESRGAN+'s has ESRGAN's old names, those with a pixel unshuffle have BasicSR's, all others are in SRFlow's.
+    ESRGAN+ has ESRGAN's old names, generators with a pixel unshuffle have BasicSR's, all others have SRFlow's.
     """
     for name, tensor in encoder.state_dict().items():
         name = _to_basicsr(name)
@@ -110,16 +111,16 @@ def published_layout(encoder: RRDB) -> Iterator[tuple[str, Tensor]]:
 
 
 def _naming(state: Mapping[str, Tensor], from_flow: bool) -> Callable[[str], str]:
-    """The function that makes SRFlow's names of those in a state dict."""
+    """The function that converts the names of a state dict to SRFlow's."""
     if from_flow:
         return lambda name: name.removeprefix(_FLOW_PREFIX)
     if any(name.startswith("model.1.sub.") for name in state):
         return _from_old_esrgan(state)
-    return _from_basicsr  # SRFlow's names are left as they are
+    return _from_basicsr  # it leaves SRFlow's names unchanged
 
 
 def _to_basicsr(name: str) -> str:
-    """BasicSR's name of a tensor of our module: only the upsampling convolutions, a list counted from 0, have another."""
+    """BasicSR's name of a tensor of `RRDB`; only the upsampling convolutions, a list counted from 0, are renamed."""
     return re.sub(r"^conv_up\.(\d+)", lambda match: f"conv_up{int(match[1]) + 1}", name)
 
 
@@ -131,9 +132,9 @@ def _from_basicsr(name: str) -> str:
 
 
 def _old_esrgan_layers(doublings: int) -> dict[int, str]:
-    """Names of the layers behind the blocks by their number in ESRGAN's old architecture.
+    """The names of the layers after the blocks, by their number in ESRGAN's old architecture.
 
-    That architecture numbers all layers: model.1 are the blocks, a doubling is three layers (nearest neighbour, convolution,
+    That architecture numbers all layers: model.1 are the blocks, an upsampling is three layers (nearest neighbour, convolution,
     LeakyReLU), and two convolutions end the network.
     """
     end = 3 * doublings
@@ -143,7 +144,7 @@ def _old_esrgan_layers(doublings: int) -> dict[int, str]:
 
 def _from_old_esrgan(state: Mapping[str, Tensor]) -> Callable[[str], str]:
     last = max(int(found[1]) for found in (re.match(r"model\.(\d+)\.", name) for name in state) if found)
-    layers = _old_esrgan_layers(min((last - 4) // 3, len(state)))  # a number may be anything
+    layers = _old_esrgan_layers(min((last - 4) // 3, len(state)))  # a corrupt file may have any number
 
     def rename(name: str) -> str:
         name = re.sub(r"^model\.1\.sub\.(\d+)\.RDB(\d)\.conv(\d)\.0", r"RRDB_trunk.\1.RDB\2.conv\3", name)

@@ -1,4 +1,4 @@
-"""The RRDB network: ESRGAN's generator (Wang et al. 2018) with its relatives, and the encoder of the flow."""
+"""The RRDB network: ESRGAN's generator (Wang et al. 2018) and its relatives, and the encoder of the flow."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ class RRDB(nn.Module):
         return [*self.conv_up[self._doublings() :], self.conv_hr, self.conv_last]
 
     def configuration(self) -> dict[str, Any]:
-        """The arguments the network was built with."""
+        """The arguments that the network was built with."""
         return {
             "scale": self.scale,
             "channels": self.channels,
@@ -137,7 +137,7 @@ class RRDB(nn.Module):
         }
 
     def describe(self) -> str:
-        """The network in a few words, for messages."""
+        """A description of the network in a few words, for messages."""
         kind = "RRDB with ESRGAN+'s residuals" if self.dense_residual else "RRDB"
         images = f" of {self.in_channels}-channel images" if self.in_channels != 3 else ""
         unshuffled = f", pixel unshuffle {self.unshuffle}" if self.unshuffle > 1 else ""
@@ -148,15 +148,15 @@ class RRDB(nn.Module):
 
         Args:
             lr: (B, in_channels, H, W), in [0, 1], of the dtype and device of the weights. H and W must be multiples of
-                `unshuffle`: published programs do not pad, nor is it done here.
-            method: As for `ncsr_fast.ops.conv3x3.convolution`.
+                `unshuffle`; like the published programs, this method does not pad.
+            method: How `ncsr_fast.ops.conv3x3.convolution` convolves.
 
         Returns:
             (B, out_channels, scale·H, scale·W), not clipped.
 
         Raises:
             ValueError: The shape of lr is not as above.
-            TypeError: lr is no tensor of floats.
+            TypeError: lr is not a tensor of floats.
         """
         self._check(lr)
         fea, _ = self._trunk(lr, method)
@@ -221,23 +221,23 @@ class RRDB(nn.Module):
     def load_published(self, source: Mapping[str, Tensor] | str | os.PathLike) -> None:
         """Load the weights of a published generator, or of the encoder in a flow checkpoint, into this network.
 
-        Strict, and nothing is changed when they do not fit. The long skip stays that of this network: a flow's encoder may
-        start from an ESRGAN generator, to be trained on.
+        If the tensors do not fit, nothing is changed. The network's own long skip is not changed: a flow's encoder may start
+        from an ESRGAN generator, to be trained further.
 
         Args:
             source: A state dict or a file, in the names of SRFlow, BasicSR or ESRGAN (new and old).
 
         Raises:
-            CheckpointError: Tensors are missing, unexpected or of the wrong shape; or they are those of a flow's encoder,
-                whose long skip starts at the last block, and that of this network does not.
+            CheckpointError: Tensors are missing, unexpected or of the wrong shape; or the weights are of a flow's encoder,
+                whose long skip starts at the last block, and this network's long skip does not.
         """
         checkpoints.load_published(self, source)
 
     def published_state_dict(self) -> dict[str, Tensor]:
         """The weights under the names that the published programs read.
 
-        The names are SRFlow's, which NCSR and ESRGAN's new architecture share; of ESRGAN+ its own, of generators that begin
-        with a pixel unshuffle BasicSR's.
+        These are SRFlow's names, which NCSR and ESRGAN's new architecture share. ESRGAN+ has its own names, and generators that
+        begin with a pixel unshuffle have BasicSR's names.
         """
         return {name: tensor.clone() for name, tensor in published_layout(self)}
 
@@ -255,31 +255,31 @@ class RRDB(nn.Module):
     ) -> RRDB:
         """A generator from a directory written by `save_pretrained`, a published file, or the Hugging Face Hub.
 
-        Published are ESRGAN (new and old architecture), BasicSR and Real-ESRGAN with their ×2 and ×1 forms, ESRGAN+, and the
-        encoders of SRFlow and NCSR. Sizes are read off the shapes.
+        Published files are those of ESRGAN (new and old architecture), of BasicSR and Real-ESRGAN with their ×2 and ×1 forms,
+        of ESRGAN+, and of the encoders of SRFlow and NCSR. The sizes of the network follow from the shapes.
 
         Args:
             path: A directory; a .pth or .safetensors file; or a repository "user/name" of the Hub.
-            long_skip: Where the long skip starts, which no file of weights says: "conv_first", the default, for all
-                generators; "last_block" for the RRDB files of SRFlow and NCSR. A flow checkpoint is read as the latter, and
-                a directory as its config.json has it: as "last_block" where an earlier version wrote it without.
-            unshuffle: Pixel unshuffle before the first convolution of a file, which no file says. None: the shapes decide. It
-                is 2, 4, … where the first convolution reads 4, 16, … times the channels that the last one makes, as in
-                BasicSR's ×2 and ×1 generators, and the network doubles often enough; otherwise 1.
-            revision: Of the Hub, as `huggingface_hub.snapshot_download` has it; so are the following.
-            cache_dir: Likewise.
-            token: Likewise.
-            local_files_only: Likewise.
+            long_skip: Where the long skip starts, which no file of weights records: "conv_first", the default, for all
+                generators; "last_block" for the RRDB files of SRFlow and NCSR. A flow checkpoint always has "last_block". A
+                directory has what its config.json says, or "last_block" if an earlier version wrote config.json without it.
+            unshuffle: Side of the pixel unshuffle before the first convolution, which no file records. None: the shapes decide.
+                It is then 2, 4, … if the first convolution reads 4, 16, … times the channels that the last one makes, as in
+                BasicSR's ×2 and ×1 generators, and the network upsamples often enough; otherwise it is 1.
+            revision: Revision of the Hub repository, as in `huggingface_hub.snapshot_download`.
+            cache_dir: As in `huggingface_hub.snapshot_download`.
+            token: As in `huggingface_hub.snapshot_download`.
+            local_files_only: As in `huggingface_hub.snapshot_download`.
 
         Raises:
-            ValueError: long_skip or unshuffle is not what the flow or directory has.
+            ValueError: long_skip or unshuffle contradicts the flow or the directory.
             FileNotFoundError, CheckpointError, ImportError: As for `NCSR.from_pretrained`.
         """
         path = find_model(path, revision, cache_dir, token, local_files_only)
         return checkpoints.from_pretrained(cls, path, long_skip, unshuffle)
 
     def save_pretrained(self, directory: str | os.PathLike) -> Path:
-        """Write `config.json` and `model.safetensors` to `directory`, each atomically; return it."""
+        """Write `config.json` and `model.safetensors` to `directory`, each atomically, and return it."""
         return files.save_directory(self, "rrdb", self.configuration(), directory)
 
     def layout(self) -> Iterator[Entry]:
@@ -314,7 +314,7 @@ class RRDB(nn.Module):
             )
 
     def _as_another_unshuffle(self, lr: Tensor) -> str:
-        """Advice where these weights, behind another pixel unshuffle, read images like lr."""
+        """Advice if these weights, after another pixel unshuffle, could read images like lr."""
         read = self.in_channels * self.unshuffle**2
         for side in (2**doubling for doubling in range(len(self.conv_up) + 1)):
             if lr.dim() == 4 and read == lr.shape[1] * side**2:

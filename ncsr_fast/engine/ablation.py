@@ -1,4 +1,4 @@
-"""Switches that turn parts of the engine off, for benchmarks that measure what each of them brings."""
+"""Switches that turn parts of the engine off, for benchmarks of the effect of each part."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ class Ablation(NamedTuple):
     """The parts of the engine that can be switched off.
 
     Args:
-        subpixel: Convolve upsampled features at the resolution they had before.
-        winograd: Convolve 3×3 on a CPU by Winograd's algorithm.
-        channels_last: Lay the state and the features out channels-last.
+        subpixel: Convolve upsampled features at LR resolution.
+        winograd: Compute 3×3 convolutions on a CPU by Winograd's algorithm.
+        channels_last: Store the state and the features channels-last.
     """
 
     subpixel: bool = True
@@ -31,7 +31,7 @@ def ablation() -> Ablation:
 
 @contextlib.contextmanager
 def ablated(**switches: bool) -> Iterator[None]:
-    """Set switches inside a `with` statement, for the whole process: `ablated(winograd=False)` turns one off."""
+    """A context that sets switches for the whole process, such as `ablated(winograd=False)`."""
     global _current
     before, _current = _current, _current._replace(**switches)
     try:

@@ -1,4 +1,4 @@
-"""Values computed from the weights, stored while the weights stay as they are."""
+"""Values computed from the weights, cached until a weight changes."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ from ncsr_fast.synchronization import reading_is_free
 
 Built = TypeVar("Built")
 _WORD = {8: torch.int32, 4: torch.int32, 2: torch.int16}  # by the size of an element
-# Words hashed at once: on a CPU they and their sums stay in its caches; other devices want more.
+# Words hashed at once: on a CPU they fit its caches with their sums; other devices need more.
 _AT_ONCE, _AT_ONCE_ELSEWHERE = 2**17, 2**20
 
 
 class Cache:
-    """Values by name, each with the weights it was made of.
+    """Values by name, each with the weights it was computed from.
 
-    On a CPU a weight counts as changed when it is another tensor or memory, dtype or device, when PyTorch counted an in-place
-    operation on it, or when the hash of its bits is another. The count alone would not do: fused optimizers, replays of a
-    CUDA graph and edits through `.data` escape it. On a GPU, where reading the hash would make the host wait, values are
-    therefore made anew by every pass, and kept during it alone (`held`). Between `freeze` and `thaw` nothing is compared
-    anywhere: who freezes it sees to it that the weights stay as they are. Several threads may ask at once.
+    On a CPU a weight counts as changed if it is another tensor, has other memory, dtype or device, if PyTorch counted an
+    in-place operation on it, or if the hash of its bits differs. The count is not enough, because fused optimizers, replays of
+    a CUDA graph and edits of `.data` bypass it. On a GPU, reading the hash would make the host wait, so values are computed
+    again in every pass and cached only during the pass (`held`). Between `freeze` and `thaw` nothing is compared on any
+    device; the caller of `freeze` must not change the weights. Several threads may use a cache at once.
     """
 
     def __init__(self) -> None:
         self._entries: dict[object, tuple[object, Any]] = {}
-        self._thread = threading.local()  # its `held`, in a thread that holds: the values that were made or compared since
-        self._frozen: dict[object, Any] | None = None  # while frozen: what was made since
+        self._thread = threading.local()  # attribute `held`: inside `held`, the values made or compared since
+        self._frozen: dict[object, Any] | None = None  # while frozen: the values made since
 
     def get(self, name: object, weights: Iterable[Tensor], build: Callable[[], Built]) -> Built:
-        """The value called `name`, built when there is none or a weight changed since. Never recorded by autograd."""
+        """The value called `name`, built if there is none or a weight changed since; never recorded by autograd."""
         if traced():
             return build()
         frozen: dict[object, Built] | None = self._frozen
@@ -58,7 +58,7 @@ class Cache:
         return value
 
     def _compared(self, name: object, weights: list[Tensor], build: Callable[[], Built]) -> Built:
-        """The value of the weights as they are, made anew when they are not as they were."""
+        """The value for the present weights, built again if they changed."""
         state, entry = fingerprint(weights), self._entries.get(name)
         if entry is None or entry[0] != state:
             self._entries[name] = entry = state, build()
@@ -67,7 +67,7 @@ class Cache:
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """Inside, weights do not change: this thread makes or compares every value once."""
+        """A context in which weights do not change: this thread makes or compares every value only once."""
         self._thread.held = {}
         try:
             yield
@@ -75,11 +75,11 @@ class Cache:
             self._thread.held = None
 
     def freeze(self) -> None:
-        """From now on every value is made once, on any device, until `thaw`."""
+        """Make every value only once, on any device, until `thaw`."""
         self._entries, self._frozen = {}, {}
 
     def thaw(self) -> None:
-        """Forget what was made since `freeze`, and compare weights again."""
+        """Forget the values made since `freeze`, and compare weights again."""
         self._frozen = None
 
     @property
@@ -95,22 +95,22 @@ class Cache:
 
 
 def _is_tracked(weight: Tensor) -> bool:
-    """True for a weight with memory and a count of the operations on it."""
+    """True for a weight with memory and a count of in-place operations."""
     return has_memory(weight) and not weight.is_inference()
 
 
 def place(weight: Tensor) -> tuple[Any, ...]:
-    """Where and how a weight lies in memory, and the count of operations on it."""
+    """Address, layout, dtype and device of a weight, and its count of in-place operations."""
     signs = weight.is_neg()
     return weight.data_ptr(), weight._version, weight.dtype, weight.device, tuple(weight.shape), weight.stride(), signs
 
 
 def fingerprint(weights: Iterable[Tensor]) -> tuple[list[tuple[Any, ...]], int]:
-    """A fingerprint of weights on one device, equal to that of another time only if none of them changed, by whatever way.
+    """A fingerprint of weights on one device: two fingerprints are equal only if no weight changed in between.
 
-    Besides `place`, it is a hash of their bits: exact integers, the same whatever the order of summation. A change, be it a
-    permutation, flipped signs or one whose parts cancel in a sum, goes unnoticed with a probability below 2⁻²⁸. Waits for
-    the device: once, for all weights.
+    It contains `place` and a hash of the bits, in exact integers that do not depend on the order of summation. Any change,
+    also a permutation, flipped signs or changes that cancel in a sum, goes unnoticed with a probability below 2⁻²⁸. The
+    function waits for the device once, for all weights.
     """
     weights = list(weights)
     return [place(weight) for weight in weights], _hash([_words(weight) for weight in weights])
@@ -122,11 +122,11 @@ def _words(weight: Tensor) -> Tensor:
 
 
 def _hash(words: list[Tensor]) -> int:
-    """Σⱼ mⱼ Σₖ nₖ bₖⱼ modulo 2⁶⁴, of words bₖⱼ at position j of block k and random 64-bit numbers mⱼ, nₖ.
+    """Hash Σⱼ mⱼ Σₖ nₖ bₖⱼ modulo 2⁶⁴ of words bₖⱼ at position j of block k, with random 64-bit numbers mⱼ, nₖ.
 
-    A change of words of 32 bits at one j changes the sum over k by a random multiple of some 2ᵛ, v < 32, which is 0 for one in
+    A change of 32-bit words at one j changes the sum over k by a random multiple of some 2ᵛ, v < 32, which is 0 for one in
     2⁶⁴⁻ᵛ of all nₖ; and the sum over j by a random multiple of the largest power of two that divides all those changes. The
-    sums over k cost three to four times what a plain sum of the words costs, which sees no order.
+    sums over k cost three to four times as much as a sum of the words, which does not notice permutations.
     """
     if not any(map(len, words)):
         return 0
@@ -139,7 +139,7 @@ def _hash(words: list[Tensor]) -> int:
 
 
 def _blocks(words: list[Tensor], size: int) -> Iterator[Tensor]:
-    """All words, one after the other, in vectors of up to `size`."""
+    """All words in order, in vectors of up to `size` words."""
     block: list[Tensor] = []
     room = size
     for part in itertools.chain.from_iterable(vector.split(size) for vector in words):

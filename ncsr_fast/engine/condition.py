@@ -13,11 +13,11 @@ from ncsr_fast.ops.conv3x3 import ConvolutionMethod
 
 
 class Features(NamedTuple):
-    """The condition u of a level: its own features, and features of LR resolution, resized to it by nearest neighbour.
+    """The condition u of a level: its own features, and stacked features at LR resolution, resized by nearest neighbour.
 
     Args:
         own: (B, c, h, w), at the level's resolution.
-        stacked: (B, s, h', w'), h being f·h' or h'/f for an integer f; or None.
+        stacked: (B, s, h', w') with h = f·h' or h'/f for an integer f; or None.
     """
 
     own: Tensor
@@ -56,11 +56,11 @@ class Features(NamedTuple):
 
     @property
     def upsampled(self) -> bool:
-        """True for a level larger than LR, whose stacked features are upsampled."""
+        """True if the level is larger than LR, so that its stacked features are upsampled."""
         return self.stacked is not None and self.own.shape[2] > self.stacked.shape[2]
 
     def sample(self, index: int) -> Features:
-        """The features of one image of the batch, which keeps its dimension."""
+        """The features of one image of the batch, with a batch dimension of 1."""
         image = slice(index, index + 1)
         return Features(self.own[image], None if self.stacked is None else self.stacked[image])
 
@@ -102,7 +102,7 @@ class Condition(NamedTuple):
     """The condition that an encoder makes of an LR image.
 
     Args:
-        features: Of every level, from the HR side.
+        features: The features of every level, from the HR side.
         prior_mean: Mean of the prior of the top latent, of its shape; None is zero.
     """
 
@@ -114,7 +114,7 @@ class Condition(NamedTuple):
         return self if self.prior_mean is None else self._replace(prior_mean=self.prior_mean.to(dtype))
 
     def sample(self, index: int) -> Condition:
-        """The condition of one image of the batch, which keeps its dimension."""
+        """The condition of one image of the batch, with a batch dimension of 1."""
         mean = None if self.prior_mean is None else self.prior_mean[index : index + 1]
         return Condition([features.sample(index) for features in self.features], mean)
 
@@ -145,7 +145,7 @@ def resized(stacked: Tensor, own: Tensor) -> Tensor:
 
 
 def resized_noise(noise: Tensor, size: torch.Size) -> Tensor:
-    """The noise condition v at the resolution of a level: bicubic, half-pixel centres, no antialiasing; a number is spread."""
+    """The noise condition v at a level's resolution: bicubic, half-pixel centres, no antialiasing; a number is expanded."""
     if noise.shape[2:] == (1, 1):
         return noise.expand(-1, -1, *size)
     return F.interpolate(noise, size=size, mode="bicubic", align_corners=False)

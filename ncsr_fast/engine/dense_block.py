@@ -1,9 +1,9 @@
-"""A dense block of the RRDB encoder that saves what each of its convolutions adds once.
+"""A dense block of the RRDB encoder that saves the output of each convolution only once.
 
     x_0 = x,   x_i = lrelu(w_i ∗ [x_0 … x_{i-1}] + b_i)  (i = 1 … n-1),   y = x + residual · (w_n ∗ [x_0 … x_{n-1}] + b_n)
 
-The concatenations are prefixes of one buffer, which is all that is saved: the sign of x_i tells the derivative of its lrelu.
-Autograd on the reference saves every concatenation, 3.3 times as much (n = 5, 64 channels, 32 added by each).
+The concatenations are the leading channels of one buffer, and only this buffer is saved: the sign of x_i gives the derivative
+of its lrelu. Autograd on the reference saves every concatenation, 3.3 times as much (n = 5, 64 channels, 32 added by each).
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from ncsr_fast.ops.operator import Operator, Outputs, Tensors
 def dense_block(
     x: Tensor, convolutions: list[tuple[Tensor, Tensor]], slope: float, residual: float, method: ConvolutionMethod | None
 ) -> Tensor:
-    """The output y (B, C, H, W) of a dense block. Differentiable.
+    """The output y (B, C, H, W) of a dense block, differentiable.
 
     Args:
         x: (B, C, H, W).
         convolutions: (weight, bias) of the n 3×3 convolutions.
-        slope: Of the leaky ReLUs.
-        residual: Factor of the branch that is added to x.
-        method: How to convolve; None: the reference, concatenations and convolutions one by one.
+        slope: Slope of the leaky ReLUs.
+        residual: Factor of the residual that is added to x.
+        method: How to convolve; None: the reference, with concatenations and convolutions one by one.
     """
     tensors = tuple(itertools.chain.from_iterable(convolutions))
     if method is None:
@@ -78,7 +78,7 @@ def _backward(
         gradient = dy * residual if dbuffer is None else dbuffer[:, read : read + added]
         wanted = (index > 0 or needed[0], needed[1 + 2 * index], needed[2 + 2 * index])
         before = None if dbuffer is None else dbuffer[:, :read]
-        # what convolution index - 1 added is read by none before this: the gradient is complete there, but for its lrelu
+        # no earlier convolution reads the output of convolution index - 1, so its gradient is complete except for the lrelu
         relu = (buffer[:, pairs[index - 1][0].shape[1] : read], slope) if index else None
         dread, dweight, dbias = convolution_backward(gradient, buffer[:, :read], weight, wanted, method, before, relu)
         found = [None if d is None else d.to(p.dtype) for d, p in ((dweight, parameter), (dbias, bias))] + found

@@ -1,6 +1,6 @@
-"""Parameters as the steps use them: actnorms and scales folded into the convolutions beside them, 1×1 convolutions composed.
+"""Folding of parameters: actnorms and scales merged into the convolutions beside them, 1×1 convolutions composed.
 
-All of it is differentiable: autograd carries the gradients to the parameters.
+Folding is differentiable: autograd carries the gradients to the parameters.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Networks(NamedTuple):
 
 
 class Hoisted(NamedTuple):
-    """The rest of the first layers of K networks: pre = weight ∗ condition + bias."""
+    """The part of the first layers of K networks that reads the condition: pre = weight ∗ condition + bias."""
 
     weight: Tensor  # (K·hidden, condition, 3, 3)
     bias: Tensor  # (K·hidden,)
@@ -75,16 +75,16 @@ class Hoisted(NamedTuple):
 class Mixing(NamedTuple):
     """Actnorms and 1×1 convolutions of a level as K affine maps y = mix·x + offset of a pixel, in the order of encoding.
 
-    The transition steps, which nothing separates from the first conditional one, are part of the first map.
+    The transition steps are composed with the first map, because nothing separates them from the first conditional step.
     """
 
     mix: Tensor  # (K, C, C)
     offset: Tensor  # (K, C)
-    logdet: Tensor  # () float64, of one pixel through all of them
+    logdet: Tensor  # () float64, log-det of one pixel through all maps
 
 
 def fold_networks(parameters: NetworkParameters, state_channels: int, dtype: torch.dtype) -> tuple[Networks, Hoisted]:
-    """Networks in `dtype` whose first `state_channels` input channels are z1 and whose other ones are the condition."""
+    """Folded networks in `dtype`; their first `state_channels` input channels are z1, and the others the condition."""
     fold = _fold_deep if is_deep(parameters.conv2) else _fold_glow
     conv1, bias1, conv2, bias2 = (tensor.to(dtype) for tensor in fold(parameters))
     w1, weight = conv1.split((state_channels, conv1.shape[2] - state_channels), dim=2)
@@ -154,13 +154,13 @@ def fold_mixing(bias: Tensor, logs: Tensor, weight: Tensor, transitions: int, in
         bias: (T+K, C), the transition steps first.
         logs: (T+K, C).
         weight: (T+K, C, C).
-        transitions: T.
-        inverse: The inverse maps, and the log-det of applying them. On a GPU, where a check would make the host wait, the
-            inverse of a singular weight is NaN, and so the images are flagged as not finite.
-        backend: Of the operators.
+        transitions: Number T of transition steps.
+        inverse: Return the inverse maps and their log-det. On a GPU, where a check would make the host wait, the inverse of a
+            singular weight is NaN, so that samples are reported as not finite.
+        backend: Backend of the operators.
 
     Raises:
-        ValueError: The inverse of a singular weight is wanted, on the CPU.
+        ValueError: On the CPU, `inverse` with a singular weight.
     """
     mix, offset, logdets = folded(bias.double(), logs.double(), weight.double(), inverse, "1×1 convolution of step {}", backend)
     mixes, offsets = list(mix.unbind()), list(offset.unbind())  # indexing would have a gradient of zeros for each map
@@ -171,4 +171,6 @@ def fold_mixing(bias: Tensor, logs: Tensor, weight: Tensor, transitions: int, in
     mix = torch.stack([composed, *mixes[transitions + 1 :]])
     offset = torch.stack([composed_offset, *offsets[transitions + 1 :]])
     dtype = compute_dtype(weight)
-    return Mixing(mix.to(dtype).contiguous(), offset.to(dtype), logdets.sum())  # as kernels read it, copied once for all calls
+    return Mixing(
+        mix.to(dtype).contiguous(), offset.to(dtype), logdets.sum()
+    )  # in the layout that kernels read, copied once for all calls

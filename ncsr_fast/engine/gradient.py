@@ -1,6 +1,6 @@
 """A level's program as one differentiable map with a backward pass written by hand.
 
-The forward pass saves the state behind the mix of every stage, the pre-activations and the outputs of the networks, and
+The forward pass saves the state after the mix of every stage, the pre-activations and the outputs of the networks, and
 without checkpointing their hidden layers. The backward pass walks the same stages from the last to the first, with
 checkpointing recomputes the hidden layers of one network at a time, and writes the gradients of the pre-activations into one
 tensor, so that the large convolution before them has one backward pass. It does not invert the flow: a network whose forward
@@ -28,11 +28,11 @@ from ncsr_fast.ops.operator import Operator, Outputs, Pair, Tensors
 def level_pass(
     x: Tensor, tensors: LevelTensors, program: Program, checkpoint: bool, peaks: Peaks | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The state after a program, and the log|det| (B,) of its affines. Differentiable.
+    """The state after a program, and the log|det| (B,) of its affines, differentiable.
 
     Args:
         x: State (B, C, h, w).
-        tensors: Of the program; those of one sample are shared by all of x.
+        tensors: Tensors of the program; conditions with one sample are shared by all samples of x.
         program: The program.
         checkpoint: False: the hidden layers of the networks are saved, not recomputed in the backward pass.
         peaks: Are added those of the state behind every mix; only by a pass that records no gradients.
@@ -116,7 +116,7 @@ def _backward(
 
 
 class LevelGradients(NamedTuple):
-    """Gradients of `LevelTensors`, None where they are not wanted."""
+    """Gradients of `LevelTensors`; None if not needed."""
 
     mix: Tensor
     offset: Tensor
@@ -149,9 +149,9 @@ class _Backward:
         )
 
     def run(self, x: Tensor, dy: Tensor, dlogdet: Tensor) -> Tensor:
-        """The gradient of x, from those of the state after the program and of the log-det."""
+        """The gradient of x, from the gradients of the state after the program and of the log-det."""
         stages = self.program.stages
-        ddeferred = None  # gradient of the output that a stage left to the one behind
+        ddeferred = None  # gradient of the output that a stage leaves to the next stage
         for index in reversed(range(len(stages))):
             states, outputs = self._recomputed(index)
             if index + 1 < len(stages):
@@ -169,7 +169,7 @@ class _Backward:
     def _recomputed(self, index: int) -> tuple[list[Tensor], list[Tensor]]:
         """The states that the heads of a stage read, that behind them, and the outputs of their networks."""
         stage, states = self.program.stages[index], [self.saved.states[index]]
-        is_last = index + 1 == len(self.program.stages)  # no mix reads the state behind its heads
+        is_last = index + 1 == len(self.program.stages)  # no mix reads the state after its heads
         applied = stage.heads[:-1] if is_last else stage.heads
         saved, program = iter(self.saved.stage_outputs[index]), self.program
         outputs: list[Tensor] = []
@@ -210,7 +210,7 @@ class _Backward:
         outputs: list[Tensor],
         ddeferred: Tensor | None,
     ) -> Tensor:
-        """The gradient of the state behind a stage's mix."""
+        """The gradient of the state after a stage's mix."""
         program, stage = self.program, self.program.stages[index]
         hidden = list(self.saved.hidden[index]) if self.saved.hidden else []
         for head, x, h in reversed(list(zip(stage.evaluated, states, outputs))):

@@ -1,15 +1,15 @@
-"""The first convolution of every network of a level, as far as it does not depend on the state: one convolution of u.
+"""The hoisted convolution: the part of all networks' first layers that depends on u, computed as one convolution.
 
-u has two parts: the encoder's features at the level's own resolution, and stacked block outputs at LR resolution, resized to
-it by nearest neighbour. Where the level is f times larger than LR, a stacked pixel b is an f×f cell of copies, and a 3×3
-window that looks across one edge of the cell sees the neighbours a (before) and c (after). Along one axis, with weights
-w0, w1, w2, the outputs of the cell are
+u has two parts: own features at the level's resolution, and stacked features at LR resolution, resized to the level by nearest
+neighbour. If the level is f times larger than LR, a stacked pixel b becomes a cell of f×f equal pixels, and a 3×3 window that
+crosses an edge of the cell reads the neighbour a (before) or c (after). Along one axis, with weights w0, w1, w2, the outputs
+of the cell are
 
     S + A (first),   S (inner),   S + C (last),      S = (w0 + w1 + w2) b,   A = w0 (a - b),   C = w2 (c - b)
 
 and along both axes a cell needs the nine products {S, A, C} × {S, A, C}: nine 1×1 convolutions at LR resolution in place
-of 9 f² multiplications an input and output channel (f = 2: a quarter, f = 4: a sixteenth). Beyond the border a and c are 0,
-the zero padding of the upsampled image. For f = 2 on a CPU there is a kernel that takes 25 products for four cells, not 36
+of 9 f² multiplications per input and output channel (f = 2: a quarter, f = 4: a sixteenth). Beyond the border a and c are 0,
+as in the zero padding of the upsampled image. For f = 2 on a CPU a kernel needs 25 products for four cells instead of 36
 (csrc/cpu/conv3x3_transforms.h). On a GPU there may be one that computes both parts at once, for every f (kernels/hoisting.py).
 """
 
@@ -44,9 +44,8 @@ class HoistedWeight(NamedTuple):
     """The weight of a hoisted convolution, prepared for features of one kind and size.
 
     Args:
-        weight: (N, c + s, 3, 3), for c channels of the level's own features and s stacked ones. Of the former alone,
-            (N, c, 3, 3), where there are `products`.
-        products: `products_of` the part of the stacked features; computed where they are needed if None.
+        weight: (N, c + s, 3, 3), for c own and s stacked channels; with `products` only the own part, (N, c, 3, 3).
+        products: `products_of` the stacked part of the weight; None: computed when needed.
         algorithm: How the features are convolved. "joined": as one tensor, with the stacked features resized; "kernel": by a
             kernel that reads the stacked ones with upsampling ×2; "products": the stacked ones by nine 1×1 convolutions;
             "whole": all at once by a kernel of both parts.
@@ -63,7 +62,7 @@ class HoistedWeight(NamedTuple):
 
 
 def algorithm(features: Features, rows: int, dtype: torch.dtype, method: ConvolutionMethod) -> str:
-    """The `HoistedWeight.algorithm` for features and a weight of so many outputs, in this dtype."""
+    """The `HoistedWeight.algorithm` for features and a weight with `rows` outputs, in this dtype."""
     own, stacked = features
     if stacked is None or not ablation().subpixel:
         return "joined"
@@ -85,7 +84,7 @@ def prepared(weight: Tensor, own_channels: int, algorithm: str, with_products: b
 
 
 def hoisted_convolution(features: Features, weight: HoistedWeight, bias: Tensor, method: ConvolutionMethod) -> Tensor:
-    """`weight ∗ u + bias` (B, N, h, w) in the layout and dtype of the level's own features. Differentiable.
+    """`weight ∗ u + bias` (B, N, h, w) in the layout and dtype of the level's own features, differentiable.
 
     Args:
         features: The condition u.
@@ -152,7 +151,7 @@ def _upsampled_forward(
         return forward(stacked, weight[:, split:], None, upsample2x=True, tf32=method.tf32, out=y, accumulate=True)
     rows = rows or products_of(weight[:, split:])
     cells = _Cells(own, stacked)
-    # along a row first: what is added to the first, the inner and the last columns of a cell
+    # along a row first: the terms of the first, the inner and the last columns of a cell
     for i in range(3):
         products = [convolution_forward(cells.difference(i, j), rows[i][j], None, method) for j in range(3)]
         for q in range(cells.factor):
@@ -231,7 +230,7 @@ class _Cells:
 
 
 def _sum(parts: list[Tensor]) -> Tensor:
-    """Dense; `sum` would add the first to 0."""
+    """The dense sum of the parts; `sum` would add the first part to 0."""
     total = parts[0].clone() if len(parts) == 1 else parts[0] + parts[1]
     for part in parts[2:]:
         total += part
@@ -239,7 +238,7 @@ def _sum(parts: list[Tensor]) -> Tensor:
 
 
 def _side(q: int, factor: int) -> int:
-    """Which product beside S column q of a cell gets: A the first, C the last, none an inner one."""
+    """The product added to S in column q of a cell: A in the first, C in the last, none in between."""
     return 1 if q == 0 else 2 if q == factor - 1 else 0
 
 
@@ -256,7 +255,7 @@ def _difference(x: Tensor, kind: int, axis: int) -> Tensor:
 
 
 def _difference_backward(dy: Tensor, kind: int, axis: int) -> Tensor:
-    """The transpose of `_difference`: what one looked at before, the other looks at after."""
+    """The transpose of `_difference`: it reads the pixel after where `_difference` reads the pixel before."""
     return _difference(dy, (0, 2, 1)[kind], axis)
 
 

@@ -1,4 +1,4 @@
-"""How much memory the engine takes for what it could do without: more samples at a time, results kept for the next call."""
+"""The memory that the engine uses for optional purposes: more samples at a time, and caches between calls."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import torch
 from ncsr_fast.memory import free_bytes
 
 _AT_ONCE = 256 * 2**20
-_SHARE = 8  # one in this many parts of the memory
+_SHARE = 8  # the engine uses one part in this many
 _SHARE_OF_FREE = 4  # one in this many of what is free
-_OF_CPU = 8 * 2**30  # bytes counted on where the memory is the CPU's, which has other users
+_OF_CPU = 8 * 2**30  # bytes assumed for a CPU, whose memory other programs use too
 
 
 def spare_bytes(device: torch.device) -> int:

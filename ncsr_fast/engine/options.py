@@ -1,4 +1,4 @@
-"""Options of the engine. None of them changes what is computed, but for the rounding of the networks."""
+"""Options of the engine. They change how a model is evaluated, and its results only by the rounding of the networks."""
 
 from __future__ import annotations
 
@@ -20,21 +20,22 @@ _AUTOCAST: dict[torch.dtype | None, str] = {dtype: precision for precision, dtyp
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """How a model is evaluated.
+    """Options that say how a model is evaluated.
+
+    PyTorch's global flags change no precision, with two exceptions: if the flags forbid TF32, backward passes use no TF32
+    either; and in a graph of `torch.compile`, convolutions without a kernel follow the flags.
 
     Args:
-        engine: "fused": what does not depend on the state is computed once, for all steps and all samples; "plain": step by
-            step, the reference that the other is held to.
-        precision: Of the networks (encoder, injectors, couplings): "fp32"; "tf32", the same on a CPU; "bf16". The state, its
-            log-determinants and the 1×1 convolutions are float32 in all of them. A float64 model has float64 networks, and
-            wants "fp32". "fp16", which float16 autocast asks for, has a narrow range: its gradients need
-            `torch.amp.GradScaler`. PyTorch's global flags change none of it, with two exceptions: where they forbid TF32,
-            backward passes have none either; and a graph of `torch.compile` convolves as they say, where no kernel does.
-        checkpoint: True: a level saves its state at every step and recomputes the hidden layers of the networks in the
-            backward pass; False: it saves them too, which takes more memory and less time.
-        backend: Of the operators (`ncsr_fast.ops`): "auto", "reference", "native" or "triton". By Winograd's convolutions,
-            which the native backend has on a CPU, a NaN or an infinity may reach three pixels further.
-        samples_at_once: How many samples of an image are decoded together; None: as many as an eighth of the memory holds.
+        engine: "fused": the engine, which computes what does not depend on the state once, for all steps and all samples;
+            "plain": the reference, step by step.
+        precision: Precision of the networks (encoder, injectors, couplings): "fp32"; "tf32", equal to "fp32" on a CPU; "bf16".
+            The state, the log-dets and the 1×1 convolutions are always float32. A float64 model has float64 networks and needs
+            "fp32". "fp16", which float16 autocast asks for, has a narrow range: its gradients need `torch.amp.GradScaler`.
+        checkpoint: True: a level saves its state at every step, and the hidden layers of the networks are recomputed in the
+            backward pass. False: the hidden layers are saved too, which takes more memory and less time.
+        backend: Backend of the operators (`ncsr_fast.ops`): "auto", "reference", "native" or "triton". With Winograd's
+            convolutions, which the native backend has on a CPU, a NaN or an infinity may spread three pixels further.
+        samples_at_once: Number of samples of an image that are decoded together; None: as many as fit an eighth of the memory.
     """
 
     engine: str = "fused"
@@ -52,25 +53,25 @@ class EngineOptions:
 
     @property
     def method(self) -> ConvolutionMethod:
-        """How networks are convolved."""
+        """The method by which networks are convolved."""
         backend = "auto" if self.backend == "native" else self.backend
         return ConvolutionMethod(self.precision == "tf32", backend if ablation().winograd else "reference")
 
     @property
     def memory_format(self) -> torch.memory_format:
-        """How the state and the features lie."""
+        """The memory format of the state and the features."""
         return torch.channels_last if ablation().channels_last else torch.contiguous_format
 
     def network_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """The dtype of the networks of a model of `dtype`; ValueError for a float64 model with low-precision networks."""
+        """The dtype of the networks of a model of `dtype`; ValueError for a float64 model in low precision."""
         if dtype == torch.float64 and self.precision != "fp32":
-            raise ValueError(f"precision={self.precision!r} is for float32 models; a float64 one needs precision='fp32'")
+            raise ValueError(f"precision={self.precision!r} is for float32 models; a float64 model needs precision='fp32'")
         return _DTYPES.get(self.precision, dtype)
 
     def under_autocast(self, like: Tensor) -> EngineOptions:
-        """The options for a model whose parameter `like` is: under `torch.autocast`, with the precision it asks for.
+        """The options for a model with the parameter `like`: under `torch.autocast`, with autocast's precision.
 
-        Options of a model of another dtype than float32 stay as they are.
+        For a model of another dtype than float32 the options are unchanged.
         """
         precision = _AUTOCAST.get(autocast_dtype(like.device.type)) if like.dtype == torch.float32 else None
         return self if precision is None else replace(self, precision=precision)

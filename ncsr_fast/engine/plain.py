@@ -1,4 +1,4 @@
-"""A level by its definition, step after step: the reference of the plan, and what runs a level that no kernel knows."""
+"""The reference of the plan: a level evaluated step by step; also used for networks without kernels."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from ncsr_fast.engine.peaks import Peaks
 from ncsr_fast.engine.plan import Level, LevelPlan
 
 
-class DefinedLevel(Level, Protocol):
-    """A level with its definition, as `ncsr_fast.flow.level.FlowLevel` has it."""
+class ReferenceLevel(Level, Protocol):
+    """Interface of a level with a reference, such as `ncsr_fast.flow.level.FlowLevel`."""
 
     noise_channels: int
     has_kernels: bool
@@ -28,30 +28,30 @@ class DefinedLevel(Level, Protocol):
 
 
 class PlainLevel:
-    """The interface of `LevelPlan`, evaluated by the level's definition.
+    """A plan with the interface of `LevelPlan`, evaluated by the level's reference.
 
     Args:
         level: The level.
-        features: Its condition.
-        options: Of the engine, of which the backend of the operators is used.
+        features: The level's condition.
+        options: Options of the engine, of which only the operators' backend is used.
     """
 
-    def __init__(self, level: DefinedLevel, features: Features, options: EngineOptions) -> None:
+    def __init__(self, level: ReferenceLevel, features: Features, options: EngineOptions) -> None:
         self.level, self.backend = level, options.backend
         self.u = features.joined.to(level.actnorm_bias.dtype)
 
     def encode(self, z: Tensor, noise: Tensor | None = None, initialize: bool = False) -> tuple[Tensor, Tensor | None, Tensor]:
-        """As `LevelPlan.encode`; `initialize` sets every actnorm from the data that reaches it, before it is applied."""
+        """Encode as `LevelPlan.encode`; `initialize` sets every actnorm from its input before applying it."""
         return self.level.encode(z, self._u(z), self.noise(noise, z), initialize, self.backend)
 
     def decode(
         self, z: Tensor, latent: Tensor | None, noise: Tensor | None = None, peaks: Peaks | None = None
     ) -> tuple[Tensor, Tensor]:
-        """As `LevelPlan.decode`."""
+        """Decode as `LevelPlan.decode`."""
         return self.level.decode(z, latent, self._u(z), self.noise(noise, z), self.backend, peaks)
 
     def noise(self, noise: Tensor | None, z: Tensor) -> Tensor | None:
-        """The noise condition v of the level, zeros where noise is None; None for a level that has none."""
+        """The noise condition v of the level, zeros if noise is None; None for a level without noise couplings."""
         if not any(branch.condition == "noise" for branch in self.level.branches):
             return None
         if noise is None:
@@ -66,8 +66,8 @@ class PlainLevel:
 Plan = LevelPlan | PlainLevel
 
 
-def plan(level: DefinedLevel, features: Features, options: EngineOptions, inverse: bool) -> Plan:
-    """The level planned, or where the options or its networks ask for it, its definition."""
+def plan(level: ReferenceLevel, features: Features, options: EngineOptions, inverse: bool) -> Plan:
+    """The plan of a level, or its reference if the options or the kind of its networks require it."""
     if options.engine == "plain" or not level.has_kernels:
         return PlainLevel(level, features, options)
     return LevelPlan(level, features, options, inverse)

@@ -1,8 +1,8 @@
-"""A level planned once for a condition: parameters folded, all that depends on the condition alone computed, algorithms chosen.
+"""Plans of levels: for one condition, parameters are folded, algorithms chosen, and the hoisted parts computed once.
 
-The plan then maps states, any number of times. It serves both gradient modes. Where gradients of the condition or of the
-level's parameters are recorded, the pre-activations of all networks are one tensor, whose gradient the level's backward pass
-fills in. Where they are not, the outputs of the injectors are computed here as well, shared by all samples.
+The plan then maps states, any number of times, with or without gradients. If gradients of the condition or of the level's
+parameters are recorded, the pre-activations of all networks are one tensor, whose gradient the level's backward pass fills in.
+If not, the plan also computes the outputs of the injectors, which all samples share.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from ncsr_fast.ops.step_network import packs_weights
 
 
 class Level(Protocol):
-    """The attributes of `ncsr_fast.flow.level.FlowLevel` that the engine reads."""
+    """Interface of a level for the engine: the attributes of `ncsr_fast.flow.level.FlowLevel` that it reads."""
 
     transition_steps: int
     steps: int
@@ -86,7 +86,7 @@ class FoldedLevel(NamedTuple):
     """The networks of a level, folded.
 
     Args:
-        networks: Of every branch.
+        networks: The networks of every branch.
         hoisted: By condition, the rest of the first layers of all branches that have it, one branch after the other.
         weight: That of the hoisted convolution of the features, prepared for them; None where no branch reads them.
         packed: The networks of every branch as their backend reads them.
@@ -99,12 +99,12 @@ class FoldedLevel(NamedTuple):
 
 
 class PreActivations:
-    """Pre-activations of a level's networks and where each of them is, and outputs that need no state.
+    """Pre-activations of a level's networks, their places, and outputs that do not depend on the state.
 
     Args:
         sources: Tensors of pre-activations.
         places: By branch, of each of its networks, which of the sources has its pre-activation and the first of the channels.
-        outputs: By branch, those of all its networks, or None.
+        outputs: By branch, the outputs of all its networks, or None.
     """
 
     def __init__(self, branches: int) -> None:
@@ -113,7 +113,7 @@ class PreActivations:
         self.outputs: list[tuple[Tensor, ...] | None] = [None] * branches
 
     def add(self, source: Tensor, places: list[tuple[int, int]]) -> None:
-        """Add a tensor of pre-activations that holds those of branches, each (branch, first channel), in this order."""
+        """Add a tensor of pre-activations; `places` are the branch and first channel of each, in order."""
         for branch, channel in places:
             self.places[branch].append((len(self.sources), channel))
         self.sources.append(source)
@@ -125,7 +125,7 @@ class LevelPlan:
     Args:
         level: The level.
         features: Its condition, of a batch or of one image whose samples share it.
-        options: Of the engine.
+        options: Options of the engine.
         inverse: True for decoding.
     """
 
@@ -166,7 +166,7 @@ class LevelPlan:
 
         Args:
             z: State of the next level, or the top latent; more samples than the features have share a batch of 1.
-            latent: Of the split, None without one.
+            latent: Latent of the split, None without a split.
             noise: As the model has it, or None for zero.
             peaks: Are added those of the state after each step decoded; not where gradients are recorded.
         """
@@ -181,7 +181,7 @@ class LevelPlan:
 
     def _steps(self, x: Tensor, noise: Tensor | None, peaks: Peaks | None) -> tuple[Tensor, Tensor]:
         sources = [*self._known.sources, *self._noise_source(noise)]
-        # autograd sums the gradients of what samples share
+        # autograd sums the gradients of tensors that samples share
         sources = [source.expand(x.shape[0], -1, -1, -1) if source.requires_grad else source for source in sources]
         networks, outputs = self.folded.networks, tuple(self._known.outputs)
         tensors = LevelTensors(self.mixing.mix, self.mixing.offset, networks, tuple(sources), outputs, self.folded.packed)
@@ -252,7 +252,7 @@ class LevelPlan:
         networks, packed, own = self.folded.networks[index], self.folded.packed[index], self.features.own
         count, hidden, changes_all = len(networks.w2), networks.b2.shape[-1], self.level.branches[index].changes_all
         size = own[:, :1].numel() * hidden * own.element_size()
-        # torch.export knows no sizes
+        # in torch.export sizes are unknown
         together = count if isinstance(size, torch.SymInt) else max(1, at_once(own.device) // size)
         outputs: list[Tensor] = []
         for first in range(0, count, together):
@@ -292,7 +292,7 @@ class LevelPlan:
 
     def _make_program(self) -> Program:
         level, places, options = self.level, self._known.places, self.options
-        for index, channel in self._places("noise"):  # computed by each call, behind the sources that are known
+        for index, channel in self._places("noise"):  # computed by each call, after the sources that are already computed
             places[index].append((len(self._known.sources), channel))
         heads = []
         for index, (branch, networks) in enumerate(zip(level.branches, self.folded.networks)):
@@ -324,7 +324,7 @@ def split_prior(split: tuple[Tensor, Tensor], z1: Tensor) -> Tensor:
 
 
 def _recorded(level: Level, features: Features) -> bool:
-    """True where autograd records the level's parameters or the features."""
+    """True if autograd records the level's parameters or the features."""
     if not torch.is_grad_enabled():
         return False
     tensors = (*level.parameters(), *(tensor for tensor in features if tensor is not None))

@@ -1,12 +1,12 @@
 """The order in which the affine maps of a level are applied, in one direction: a list of stages that walk and gradient share.
 
 A conditional step is actnorm and 1×1 convolution, folded into `mix`, then its branches: affine maps of the state whose shift
-and scale a network computes, in encoding order. Between two networks lie only maps of single pixels, and those that touch the
-mix are fused with it:
+and scale a network computes, in encoding order. The maps between two networks act on single pixels, and those next to the mix
+are fused with it:
 
-    encoding   stage k: mix of step k, behind it the first branch if it changes all channels, ahead of it the last branch of
+    encoding   stage k: mix of step k, after it the first branch if it changes all channels, before it the last branch of
                step k-1 if it changes half; then the other branches of step k, of which the last is left to stage k+1
-    decoding   the branches of the last step; then for each step from the last: mix⁻¹, ahead of it the inverse of the first
+    decoding   the branches of the last step; then for each step from the last: mix⁻¹, before it the inverse of the first
                branch if it changes all channels; then the inverses of the other branches of the step before, last first
 """
 
@@ -26,9 +26,9 @@ class Head(NamedTuple):
         network: Number of the network among the branch's.
         pass_through: The first channels of the state, which the map leaves unchanged and the network reads (coupling); 0: it
             changes all channels, and its network reads the condition alone (injector).
-        source: Which tensor of pre-activations has the network's.
-        channel: The first of its channels.
-        hidden: Their number.
+        source: Number of the tensor that contains the network's pre-activation.
+        channel: First channel of the pre-activation in that tensor.
+        hidden: Number of channels of the pre-activation.
         residual: Of a deep network with residuals, the layers inside each; 0: none.
     """
 
@@ -46,10 +46,10 @@ class Stage(NamedTuple):
 
     Args:
         mix: Number of the step, or None: branches alone.
-        before: Affine fused ahead of the mix, or None.
-        after: Affine fused behind it, or None.
+        before: Affine fused before the mix, or None.
+        after: Affine fused after the mix, or None.
         heads: Branches, in the order in which they are applied.
-        deferred: The branch behind them that the next stage applies, as its `before`; or None.
+        deferred: The branch after `heads`, which the next stage applies as its `before`; or None.
     """
 
     mix: int | None
@@ -79,15 +79,15 @@ class Link(NamedTuple):
 
 
 class Program(NamedTuple):
-    """All of a level's evaluation that is no tensor.
+    """The evaluation of a level, without its tensors.
 
     Args:
-        stages: What is applied, first to last.
-        heads: Of every branch, those of its networks.
+        stages: The stages, in the order in which they are applied.
+        heads: The heads of every branch.
         eps: Lower bound of the scales.
         inverse: The affines are inverse maps: decoding.
-        backend: Of the maps, resolved.
-        network_backend: Of the networks, resolved.
+        backend: Resolved backend of the maps.
+        network_backend: Resolved backend of the networks.
         method: How the gradients of networks are convolved.
     """
 
@@ -114,7 +114,7 @@ class Program(NamedTuple):
 
 
 def stages(branches: Sequence[Sequence[Head]], steps: int, inverse: bool) -> tuple[Stage, ...]:
-    """The stages of a level of so many conditional steps; its branches in encoding order, each with the heads of its steps."""
+    """The stages of a level with `steps` conditional steps; `branches` has the heads of each branch, in encoding order."""
     heads: list[list[Head]] = [[] for _ in range(steps)]
     for branch in branches:
         for step, head in enumerate(branch, steps - len(branch)):  # the last steps have it

@@ -24,11 +24,11 @@ class LevelTensors(NamedTuple):
     """The tensors of a program besides the state.
 
     Args:
-        mix: (K, C, C) of every step; of the inverse maps when decoding.
-        offset: (K, C), likewise.
-        networks: Folded, of every branch.
+        mix: (K, C, C), the mixes of all steps; in decoding of the inverse maps.
+        offset: (K, C), the offsets of all steps; in decoding of the inverse maps.
+        networks: The folded networks of every branch.
         sources: Pre-activations (B, n·hidden, h, w) or (1, n·hidden, h, w), where the heads find them.
-        outputs: Of every branch the outputs of all its networks, where they are known already; else None.
+        outputs: For every branch the outputs of all its networks if already computed, else None.
         packed: Of every branch the weights of all its networks as their backend reads them: `packed_weights`.
     """
 
@@ -41,10 +41,10 @@ class LevelTensors(NamedTuple):
 
 
 class Record(NamedTuple):
-    """The tensors that a walk leaves for the backward pass and for those who watch.
+    """The tensors that a walk records for the backward pass and for watching the state.
 
     Args:
-        states: The state behind the mix of every stage, which its networks read; None: not wanted.
+        states: The state after the mix of every stage, which its networks read; None: not recorded.
         peaks: Of the state behind every mix; None: not wanted.
         outputs: Of the networks that every stage evaluates; None: not wanted.
         hidden: Hidden layers of those networks; None: not wanted.
@@ -62,7 +62,7 @@ class Walk:
     Args:
         program: The program.
         tensors: Its tensors; conditions of one sample are shared by all samples of the state.
-        recorded: True: autograd, or a graph that is traced, records what kernels do. False: they are called on memory.
+        recorded: True: autograd or a traced graph records the kernels. False: kernels are called on memory.
     """
 
     def __init__(self, program: Program, tensors: LevelTensors, recorded: bool) -> None:
@@ -74,7 +74,7 @@ class Walk:
         self._weights = [networks.unbind() for networks in tensors.networks]
         self._packed = [list(zip(*map(Tensor.unbind, packed))) for packed in tensors.packed]
         heads = zip(program.heads, self.outputs)
-        # branches that read the condition alone and whose outputs are not known
+        # branches that read the condition alone and whose outputs are not yet computed
         self.free = [branch for branch, (own, known) in enumerate(heads) if known is None and not own[0].pass_through]
 
     def run(self, x: Tensor, record: Record | None = None) -> tuple[Tensor, Tensor]:
@@ -123,7 +123,7 @@ class Walk:
         """Evaluate the networks of the branches `free`; their outputs are known from now on.
 
         Args:
-            layers: Is appended, for every such branch, the hidden layers and outputs of its networks.
+            layers: Output list. If given, the hidden layers and outputs of the networks are appended for every such branch.
         """
         for branch in self.free:
             heads = self.program.heads[branch]
@@ -154,7 +154,7 @@ class Walk:
         return h
 
     def fused(self, head: Head | None, x: Tensor, deferred: Tensor | None = None) -> Tensor | None:
-        """The output for an affine fused to a mix: `deferred` by the stage before, or known; None without a head."""
+        """The output for an affine fused to a mix: `deferred` by the stage before, or computed; None without a head."""
         return deferred if head is None or deferred is not None else self.output(head, x)
 
     def layers(self, head: Head, x: Tensor | None) -> Layers:
@@ -199,7 +199,7 @@ class Walk:
         return packed[head.network] if packed else ()
 
     def pre_activation(self, source: Tensor, head: Head) -> Tensor:
-        """That part of its source, or of the gradient, which is the pre-activation of a head's network: a view."""
+        """A view of the part of `source`, or of its gradient, that is the pre-activation of a head's network."""
         return source if source.shape[1] == head.hidden else source[:, head.channel : head.channel + head.hidden]
 
 

@@ -1,1 +1,1 @@
-"""A flow's modules: the parameters of its levels and networks, their initialisation and their definition."""
+"""A flow's modules: the parameters of its levels and networks, their initialisation and their reference."""

@@ -12,8 +12,8 @@ STD_FLOOR = 1e-6  # added to a channel's standard deviation by the published pro
 def initialize_actnorm(bias: Tensor, logs: Tensor, x: Tensor) -> None:
     """Set `bias` and `logs` (C,) in place so that `(x + bias) · exp(logs)` has mean 0 and variance 1.
 
-    x (B, C, H, W). The statistics are each channel's over the batch and all positions, the variance
-    being the biased one: bias = -mean, logs = -log(std + 1e-6).
+    x is (B, C, H, W). The statistics of each channel are over the batch and all positions, with the biased
+    variance: bias = -mean, logs = -log(std + 1e-6).
     """
     mean = x.mean(dim=(0, 2, 3))
     variance = (x - mean[:, None, None]).square().mean(dim=(0, 2, 3))

@@ -1,4 +1,4 @@
-"""A flow conditioned on LR images: what the images alone decide is computed once, for any number of calls."""
+"""A flow conditioned on LR images: what depends on the images alone is computed once, for any number of calls."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ EncodedLevel = tuple[Tensor, Tensor | None, Tensor]  # state of the next level, 
 
 
 class Encoded(NamedTuple):
-    """An image as the flow's latents.
+    """The latents of an image, and its log-likelihood.
 
     Args:
-        latents: Those of the splits in encoding order, then the top one.
+        latents: The latents of the splits in encoding order, then the top latent.
         log_likelihood: log p(hr | lr) = Σ log|det| + Σ log N(latent; mean, 1), (B,) in nats.
-        prior_mean: Mean of the top latent, of its shape; None where it is zero, as all others' is.
+        prior_mean: Mean of the top latent, of its shape; None where it is zero. The mean of all other latents is zero.
     """
 
     latents: tuple[Tensor, ...]
@@ -44,14 +44,14 @@ class Encoded(NamedTuple):
 
 
 class Levels:
-    """The levels of a flow for one condition, without checks of arguments: images are of the padded size.
+    """The levels of a flow for one condition. Arguments are not checked: images are of the padded size.
 
     Args:
-        levels: From the HR side.
+        levels: The levels, from the HR side.
         config: The flow.
-        condition: Of a batch of LR images, or of one that all samples share.
-        options: Of the engine.
-        keeps: Whether the plans of levels are kept for further calls, rather than made anew by each.
+        condition: The condition of a batch of LR images, or of one image that all samples share.
+        options: Options of the engine.
+        keeps: True: plans of the levels are cached for further calls. False: every call makes them.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class Levels:
     ) -> None:
         self.levels, self.config, self.condition, self.options = levels, config, condition, options
         self.keeps = keeps and self._fit()
-        self.recorded = torch.is_grad_enabled()  # gradients of what the condition was made of, and of the weights
+        self.recorded = torch.is_grad_enabled()  # gradients of the encoder, of lr and of the weights
         self._plans: dict[tuple[int, bool, bool], Plan] = {}
         self._images: list[Levels] | None = None
 
@@ -88,7 +88,7 @@ class Levels:
         return self._images[index]
 
     def plan(self, index: int, inverse: bool) -> Plan:
-        """The plan of a level in one direction, with gradients of the weights where they are recorded now and were before."""
+        """The plan of a level in one direction; it records gradients of weights if they are recorded now and were before."""
         recorded = self.recorded and torch.is_grad_enabled()
         if (index, inverse, recorded) in self._plans:
             return self._plans[index, inverse, recorded]
@@ -99,7 +99,7 @@ class Levels:
         return made
 
     def encode(self, x: Tensor, noise: Tensor | None) -> tuple[tuple[Tensor, ...], Tensor]:
-        """Latents, and the log|det| (B,) of encoding with the log-density of all latents but the last."""
+        """Latents, and the log|det| (B,) of encoding plus the log-density of all latents but the last."""
         return _encode(x, (partial(self.plan(index, inverse=False).encode, noise=noise) for index in range(len(self.levels))))
 
     def encoded(self, x: Tensor, noise: Tensor | None, mean: Tensor | None) -> Encoded:
@@ -107,7 +107,7 @@ class Levels:
         return _with_prior(*self.encode(x, noise), mean)
 
     def initialized(self, x: Tensor, noise: Tensor | None) -> Encoded:
-        """As `encoded`, by the levels' definition; every actnorm is set from the data that reaches it."""
+        """Latents and log-likelihood by the reference, which sets every actnorm from its input before applying it."""
         pairs = zip(self.levels, self.condition.features)
         plain = (PlainLevel(level, features.whole, self.options) for level, features in pairs)
         latents, logdet = _encode(x, (partial(level.encode, noise=noise, initialize=True) for level in plain))
@@ -153,7 +153,7 @@ class Levels:
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """Inside, weights do not change: what is made of them is made or compared once."""
+        """A context in which weights do not change: values computed from them are computed or compared only once."""
         with contextlib.ExitStack() as stack:
             for level in self.levels:
                 stack.enter_context(level.cache.held())
@@ -183,7 +183,7 @@ class Levels:
         return max(1, spare_bytes(self.device) // (self.walk_bytes(index) * pixels))
 
     def _fit(self) -> bool:
-        """True where the plans take little enough memory to be stored."""
+        """True if the plans are small enough to be cached."""
         parts = [self.plan_bytes(index) * math.prod(each.size) for index, each in enumerate(self.condition.features)]
         return self.batch * sum(parts) <= spare_bytes(self.device)
 
@@ -195,7 +195,7 @@ def _with_prior(latents: tuple[Tensor, ...], logdet: Tensor, mean: Tensor | None
 
 
 def _encode(x: Tensor, levels: Iterable[Callable[[Tensor], EncodedLevel]]) -> tuple[tuple[Tensor, ...], Tensor]:
-    """The latents of levels in encoding order, each a function of the state, and the sum of their log-dets (B,)."""
+    """The latents of the levels in encoding order, each level a function of the state, and the sum (B,) of their log-dets."""
     latents, logdets = [], []
     for encode in levels:
         x, latent, logdet = encode(x)

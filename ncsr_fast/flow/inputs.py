@@ -1,4 +1,4 @@
-"""The arguments of a conditioned flow: checked and padded on the way in, cropped and clipped on the way out."""
+"""Checks and padding of the arguments of a conditioned flow, and cropping and clipping of its results."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ class Inputs:
 
     Args:
         flow: The flow.
-        like: A parameter, of the dtype and device that tensors must have.
+        like: A parameter with the dtype and device that tensors must have.
     """
 
     def __init__(self, flow: FlowConfig, like: Tensor) -> None:
         self.flow, self.like = flow, like
 
     def lr(self, lr: Tensor) -> Tensor:
-        """LR images, padded to sides that are multiples of `FlowConfig.lr_multiple`."""
+        """The LR images, checked and padded to sides that are multiples of `FlowConfig.lr_multiple`."""
         check_image("lr", lr, self.like, self.flow.lr_channels)
         return pad(lr, 1, self.flow.lr_multiple)
 
     def hr(self, hr: Tensor, lr: Tensor) -> Tensor:
-        """The HR images of `lr`, padded as they are."""
+        """The HR images of `lr`, checked and padded like `lr`."""
         check_image("hr", hr, self.like, self.flow.channels)
         check_pair(hr, lr, self.flow.scale)
         return pad(hr, self.flow.scale, self.flow.lr_multiple)
 
     def noise(self, noise: Tensor | None, lr: Tensor) -> Tensor | None:
-        """The noise condition of LR images, padded as they are."""
+        """The noise condition for LR images, checked and padded like `lr`."""
         if noise is None:
             return None
         check_noise(noise, lr, self.flow.scale, self.flow.noise_channels)
@@ -44,7 +44,7 @@ class Inputs:
         return noise if self.flow.noise_channels == 1 else pad(noise, self.flow.scale, self.flow.lr_multiple)
 
     def latents(self, latents: Sequence[Tensor], lr: Tensor) -> Sequence[Tensor]:
-        """The latents of images of the size of `lr`: as many, or any number of one LR image."""
+        """The latents, checked, for images of the size of `lr`; for one LR image any number of samples."""
         batch = lr.shape[0]  # torch.export would take len(lr) for a constant
         if batch == 1 and len(latents) and isinstance(latents[0], Tensor) and latents[0].dim() == 4:
             batch = latents[0].shape[0]
@@ -52,7 +52,7 @@ class Inputs:
         return latents
 
     def sample_latents(self, latents: Sequence[Tensor], lr: Tensor, n: int) -> Sequence[Tensor]:
-        """The latents (B, n, …) of n samples of each LR image."""
+        """The latents (B, n, …), checked, of n samples of each LR image."""
         shapes = [(lr.shape[0], n, *shape) for shape in self.flow.latent_shapes(*lr.shape[2:])]
         check_latents(latents, shapes, self.like)
         return latents
@@ -69,23 +69,23 @@ class Inputs:
     def shown(self, image: Tensor, lr: Tensor) -> Tensor:
         """Decoded images (B, …, channels, h, w) as samples of `lr`: cropped, added to the base, clipped where finite."""
         image = self.composed(image, lr)
-        return torch.where(image.isfinite(), image.clamp(0, 1), torch.nan)  # clamp alone would make an infinity look like white
+        return torch.where(image.isfinite(), image.clamp(0, 1), torch.nan)  # clamp alone would turn infinity into white
 
     def padded_pixels(self, lr: Tensor) -> int:
-        """The number of positions of a padded HR image."""
+        """The number of pixels of a padded HR image."""
         multiple, scale = self.flow.lr_multiple, self.flow.scale
         height, width = (-(-side // multiple) * multiple * scale for side in lr.shape[2:])
         return height * width
 
     def advice(self, lr: Tensor) -> str:
-        """Why samples of LR images blew up, as far as pixels tell, and advice."""
+        """An explanation why samples of LR images blew up, from their pixels, with advice."""
         if not lr.isfinite().all():
-            return "Pixels of lr are not finite."
+            return "Some pixels of lr are not finite."
         values = bytes_range(lr)
         if values:
             return f"lr has values {values}; images are floats in [0, 1]: divide by 255."
         return (
-            "Somewhere before, a scale near zero became a divisor: model.check_invertibility(lr) shows where. Try a lower "
+            "Before this step, decoding divided by a scale near zero: model.check_invertibility(lr) shows where. Try a lower "
             "temperature, or on_nonfinite='retry'."
         )
 
@@ -98,15 +98,14 @@ def enlarged(lr: Tensor, flow: FlowConfig) -> Tensor | None:
 
 
 def pad(image: Tensor, cell: int, multiple: int = 2) -> Tensor:
-    """Pad (B, C, H, W) at the bottom and right to multiples of `multiple` cells; the same tensor if it is that already.
+    """The image (B, C, H, W) padded at the bottom and right to multiples of `multiple` cells; itself if no padding is needed.
 
-    By reflection, or by replication along an axis that has too little to reflect.
+    Padding is by reflection, or by replication along an axis that is too short to reflect.
 
     Args:
-        image: To pad.
-        cell: Pixels of `image` to an LR pixel: 1 for the LR image, `scale` for the HR image and its noise, so that a padded
-            pair stays a pair.
-        multiple: In LR pixels.
+        image: The image to pad.
+        cell: Pixels of `image` per LR pixel along an axis: 1 for the LR image, `scale` for the HR image and its noise.
+        multiple: Number of LR pixels that the padded sides are multiples of.
     """
     for axis in (-1, -2):
         size = image.shape[axis]

@@ -21,10 +21,10 @@ class Step(NamedTuple):
     """The parameters of one step, in the order in which encoding applies them.
 
     Args:
-        bias: Of the actnorm, (C,), as is `logs`.
-        logs: (C,).
-        weight: Of the 1×1 convolution, (C, C).
-        branches: Each with the network of this step; none in a transition step.
+        bias: Actnorm's bias (C,).
+        logs: Actnorm's logs (C,).
+        weight: The 1×1 convolution's weight (C, C).
+        branches: The branches, each with its network of this step; none in a transition step.
     """
 
     bias: Tensor
@@ -34,13 +34,13 @@ class Step(NamedTuple):
 
 
 class Part(NamedTuple):
-    """A part of a step that was encoded.
+    """The result of one part of a step in encoding.
 
     Args:
-        name: What it is.
-        h: Output of its network, None for actnorm and 1×1 convolution.
-        z: The state after it.
-        logdet: Its log-det (B,).
+        name: Name of the part, for messages.
+        h: Output of the part's network, None for actnorm and 1×1 convolution.
+        z: The state after the part.
+        logdet: The part's log-det (B,).
     """
 
     name: str
@@ -52,20 +52,20 @@ class Part(NamedTuple):
 class FlowLevel(nn.Module):
     """A level: `transition_steps` of actnorm + 1×1 convolution, then `steps` conditional steps, then a split.
 
-    A conditional step is actnorm, 1×1 convolution and the branches that it has, in the order of the configuration. Of NCSR:
+    A conditional step is actnorm, 1×1 convolution and branches, in the order of the configuration. For NCSR it is
     x → actnorm → 1×1 convolution → injector(u) → [noise coupling(z1, v)] → coupling(z1, u), where u (B, condition, h, w) are
     the features and v (B, noise_channels, h, w) is the noise at the level's resolution.
 
-    `encode` and `decode` are the definition, step by step; `ncsr_fast.engine.plan` computes the same.
+    `encode` and `decode` are the reference, step by step; `ncsr_fast.engine.plan` computes the same.
 
     The actnorms and 1×1 convolutions of all steps are stacked, the transition steps first: `actnorm_bias`, `actnorm_logs`
-    (T+K, C), `invconv` (T+K, C, C). So are the networks of a branch, in the attribute of its name.
+    (T+K, C), `invconv` (T+K, C, C). The networks of a branch are stacked too, in the attribute with the branch's name.
 
     Args:
         config: The level.
         channels: C, after the squeeze.
         hidden_channels: Width of the networks.
-        noise_channels: Of v.
+        noise_channels: Channels of v.
         eps: Lower bound of the scales.
     """
 
@@ -77,19 +77,19 @@ class FlowLevel(nn.Module):
         self.steps, self.transition_steps, self.squeeze = config.steps, config.transition_steps, config.squeeze
         self.branches, self.split_channels = config.branches, config.split_channels
         self.pass_through = pass_through_channels(channels)
-        self.cache = Cache()  # of what the engine makes of the parameters
+        self.cache = Cache()  # of values that the engine computes from the parameters
         count = self.transition_steps + self.steps
         self.actnorm_bias = nn.Parameter(torch.zeros(count, channels))
         self.actnorm_logs = nn.Parameter(torch.zeros(count, channels))
         self.invconv = nn.Parameter(torch.stack([_random_rotation(channels) for _ in range(count)]))
         widths = {"features": config.condition_channels, "noise": noise_channels, None: 0}
-        # by condition, as the engine evaluates the networks' first layers
+        # branches by condition, as the engine evaluates the networks' first layers
         for branch in sorted(self.branches, key=lambda branch: CONDITIONS.index(branch.condition)):
             self._check_name(branch)
             inputs = widths[branch.condition] + (0 if branch.changes_all else self.pass_through)
             outputs = 2 * (channels if branch.changes_all else channels - self.pass_through)
             setattr(self, branch.name, NETWORKS[branch.network](branch.steps, inputs, hidden_channels, outputs))
-        # True where the engine knows all networks
+        # True if the engine has kernels for all networks
         self.has_kernels = all([isinstance(self.networks(branch), (StackedNetworks, DeepNetworks)) for branch in self.branches])
         if self.split_channels:
             left = channels - self.split_channels
@@ -110,9 +110,9 @@ class FlowLevel(nn.Module):
     def encode(
         self, z: Tensor, u: Tensor, v: Tensor | None, initialize: bool = False, backend: str = "auto"
     ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """z (B, C/s², s·h, s·w) → state of the next level, the split's latent (None without one), logdet (B,).
+        """The next level's state, the split's latent (None without a split) and logdet (B,), from z (B, C/s², s·h, s·w).
 
-        With `initialize`, every actnorm is set from the data that reaches it, before it is applied.
+        With `initialize`, every actnorm is set from its input before it is applied.
         """
         z = self.squeezed(z)
         logdets = []
@@ -151,7 +151,7 @@ class FlowLevel(nn.Module):
         return self.unsqueezed(z), torch.stack(logdets).sum(dim=0)
 
     def squeezed(self, z: Tensor) -> Tensor:
-        """Blocks of pixels as channels."""
+        """The state with blocks of pixels turned into channels."""
         return F.pixel_unshuffle(z, self.squeeze) if self.squeeze > 1 else z
 
     def unsqueezed(self, z: Tensor) -> Tensor:
@@ -161,7 +161,7 @@ class FlowLevel(nn.Module):
     def encode_step(
         self, step: Step, z: Tensor, u: Tensor, v: Tensor | None, initialize: bool = False, backend: str = "auto"
     ) -> tuple[Tensor, Tensor]:
-        """One step of the squeezed state z (B, C, h, w)."""
+        """Apply one step to the squeezed state z (B, C, h, w)."""
         parts = self.encode_parts(step, z, u, v, initialize, backend)
         return parts[-1].z, torch.stack([part.logdet for part in parts]).sum(dim=0)
 
@@ -197,14 +197,14 @@ class FlowLevel(nn.Module):
         networks = [(branch, self.networks(branch).unbind()) for branch in self.branches]
         steps = []
         for index, mix in enumerate(zip(self.actnorm_bias.unbind(), self.actnorm_logs.unbind(), self.invconv.unbind())):
-            left = self.transition_steps + self.steps - index  # steps from this one on
+            left = self.transition_steps + self.steps - index  # number of steps from this step on
             conditional = index >= self.transition_steps
             own = tuple((branch, nets[len(nets) - left]) for branch, nets in networks if conditional and left <= len(nets))
             steps.append(Step(*mix, own))
         return steps
 
     def network_input(self, branch: Branch, z: Tensor, u: Tensor, v: Tensor | None) -> Tensor:
-        """The input of a branch's network: pass-through channels, unless it changes all channels, and the condition."""
+        """The input of a branch's network: the condition, and for couplings the pass-through channels."""
         condition = {"features": u, "noise": v, None: None}[branch.condition]
         parts = [] if branch.changes_all else [z[:, : self.pass_through]]
         parts += [] if condition is None else [condition]
@@ -219,7 +219,7 @@ class FlowLevel(nn.Module):
 
 
 def _random_rotation(channels: int) -> Tensor:
-    """A rotation in the default dtype, which may be one that PyTorch decomposes no matrices of."""
+    """A random rotation in the default dtype, for which PyTorch may have no matrix decompositions."""
     normal = torch.randn(channels, channels)
     rotation: Tensor = torch.linalg.qr(normal.double())[0]
     return rotation.to(normal.dtype)

@@ -1,4 +1,4 @@
-"""The networks of a level's branches, those of all steps stacked in one module."""
+"""The networks of a level's branches; one module has the stacked networks of all steps."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ncsr_fast.engine.folding import fold_zeros_convolution
 from ncsr_fast.flow.actnorm import initialize_actnorm
 from ncsr_fast.ops.conv3x3 import convolution
 
-WEIGHT_STD = 0.05  # of the initial weights of the first two convolutions
+WEIGHT_STD = 0.05  # standard deviation of the initial weights of the first two convolutions
 
 
 class Network(NamedTuple):
@@ -31,7 +31,7 @@ class Network(NamedTuple):
     logs3: Tensor  # (outputs,)
 
     def __call__(self, x: Tensor, initialize: bool = False) -> Tensor:
-        """(B, inputs, H, W) → (B, outputs, H, W); `initialize` first sets the two actnorms from x."""
+        """The output (B, outputs, H, W) for x (B, inputs, H, W); `initialize` first sets the two actnorms from x."""
         x = _conv_actnorm_relu(x, self.conv1, self.norm1_bias, self.norm1_logs, initialize)
         x = _conv_actnorm_relu(x, self.conv2, self.norm2_bias, self.norm2_logs, initialize)
         return zeros_conv(x, self.conv3, self.bias3, self.logs3)
@@ -41,9 +41,9 @@ class StackedNetworks(nn.Module):
     """`count` networks of one shape, every parameter with a leading dimension of `count`.
 
     Each is conv3×3 → actnorm → ReLU → conv1×1 → actnorm → ReLU → (conv3×3 + bias) · exp(3 logs), the first
-    two convolutions without bias. The last one starts at zero, so that every coupling starts as nearly the
-    identity. Parameters are stacked because that makes folding them, convolving for all steps at once and
-    optimising them one operation each. No output depends on a pixel farther than `radius`.
+    two convolutions without bias. The last convolution is initialised to zero, so that every coupling is nearly the
+    identity at first. Parameters are stacked so that folding, the hoisted convolution and an optimizer step are one
+    operation each for all steps. No output depends on a pixel farther than `radius`.
     """
 
     radius = 2  # two 3×3 convolutions
@@ -63,14 +63,14 @@ class StackedNetworks(nn.Module):
         self.bias3, self.logs3 = zeros(outputs), zeros(outputs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """Apply `to()`, `half()`, `share_memory()` … to stacked weights as to the 4-D weights of single networks.
+        """Apply `to()`, `half()`, `share_memory()` … to the weights as 4-D weights of single networks.
 
-        Such weights can have the memory format `torch.channels_last`.
+        Unlike stacked weights, 4-D weights can have the memory format `torch.channels_last`.
         """
         return super()._apply(lambda tensor: _apply_single(fn, tensor), recurse)  # type: ignore[no-untyped-call]
 
     def unbind(self) -> list[Network]:
-        """The networks one by one. Once a pass: under autograd, indexing would fill a stack of zeros per step."""
+        """The networks one by one; call it once per pass, because indexing under autograd fills a stack of zeros per step."""
         return [Network(*tensors) for tensors in zip(*(getattr(self, name).unbind() for name in Network._fields))]
 
 

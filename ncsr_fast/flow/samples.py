@@ -1,4 +1,4 @@
-"""Drawing samples of conditioned flows, and what is done about those that blew up."""
+"""Drawing samples of conditioned flows, and handling samples that blew up."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ from ncsr_fast.warn import warn_caller
 PRIORS = ("condition", "reference")
 ON_NONFINITE = ("warn", "raise", "ignore", "retry")
 STATE_BOUND = 1e4  # actnorms keep a healthy state near unit variance: within ±10
-RETRIES, COOLING = 4, 0.8  # of a sample that blew up: how often, and the factor of the temperature each time
+RETRIES, COOLING = 4, 0.8  # of a blown-up sample: number of draws, and factor of the temperature at each
 
 
 class NonFiniteSamples(ArithmeticError):
-    """The inverse of the flow exploded: the state of a sample is not finite, or far beyond what the flow was trained on."""
+    """A sample blew up: its state was not finite, or far beyond the states that the flow was trained on."""
 
 
 class Origin(NamedTuple):
-    """Where the state of a sample was first not finite or beyond the bound.
+    """The first step at which the state of a sample was not finite or beyond the bound.
 
     Args:
-        level: From the HR side, 0 first.
-        step: Conditional step in encoding order, 0 first; decoding goes from the last to the first.
+        level: Number of the level, from the HR side and from 0.
+        step: Number of the conditional step, in encoding order and from 0; decoding goes from the last to the first.
     """
 
     level: int
@@ -46,15 +46,15 @@ class Origin(NamedTuple):
 
 
 class ConditionedFlow:
-    """A flow conditioned on LR images, made by `NCSR.condition`: what the images alone decide is computed once.
+    """A flow conditioned on LR images, made by `NCSR.condition`; what depends on them alone is computed once.
 
     Args:
         levels: The levels for the condition.
         inputs: The checks and the padding of arguments.
         lr: The LR images, (B, 3, H, W).
-        parameters: Returns the parameters whose changes are noticed: the model's, or none for a flow that is used at once.
-        recording: A context in which gradients are recorded as the model has it.
-        advice: Says of LR images why their samples blew up.
+        parameters: Returns the parameters whose changes are noticed: the model's, or none for a flow used at once.
+        recording: Function that returns a context in which gradients are recorded as the model requires.
+        advice: Function that explains why the samples of LR images blew up.
         reference_mean: Makes the mean of the prior of HR images, where the encoder can.
     """
 
@@ -91,14 +91,14 @@ class ConditionedFlow:
             n: As for `NCSR.sample`, as all others.
             temperature: Of the latents.
             generator: Of the model's device; None is torch's default one.
-            latents: The images' latents (B, n, …), in the order of `encode`, in place of drawn ones.
+            latents: Latents (B, n, …) to decode instead of drawn latents, in the order of `encode`.
             tile: LR pixels a side of the tiles that a large image is decoded in; "auto"; or None.
             on_nonfinite: What to do about a sample that blew up.
             project: True: samples are put onto the LR image.
             progress: Is told which part (0, 1] is done.
 
         Raises:
-            ValueError: `latents` are not of n images of this size, or as `NCSR.sample`.
+            ValueError: `latents` do not have the shapes for n images of this size; and as for `NCSR.sample`.
         """
         check_count("n", n)
         check_tile(tile)
@@ -166,7 +166,7 @@ class ConditionedFlow:
         return self.encode(hr, noise, prior=prior).log_likelihood
 
     def decode(self, latents: Sequence[Tensor], noise: Tensor | None = None, *, tile: int | str | None = None) -> Tensor:
-        """The HR images of latents, not clipped; see `NCSR.decode`. Of one LR image, latents of any number of samples."""
+        """The HR images of latents, not clipped; see `NCSR.decode`. One LR image takes latents of any number of samples."""
         check_tile(tile)
         self._check_version()
         latents, noise = self._inputs.latents(latents, self.lr), self._inputs.noise(noise, self.lr)
@@ -189,7 +189,7 @@ class ConditionedFlow:
         origin: str,
         tiles: Tiling | None,
     ) -> Tensor:
-        """Images (B, n, …) of the padded size, not clipped, and what is to be done about those that blew up."""
+        """Images (B, n, …) of the padded size, not clipped, after blown-up samples have been handled."""
         watch = on_nonfinite != "ignore"
         images, first_bad = decode_samples(self._levels, latents, watch, tiles)
         if first_bad is None:
@@ -216,7 +216,7 @@ class ConditionedFlow:
         message: str,
         tiles: Tiling | None,
     ) -> Tensor:
-        """`images` with those of `found` drawn again, cooler each time, until they are sound or four times; with a warning."""
+        """`images` with those in `found` drawn again at lower temperatures, at most four times; gives a warning."""
         images, left = images.clone(), list(found)
         for retry in range(1, RETRIES + 1):
             cooler = temperature.cooled(COOLING**retry)
@@ -236,14 +236,14 @@ class ConditionedFlow:
         return images
 
     def _version(self) -> list[int]:
-        """PyTorch's counts of changes of the parameters, of those that it counts."""
+        """PyTorch's counts of changes of the parameters, as far as PyTorch counts them."""
         if traced():
             return []
         return [0 if parameter.is_inference() else parameter._version for parameter in self._parameters()]
 
     def _check_version(self) -> None:
         if self._version() != self._versions:
-            raise RuntimeError("the weights have changed since model.condition(lr): condition the flow anew")
+            raise RuntimeError("the weights have changed since model.condition(lr): call it again")
 
 
 def draw(
@@ -256,7 +256,7 @@ def draw(
 
 
 def around_prior_mean(latents: list[Tensor], mean: Tensor | None) -> list[Tensor]:
-    """Latents (B, n, …) of zero mean with the mean that the prior of the top one has, None for zero."""
+    """Latents (B, n, …) of zero mean, with the mean of the prior added to the top latent; None is zero."""
     return latents if mean is None else [*latents[:-1], latents[-1] + mean[:, None]]
 
 
@@ -282,7 +282,7 @@ def draw_latents(
 def decode_samples(
     levels: Levels, latents: Sequence[Tensor], watch: bool, tiles: Tiling | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """Images (B, n, 3, sH, sW) of latents (B, n, …); with `watch` also where each of them (B, n) blew up, as `_first_bad` says.
+    """Images (B, n, 3, sH, sW) of latents (B, n, …); with `watch` also `_first_bad` of each, (B, n).
 
     If n is 1, the images are decoded as one batch. Otherwise the samples of each image form a batch and share its condition.
     Never synchronizes with the host. With `tiles`, in those.
@@ -308,12 +308,12 @@ def decode_samples(
 
 
 def _first_bad(levels: Levels, images: Tensor, peaks: Peaks) -> Tensor:
-    """For each sample (N,) the number of the station whose state was the first beyond the bound or not finite.
+    """For each sample (N,) the number of the first station whose state was beyond the bound or not finite.
 
-    The number after the last station's is the image's own, and the next one means none.
+    The number after the last station is the image's own, and the one after that means that the sample is sound.
 
     Args:
-        levels: Of the flow.
+        levels: The levels of the flow.
         images: (N, 3, sH, sW).
         peaks: The largest magnitude (N,) of the state at each station, or none where states were not watched.
     """

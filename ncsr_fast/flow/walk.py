@@ -1,4 +1,4 @@
-"""The walk over the levels of a flow, the one that everything uses which decodes."""
+"""The walk over the levels of a flow in decoding, shared by all code that decodes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class HasSplit(Protocol):
-    """A level, in whatever form it is evaluated."""
+    """Interface of a level with a split, in whatever form it is evaluated."""
 
     split_channels: int
 
@@ -18,11 +18,11 @@ AnyLevel = TypeVar("AnyLevel", bound=HasSplit)
 
 
 def downward(levels: Sequence[AnyLevel], latents: Sequence[Tensor]) -> Iterator[tuple[int, AnyLevel, Tensor | None]]:
-    """The levels from the top, each with its number and the latent of its split, None without one.
+    """The levels from the top, each with its number and the latent of its split (None without a split).
 
     Args:
-        levels: From the HR side.
-        latents: Those of the splits in encoding order, then the top one, with which decoding begins.
+        levels: The levels, from the HR side.
+        latents: The latents of the splits in encoding order, then the top latent, with which decoding begins.
 
     Example:
         >>> z = latents[-1]

@@ -1,4 +1,4 @@
-"""Image metrics, and the resize they and the training data rest on."""
+"""Image metrics, and the resize that metrics and training data use."""
 
 from ncsr_fast.metrics.fidelity import TO_8BIT, lr_psnr, psnr, ssim, to_uint8
 from ncsr_fast.metrics.imresize import imresize

@@ -1,4 +1,4 @@
-"""How close a super-resolved image is: to the original (PSNR, SSIM), and to the LR image it came from (LR-PSNR)."""
+"""Fidelity of a super-resolved image to the original (PSNR, SSIM) and to its LR image (LR-PSNR)."""
 
 from __future__ import annotations
 
@@ -56,9 +56,9 @@ def psnr(image: Tensor, target: Tensor) -> Tensor:
 
 
 def lr_psnr(sr: Tensor, lr: Tensor, scale: int) -> Tensor:
-    """PSNR (B,) in dB between `lr` and the 8-bit `sr` downsampled by MATLAB bicubic: is it a solution at all?
+    """PSNR (B,) in dB between `lr` and the 8-bit `sr` downsampled by MATLAB's bicubic: the consistency with the LR image.
 
-    sr (B, 3, sH, sW), lr (B, 3, H, W), as for `psnr`. The NTIRE 2021 protocol; it asks for at least 45 dB.
+    sr is (B, 3, sH, sW) and lr (B, 3, H, W), as for `psnr`. The protocol is that of NTIRE 2021, which requires 45 dB.
     """
     return psnr(imresize(to_uint8(sr), 1 / scale), lr)
 

@@ -1,4 +1,4 @@
-"""MATLAB's bicubic `imresize`, antialiased when it shrinks: the degradation every SR benchmark assumes."""
+"""MATLAB's bicubic `imresize`, antialiased when it shrinks: the degradation of super-resolution benchmarks."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _BAND = 32  # rows of a matrix whose columns that are not zero are multiplied at
 def imresize(x: Tensor, scale: float) -> Tensor:
     """Resize the last two axes by `scale` with the bicubic kernel a = -0.5, as MATLAB's `imresize` does.
 
-    Borders are mirrored (the edge pixel is repeated). Two matrix products, rows first, computed in float64 for
-    float64 and uint8 input and in float32 otherwise; differentiable. A uint8 image is rounded and clipped after
-    each of the two, as MATLAB does. Raises ValueError for scale ≤ 0, TypeError for another integer dtype.
+    Borders are mirrored (the edge pixel is repeated). The resize is two matrix products, rows first, in float64 for
+    float64 and uint8 input and in float32 otherwise, and is differentiable. A uint8 image is rounded and clipped after
+    each product, as in MATLAB. Raises ValueError for scale ≤ 0, TypeError for another integer dtype.
 
     Args:
         x: (…, H, W), floating point, or uint8.
@@ -81,13 +81,13 @@ def _resize_columns(x: Tensor, scale: float) -> Tensor:
 
 
 def _matrix_for(x: Tensor, size: int, scale: float) -> Tensor:
-    make = _matrix.__wrapped__ if traced() else _matrix  # what is made there has no values, or those of one graph
+    make = _matrix.__wrapped__ if traced() else _matrix  # a traced matrix has no values, or is part of a graph
     return make(size, scale, x.dtype, x.device)
 
 
 @functools.lru_cache(maxsize=256)
 def _matrix(size: int, scale: float, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The (⌈scale·size⌉, size) matrix that resizes one axis. Cached: a training loop asks for the same few."""
+    """The (⌈scale·size⌉, size) matrix that resizes one axis. It is cached, because training uses few sizes."""
     with torch.inference_mode(False):  # a cached inference tensor could not be used under autograd later
         return resizing_matrix(size, scale).to(device=device, dtype=dtype)
 

@@ -22,13 +22,13 @@ _BAND_VALUES = 2**17  # features that distances are computed of at a time on a C
 
 
 def diversity_score(distances: Tensor) -> float:
-    """How much better than the best sample the samples are together, in percent (0 when all are the same).
+    """The gain in percent of choosing the best sample at every pixel over the best single sample (0 if all are the same).
 
     Source: the NTIRE 2021 "Learning the Super-Resolution Space" toolkit.
 
     Args:
-        distances: (n, H, W): a map of each sample's distance to the original, lower is better; LPIPS maps (`lpips` with
-            spatial=True) give the challenge's score.
+        distances: (n, H, W), a map of each sample's distance to the original; lower is better. LPIPS maps (`lpips`) give the
+            challenge's score.
 
     Returns:
         `100 · (global - local) / global`: `global` is the smallest mean of a map, `local` the mean of the pixelwise
@@ -49,7 +49,7 @@ def relative_gain(best: float, local: float) -> float:
 def error_maps(samples: Tensor, target: Tensor, window: int = 16) -> Tensor:
     """Mean squared error of each sample (n, 3, H, W) to `target` (3, H, W) in the windows of a grid, (n, h, w).
 
-    What `diversity_score` can be computed from where LPIPS is not installed. Not comparable to published scores.
+    `diversity_score` can be computed from these maps without LPIPS; it is then not comparable to published scores.
     """
     error = (samples - target).square().mean(dim=1, keepdim=True)
     window = min(window, *error.shape[2:])
@@ -122,7 +122,7 @@ def lpips(samples: Tensor, target: Tensor, model) -> Tensor:
         model: From `lpips_model`; the mean of a map is the LPIPS distance of that sample.
 
     Raises:
-        ValueError: Images too small for its network.
+        ValueError: The images are too small for the network.
     """
     return LPIPSReference(target, model)(samples)
 

@@ -1,9 +1,9 @@
 """The operators of a conditional flow, as differentiable functions on tensors.
 
-Those of a flow's state, in `OPERATORS`, take `(…, *, inverse=False, backend="auto")` and return `(y, logdet)`: `logdet` (B,)
-is the log|det| of the map that was applied, so the inverse returns its negative; it is float32, or float64 for float64 input.
-`conv3x3` and `step_network` are the networks between them, `fold` and `inverse_logdet` the linear algebra of their 1×1
-convolutions. `backends()` tells which implementations there are and why the others are not.
+The maps of the flow's state, listed in `OPERATORS`, take `(…, *, inverse=False, backend="auto")` and return `(y, logdet)`.
+`logdet` (B,) is the log|det| of the map that was applied, so the inverse returns the negative of the forward log-det. It is
+float32, or float64 for float64 input. `conv3x3` and `step_network` compute the networks, `fold` and `inverse_logdet` the linear
+algebra of the 1×1 convolutions. `backends()` lists the backends, and says why one is not available.
 """
 
 from ncsr_fast.ops.actnorm_invconv import actnorm_invconv

@@ -14,8 +14,8 @@ def actnorm_invconv(
 ) -> tuple[Tensor, Tensor]:
     """Normalise the channels and mix them: `y = weight · ((x + bias) · exp(logs))` at every pixel, or the inverse map.
 
-    Computed in float32, or in float64 for float64 x; the inverse of `weight` always in float64. Differentiable with respect
-    to every tensor: x, y and the parameters are saved for the backward pass.
+    The map is computed in float32, or in float64 for float64 x; the inverse of `weight` always in float64. It is differentiable
+    with respect to every tensor: x, y and the parameters are saved for the backward pass.
 
     Args:
         x: State (B, C, H, W).
@@ -26,10 +26,10 @@ def actnorm_invconv(
         backend: "auto", "reference", "native" or "triton".
 
     Returns:
-        y (B, C, H, W) in the dtype of x, and logdet (B,) = H·W·(Σ logs + log|det weight|), its negative for the inverse.
+        y (B, C, H, W) in the dtype of x, and logdet (B,) = H·W·(Σ logs + log|det weight|), the negative of it for the inverse.
 
     Raises:
-        ValueError: `inverse` meets a weight that is singular or not finite (on the CPU).
+        ValueError: `inverse` with a weight that is singular or not finite (on the CPU).
         ValueError, TypeError: A wrong shape, dtype or device; the message names the argument.
 
     Example:

@@ -16,19 +16,19 @@ def affine_injector(
 ) -> tuple[Tensor, Tensor]:
     """Shift and scale every channel: `y = (z + shift) · scale`, or its inverse `y / scale - shift`.
 
-    Computed in float32, or in float64 for float64 z. Differentiable with respect to z and h, which are all that is saved for
-    the backward pass.
+    The map is computed in float32, or in float64 for float64 z. It is differentiable with respect to z and h, and saves only
+    these two for the backward pass.
 
     Args:
         z: State (B, C, H, W).
         h: (B, 2C, H, W), shift and raw scale interleaved: `shift, raw = h[:, 0::2], h[:, 1::2]`,
-            `scale = sigmoid(raw + 2) + eps`. In a flow it depends on the condition alone.
+            `scale = sigmoid(raw + 2) + eps`. In a flow h depends on the condition alone.
         eps: Lower bound of the scale.
         inverse: Apply the inverse map.
         backend: "auto", "reference", "native" or "triton".
 
     Returns:
-        y (B, C, H, W) in the dtype of z, and logdet (B,) = Σ log scale, its negative for the inverse, in nats.
+        y (B, C, H, W) in the dtype of z, and logdet (B,) = Σ log scale in nats, the negative of it for the inverse.
 
     Raises:
         ValueError, TypeError: A wrong shape, dtype, device or eps; the message names the argument.
@@ -50,19 +50,19 @@ def affine_coupling(
 ) -> tuple[Tensor, Tensor]:
     """Shift and scale the second half of the channels: `y1 = z1`, `y2 = (z2 + shift) · scale`, or the inverse map.
 
-    z1, the pass-through channels, is the first C//2 channels. Computed in float32, or in float64 for float64 z. Differentiable
-    with respect to z and h, which are all that is saved for the backward pass.
+    z1, the pass-through channels, is the first C//2 channels. The map is computed in float32, or in float64 for float64 z. It
+    is differentiable with respect to z and h, and saves only these two for the backward pass.
 
     Args:
         z: State (B, C, H, W).
-        h: (B, 2(C - C//2), H, W), shift and raw scale interleaved as for `affine_injector`. In a flow it depends on z1
-            alone, which this function neither knows nor needs.
+        h: (B, 2(C - C//2), H, W), shift and raw scale interleaved as for `affine_injector`. In a flow h does not
+            depend on z2; this function does not check that.
         eps: Lower bound of the scale.
         inverse: Apply the inverse map.
         backend: "auto", "reference", "native" or "triton".
 
     Returns:
-        y (B, C, H, W) in the dtype of z, and logdet (B,) = Σ log scale, its negative for the inverse, in nats.
+        y (B, C, H, W) in the dtype of z, and logdet (B,) = Σ log scale in nats, the negative of it for the inverse.
 
     Raises:
         ValueError, TypeError: A wrong shape, dtype, device or eps; the message names the argument.
@@ -82,7 +82,7 @@ def affine_coupling(
 
 
 def affine(z: Tensor, h: Tensor, pass_through: int, eps: float, inverse: bool, backend: str) -> tuple[Tensor, Tensor]:
-    """`affine_injector` of the channels of z from `pass_through` on; arguments are checked and the backend is resolved."""
+    """`affine_injector` for the channels of z from `pass_through` on; arguments are checked, the backend is resolved."""
     y, logdet = _affine((z, h), pass_through, eps, inverse, backend)
     return y, logdet
 

@@ -1,4 +1,4 @@
-"""The implementations of the operators: what each of them provides, which there are on this machine, and the choice of one."""
+"""The backends of the operators: what each of them covers, which are available on this machine, and the choice of one."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 BACKENDS = ("reference", "native", "triton")
 _MODULES = {"reference": "ncsr_fast.ops.reference", "native": "ncsr_fast.ops.native", "triton": "ncsr_fast.kernels"}
-_NOT_INSTALLED = "this is a source tree that was not installed; in it: pip install -e ."
+_NOT_INSTALLED = "this is a source tree that was not installed; run there: pip install -e ."
 _PREFERRED = {"cpu": ("native",)}  # what "auto" tries before the reference; on a GPU its table says so (`ncsr_fast.tuning`)
 
 
@@ -266,7 +266,7 @@ class Kernels(Protocol):
 
 
 class Coverage(NamedTuple):
-    """Where a backend has an operator: for tensors on these devices, of these dtypes."""
+    """The devices and dtypes of tensors for which a backend has an operator."""
 
     devices: tuple[str, ...]
     dtypes: tuple[torch.dtype, ...]
@@ -313,12 +313,12 @@ _KERNELS = {"affine_injector": "affine", "affine_coupling": "affine", "actnorm_i
 
 
 class BackendUnavailable(RuntimeError):
-    """The backend asked for by name cannot run here; the message says what is missing."""
+    """A backend that was asked for by name cannot run here; the message says what is missing."""
 
 
 @dataclass(frozen=True)
 class Backend:
-    """A backend by name: `available` where it can be used, else with the reason why not."""
+    """A backend by name: whether it is `available`, and if not, the reason."""
 
     name: str
     available: bool
@@ -326,14 +326,14 @@ class Backend:
 
 
 def backends(device: str | torch.device | None = None, dtype: torch.dtype = torch.float32) -> dict[str, Backend]:
-    """The backends of the flow's operators for tensors of a device and dtype, with the reason where one is not available.
+    """The backends of the flow's operators for tensors of a device and dtype, with the reason if one is not available.
 
     Args:
-        device: The tensors' device; None is the GPU where there is one, else the CPU.
+        device: The tensors' device; None is the GPU if there is one, else the CPU.
         dtype: The tensors' dtype.
 
     Returns:
-        A `Backend` by name: "reference", "native", "triton".
+        A `Backend` for each name: "reference", "native", "triton".
     """
     kind = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")).type
     missing = {name: _missing(name, "affine", kind, _DTYPE_NAMES.get(dtype, str(dtype))) for name in BACKENDS}
@@ -341,7 +341,7 @@ def backends(device: str | torch.device | None = None, dtype: torch.dtype = torc
 
 
 def kernel_of(op: str) -> str:
-    """The kernel of an operator, as `COVERAGE` names it; some share one, all others have one of their name."""
+    """The kernel of an operator, as `COVERAGE` names it: its own name, unless operators share a kernel."""
     return _KERNELS.get(op, op)
 
 
@@ -351,10 +351,10 @@ def resolve_backend(op: str, backend: str = "auto", like: Tensor | None = None) 
     Args:
         op: The operator, as messages name it.
         backend: "auto" chooses the fastest that can run; a backend by name is returned or refused.
-        like: A tensor of the device and dtype in question; None is float32 on the GPU where there is one, else on the CPU.
+        like: A tensor of the device and dtype in question; None is float32 on the GPU if there is one, else on the CPU.
 
     Raises:
-        BackendUnavailable: The backend named cannot run; the message says what is missing.
+        BackendUnavailable: The named backend cannot run; the message says what is missing.
         ValueError: There is no backend of that name.
     """
     kind, dtype = _kind_of(like)
@@ -370,7 +370,7 @@ def resolve_backend(op: str, backend: str = "auto", like: Tensor | None = None) 
 
 
 def covering_backend(kernel: str, backend: str, like: Tensor) -> str:
-    """`backend` where it has the kernel for tensors like `like`, else "reference"; "auto" chooses as `resolve_backend` does."""
+    """`backend` if it has the kernel for tensors like `like`, else "reference"; "auto" chooses as `resolve_backend` does."""
     kind, dtype = _kind_of(like)
     if backend == "auto":
         return _best(kernel, kind, dtype)
@@ -387,13 +387,13 @@ def companion_backend(kernel: str, backend: str, like: Tensor) -> str:
 
 @functools.cache
 def kernels(backend: str) -> Kernels:
-    """The functions of a backend; those of Triton with what runs instead of one that fails to compile or to launch."""
+    """The functions of a backend; a Triton function that fails to compile or to launch is replaced by another backend's."""
     module = importlib.import_module(_MODULES[backend])
     return cast(Kernels, Guarded(module, _instead) if backend == "triton" else module)
 
 
 def _instead(kernel: str, function: str, like: Tensor) -> tuple[str, Callable[..., Any]] | None:
-    """The backend that runs where Triton's function fails, and its function; None for a kernel that was asked for by name."""
+    """The backend and function that replace a failing Triton function; None for a kernel that was asked for by name."""
     if ("triton", kernel) in _named:
         return None
     kind, dtype = _kind_of(like)
@@ -403,7 +403,7 @@ def _instead(kernel: str, function: str, like: Tensor) -> tuple[str, Callable[..
 
 
 def forget() -> None:
-    """Choose anew where "auto" has chosen, by tables that are read anew."""
+    """Forget the choices of "auto", so that they are made again, by tables that are read again."""
     _best.forget()
     tuning.forget()
 
@@ -412,14 +412,14 @@ _DTYPE_NAMES = {dtype: str(dtype) for dtype in _FLOATS}
 
 
 def _kind_of(like: Tensor | None) -> tuple[str, str]:
-    """The type of the device, and the name of the dtype."""
+    """The type of the tensor's device, and the name of its dtype."""
     if like is None:
         return ("cuda" if torch.cuda.is_available() else "cpu"), "torch.float32"
     return like.device.type, _DTYPE_NAMES.get(like.dtype, "another dtype")
 
 
 class _Constant(Protocol):
-    """A function that is evaluated once for the same arguments, and again when it has been told to forget."""
+    """A function that caches its results by argument, until `forget` is called."""
 
     forget: Callable[[], None]
 
@@ -447,7 +447,7 @@ def _best(kernel: str, kind: str, dtype: str) -> str:
 
 
 def _order(kernel: str, kind: str, dtype: str) -> tuple[str, ...]:
-    """What "auto" tries before the reference."""
+    """The backends that "auto" tries before the reference, the best first."""
     covered = kind == "cuda" and any(not _not_covered(name, kernel, kind, dtype) for name in COVERAGE)
     return tuning.preferred(kernel, dtype.removeprefix("torch.")) if covered else _PREFERRED.get(kind, ())
 
@@ -457,28 +457,28 @@ _named: set[tuple[str, str]] = set()  # backends that were asked for by name, an
 
 @_constant
 def _refusal(name: str, kernel: str, kind: str, dtype: str) -> str:
-    """Why a backend that is asked for by name cannot run a kernel, or nothing."""
+    """The reason why a backend that is asked for by name cannot run a kernel, or an empty text."""
     _named.add((name, kernel))
     return _missing(name, kernel, kind, dtype)
 
 
 @_constant
 def _missing(name: str, kernel: str, kind: str, dtype: str) -> str:
-    """Why a backend cannot run a kernel, or nothing."""
+    """The reason why a backend cannot run a kernel, or an empty text."""
     if name == "reference":
         return ""
     if kind not in ("cpu", "cuda"):
-        return f"it runs on CPU and CUDA tensors, not on {kind} ones; use backend='reference'"
+        return f"it runs on CPU and CUDA tensors, not on {kind} tensors; use backend='reference'"
     return (_native_missing(kind) if name == "native" else _triton_missing(kind)) or _not_covered(name, kernel, kind, dtype)
 
 
 def _not_covered(name: str, kernel: str, kind: str, dtype: str) -> str:
-    """The reason why a backend that is here cannot run a kernel, or nothing."""
+    """The reason why a backend that is available cannot run a kernel, or an empty text."""
     coverage = COVERAGE[name].get(kernel)
     if coverage is None:
         return f"it has no {kernel}; use backend='reference'"
     if kind not in coverage.devices:
-        return f"its {kernel} runs on {' and '.join(coverage.devices)} tensors, not on {kind} ones; use backend='reference'"
+        return f"its {kernel} runs on {' and '.join(coverage.devices)} tensors, not on {kind} tensors; use backend='reference'"
     if dtype not in map(str, coverage.dtypes):
         others = [other for other in BACKENDS if other != name and dtype in map(str, _dtypes(other, kernel))]
         return f"its {kernel} does not compute in {dtype.removeprefix('torch.')}; use backend={' or '.join(map(repr, others))}"
@@ -504,12 +504,12 @@ def _triton_missing(kind: str) -> str:
     except ImportError as error:
         return f"the Triton kernels cannot be imported ({error}): {_triton_mend(error)}"
     if kind == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-        return "the Triton kernels run on CUDA tensors; on CPU ones only in the interpreter (TRITON_INTERPRET=1)"
+        return "the Triton kernels run on CUDA tensors; on CPU tensors only in the interpreter (TRITON_INTERPRET=1)"
     return ""
 
 
 def compiled_module() -> Any:
-    """The compiled module `ncsr_fast._native`; ImportError where there is none for this Python and machine."""
+    """The compiled module `ncsr_fast._native`; raise ImportError if there is none for this Python and machine."""
     return importlib.import_module("ncsr_fast._native")
 
 
@@ -518,7 +518,7 @@ def _native_mend(package: Path) -> str:
     modules = [path.name for path in package.glob("_native.*") if path.suffix in (".so", ".pyd")]
     account = package / "build_info.txt"  # setup.py's, of the installation
     if any(name == f"_native{suffix}" for name in modules for suffix in EXTENSION_SUFFIXES):
-        return "it was built for another machine; install the package again on this one: pip install --force-reinstall ."
+        return "it was built for another machine; install the package again on this machine: pip install --force-reinstall ."
     if modules:
         return f"{modules[0]} was built for another Python; install the package again: {sys.executable} -m pip install ."
     if not account.exists():
@@ -538,7 +538,7 @@ def _triton_mend(error: ImportError) -> str:
 
 def _description(name: str, kind: str) -> str:
     if name == "reference":
-        return "plain PyTorch, any device and dtype"
+        return "PyTorch, any device and dtype"
     if name == "native":
         native = compiled_module()
         return f"{'CUDA' if kind == 'cuda' else 'C++ for ' + native.instruction_set()} ({native.build_info})"

@@ -1,4 +1,4 @@
-"""The checks every operator makes of its arguments. All in one place: kernels get what has been checked here."""
+"""Checks of the arguments of all operators; kernels receive only checked arguments."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def check_tensors(op: str, like: Tensor, *arguments: tuple[str, Tensor, tuple[in
 
 
 def check_state(op: str, name: str, state: Tensor) -> tuple[int, int, int, int]:
-    """The four sizes of a state tensor (B, C, H, W); raise when it is not one."""
+    """The four sizes of a state tensor (B, C, H, W); raise if `state` is not one."""
     if not isinstance(state, Tensor):
         raise TypeError(f"{op}: {name} must be a tensor, not {type(state).__name__}")
     if state.dim() != 4 or state.shape[1] < 1:
@@ -36,7 +36,7 @@ def check_state(op: str, name: str, state: Tensor) -> tuple[int, int, int, int]:
 
 
 def check_image(op: str, name: str, image: Tensor) -> tuple[int, int, int, int]:
-    """The four sizes of an image tensor (B, C, H, W) to convolve, which has pixels; raise when it is not one."""
+    """The four sizes of an image tensor (B, C, H, W) with H ≥ 1 and W ≥ 1; raise if `image` is not one."""
     sizes = check_state(op, name, image)
     if sizes[2] < 1 or sizes[3] < 1:
         raise ValueError(f"{op}: {name} must have H ≥ 1 and W ≥ 1, not shape {tuple(image.shape)}")
@@ -44,7 +44,7 @@ def check_image(op: str, name: str, image: Tensor) -> tuple[int, int, int, int]:
 
 
 def check_matrices(op: str, weight: Tensor) -> tuple[int, int]:
-    """N and C of a stack of matrices (N, C, C); raise when it is not one."""
+    """N and C of a stack of matrices (N, C, C); raise if `weight` is not one."""
     if not isinstance(weight, Tensor):
         raise TypeError(f"{op}: weight must be a tensor, not {type(weight).__name__}")
     if weight.dim() != 3 or weight.shape[1] < 1:
@@ -55,13 +55,13 @@ def check_matrices(op: str, weight: Tensor) -> tuple[int, int]:
 
 
 def check_eps(op: str, eps: float) -> None:
-    """`eps` bounds the scale from below, so zero would admit a map without an inverse."""
+    """Raise unless `eps`, the lower bound of the scale, is positive: zero would admit a map without an inverse."""
     if not 0 < eps < float("inf"):
         raise ValueError(f"{op}: eps must be positive and finite, not {eps}")
 
 
 def largest_condition(channels: int) -> float:
-    """The condition number (∞-norm, float64) of C×C matrices from which on an inverse has no correct digit."""
+    """The condition number (∞-norm, float64) from which on the inverse of a C×C matrix has no correct digit."""
     return 1 / (channels * torch.finfo(torch.float64).eps)
 
 
@@ -69,8 +69,8 @@ def check_conditions(name: str, conditions: Sequence[float], channels: int) -> N
     """Raise where the inverse of a matrix with one of these condition numbers has no correct digit.
 
     Args:
-        name: who is named; {} becomes the number of the matrix.
-        conditions: condition numbers in the ∞-norm, NaN included.
+        name: The name that the message gives to the matrix; {} becomes its number.
+        conditions: Condition numbers in the ∞-norm; NaN raises too.
         channels: C of the C×C matrices.
     """
     for index, condition in enumerate(conditions):
@@ -87,5 +87,5 @@ def pass_through_channels(channels: int) -> int:
 
 
 def compute_dtype(state: Tensor) -> torch.dtype:
-    """Arithmetic and log-determinants are float32 whatever the storage, float64 for float64."""
+    """The dtype of arithmetic and log-dets: float64 for a float64 state, else float32."""
     return torch.float64 if state.dtype == torch.float64 else torch.float32

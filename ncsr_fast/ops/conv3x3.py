@@ -1,4 +1,4 @@
-"""Convolutions at a stated precision, forward and backward: 3×3 ones by the kernels of backends, on a CPU Winograd's."""
+"""Convolutions at a stated precision, forward and backward; 3×3 convolutions run in the backends' kernels."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from ncsr_fast.ops.operator import Operator, Outputs, Tensors
 from ncsr_fast.ops.plain_convolution import Gradients, Needed, convolve, convolve_as_recorded, convolve_backward
 from ncsr_fast.ops.registration import Signature
 
-# Channels in and out from which Winograd's transforms cost less than they save: of 64 and 12 at 80×80 pixels, the gradients
-# take 1.7 ms where oneDNN's take 2.7 (2 cores with AVX2), of 64 and 6 as long.
+# From so many channels in and out on, Winograd's transforms cost less than they save: with 64 and 12 channels at 80×80 pixels,
+# the gradients take 1.7 ms, oneDNN's 2.7 (2 cores with AVX2); with 64 and 6 both take the same time.
 _WORTH_IT = 12
 
 
 class ConvolutionMethod(NamedTuple):
-    """How networks are convolved: at this precision whatever the global flags say, by the fastest kernel of a backend."""
+    """Precision and backend of convolutions, which hold whatever PyTorch's global flags say."""
 
-    tf32: bool = False  # whether a GPU may round float32 operands to TF32
+    tf32: bool = False  # True: a GPU may round float32 operands to TF32
     backend: str = "auto"  # "reference": by PyTorch alone
 
 
@@ -38,20 +38,20 @@ def conv3x3(
     tf32: bool = False,
     backend: str = "auto",
 ) -> Tensor:
-    """The 3×3 convolution `weight ∗ x + bias` with zero padding that keeps the size, in the dtype of x.
+    """The 3×3 convolution `weight ∗ x + bias` with zero padding that preserves the size, in the dtype of x.
 
-    True float32 whatever PyTorch's global flags say, unless `tf32` permits a GPU to round operands. "native" computes by
-    Winograd's algorithm on the CPU, F(4×4, 3×3) and F(2×2, 3×3) (Lavin & Gray 2016): a NaN or an infinity may reach three
-    pixels further. "auto" takes it for channels-last x of 12 channels or more. "triton" multiplies on tensor cores where x is
-    of half precision or `tf32` permits it; "auto" does not take it before it is measured. Differentiable with respect to every
-    tensor.
+    The convolution is computed in true float32 whatever PyTorch's global flags say, unless `tf32` permits a GPU to round the
+    operands. It is differentiable with respect to every tensor. "native" uses Winograd's algorithm on the CPU, F(4×4, 3×3) and
+    F(2×2, 3×3) (Lavin & Gray 2016), so a NaN or an infinity may spread three pixels further; "auto" takes it for channels-last
+    x of 12 channels or more. "triton" multiplies on tensor cores if x is in half precision or `tf32` permits it; "auto" does
+    not take it until it has been measured.
 
     Args:
         x: (B, C, H, W), float32, float64 or a half-precision dtype.
         weight: (N, C, 3, 3).
         bias: (N,), or None.
-        upsample2x: Read x with nearest-neighbour upsampling ×2: y is (B, N, 2H, 2W).
-        tf32: Permit TF32 on a GPU, where PyTorch's flags do not forbid it.
+        upsample2x: Read x as upsampled ×2 by nearest neighbour: y is (B, N, 2H, 2W).
+        tf32: Permit TF32 on a GPU, unless PyTorch's flags forbid it.
         backend: "auto"; "reference"; "native" for float32 and float64 tensors on the CPU; "triton" for CUDA tensors of any
             dtype but float64.
 
@@ -76,10 +76,10 @@ def conv3x3(
 
 
 def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, method: ConvolutionMethod | None) -> Tensor:
-    """The k×k convolution of x (B, C, H, W), k odd, with zero padding that keeps the size, in the dtype of x.
+    """The k×k convolution of x (B, C, H, W), k odd, with zero padding that preserves the size, in the dtype of x.
 
-    `method` holds for the convolution and for its gradients; None is PyTorch's own in true float32, for references. Under
-    `torch.autocast` the dtype is the one it asks for.
+    `method` holds for the convolution and for its gradients; None is PyTorch's convolution in true float32, for references.
+    Under `torch.autocast` the dtype is autocast's.
     """
     x, method = autocast(x), _PYTORCH if method is None else method
     return _conv3x3((x, weight, bias), False, method.tf32, convolution_backend(x, weight, method))[0]
@@ -89,15 +89,15 @@ _PYTORCH = ConvolutionMethod(backend="reference")
 
 
 def convolution_backend(x: Tensor, weight: Tensor, method: ConvolutionMethod) -> str:
-    """The backend for a convolution of x: a kernel where it pays, by layout and numbers of channels, else "reference".
+    """The backend for a convolution of x: a kernel if layout and numbers of channels make it faster, else "reference".
 
-    "triton" by name is taken for all 3×3 ones: it reads images as they lie, and weights of any dtype.
+    "triton" by name is taken for all 3×3 convolutions: it reads images in any layout, and weights of any dtype.
     """
     return backend_for(x, tuple(weight.shape), weight.dtype, method)
 
 
 def backend_for(x: Tensor, shape: tuple[int, ...], dtype: torch.dtype, method: ConvolutionMethod) -> str:
-    """`convolution_backend` of a weight of this shape and dtype."""
+    """`convolution_backend` for a weight of this shape and dtype."""
     if method.backend == "reference" or shape[-1] != 3:
         return "reference"
     if method.backend != "triton" and (min(shape[:2]) < _WORTH_IT or x.dtype != dtype or not is_channels_last(x)):
@@ -106,7 +106,7 @@ def backend_for(x: Tensor, shape: tuple[int, ...], dtype: torch.dtype, method: C
 
 
 def convolution_weights(weights: Sequence[Tensor], x: Tensor, method: ConvolutionMethod) -> list[Tensor]:
-    """The weights as the backend that convolves x with the first of them reads them best; for all of them at once."""
+    """The weights in the layout that the backend for x and the first weight reads best."""
     backend = convolution_backend(x, weights[0], method)
     own = "conv3x3_weights" in COVERAGE.get(backend, {})
     return kernels(backend if own else "reference").conv3x3_weights(weights, x.dtype)
@@ -118,7 +118,7 @@ def convolution_forward(x: Tensor, weight: Tensor, bias: Tensor | None, method: 
 
 
 def convolution_into(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor, slope: float, method: ConvolutionMethod) -> None:
-    """Write leaky_relu(weight ∗ x + bias) of a 3×3 convolution to `out`, which may be other channels of the memory of x."""
+    """Write leaky_relu(weight ∗ x + bias) to `out`, which may be other channels of the same memory as x."""
     backend = convolution_backend(x, weight, method)
     kernels(backend).conv3x3_forward(x, weight, bias, slope=slope, tf32=method.tf32, out=out)
 
@@ -133,7 +133,7 @@ def convolution_backward(
     relu: tuple[Tensor, float] | None = None,
     dweight: Tensor | None = None,
 ) -> Gradients:
-    """Gradients of x, weight and bias of `convolution`; `ops.reference.conv3x3_backward` has the arguments."""
+    """Gradients of x, weight and bias of `convolution`; the arguments are those of `ops.reference.conv3x3_backward`."""
     if weight.shape[-1] != 3:
         return convolve_backward(dy, x, weight, needed, method.tf32)
     backend = convolution_backend(x, weight, method)

@@ -1,4 +1,4 @@
-"""The functions of a backend whose kernels are compiled on the user's GPU, and what runs instead of one that fails there."""
+"""Fallback for backends that compile kernels on the user's GPU: a kernel that fails is replaced."""
 
 from __future__ import annotations
 
@@ -16,14 +16,13 @@ Instead = Callable[[str, str, Tensor], "tuple[str, Callable[..., Any]] | None"]
 
 
 class Guarded:
-    """The functions of a backend; one whose kernel fails is replaced, with one warning, for the rest of the process.
+    """The functions of a backend; a function whose kernel fails is replaced for the rest of the process, with a warning.
 
     Args:
-        module: The backend, with the class `KernelFailure` of what its functions raise for a kernel that does not compile or
-            start, and a counter `launched` of kernels that were started. Errors of arguments and of memory that ran out are
-            raised as they are.
-        instead: (kernel, function, the call's first tensor) → the name of another backend and its function; None where the
-            error is raised instead.
+        module: The backend. Its functions raise its exception `KernelFailure` for a kernel that does not compile or start; its
+            counter `launched` counts started kernels. Errors of arguments and of memory are raised unchanged.
+        instead: Function (kernel, function, the call's first tensor) → the name of another backend and its function; None: the
+            error is raised.
     """
 
     def __init__(self, module: ModuleType, instead: Instead) -> None:
@@ -33,7 +32,7 @@ class Guarded:
         if name.startswith("_"):
             raise AttributeError(name)
         guarded = self._guarded(name, getattr(self._module, name))
-        setattr(self, name, guarded)  # found there from the next time on
+        setattr(self, name, guarded)  # found there in later calls
         return guarded
 
     def _guarded(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -49,7 +48,7 @@ class Guarded:
             try:
                 return function(*arguments, **options)
             except failure as error:
-                # what was added to an argument before would be added again
+                # running it again would add to an argument a second time
                 begun = launched[0] > before and (options.get("accumulate") or options.get("dx") is not None)
                 replacement = self._replacement(name, error, arguments, begun)
             return replacement(*arguments, **options)
@@ -57,7 +56,7 @@ class Guarded:
         return call
 
     def _replacement(self, name: str, error: Any, arguments: tuple[Any, ...], begun: bool) -> Callable[..., Any]:
-        """The function that runs from now on; a warning tells of it."""
+        """The function that runs from now on, after a warning."""
         like = next(leaf for leaf in pytree.tree_leaves(arguments) if isinstance(leaf, Tensor))
         found = None if begun else self._instead(_kernel(name), name, like)
         if found is None:
@@ -68,7 +67,7 @@ class Guarded:
 
 
 def _kernel(function: str) -> str:
-    """The kernel, as `COVERAGE` names it, that a function belongs to."""
+    """The kernel, by its name in `COVERAGE`, that a function belongs to."""
     for suffix in ("_forward", "_weights_backward", "_backward", "_layers", "_tails", "_coupled"):
         if function.endswith(suffix):
             return function.removesuffix(suffix)

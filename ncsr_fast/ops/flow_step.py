@@ -30,12 +30,12 @@ def flow_step(
     inverse: bool = False,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Apply the coupling of one step, then actnorm, 1×1 convolution and injector of the next; or the inverse of all that.
+    """Apply the coupling of one step, then actnorm, 1×1 convolution and injector of the next step; or the inverse of all.
 
-    Equal to `affine_coupling`, `actnorm_invconv` and `affine_injector` one after the other (the inverses in the opposite
-    order), which all touch one pixel at a time and can share one pass over memory. Computed in float32, or in float64 for
-    float64 z; the inverse of `weight` always in float64. Differentiable with respect to every tensor: z, y and the arguments
-    are saved, what is between is recomputed.
+    The result equals `affine_coupling`, `actnorm_invconv` and `affine_injector` one after the other (for the inverse, their
+    inverses in the opposite order). All of them act on one pixel at a time and share one pass over memory here. The map is
+    computed in float32, or in float64 for float64 z; the inverse of `weight` always in float64. It is differentiable with
+    respect to every tensor: z, y and the arguments are saved, and the values in between are recomputed.
 
     Args:
         z: State (B, C, H, W).
@@ -49,10 +49,10 @@ def flow_step(
         backend: "auto", "reference", "native" or "triton".
 
     Returns:
-        y (B, C, H, W) in the dtype of z, and logdet (B,), the sum of the parts', in nats.
+        y (B, C, H, W) in the dtype of z, and logdet (B,), the sum of the log-dets of the parts, in nats.
 
     Raises:
-        ValueError: `inverse` meets a weight that is singular or not finite (on the CPU).
+        ValueError: `inverse` with a weight that is singular or not finite (on the CPU).
         ValueError, TypeError: A wrong shape, dtype, device or eps; the message names the argument.
 
     Example:
@@ -104,17 +104,18 @@ def folded_step(
     inverse: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """`after(mix · before(x) + offset)` and the log|det| (B,) of the two affines: a flow step of folded parameters.
+    """`after(mix · before(x) + offset)` and the log|det| (B,) of the two affines: a flow step with folded parameters.
 
     Args:
         x: State (B, C, H, W).
-        mix: (C, C) of `fold`, for the direction of `inverse`.
-        offset: (C,), likewise.
-        h_before: Of the affine before the matrix, or None: a coupling's when encoding, an injector's for the inverse.
-        h_after: Of the affine after the matrix, or None: an injector's when encoding, a coupling's for the inverse.
+        mix: (C, C), from `fold` for the direction of `inverse`.
+        offset: (C,), from `fold` for the direction of `inverse`.
+        h_before: Network output for the affine before the matrix, or None: of a coupling in encoding, of an injector in
+            decoding.
+        h_after: Network output for the affine after the matrix, or None: of an injector in encoding, of a coupling in decoding.
         eps: Lower bound of the scales.
         inverse: Both affines are inverse maps.
-        backend: Resolved.
+        backend: Resolved backend.
     """
     y, logdet = _folded_step((x, mix, offset, h_before, h_after), eps, inverse, backend)
     return y, logdet
@@ -145,7 +146,7 @@ def _backward(
 
 
 def _folding(backend: str, z: Tensor) -> Kernels:
-    """The backend that folds the parameters: the step's where it can, else the reference, on the device of z."""
+    """The backend that folds the parameters on the device of z: the step's own if it can, else the reference."""
     return kernels(covering_backend("fold", backend, z))
 
 

@@ -1,4 +1,4 @@
-"""Actnorm and 1×1 convolution folded into one affine map of a pixel, of all steps of a level at once."""
+"""Actnorms and 1×1 convolutions folded into affine maps of a pixel, for all steps of a level at once."""
 
 from __future__ import annotations
 
@@ -12,31 +12,31 @@ from ncsr_fast.ops.reference import fold_forward
 from ncsr_fast.ops.registration import Signature
 
 Maps = tuple[Tensor, Tensor, Tensor]
-# Channels to which the kernel inverts faster than LAPACK: 18 maps of 96 in 3.0 ms, LAPACK in 3.5, and their gradient in 5.2 and
-# 6.8; 22 maps of 192 in 30 and 18, and their gradient in 46 and 31 (2 cores with AVX-512).
+# Up to so many channels the kernel inverts faster than LAPACK. Milliseconds of kernel and LAPACK (2 cores, AVX-512): 18 maps of
+# 96 channels 3.0 and 3.5, their gradient 5.2 and 6.8; 22 maps of 192 channels 30 and 18, their gradient 46 and 31.
 _WIDEST_INVERSE = 96
 
 
 def fold(
     bias: Tensor, logs: Tensor, weight: Tensor, *, inverse: bool = False, backend: str = "auto"
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The affine maps `y = mix · x + offset` of a pixel that actnorms and 1×1 convolutions are, or their inverses.
+    """Actnorms and 1×1 convolutions as affine maps `y = mix · x + offset` of a pixel, or the inverses of these maps.
 
-    `mix = weight · diag(exp(logs))` and `offset = mix · bias`; for the inverse, `mix = diag(exp(-logs)) · weight⁻¹` and
-    `offset = -bias`. Computed in float64 whatever the dtype. Differentiable with respect to every tensor.
+    `mix = weight · diag(exp(logs))` and `offset = mix · bias`; for the inverse, `mix = diag(exp(-logs)) · weight⁻¹` and `offset
+    = -bias`. The maps are computed in float64 whatever the dtype, and are differentiable with respect to every tensor.
 
     Args:
         bias: (N, C).
         logs: (N, C).
         weight: (N, C, C), rows are output channels.
-        inverse: The inverse maps.
+        inverse: Return the inverse maps.
         backend: "auto", "reference", or "native" for CPU tensors.
 
     Returns:
-        mix (N, C, C), offset (N, C) and the log-det (N,) of a pixel, ±(Σ logs + log|det weight|), all float64.
+        mix (N, C, C), offset (N, C) and the log-det (N,) for one pixel, ±(Σ logs + log|det weight|), all float64.
 
     Raises:
-        ValueError: On the CPU, for a matrix without an inverse, where the inverse is wanted. On a GPU it is NaN instead.
+        ValueError: On the CPU, `inverse` with a matrix that has no inverse. On a GPU the result is NaN instead.
         ValueError, TypeError: A wrong shape, dtype or device; the message names the argument.
 
     Example:
@@ -49,15 +49,15 @@ def fold(
 
 
 def folded(bias: Tensor, logs: Tensor, weight: Tensor, inverse: bool, name: str, backend: str) -> Maps:
-    """`fold` of checked arguments, by the reference where the backend has no kernel; "auto" also where it is faster.
+    """`fold` of checked arguments, by the reference if the backend has no kernel or, with "auto", a slower one.
 
     Args:
         bias: (N, C).
         logs: (N, C).
         weight: (N, C, C).
-        inverse: The inverse maps.
-        backend: "auto", or one by name.
-        name: The argument that messages name where a matrix has no inverse; {} becomes its number.
+        inverse: Return the inverse maps.
+        backend: "auto", or a backend by name.
+        name: The name that messages give to a matrix without an inverse; {} becomes its number.
     """
     if backend == "auto" and inverse and weight.shape[-1] > _WIDEST_INVERSE:
         backend = "reference"

@@ -14,19 +14,19 @@ from ncsr_fast.ops.registration import Signature
 def gaussian_split(z: Tensor, h: Tensor, *, inverse: bool = False, backend: str = "auto") -> tuple[Tensor, Tensor]:
     """Whiten the last channels by a conditional Gaussian: `y = (z1, eps)` with `eps = (z2 - mean) / exp(logs)`, or the inverse.
 
-    Computed in float32, or in float64 for float64 z. Differentiable with respect to z and h, which are all that is saved for
-    the backward pass.
+    The map is computed in float32, or in float64 for float64 z. It is differentiable with respect to z and h, and saves only
+    these two for the backward pass.
 
     Args:
         z: (B, C, H, W): z1 is the first C - C_out channels, z2 (for the inverse, eps) the last C_out.
-        h: (B, 2·C_out, H, W), `mean, logs = h[:, 0::2], h[:, 1::2]`; in a flow it depends on z1 alone.
+        h: (B, 2·C_out, H, W), `mean, logs = h[:, 0::2], h[:, 1::2]`; in a flow h depends on z1 alone.
         inverse: Apply the inverse map.
         backend: "auto", "reference", "native" or "triton".
 
     Returns:
         y (B, C, H, W) in the dtype of z, the channels of z1 followed by those of eps, and logdet (B,): the Gaussian
-        log-density `Σ log N(z2; mean, exp(logs)²)` in nats, its negative for the inverse. The log-density contains the
-        change of variables from z2 to eps, so a flow adds it and nothing else for this latent.
+        log-density `Σ log N(z2; mean, exp(logs)²)` in nats, the negative of it for the inverse. The log-density contains
+        the change of variables from z2 to eps, so a flow adds nothing else for this latent.
 
     Raises:
         ValueError, TypeError: A wrong shape, dtype or device; the message names the argument.

@@ -1,4 +1,4 @@
-"""Inverse and log|det| of the matrices of 1×1 convolutions, on the device, without a look at a value."""
+"""Inverse and log|det| of the matrices of 1×1 convolutions, computed on the device without reading a value on the host."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from ncsr_fast.synchronization import reading_is_free
 def inverse_logdet(weight: Tensor, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
     """W⁻¹ and log|det W| of square matrices, in float64.
 
-    Gauss-Jordan elimination with partial pivoting, a matrix a block on a GPU and a thread on the CPU; nothing waits for
-    the device, so that a CUDA graph can hold the call. The reference is PyTorch's LU.
+    The algorithm is Gauss-Jordan elimination with partial pivoting, one matrix per block on a GPU and per thread on a CPU.
+    Nothing waits for the device, so a CUDA graph can capture the call. The reference is PyTorch's LU.
 
     Args:
         weight: W (N, C, C), of any floating-point dtype.
         backend: "auto", "reference", "native" or "triton".
 
     Returns:
-        W⁻¹ (N, C, C) and log|det W| (N,), float64, differentiable: with G and g the gradients of the two,
-        dW = -W⁻ᵀ·G·W⁻ᵀ + g·W⁻ᵀ. W⁻¹ is saved for it.
+        W⁻¹ (N, C, C) and log|det W| (N,), in float64 and differentiable: if G and g are their gradients, dW = -W⁻ᵀ·G·W⁻ᵀ +
+        g·W⁻ᵀ. W⁻¹ is saved for the backward pass.
 
     Raises:
-        ValueError: on the CPU, for a matrix whose inverse has no correct digit, which it names. On a GPU that inverse is
-            NaN instead, and so is the reference's inside `torch.compile` and transforms of `torch.func`.
-        ValueError, TypeError: for a wrong shape or dtype.
+        ValueError: On the CPU, the inverse of a matrix has no correct digit; the message names the matrix. On a GPU that
+            inverse is NaN instead, and so is the reference's inside `torch.compile` and transforms of `torch.func`.
+        ValueError, TypeError: A wrong shape or dtype.
 
     Example:
         >>> inverse, logdet = ops.inverse_logdet(torch.randn(18, 12, 12))
@@ -46,9 +46,9 @@ def invert(weight: Tensor, name: str, *, needs_inverse: bool = True, backend: st
 
     Args:
         weight: W (N, C, C).
-        name: who is named where a matrix has no inverse; {} becomes its number.
-        needs_inverse: False for the log|det| alone, which every matrix has: singular ones are then not refused.
-        backend: as for `inverse_logdet`.
+        name: The name that messages give to a matrix without an inverse; {} becomes its number.
+        needs_inverse: False: only log|det| is needed, which every matrix has, so singular matrices are not refused.
+        backend: As for `inverse_logdet`.
     """
     backend = resolve_backend("inverse_logdet", backend, weight)
     inverse, logdet = _inverse_logdet((weight.double(),), name, needs_inverse, backend)
@@ -65,7 +65,7 @@ def _reference(weight: Tensor, name: str, needs_inverse: bool, _: str) -> Pair:
 
 
 def _checked(found: tuple[Tensor, Tensor, Tensor], name: str, needs_inverse: bool) -> Pair:
-    """(inverse, logdet) that a backend found; an inverse without a correct digit is NaN where values may not be read."""
+    """(inverse, logdet) from a backend; an inverse without a correct digit is NaN if values may not be read."""
     inverse, logdet, condition = found
     if not needs_inverse:
         return inverse, logdet

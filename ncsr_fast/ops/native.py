@@ -1,8 +1,8 @@
-"""Calls of the compiled module: tensors as addresses and strides, outputs allocated, nothing else.
+"""Calls of the compiled module: outputs are allocated, and tensors passed as addresses and strides.
 
 Shapes have been checked. `_image`, `_dense`, `_weight`, `_per_sample` and `_parameter` say how a kernel reads or writes a
-tensor, and `_run` alone takes its address. Any memory layout is right, dtypes are converted, and a tensor without memory or on
-another device than the first one raises. Tensors of the caller's that a kernel writes to go through `_check_writable`.
+tensor; only `_run` takes addresses. Every memory layout is supported, dtypes are converted, and a tensor without memory, or on
+another device than the first tensor, raises an error. `_check_writable` checks the caller's tensors that a kernel writes to.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ _DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16:
 
 
 class _Passed(NamedTuple):
-    """A tensor whose memory a kernel reads or writes, None for one that is not given.
+    """A tensor whose memory a kernel reads or writes; its address is null without a tensor.
 
     Args:
-        tensor: Alive until the call is over.
-        layout: Its dtype and strides, which C++ reads behind the address; None: the address alone.
+        tensor: The tensor, referenced until the call is over.
+        layout: Dtype and strides, which C++ reads after the address; None: the address alone.
     """
 
     tensor: Tensor | None
@@ -41,7 +41,7 @@ _NO_ADDRESS = _Passed(None, None)
 
 
 def _image(x: Tensor | None, dtype: torch.dtype | None = None) -> _Passed:
-    """A tensor (B, C, H, W) as it lies, in `dtype` where the kernel reads no other."""
+    """A tensor (B, C, H, W) in its own layout; converted to `dtype` if given."""
     if x is None:
         return _NO_IMAGE
     x = in_memory(x) if dtype is None else in_memory(x).to(dtype)
@@ -49,12 +49,12 @@ def _image(x: Tensor | None, dtype: torch.dtype | None = None) -> _Passed:
 
 
 def _dense(x: Tensor | None, dtype: torch.dtype | None = None) -> _Passed:
-    """A tensor from its first element to the last, in `dtype` where it is read and may have another."""
+    """A contiguous tensor; converted to `dtype` if given."""
     return _NO_ADDRESS if x is None else _Passed(in_memory(x).to(dtype or x.dtype).contiguous(), None)
 
 
 def _weight(weight: Tensor, dtype: torch.dtype, transposed: bool = False) -> tuple[_Passed, tuple[int, int]]:
-    """A weight (outputs, inputs, 3, 3) whose 3×3 are dense, some of the channels of another one included; and its strides."""
+    """A weight (outputs, inputs, 3, 3) with dense 3×3, possibly a slice of the channels of another weight; and its strides."""
     weight = in_memory(weight).to(dtype)
     if weight.stride()[2:] != (3, 1):
         weight = weight.contiguous()
@@ -63,13 +63,13 @@ def _weight(weight: Tensor, dtype: torch.dtype, transposed: bool = False) -> tup
 
 
 def _per_sample(x: Tensor, dtype: torch.dtype) -> _Passed:
-    """One number a sample, of any stride."""
+    """One number per sample, with any stride."""
     x = in_memory(x).to(dtype)
     return _Passed(x, (_DTYPES[x.dtype], x.stride(0), 0, 0, 0))
 
 
 def _parameter(x: Tensor, dims: int) -> _Passed:
-    """A tensor of `dims` ≤ 2 dimensions, or a stack of them, of any strides and dtype, which the folding reads or writes."""
+    """A tensor of `dims` ≤ 2 dimensions, or a stack of such tensors, with any strides and dtype, for the folding."""
     x = in_memory(x)
     strides = x.stride()
     item = strides[0] if len(strides) > dims else 0
@@ -79,11 +79,11 @@ def _parameter(x: Tensor, dims: int) -> _Passed:
 
 def _check_writable(y: Tensor, dtype: torch.dtype) -> None:
     if writable(y).dtype != dtype:
-        raise TypeError(f"a kernel writes {dtype} here, and this tensor is {y.dtype}")
+        raise TypeError(f"the kernel writes {dtype} here, but this tensor is {y.dtype}")
 
 
 def _run(call: Callable[..., Any], x: Tensor, workspace: Callable[[], int], *arguments: object) -> Any:
-    """Call a compiled function where x is, on whose device every tensor must be."""
+    """Call a compiled function on the device of x, on which every tensor must be."""
     device, values = x.device, []
     for argument in arguments:
         if type(argument) is not _Passed:
@@ -93,7 +93,7 @@ def _run(call: Callable[..., Any], x: Tensor, workspace: Callable[[], int], *arg
         address = 0
         if tensor is not None:
             if not (tensor.is_cpu or tensor.is_cuda):
-                raise TypeError(f"a kernel reads memory of the CPU or of a GPU, and this tensor is on {tensor.device}")
+                raise TypeError(f"a kernel reads memory of the CPU or of a GPU, but this tensor is on {tensor.device}")
             if tensor.device != device:
                 raise ValueError(f"a tensor is on {tensor.device}, but the state is on {device}")
             address = tensor.data_ptr()
@@ -102,11 +102,11 @@ def _run(call: Callable[..., Any], x: Tensor, workspace: Callable[[], int], *arg
 
 
 def _launch(call: Callable[..., Any], x: Tensor, workspace: Callable[[], int], *values: object) -> Any:
-    """Run on the CPU with torch's number of threads, or on a GPU, of this ordinal, with torch's current stream there."""
+    """Run on the CPU with torch's number of threads, or on a GPU with its ordinal and torch's current stream there."""
     float64, device = x.dtype == torch.float64, x.device
     if device.type == "cpu":
         return call(*values, float64, (0, torch.get_num_threads(), 0, 0))
-    memory = torch.empty(workspace(), dtype=torch.uint8, device=device)  # of torch's allocator, which minds the stream
+    memory = torch.empty(workspace(), dtype=torch.uint8, device=device)  # from torch's allocator, which is aware of streams
     with torch.cuda.device(device):
         stream = torch.cuda.current_stream(device).cuda_stream
         return call(*values, float64, (1, device.index, stream, memory.data_ptr()))
@@ -277,7 +277,7 @@ def _step_network(
     w3: Tensor,
     b3: Tensor,
 ) -> Tensor:
-    """The output, channels-last; the hidden layers are written to h1 and h2 where they are given."""
+    """The output, channels-last; the hidden layers are written to h1 and h2 if given."""
     (batch, width, rows, columns), outputs, dtype = pre.shape, w3.shape[0], pre.dtype
     y = empty_channels_last((batch, outputs, rows, columns), pre)
     sizes = (batch, rows, columns, 0 if z1 is None else z1.shape[1], width, outputs)
@@ -299,7 +299,7 @@ def conv3x3_forward(
     out: Tensor | None = None,
     accumulate: bool = False,
 ) -> Tensor:
-    """As the reference's; x and `out` are best with the channels of a pixel adjacent."""
+    """`conv3x3_forward` of the reference; fastest if x and `out` have the channels of a pixel adjacent."""
     return _conv3x3(x, weight, bias, upsample2x, slope, None, False, out, accumulate)
 
 
@@ -324,7 +324,7 @@ def conv3x3_backward(
 
 
 def _conv3x3_backward_weight(dy: Tensor, x: Tensor, upsample2x: bool, out: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Gradients of weight and bias."""
+    """The gradients of weight and bias."""
     outputs, inputs = dy.shape[1], x.shape[1]
     dweight, dbias = dy.new_empty((outputs, inputs, 3, 3)) if out is None else out, dy.new_empty(outputs)
     if out is not None:
@@ -349,7 +349,7 @@ def _conv3x3(
     out: Tensor | None,
     accumulate: bool,
 ) -> Tensor:
-    """The convolution, or with `transposed` the gradient of its input, of which x is then the gradient of the output."""
+    """The convolution of x; with `transposed`, the gradient of a convolution's input from the gradient x of its output."""
     batch, inputs, rows, columns = x.shape
     outputs = weight.shape[1 if transposed else 0]
     if out is None:

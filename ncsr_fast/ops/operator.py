@@ -1,10 +1,10 @@
 """The autograd wrapper of every map with a hand-written backward pass.
 
-An eager call goes straight to the kernels, inside an `autograd.Function` where gradients are recorded: the dispatcher would
-cost as much as a small kernel. Under `torch.compile` or with fake tensors the call goes through the registered operator
+An eager call goes directly to the kernels, inside an `autograd.Function` if gradients are recorded, because the dispatcher
+would cost as much as a small kernel. Under `torch.compile` or with fake tensors the call goes through the registered operator
 `ncsr_fast::<name>` (`registration.py`), which has a schema, a fake and an autograd formula; a map that is not registered runs
-its reference there, which is made of maps that are. What kernels cannot do, plain PyTorch does whatever the backend: gradients
-of gradients, and calls under `torch.func` transforms or batched gradients, whose tensors have no memory of their own.
+its reference there, which consists of registered maps. Whatever the backend, the reference computes gradients of gradients, and
+calls under `torch.func` transforms or batched gradients, whose tensors have no memory of their own.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ Pair = tuple[Tensor, Tensor]
 
 
 class Operator:
-    """A differentiable map (tensors, *settings) → outputs, all tuples; `torch.autocast` touches neither it nor its gradient.
+    """A differentiable map (tensors, *settings) → outputs, all tuples; `torch.autocast` does not affect it.
 
     Args:
         name: The name of the autograd node, and of the registered operator.
         forward: (tensors, *settings) → (outputs, tensors saved for the backward pass besides the inputs).
-        backward: (gradients of the outputs, inputs, saved, needed, *settings) → the gradient of every input; that of an
-            input which is None, or whose flag in `needed` is False, is not looked at.
+        backward: (gradients of the outputs, inputs, saved, needed, *settings) → the gradient of every input; it is ignored
+            for an input that is None, or whose flag in `needed` is False.
         reference: (*tensors, *settings) → outputs, in plain PyTorch.
-        signature: The types of the tensors and settings, for an operator that is registered; the last setting is its backend.
+        signature: The types of tensors and settings, for a registered operator; the last setting is the backend.
         autograd_of_reference: True: with the backend "reference" autograd differentiates the reference. False: `forward` and
             `backward` serve that backend too.
     """
@@ -68,7 +68,7 @@ class Operator:
             return self.forward(tensors, *settings)[0]
 
     def _by_pytorch(self, settings: tuple[Any, ...]) -> bool:
-        """True where `forward` and `backward` are made of what PyTorch and other operators do."""
+        """True if `forward` and `backward` consist of PyTorch's and other operators."""
         return self._registered is None or settings[-1] == "reference"
 
     def _make_function(self, name: str) -> type[torch.autograd.Function]:
@@ -80,7 +80,7 @@ class Operator:
             return outputs
 
         def gradient(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-            saved = ctx.saved_tensors  # once: torch.utils.checkpoint recomputes them for it
+            saved = ctx.saved_tensors  # read once, because torch.utils.checkpoint recomputes them at each read
             needed = ctx.needs_input_grad[1 : ctx.count + 1]
             inputs, others = saved[: ctx.count], saved[ctx.count :]
             accepted = is_eager if self._by_pytorch(ctx.settings) else has_memory
@@ -100,10 +100,10 @@ class Operator:
         backward: Callable[..., Tensors],
         accepted: Callable[[Tensor], bool],
     ) -> Tensors:
-        """The gradient of every input, None where it is not needed.
+        """The gradient of every input, None if not needed.
 
-        By `backward`, or by autograd on the reference where a gradient of the gradient is wanted (create_graph=True) or one of
-        `grads` is not `accepted`.
+        `backward` computes them, or autograd on the reference if gradients of gradients are wanted (create_graph=True) or
+        one of `grads` is not `accepted`.
         """
         given = [grad for grad in grads if grad is not None]
         with without_autocast(given[0].device.type):
@@ -117,7 +117,7 @@ class Operator:
     ) -> Tensors:
         create_graph = torch.is_grad_enabled()
         with torch.enable_grad():
-            # views, so that an input counts as one of its own where it was computed from another
+            # views, so that an input counts as independent even if it was computed from another input
             views = [None if tensor is None else tensor.view_as(tensor) for tensor in inputs]
             pairs = zip(self.reference(*views, *settings), grads)
             recorded = [(output, grad) for output, grad in pairs if output is not None and output.requires_grad]

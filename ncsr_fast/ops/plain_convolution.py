@@ -15,13 +15,13 @@ Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, tf32: bool) -> Tensor:
-    """weight ∗ x + bias, not recorded at this precision by autograd: zero padding keeps the size.
+    """weight ∗ x + bias with zero padding that preserves the size; autograd does not record the precision.
 
     Args:
         x: (B, C, H, W).
         weight: (N, C, k, k), k odd, converted to the dtype of x.
         bias: (N,) or None.
-        tf32: Whether a GPU may round float32 operands to TF32, where PyTorch's flags do not forbid it.
+        tf32: Permit a GPU to round float32 operands to TF32, unless PyTorch's flags forbid it.
 
     Returns:
         (B, N, H, W) in the dtype of x.
@@ -34,7 +34,7 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, tf32: bool) -> Tens
 
 
 def convolve_by_cudnn(x: Tensor, weight: Tensor, bias: Tensor | None, allow_tf32: bool) -> Tensor:
-    """F.conv2d with the flag for TF32 as an argument; cuDNN's other flags are as they are now."""
+    """F.conv2d with the flag for TF32 as an argument; cuDNN's other flags have their present values."""
     cudnn = torch.backends.cudnn
     deterministic = cudnn.deterministic or torch.are_deterministic_algorithms_enabled()
     flags = cudnn.benchmark, deterministic, cudnn.enabled, allow_tf32
@@ -44,7 +44,7 @@ def convolve_by_cudnn(x: Tensor, weight: Tensor, bias: Tensor | None, allow_tf32
 
 
 def convolve_backward(dy: Tensor, x: Tensor, weight: Tensor, needed: Needed, tf32: bool) -> Gradients:
-    """Gradients of x, weight and bias of `convolve` in the dtype of x, those that are `needed`."""
+    """The `needed` gradients of x, weight and bias of `convolve`, in the dtype of x."""
     with contextlib.nullcontext() if tf32 and x.device.type == "cuda" else true_float32(x):
         found: Gradients = torch.ops.aten.convolution_backward(
             dy, x, weight.to(x.dtype), [weight.shape[0]], [1, 1], _padding(weight), [1, 1], False, [0, 0], 1, needed
@@ -53,10 +53,10 @@ def convolve_backward(dy: Tensor, x: Tensor, weight: Tensor, needed: Needed, tf3
 
 
 def convolve_as_recorded(x: Tensor, weight: Tensor, bias: Tensor | None, tf32: bool) -> Tensor:
-    """`convolve` for autograd, transforms and `torch.compile`, which run later or elsewhere, when the flags are the program's.
+    """`convolve` for autograd, transforms and `torch.compile`, which may run it later under the program's flags.
 
-    Computed in float64 where those flags would round operands and `tf32` does not ask for it. In a compiled graph it is as the
-    flags say.
+    The convolution is computed in float64 if the program's flags would round operands and `tf32` does not permit it. In a
+    compiled graph it follows the flags.
     """
     exact = x.dtype != torch.float32 or (tf32 and x.device.type == "cuda") or torch.compiler.is_compiling()
     dtype = x.dtype if exact or not convolutions_are_rounded(x.device.type) else torch.float64
@@ -65,5 +65,5 @@ def convolve_as_recorded(x: Tensor, weight: Tensor, bias: Tensor | None, tf32: b
 
 
 def _padding(weight: Tensor) -> list[int]:
-    """The padding of both axes: torch.jit.trace of torch 2.4 takes a number made of sizes for no number of both."""
+    """The padding of both axes; a pair, because torch.jit.trace of torch 2.4 does not take one number made of sizes."""
     return [weight.shape[-1] // 2] * 2

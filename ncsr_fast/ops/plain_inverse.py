@@ -1,4 +1,4 @@
-"""Inverse and log|det| by PyTorch's LU."""
+"""Inverse and log|det| of matrices by PyTorch's LU."""
 
 from __future__ import annotations
 

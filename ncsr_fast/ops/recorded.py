@@ -1,4 +1,4 @@
-"""The kernels of a level's pass as operators, where autograd or a graph that is traced records what they do."""
+"""The kernels of a level's pass as operators, for passes recorded by autograd or a traced graph."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The kernels in plain PyTorch: specification of what a backend computes, fallback without a kernel, and test oracle.
+"""The reference of the kernels in PyTorch: specification of the backends, fallback without a kernel, and test oracle.
 
     affine           y = (x + t)·s on the channels from `pass_through` on, or y = x/s - t; s = sigmoid(raw + 2) + eps
     gaussian_split   eps = (x - mean)·exp(-logs) on the last channels, or its inverse, and the log-density
@@ -6,7 +6,7 @@
     inverse_logdet   W⁻¹, log|det W| and the condition number of W
     fold_filters     weights and biases of convolutions times the scales of their outputs
     fold             actnorm and 1×1 convolution as one affine map y = mix·x + offset of a pixel
-    conv3x3          zero-padded 3×3 convolution, of an upsampled input, added to an output, through the mask of a leaky ReLU
+    conv3x3          zero-padded 3×3 convolution; options: upsampled input, adding to an output, derivative of a leaky ReLU
     step_network     w3 ∗ relu(w2 · relu(w1 ∗ z1 + pre) + b2) + b3
 
 `ncsr_fast.ops.backend.Kernels` has their signatures.
@@ -49,14 +49,14 @@ def affine_forward(x: Tensor, h: Tensor, pass_through: int, eps: float, inverse:
 def affine_backward(
     dy: Tensor, dlogdet: Tensor, x: Tensor, h: Tensor, pass_through: int, eps: float, inverse: bool
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of x and h, from the input x."""
+    """The gradients of x and h, from the input x."""
     return _affine_gradients(dy, dlogdet, affine_forward(x, h, pass_through, eps, inverse)[0], h, pass_through, eps, inverse)
 
 
 def _affine_gradients(
     dy: Tensor, dlogdet: Tensor, y: Tensor, h: Tensor, pass_through: int, eps: float, inverse: bool
 ) -> tuple[Tensor, Tensor]:
-    """From the output y: dx = dy·s and ds = (dy·y + g)/s, or for the inverse dx = dy/s and ds = -(dx·(y + t) + g/s)."""
+    """Gradients from the output y: dx = dy·s, ds = (dy·y + g)/s; for the inverse dx = dy/s, ds = -(dx·(y + t) + g/s)."""
     dtype = compute_dtype(y)
     values = h.to(dtype)
     gate, g = torch.sigmoid(values[:, 1::2] + 2), dlogdet[:, None, None, None]
@@ -80,7 +80,7 @@ def gaussian_log_density(eps: Tensor) -> Tensor:
 
 
 def gaussian_split_forward(x: Tensor, h: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
-    """y in the dtype of x, and the log-density (B,) of the last channels, its negative for the inverse."""
+    """y in the dtype of x, and the log-density (B,) of the last channels, the negative of it for the inverse."""
     taken, dtype = h.shape[1] // 2, compute_dtype(x)
     mean, logs = h[:, 0::2].to(dtype), h[:, 1::2].to(dtype)
     z1, last = x[:, :-taken], x[:, -taken:].to(dtype)
@@ -212,20 +212,20 @@ def fold_forward(
         x = mix·y + offset,  mix = diag(exp(-logs))·weight⁻¹,  offset = -bias     for the inverse
 
     Args:
-        name: The argument that messages name where a matrix has no inverse; {} becomes its number.
+        name: The name that messages give to a matrix without an inverse; {} becomes its number.
         bias: (N, C), or (C,) of a single map.
-        logs: Likewise.
+        logs: (N, C), or (C,) of a single map.
         weight: (N, C, C), or (C, C).
-        inverse: The inverse maps.
-        dtype: Of mix and offset.
-        needs_logdet: False where the log-det is not looked at.
+        inverse: Return the inverse maps.
+        dtype: Dtype of mix and offset.
+        needs_logdet: False: the log-det is not used.
 
     Returns:
         mix (N, C, C), offset (N, C), and the log-det (N,) of a pixel in float64, ±(Σ logs + log|det weight|); without N for
         a single map.
 
     Raises:
-        ValueError: The inverse is wanted, a weight has none, and the host may read values.
+        ValueError: `inverse` with a weight that has no inverse, if the host may read values.
     """
     single, bias, logs, weight = weight.dim() == 2, bias.double(), logs.double(), weight.double()
     logdet = logs.sum(dim=-1)
@@ -324,17 +324,17 @@ def conv3x3_forward(
     out: Tensor | None = None,
     accumulate: bool = False,
 ) -> Tensor:
-    """leaky_relu(weight ∗ x + bias), zeros around x, in the dtype of x.
+    """leaky_relu(weight ∗ x + bias) with zero padding, in the dtype of x.
 
     Args:
         x: (B, C, H, W).
-        upsample2x: Read x with nearest-neighbour upsampling ×2.
+        upsample2x: Read x as upsampled ×2 by nearest neighbour.
         weight: (N, C, 3, 3).
         bias: (N,) or None.
-        slope: Of the leaky ReLU; 1 is none.
+        slope: Slope of the leaky ReLU; 1: no leaky ReLU.
         tf32: Permit a GPU to round float32 operands to TF32.
-        out: Written to and returned, if given; may be other channels of the memory of x.
-        accumulate: Add to `out` instead.
+        out: Output that is written to and returned, if given; may be other channels of the memory of x.
+        accumulate: Add to `out` instead of overwriting it.
     """
     y = convolve(_upsampled(x) if upsample2x else x, weight, bias, tf32)
     if slope != 1 and out is not None and not accumulate:
@@ -358,21 +358,21 @@ def conv3x3_backward(
     dx: Tensor | None = None,
     dweight: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of x, weight and bias of `conv3x3_forward` without its leaky ReLU, those that are `needed`.
+    """The `needed` gradients of x, weight and bias of `conv3x3_forward` without its leaky ReLU.
 
-    In the dtype of x; those of weight and bias may be in the one in which a backend sums.
+    They are in the dtype of x; the gradients of weight and bias may be in the dtype in which a backend sums.
 
     Args:
         dy: Gradient of the output.
-        x: (B, C, H, W); with `upsample2x` its gradient is the sum over the 2×2 copies of a pixel.
+        x: (B, C, H, W); with `upsample2x` its gradient sums the 2×2 upsampled pixels of each pixel.
         weight: (N, C, 3, 3).
-        needed: Which of the three.
+        needed: Flags of the three gradients.
         upsample2x: As in the forward pass.
-        relu: Output of a leaky ReLU, the trailing channels of x, and its slope. For those channels the gradient, with what
-            `dx` holds, is multiplied by the derivative of the leaky ReLU: 1 where its output is positive, else the slope.
-        tf32: Whether a GPU may round float32 operands to TF32.
-        dx: Added to and returned, if given.
-        dweight: Written to and returned, if given: may be some of the inputs of a dense one.
+        relu: Output of a leaky ReLU, the trailing channels of x, and its slope. For these channels the gradient, added to
+            `dx`, is multiplied by the derivative of the leaky ReLU: 1 where its output is positive, else the slope.
+        tf32: Permit a GPU to round float32 operands to TF32.
+        dx: Gradient that is added to and returned, if given.
+        dweight: Gradient that is written to and returned, if given; may be a slice of the inputs of a dense tensor.
     """
     read = _upsampled(x) if upsample2x else x
     found, dfound, dbias = convolve_backward(dy, read, weight, needed, tf32)
@@ -386,7 +386,7 @@ def conv3x3_backward(
 
 
 def conv3x3_weights(weights: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """The weights as the backend reads them best, for convolutions in this dtype that share the work: here as they are."""
+    """The weights in the layout that the backend reads best, for convolutions in this dtype; here unchanged."""
     return [*weights]
 
 
@@ -405,7 +405,7 @@ def hoisted_forward(
         weight: (N, c + s, 3, 3).
         bias: (N,).
         groups: Number of dense images that the outputs are in.
-        tf32: Whether a GPU may round float32 operands to TF32.
+        tf32: Permit a GPU to round float32 operands to TF32.
 
     Returns:
         The images (B, N / groups, f·H, f·W).
@@ -455,7 +455,7 @@ def step_network_forward(
         b2: (hidden,).
         w3: (outputs, hidden, 3, 3).
         b3: (outputs,).
-        tf32: Whether a GPU may round float32 operands to TF32.
+        tf32: Permit a GPU to round float32 operands to TF32.
         packed: Of `step_network_weights` of the same backend, each at the number of the network, or nothing.
     """
     return step_network_layers(z1, pre, w1, w2, b2, w3, b3, tf32=tf32)[2]
@@ -516,7 +516,7 @@ def step_network_backward(
         networks: The weights.
         dpre: Are written the gradients (B, hidden, H, W) of pre; all with the same strides.
         dz1: Is added the gradient (B, C, H, W) of z1, in any dtype; None: not wanted.
-        tf32: Whether a GPU may round float32 operands to TF32.
+        tf32: Permit a GPU to round float32 operands to TF32.
         packed: Of each network those of `step_network_weights` of the same backend, then those transposed; or nothing.
 
     Returns:
@@ -550,7 +550,7 @@ def step_network_tails(
         b2: (K, hidden).
         w3: (K, outputs, hidden, 3, 3).
         b3: (K, outputs).
-        tf32: Whether a GPU may round float32 operands to TF32.
+        tf32: Permit a GPU to round float32 operands to TF32.
         packed: Of `step_network_weights` of the same backend, or nothing.
     """
     networks = zip(pre.chunk(len(w2), dim=1), w2, b2, w3, b3, strict=True)

@@ -1,4 +1,4 @@
-"""Operators as `torch.library` knows them: schema, fake and autograd formula, for compiled calls."""
+"""Registration of operators with `torch.library`, by schema, fake and autograd formula, for compiled calls."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from ncsr_fast.ops.contract import compute_dtype
 if TYPE_CHECKING:
     from ncsr_fast.ops.operator import Operator, Outputs, Tensors
 
-LIBRARY = torch.library.Library("ncsr_fast", "DEF")  # operators live as long as it does
+LIBRARY = torch.library.Library("ncsr_fast", "DEF")  # operators exist as long as this object
 
 
 def state_and_logdet(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    """Uninitialised outputs of a map of the state x: y as x lies, and a log-det (B,)."""
+    """Uninitialised outputs of a map of the state x: y in the layout of x, and a log-det (B,)."""
     return empty_like(x), x.new_empty(x.shape[0], dtype=compute_dtype(x))
 
 
@@ -26,11 +26,11 @@ class Signature(NamedTuple):
     """The description of an operator for `torch.library`.
 
     Args:
-        tensors: Their types and names, as in a schema: "Tensor z, Tensor? h".
-        settings: Likewise: "float eps, bool inverse, str backend".
+        tensors: Types and names of the tensors, as in a schema: "Tensor z, Tensor? h".
+        settings: Types and names of the settings: "float eps, bool inverse, str backend".
         fake: (*tensors, *settings) → outputs of the right shape, dtype and strides, uninitialised.
-        outputs: Their number.
-        saved: Which of the outputs the backward pass reads; `Operator.forward` saves those and no other tensors.
+        outputs: Number of the outputs.
+        saved: Numbers of the outputs that the backward pass reads; `Operator.forward` saves these and no other tensors.
     """
 
     tensors: str
@@ -68,7 +68,7 @@ class Registered:
         return self._outputs(self._call(*tensors, *settings))
 
     def _outputs(self, output: Any) -> Outputs:
-        """The outputs of a call; a single one is no tuple."""
+        """The outputs of a call as a tuple; `output` is not a tuple if there is one output."""
         return (output,) if self._signature.outputs == 1 else tuple(output)
 
     def _forward(self, *arguments: Any) -> Any:
@@ -97,14 +97,14 @@ class Registered:
         return tuple(next(found) if wanted else None for wanted in needed)
 
     def _split(self, arguments: tuple[Any, ...]) -> tuple[Any, Any, Any, list[bool], Any]:
-        """Gradients, saved outputs, inputs, needed and settings of a call of the backward operator."""
+        """The gradients, saved outputs, inputs, needed and settings in a call of the backward operator."""
         first = self._signature.outputs
         second = first + len(self._signature.saved)
         third = second + self._signature.tensor_count
         return arguments[:first], arguments[first:second], arguments[second:third], arguments[third], arguments[third + 1 :]
 
     def _backward(self, *arguments: Any) -> list[Tensor]:
-        """The gradients that are needed, with the strides of `_fake_backward`, on which compiled code relies."""
+        """The needed gradients, with the strides of `_fake_backward`, on which compiled code relies."""
         grads, saved, inputs, needed, settings = self._split(arguments)
         found = self._operator.backward(grads, inputs, saved, tuple(needed), *settings)
         return [
@@ -117,12 +117,12 @@ class Registered:
 
 
 def _is_dispatched(gradient: Tensor) -> bool:
-    """True where the dispatcher takes a gradient to a registered operator, without memory too: in a graph that is traced."""
+    """True if the dispatcher passes a gradient, even without memory, to a registered operator, as in a traced graph."""
     return not is_wrapped(gradient)
 
 
 def _lying_like(gradient: Tensor, tensor: Tensor) -> Tensor:
-    """A gradient in the layout that `_empty_gradient` gives it; where a kernel wrote another one, a copy."""
+    """A gradient in the layout of `_empty_gradient`; a copy if a kernel wrote another layout."""
     return gradient.contiguous(memory_format=dense_format(tensor))
 
 

@@ -1,8 +1,8 @@
-"""The small network of an injector or a coupling: three convolutions 3×3 → 1×1 → 3×3, in one or two kernels of a backend.
+"""The network of an injector or a coupling: three convolutions 3×3 → 1×1 → 3×3, in one or two kernels of a backend.
 
     h1 = relu(w1 ∗ z1 + pre),   h2 = relu(w2 · h1 + b2),   h = w3 ∗ h2 + b3
 
-`pre` is the pre-activation of the first layer, the part of it that depends on the condition alone, with the bias.
+`pre` is the pre-activation of the first layer: the part that depends on the condition alone, plus the bias.
 """
 
 from __future__ import annotations
@@ -39,20 +39,20 @@ def step_network(
 ) -> Tensor:
     """The output `w3 ∗ relu(w2 · relu(w1 ∗ z1 + pre) + b2) + b3` of an injector's or coupling's network, in the dtype of pre.
 
-    Zero padding keeps the size. Differentiable with respect to every tensor, which are all that is saved; the hidden layers
-    are recomputed.
+    Zero padding preserves the size. The network is differentiable with respect to every tensor; only its arguments are saved,
+    and the hidden layers are recomputed in the backward pass.
 
     Args:
         z1: (B, C, H, W) of any floating-point dtype, or None with w1 None.
-        pre: (B, hidden, H, W): the pre-activations that the condition decides.
+        pre: (B, hidden, H, W), the pre-activation.
         w1: (hidden, C, 3, 3).
         w2: (hidden, hidden, 1, 1).
         b2: (hidden,).
         w3: (outputs, hidden, 3, 3).
         b3: (outputs,).
-        tf32: Permit TF32 on a GPU; PyTorch's flags may forbid it to the reference.
+        tf32: Permit TF32 on a GPU; for the reference, PyTorch's flags may forbid it.
         backend: "auto", "reference", "native" for float32 and float64 tensors on the CPU, or "triton" for CUDA tensors that
-            are not float64, which "auto" does not take before it has been measured on a GPU.
+            are not float64. "auto" does not take "triton" until it has been measured on a GPU.
 
     Returns:
         h (B, outputs, H, W).

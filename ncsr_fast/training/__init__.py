@@ -1,4 +1,4 @@
-"""Training: the encoder by L1, then the flow by its likelihood."""
+"""Training of the encoder by an L1 loss, then of the flow by its likelihood."""
 
 from ncsr_fast.training.lock import RunInUse
 from ncsr_fast.training.loop import TrainingDiverged, TrainingOutOfMemory, train

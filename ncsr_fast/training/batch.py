@@ -1,4 +1,4 @@
-"""From the bytes of a batch and the random numbers of its step to what a step is trained on, on the device."""
+"""Preparation of a batch on the device, from the bytes of its crops and the random numbers of its step."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ncsr_fast.training.settings import TrainSettings
 
 
 class Draws(NamedTuple):
-    """The random numbers of a step: nothing else in it is random, and they are drawn before it, so it can be a graph."""
+    """The random numbers of a step, drawn before it, so that the step itself can be captured as a graph."""
 
     std: Tensor  # (B, 1, 1, 1), uniform in [0, 1)
     noise: Tensor  # (B, 3, crop, crop), standard normal
@@ -25,12 +25,12 @@ class Draws(NamedTuple):
     reference: Tensor  # (B,) bool, all alike: the mean of the prior is the reference's
 
     @classmethod
-    def of_step(cls, step: int, settings: TrainSettings, generator: torch.Generator, share: slice = slice(None)) -> Draws:
-        """Those of the crops `share` of step number `step`: decided by the seed, the step and the crop's place in the batch.
+    def at_step(cls, step: int, settings: TrainSettings, generator: torch.Generator, share: slice = slice(None)) -> Draws:
+        """The random numbers of the crops `share` of a step, which depend on seed, step and place in the batch.
 
-        Every process draws the numbers of the whole batch, so that several of them add the noise that one would.
+        Every process draws the numbers of the whole batch, so that the noise does not depend on the number of processes.
         """
-        # hashed, since a CPU's generator looks at the low 32 bits of a seed alone
+        # hashed, because a CPU's generator reads only the low 32 bits of a seed
         generator.manual_seed(random.Random(f"{settings.seed}/noise/{step}").getrandbits(63))
         batch, options = settings.batch, {"generator": generator, "device": generator.device}
         drawn = cls(
@@ -51,7 +51,7 @@ class Batch(NamedTuple):
     target: Tensor  # what the flow is of: hr, or its residual of the base that lr is enlarged to
     noisy_target: Tensor
     noisy_lr: Tensor
-    noise: Tensor | None  # what the flow is conditioned on
+    noise: Tensor | None  # noise condition of the flow
 
 
 def prepare(hr: Tensor, lr: Tensor | None, draws: Draws, settings: TrainSettings) -> Batch:
@@ -87,7 +87,7 @@ def residual(hr: Tensor, lr: Tensor, settings: TrainSettings) -> Tensor:
 
 
 def augmented(images: Tensor, draws: Draws) -> Tensor:
-    """Square images (B, C, S, S) mirrored where `flips` says, then turned by `turns` quarters, counter-clockwise."""
+    """Square images (B, C, S, S), mirrored if `flips`, then turned counter-clockwise by `turns` quarters."""
     flips, turns = draws.flips[:, None, None, None], draws.turns[:, None, None, None]
     images = torch.where(flips, images.flip(3), images)
     images = torch.where(turns >= 2, images.flip((2, 3)), images)

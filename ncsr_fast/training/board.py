@@ -11,10 +11,10 @@ from torch import Tensor
 
 
 class Board:
-    """Writes to a folder that `tensorboard --logdir` shows, each stage to a folder of its own: they count their own steps.
+    """Writer of a folder for `tensorboard --logdir`, with a subfolder for each stage, because stages count their own steps.
 
-    The first thing written of a stage says where its curves go on: what a run that was stopped wrote of that step and of
-    later ones is not shown, since the resumed run writes it again.
+    The first value of a stage marks the step at which its curves continue. Values that a stopped run wrote for this step and
+    later steps are hidden, because the resumed run writes them again.
 
     Raises:
         ImportError: TensorBoard is not installed.
@@ -29,16 +29,16 @@ class Board:
         self._writers: dict[str, Any] = {}
 
     def scalars(self, step: int, stage: str, values: Mapping[str, float]) -> None:
-        """Points of the curves `stage`/name."""
+        """Write points of the curves `stage`/name."""
         for name, value in values.items():
             self._writer(stage, step).add_scalar(f"{stage}/{name}", value, step)
 
     def image(self, step: int, stage: str, name: str, image: Tensor) -> None:
-        """`image` is (3, H, W) in [0, 1]; a NaN is black."""
+        """Write an image (3, H, W) in [0, 1]; NaN is black."""
         self._writer(stage, step).add_image(f"{stage}/{name}", image.detach().float().nan_to_num(0).clamp(0, 1).cpu(), step)
 
     def close(self) -> None:
-        """Write what is left."""
+        """Write everything that is still buffered."""
         for writer in self._writers.values():
             writer.close()
         self._writers.clear()

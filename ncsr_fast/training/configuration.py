@@ -1,4 +1,4 @@
-"""A training run from a YAML, a preset and overrides: its settings, checked, and the folder it goes in."""
+"""Configuration of a training run from a YAML file, a preset and overrides: its checked settings, and its folder."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from ncsr_fast.systems import SYSTEMS
 from ncsr_fast.training.published import RENAMED, from_published
 from ncsr_fast.training.settings import PUBLISHED, TrainSettings
 
-# the paper's: the noise-conditional layer in the first two blocks, in all, of the noise's standard deviation, noise
-# without the layer, no noise
+# the paper's variants: conditioned on the noise in the first two blocks, in all blocks, on its standard deviation, with noise
+# but not conditioned on it, no noise
 VARIANTS = ("noise", "noise-all", "std", "no-layer", "srflow")
-_BESIDE = ("preset", "variant", "run")  # keys of a YAML that are no fields of TrainSettings
+_BESIDE = ("preset", "variant", "run")  # keys of a YAML file that are not fields of TrainSettings
 _NOISE = ("noise_channels", "noise_steps")
 
 
 @dataclass(frozen=True)
 class Configuration:
-    """A run: its settings, its folder (None where nothing names one), and what of a published YAML is not followed."""
+    """A run: its settings, its folder (None if none is named), and a report of ignored keys of a published YAML file."""
 
     settings: TrainSettings
     run: str | None
@@ -35,15 +35,15 @@ class Configuration:
 
 
 def configure(path: str | os.PathLike | None = None, overrides: Mapping[str, Any] | None = None) -> Configuration:
-    """The run of a YAML: defaults < preset < variant < the YAML at `path` < `overrides`.
+    """The run of a YAML file; precedence rises in the order defaults, preset, variant, YAML file, `overrides`.
 
     Args:
-        path: YAML with the fields of TrainSettings, flat, and `preset`, `variant` and `run`; its `model` holds fields of
-            NCSRConfig over the preset's. Or a published YAML, known by its network_G, which stands for a preset.
-        overrides: The same keys; texts are read as a YAML's would be.
+        path: A YAML file with the fields of TrainSettings, and `preset`, `variant` and `run`; its `model` has fields of
+            NCSRConfig that override the preset's. Or a published YAML file, recognised by its network_G, instead of a preset.
+        overrides: The same keys; texts are read as in a YAML file.
 
     Raises:
-        ValueError: A wrong value; the message has one line for each.
+        ValueError: There are wrong values; the message has one line for each.
     """
     path = None if path is None else os.fspath(path)
     overrides, given = dict(overrides or {}), _read(path) if path is not None else {}
@@ -55,7 +55,7 @@ def configure(path: str | os.PathLike | None = None, overrides: Mapping[str, Any
         name, given, architecture = str(given.get("name") or name), {}, base.pop("model")
         if "preset" in overrides:
             raise ValueError(
-                f"preset: {problems.file} is a published YAML and has an architecture of its own; give one of the two"
+                f"preset: {problems.file} is a published YAML file, which has its own architecture; give one of the two"
             )
     else:
         preset = problems.choice("preset", overrides.get("preset", given.get("preset", "ncsr-x4")), tuple(PUBLISHED))
@@ -77,7 +77,7 @@ def configure(path: str | os.PathLike | None = None, overrides: Mapping[str, Any
     if variant is not None and "max_std" not in {**given, **overrides}:
         if variant == "srflow":
             values["max_std"] = 0.0
-        elif not base["max_std"]:  # SRFlow's own: a variant with noise takes the paper's
+        elif not base["max_std"]:  # SRFlow's value; a variant with noise needs the paper's
             values["max_std"] = PUBLISHED[f"ncsr-x{model.scale}"]["max_std"]
     settings = _validated(TrainSettings, values, problems)
     run = overrides.get("run", given.get("run", f"runs/{name}" if name else None))
@@ -88,11 +88,11 @@ def configure(path: str | os.PathLike | None = None, overrides: Mapping[str, Any
 
 
 class _Problems:
-    """Lines about wrong values, raised together."""
+    """Messages about wrong values, raised together."""
 
     def __init__(self, file: str | None, overrides: Mapping[str, Any]) -> None:
         self.file, self.overrides, self.lines = file, overrides, []
-        self.keys: Mapping[str, str] = {}  # what the file calls a field, where that is not its name
+        self.keys: Mapping[str, str] = {}  # the file's key of a field, if it is not the field's name
 
     def add(self, key: str, text: str, separator: str = ": ") -> None:
         field = key.partition("[")[0]
@@ -101,7 +101,7 @@ class _Problems:
         self.lines.append(f"{key}{separator}{text}")
 
     def choice(self, key: str, value: Any, choices: tuple[str, ...]) -> str:
-        """`value`, or the first of the choices so that the other values can be checked too."""
+        """`value`, or after a problem the first choice, so that the other values can be checked too."""
         if value in choices:
             return value
         self.add(key, f"should be one of {', '.join(choices)}, not {value!r}")
@@ -127,9 +127,9 @@ def _read(path: str | os.PathLike) -> dict[str, Any]:
         values = yaml.safe_load(Path(path).read_bytes())
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1
-        raise ValueError(f"{os.fspath(path)}: line {line}: {error.problem or 'no YAML'}") from error
+        raise ValueError(f"{os.fspath(path)}: line {line}: {error.problem or 'not YAML'}") from error
     except yaml.YAMLError as error:
-        raise ValueError(f"{os.fspath(path)}: no YAML: {error}".replace("\n", " ")) from error
+        raise ValueError(f"{os.fspath(path)}: not YAML: {error}".replace("\n", " ")) from error
     if not isinstance(values, dict):
         raise ValueError(f"{os.fspath(path)}: should hold `key: value` lines, not {type(values).__name__} {str(values)[:40]!r}")
     return values
@@ -144,7 +144,7 @@ def _published(options: Mapping[str, Any], problems: _Problems) -> tuple[dict[st
 
 
 def _model(base: Mapping[str, Any], variant: str | None, given: Any, overrides: Any, problems: _Problems) -> NCSRConfig:
-    """The architecture of `base` with a variant's noise and the fields that are given, or any other after a problem."""
+    """The architecture of `base` with a variant's noise and the given fields; after a problem, any architecture."""
     fields = {}
     for section in (given, overrides):
         if section is not None and not isinstance(section, Mapping):
@@ -154,7 +154,7 @@ def _model(base: Mapping[str, Any], variant: str | None, given: Any, overrides: 
     problems.unknown(fields, tuple(field.name for field in dataclasses.fields(NCSRConfig)), "model.")
     values = {**base, **fields}
     if variant is not None:
-        # the layers of a variant follow the depth and the scale that the model ends up with
+        # the noise steps of a variant depend on the final depth and scale of the model
         plain = {key: value for key, value in values.items() if key not in _NOISE}
         shape = _validated(NCSRConfig, plain, problems, "model")
         if shape is None:
@@ -164,17 +164,20 @@ def _model(base: Mapping[str, Any], variant: str | None, given: Any, overrides: 
 
 
 def _noise(variant: str, shape: NCSRConfig) -> dict[str, Any]:
-    """What a variant makes of the noise-conditional layer."""
+    """The noise fields of NCSRConfig for a variant."""
     if variant == "srflow":
         return {"noise_channels": 0, "noise_steps": ()}
-    depth = 16 if shape.scale == 8 else shape.steps  # ×8 has K = 20, and the layer in the last 16 steps of a block
+    depth = 16 if shape.scale == 8 else shape.steps  # ×8 has K = 20 steps, of which the last 16 have the noise coupling
     steps = {"noise-all": (shape.steps,) * shape.levels, "no-layer": (0,) * shape.levels}
-    first_two = (0,) * (shape.levels - 2) + (depth, depth)  # "first" as in sampling; levels count from the HR side
+    first_two = (0,) * (shape.levels - 2) + (
+        depth,
+        depth,
+    )  # "first" in the order of sampling; levels are counted from the HR side
     return {"noise_channels": 1 if variant == "std" else 3, "noise_steps": steps.get(variant, first_two)}
 
 
 def _validated(kind: type, values: Mapping[str, Any], problems: _Problems, section: str = "") -> Any:
-    """The dataclass `kind` of these values, or None after adding what is wrong with them."""
+    """The dataclass `kind` of these values, or None after adding their problems."""
     pydantic = _optional("pydantic")
     hints = typing.get_type_hints(kind)
     values = {key: _meant(value, hints[key]) for key, value in values.items() if key in hints}
@@ -187,7 +190,7 @@ def _validated(kind: type, values: Mapping[str, Any], problems: _Problems, secti
 
 
 def _meant(value: Any, hint: Any) -> Any:
-    """What a YAML or a command line means by `value`, where pydantic alone would read it otherwise."""
+    """`value` as a YAML file or a command line means it, where pydantic alone would read it differently."""
     kinds = {hint, *typing.get_args(hint)}
     if typing.get_origin(hint) is tuple:
         items = value if isinstance(value, (list, tuple)) else [value]
@@ -195,10 +198,10 @@ def _meant(value: Any, hint: Any) -> Any:
     if isinstance(value, str) and types.NoneType in kinds and value.lower() in ("none", "null"):
         return None
     if kinds & {int, float} and isinstance(value, bool):
-        return str(value).lower()  # `batch: yes` does not ask for one crop
+        return str(value).lower()  # so that `batch: yes` is not read as 1
     if int in kinds and isinstance(value, str):
         try:
-            return float(value)  # 1e5, a text to YAML 1.1; pydantic takes floats that are whole
+            return float(value)  # YAML 1.1 reads 1e5 as a text; pydantic accepts whole floats as integers
         except ValueError:
             return value
     return value
@@ -212,7 +215,7 @@ _EXPECTED = {
 
 
 def _messages(errors: list[dict[str, Any]], section: str) -> Iterator[tuple[str, str, str]]:
-    """(key, text, what stands between them) of each of pydantic's errors."""
+    """(key, text, separator) of each of pydantic's errors."""
     for error in errors:
         places = [section] * bool(section) + [str(part) for part in error["loc"] if isinstance(part, str)]
         key = ".".join(places) + "".join(f"[{part}]" for part in error["loc"] if isinstance(part, int))
@@ -233,4 +236,4 @@ def _optional(name: str) -> types.ModuleType:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise ImportError(f"settings of a training run need {name} to be read: pip install 'ncsr_fast[train]'") from error
+        raise ImportError(f"reading the settings of a training run needs {name}: pip install 'ncsr_fast[train]'") from error

@@ -1,4 +1,4 @@
-"""Where a loss or a gradient that is not finite began: which level, step and tensor."""
+"""The origin of a loss or a gradient that is not finite: level, step and tensor."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from ncsr_fast.flow.level import FlowLevel
 from ncsr_fast.model import NCSR
 from ncsr_fast.training.batch import Batch
 
-_FLAT = 0.95  # of the pixels are equal to their neighbours; of photographs it is less than half, in an even sky too
+_FLAT = 0.95  # share of pixels equal to their neighbours; below half in photographs, even of a clear sky
 
 
 def first_nonfinite(
     model: NCSR, objective: nn.Module, inputs: tuple[Tensor | None, ...], batch: Batch | None = None
 ) -> str | None:
-    """The first tensor that is not finite in a step of `objective` on `inputs`, as the weights are now; None if all are.
+    """The first tensor that is not finite in a step of `objective` on `inputs` with the present weights; None if all are.
 
-    In the order of computation: weights, the likelihood of `batch` if it is given, the loss, gradients from the end. Slow,
-    and it waits for the device. The gradients there were are dropped.
+    The order is that of computation: weights, the likelihood of `batch` if given, the loss, gradients from the last to the
+    first. The search is slow, waits for the device, and drops existing gradients.
     """
     with torch.no_grad():
         found = _in_weights(model) or (_in_likelihood(model, batch) if batch is not None else None)
@@ -65,7 +65,7 @@ def _in_gradients(model: NCSR, parts: Tensor) -> str | None:
     parts[0].backward()
     bad = [(name, p.grad) for name, p in model.named_parameters() if p.grad is not None and not _finite(p.grad)]
     if bad:
-        name, gradient = bad[-1]  # backward comes to the last level first
+        name, gradient = bad[-1]  # the backward pass reaches the last level first
         return f"gradient of {_place(model, name, gradient, last=True)}"
     largest = {name: float(p.grad.abs().max()) for name, p in model.named_parameters() if p.grad is not None}
     if not _finite(torch.nn.utils.clip_grad_norm_(model.parameters(), math.inf)):
@@ -75,7 +75,7 @@ def _in_gradients(model: NCSR, parts: Tensor) -> str | None:
 
 
 def without_texture(images: Tensor) -> Tensor:
-    """(B,) bool: which of the uint8 images (B, C, H, W) are flat, nearly all pixels equal to their neighbours along a side.
+    """For uint8 images (B, C, H, W), a bool (B,): True if nearly all pixels equal their neighbours along an axis.
 
     Without noise such images have no density, and the likelihood of a flow that is trained on them grows without bound.
     """
@@ -85,19 +85,21 @@ def without_texture(images: Tensor) -> Tensor:
 
 
 def _place(model: NCSR, name: str, tensor: Tensor, last: bool = False) -> str:
-    """A parameter by name; one of a level by level and step as well, the first or the last of its steps that are not finite."""
+    """The name of a parameter; in a level also the level and its first or last step that is not finite."""
     kind, index, *rest = name.split(".")
     if kind != "levels" or rest[0].startswith("split"):
         return name
     level = model.levels[int(index)]
     bad = (~tensor.isfinite()).flatten(1).any(dim=1).nonzero().flatten().tolist()
     count = level.transition_steps + level.steps
-    number = bad[-1 if last else 0] + count - len(tensor)  # networks have no transition steps; noise networks the last only
+    number = (
+        bad[-1 if last else 0] + count - len(tensor)
+    )  # networks exist in no transition step, and noise networks only in the last steps
     return f"{'.'.join(rest)} of level {int(index) + 1}, {_step(level, number)}"
 
 
 def _step(level: FlowLevel, number: int) -> str:
-    """Of all steps of a level, counted from 0, as `Origin` and `InvertibilityReport` count them."""
+    """The name of a level's step, given its number among all steps; `Origin` and `InvertibilityReport` count likewise."""
     step = number - level.transition_steps
     return f"step {step}" if step >= 0 else f"transition step {number}"
 

@@ -1,4 +1,4 @@
-"""The folder of a run before anything is written to it: whose it is, and that it is no place the run reads from."""
+"""Checks of a run's folder before anything is written: it belongs to the run, and the run does not read from it."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from ncsr_fast.training.lock import is_lock
 from ncsr_fast.training.run import stored_settings
 from ncsr_fast.training.settings import TrainSettings
 
-_TEMPORARY = re.compile(r"\.settings\.json\.\w+\.json")  # which a start that is killed leaves, and the lock
+_TEMPORARY = re.compile(r"\.settings\.json\.\w+\.json")  # left with the lock by a start that was killed
 
 
 def check_folder(settings: TrainSettings, folder: Path) -> None:
     """Check that a run may write to `folder`. Nothing is written.
 
     Raises:
-        ValueError: The folder holds something and is no run's; or the run would train on its own samples, or replace the
-            weights that it begins with.
+        ValueError: The folder has other contents than a run's; or the run would train on its own samples, or replace the
+            weights that it starts from.
         OSError: The folder cannot be read.
     """
     _check_ours(folder)
@@ -30,7 +30,7 @@ def check_folder(settings: TrainSettings, folder: Path) -> None:
         weights = getattr(settings, name)
         if weights is not None and os.path.exists(weights) and holds(folder, weights):
             raise ValueError(
-                f"{name}: {weights!r} is in the run's folder {str(folder)!r}, which the run writes its own models to; "
+                f"{name}: {weights!r} is in the run's folder {str(folder)!r}, to which the run writes its own models; "
                 "choose another folder"
             )
     for name, place in _image_places(settings):
@@ -38,19 +38,19 @@ def check_folder(settings: TrainSettings, folder: Path) -> None:
 
 
 def _check_ours(folder: Path) -> None:
-    """Raise for a folder that holds more than a run does, or than a start that was killed leaves."""
+    """Raise for a folder with other contents than those of a run or of a start that was killed."""
     if not folder.is_dir() or stored_settings(folder) is not None:
         return
     others = sorted(path.name for path in folder.iterdir() if not is_lock(path) and not _TEMPORARY.fullmatch(path.name))
     if others:
         raise ValueError(
-            f"{str(folder)!r} holds {named(others)} and no settings.json, so that it is no run's folder, and a run might "
-            "replace what is in it; choose a folder that is new or empty"
+            f"{str(folder)!r} contains {named(others)} and no settings.json, so it is not a run's folder, and a run might "
+            "replace its contents; choose a new or empty folder"
         )
 
 
 def _check_outside(name: str, place: Path, folder: Path) -> None:
-    """Refuse a run whose samples would be among the images at the next start."""
+    """Raise if the samples of the run would be among its images at the next start."""
     if not place.is_dir():
         return
     for origin in Search(place, SUFFIXES).origins:
@@ -62,8 +62,8 @@ def _check_outside(name: str, place: Path, folder: Path) -> None:
             )
         if holds(folder, origin):
             raise ValueError(
-                f"{name}: {str(place)!r} has images in the run's folder {str(folder)!r}{linked}, which would be trained on its "
-                "own samples; choose another folder"
+                f"{name}: {str(place)!r} has images in the run's folder {str(folder)!r}{linked}, and the run would train on "
+                "its own samples; choose another folder"
             )
 
 

@@ -1,4 +1,4 @@
-"""One writer for a run folder: a lock on RUN/lock, whose text says who holds it."""
+"""A single writer for a run's folder: a lock on RUN/lock, whose text names the process that holds it."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # from file systems without them
-_TEXT = b'{"pid": '  # which the text of a lock begins with
-_held: set[int] = set()  # descriptors
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # from file systems without locks
+_TEXT = b'{"pid": '  # beginning of the text of a lock
+_held: set[int] = set()  # descriptors of locks
 
 
 class RunInUse(OSError):
@@ -28,21 +28,21 @@ class RunInUse(OSError):
 
 @contextlib.contextmanager
 def sole_writer(folder: Path) -> Iterator[None]:
-    """Be the one process that writes to `folder`, which is made if need be.
+    """A context in which this process is the only writer of `folder`, which is made if needed.
 
-    The lock is the operating system's (`flock`): it ends with the process that holds it, however that ends, and a lock
-    file left by a killed process is no obstacle. On leaving, the lock file is removed, and with it the folders made here in
-    which nothing was put: a start that fails leaves nothing behind.
+    The lock is the operating system's (`flock`). It ends with the process that holds it, however the process ends, so a lock
+    file left by a killed process is no obstacle. When the context ends, the lock file is removed, and so are folders made
+    here that are still empty: a start that fails leaves nothing behind.
 
-    On NFS the lock holds between machines if the mount has locks, as it has by default; with the mount options `nolock` or
-    `local_lock` it holds among the processes of one machine only. Where there are no locks at all, a warning says so.
+    On NFS the lock holds between machines if the mount has locks, which is the default; with the mount options `nolock` or
+    `local_lock` it holds only among processes of one machine. If there are no locks at all, a warning says so.
 
     Raises:
         RunInUse: Another process holds the lock; the message says which, where, and since when.
         OSError: The folder cannot be made or written to.
     """
     if folder.exists() and not folder.is_dir():
-        raise NotADirectoryError(f"{str(folder)!r} is a file, and a run needs a folder; choose another")
+        raise NotADirectoryError(f"{str(folder)!r} is a file, but a run needs a folder; choose another")
     path, descriptor = folder / "lock", None
     made = [place for place in (folder, *folder.parents) if not place.exists()]
     try:
@@ -62,13 +62,13 @@ def sole_writer(folder: Path) -> Iterator[None]:
                 path.unlink()
             _held.discard(descriptor)
             os.close(descriptor)
-        with contextlib.suppress(OSError):  # the first that is not empty
+        with contextlib.suppress(OSError):  # up to the first folder that is not empty
             for place in made:
                 place.rmdir()
 
 
 def is_lock(path: Path) -> bool:
-    """True for the lock file of a process, or what is left of one that was killed."""
+    """True for a lock file, of a living process or left by a killed one."""
     if path.name != "lock" or not path.is_file():
         return False
     with open(path, "rb") as file:
@@ -76,7 +76,7 @@ def is_lock(path: Path) -> bool:
 
 
 def _acquire(path: Path) -> int | None:
-    """The descriptor of the locked file, None on a system without locks."""
+    """The descriptor of the locked file; None on a system without locks."""
     if fcntl is None:
         _warn(path, "this system has no flock")
         return None
@@ -88,7 +88,7 @@ def _acquire(path: Path) -> int | None:
             holder = _holder(os.read(descriptor, 4096))
             os.close(descriptor)
             raise RunInUse(
-                f"{str(path.parent)!r} is in use: {holder}; wait until it ends or stop it, or choose another folder"
+                f"{str(path.parent)!r} is in use: {holder}; wait until that process ends, stop it, or choose another folder"
             ) from None
         except OSError as error:
             if error.errno not in _NO_LOCKS:
@@ -100,7 +100,7 @@ def _acquire(path: Path) -> int | None:
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, json.dumps(text).encode(), 0)
             return descriptor
-        os.close(descriptor)  # its holder removed it on leaving, after it was opened here
+        os.close(descriptor)  # its holder removed the file after it was opened here
 
 
 def _is_at(descriptor: int, path: Path) -> bool:
@@ -113,19 +113,17 @@ def _is_at(descriptor: int, path: Path) -> bool:
 def _holder(text: bytes) -> str:
     try:
         found = json.loads(text)
-        return f"process {found['pid']} on {found['host']} has been training in it since {found['since']}"
-    except (ValueError, KeyError, TypeError):  # it is being written
-        return "another process has begun to train in it"
+        return f"process {found['pid']} on {found['host']} has been training in this folder since {found['since']}"
+    except (ValueError, KeyError, TypeError):  # the text is being written
+        return "another process has begun to train in this folder"
 
 
 def _warn(path: Path, reason: str) -> None:
-    warnings.warn(
-        f"{str(path.parent)!r} cannot be locked ({reason}): see to it yourself that no second run writes to it", stacklevel=5
-    )
+    warnings.warn(f"{str(path.parent)!r} cannot be locked ({reason}): make sure that no second run writes to it", stacklevel=5)
 
 
 def _leave_to_parent() -> None:
-    """Close the locks in a forked child: a worker that outlives a killed run would hold its lock."""
+    """Close the locks in a forked child, because a worker that outlives a killed run would hold the lock."""
     while _held:
         os.close(_held.pop())
 

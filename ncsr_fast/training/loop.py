@@ -1,4 +1,4 @@
-"""The run of both stages, and the training loop of one."""
+"""A run of both stages, and the training loop of a stage."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ from ncsr_fast.training.stages import EncoderStage, FlowStage, Stage
 from ncsr_fast.training.start import Start, prepared
 from ncsr_fast.training.validation import Validation, lower
 
-_EXAMINED = 256  # crops looked at after a run has diverged
-_NAMED = 5  # images an error spells out
+_EXAMINED = 256  # crops examined after a run has diverged
+_NAMED = 5  # images that an error names
 
 
 class TrainingDiverged(ArithmeticError):
@@ -46,35 +46,35 @@ class TrainingOutOfMemory(MemoryError):
 
 
 def train(settings: TrainSettings, folder: str | os.PathLike, device: str = "auto", *, report: Sequence[str] = ()) -> NCSR:
-    """Train a model from nothing to `folder`/model, or go on where a run in `folder` was stopped.
+    """Train a model and write it to `folder`/model, or resume a stopped run in `folder`.
 
-    A run that is stopped at any moment, by whatever, and started again ends with the same weights, bit for bit, as one that
-    was not (on a GPU as far as PyTorch's kernels there are deterministic). There is no state of a random generator to
-    restore: the crops, the noise and the learning rate of a step are decided by the seed and its number alone. A run that is
-    resumed with other images warns of it.
+    A run that is stopped at any moment and started again ends with the same weights, bit for bit, as an uninterrupted run
+    (on a GPU as far as PyTorch's kernels are deterministic). No random generator needs to be restored: the crops, the noise
+    and the learning rate of a step depend only on the seed and the step's number. Resuming a run with other images gives a
+    warning.
 
-    Everything is checked before the first file is written, and a start that fails leaves nothing behind. One process at a
-    time trains in a folder: see `sole_writer`.
+    Everything is checked before the first file is written, and a start that fails leaves nothing behind. Only one process at
+    a time trains in a folder: see `sole_writer`.
 
-    Started by torchrun in several processes, these train together: `settings.batch` is the batch of all of them, and they do
-    to it what one process would.
+    Several processes started by torchrun train together: `settings.batch` is the batch of all of them, and the result is that
+    of one process.
 
     Args:
-        settings: Of the run.
-        folder: The run's: new, empty, or that of a run, and outside the folders of images.
+        settings: The settings of the run.
+        folder: The folder of the run: new, empty, or of a stopped run, and outside the folders of images.
         device: "auto", "cpu", "cuda" or "cuda:1" and so on.
-        report: Lines for RUN/published_options.txt.
+        report: Lines to write to RUN/published_options.txt.
 
     Returns:
-        The model, in eval mode, float32.
+        The trained model, in eval mode and float32.
 
     Raises:
-        ValueError, OSError, ImportError: The run cannot start; the message names the settings or files, a line for each.
+        ValueError, OSError, ImportError: The run cannot start; the message names the settings or files, one per line.
         RunInUse: Another process trains in the folder.
-        OtherProcessFailed: The run cannot start in another of the processes.
-        TrainingDiverged: `max_skipped` steps in a row were not finite; the last checkpoint is kept.
+        OtherProcessFailed: The run cannot start in another process.
+        TrainingDiverged: `max_skipped` steps in a row were not finite; the last checkpoint stays.
         TrainingOutOfMemory: A step needs more memory than there is.
-        TrainingStopped: On SIGTERM or Ctrl-C, after saving.
+        TrainingStopped: SIGTERM or Ctrl-C was received; the run has saved itself.
     """
     folder = Path(folder).expanduser()
     with joined(device) as processes, StopSignals() as signals, ExitStack() as stack:
@@ -88,7 +88,7 @@ def train(settings: TrainSettings, folder: str | os.PathLike, device: str = "aut
         model, run = start.model.to(processes.device).train(), start.run
         # of each machine its own
         start.crops.keep_decoded(folder / "cache" / platform.node(), int(settings.cache_gib * 2**30))
-        processes.wait()  # for what the first of them removed or made
+        processes.wait()  # until the first process has removed or made files
         validation = Validation(model, run, processes, start.pairs)
         try:
             if settings.encoder_steps and "flow" not in start.checkpoints:
@@ -105,17 +105,17 @@ def train(settings: TrainSettings, folder: str | os.PathLike, device: str = "aut
         run.save_model(model, "model")
         if processes.first:
             remove_caches(run.folder / "cache")
-        processes.wait()  # until the model is there for whoever reads it next
+        processes.wait()  # until the model is written, for programs that read it next
     return model
 
 
 def _warn_of_other_images(start: Start) -> None:
-    """Say, and log after the steps done so far, that the run goes on with other images."""
+    """Warn, and log after the steps done so far, that the run continues with other images."""
     stage, checkpoint = next(iter(start.checkpoints.items()), ("encoder", {"step": 0}))
     start.run.log(stage, checkpoint["step"], event="other images", changed=start.changed)
     warnings.warn(
-        f"the images are not those that the run in {str(start.run.folder)!r} began with: {start.changed}. It goes on with "
-        "them, and will not end as it would have with the others",
+        f"the images are not those that the run in {str(start.run.folder)!r} began with: {start.changed}. The run "
+        "continues with the new images, and its result will differ",
         stacklevel=3,
     )
 
@@ -140,19 +140,19 @@ class StageLoop:
         groups = stage.groups()
         self.base_rates = [group["lr"] for group in groups]
         self.optimizer = adam(groups, lr=0.0, betas=self.settings.betas, weight_decay=self.settings.weight_decay)
-        self.best: float | None = None  # of the validations so far
+        self.best: float | None = None  # lowest nll so far
         self.first = 0
         self.step: TrainingStep | None = None
-        self.reported = 0  # skipped steps that are in the log
+        self.reported = 0  # number of skipped steps in the log
 
     def run(self, checkpoints: dict[str, dict]) -> None:
-        """Train from the stage's checkpoint among `checkpoints`, which is taken from them, or from the first step."""
+        """Train from the stage's checkpoint, which is removed from `checkpoints`, or from the first step."""
         settings, steps = self.settings, self.stage.steps
         checkpoint = checkpoints.pop(self.stage.name, None)
         if checkpoint is not None:
             self.first = checkpoint["step"]
         self.begin(self.first, checkpoint)
-        del checkpoint  # the weights in it are copied
+        del checkpoint  # its weights have been copied
         self.run_folder.rewind(self.stage.name, self.first)
         self._validate_after_checkpoint()
         losses: list[Tensor] = []
@@ -175,7 +175,7 @@ class StageLoop:
                     self._log(done, losses, norm, elapsed, waited, progress)
                     losses.clear()
                     waited, started = 0.0, time.perf_counter()
-                # what a run that is stopped before this has done since the previous checkpoint, its log included, is done again
+                # a run stopped before this line repeats the steps since the previous checkpoint, and their log
                 stop = self.processes.largest(self.signals.received)
                 if done % settings.save_every == 0 or done == steps or stop:
                     self.save(done)
@@ -185,7 +185,7 @@ class StageLoop:
                         f"{str(self.run_folder.folder)!r}; the same command resumes the run",
                         stop,
                     )
-                if self._is_validated(done):  # after the checkpoint: whatever happens here, the training is not lost
+                if self._is_validated(done):  # after the checkpoint, so that an error in validation loses no training
                     paused = time.perf_counter()
                     self.best = self.validation(self.stage, done, self.best)
                     started += time.perf_counter() - paused
@@ -194,17 +194,19 @@ class StageLoop:
         return done % self.settings.validate_every == 0 or done == self.stage.steps
 
     def _validate_after_checkpoint(self) -> None:
-        """Do the validation that follows the first checkpoint, unless it is in the log already."""
+        """Do the validation that follows the first checkpoint, unless it is already in the log."""
         if not self.first or not self._is_validated(self.first):
             return
-        means, *_ = self.processes.gathered(self.run_folder.validated(self.stage.name, self.first))  # as the first one reads it
+        means, *_ = self.processes.gathered(
+            self.run_folder.validated(self.stage.name, self.first)
+        )  # as the first process reads it
         if means is None:
             self.best = self.validation(self.stage, self.first, self.best)
         else:
             self.best = lower(self.best, means)
 
     def begin(self, number: int, checkpoint: dict | None) -> None:
-        """Be ready for step `number`, after a checkpoint or, at the start of the stage, a look at the first batch."""
+        """Prepare for step `number`, from a checkpoint or, at the start of the stage, from the first batch."""
         self.phase = self.stage.phase(number)
         self.stage.begin_phase(self.phase)
         self.step = None
@@ -214,7 +216,7 @@ class StageLoop:
             self.optimizer.load_state_dict(state)
             self.best = checkpoint["best"]
         elif self.stage.steps:
-            # with the batch of all processes: the same statistics in each, and those that one alone would find
+            # with the batch of all processes, so that the statistics are those of a single process
             everything = slice(None)
             hr, lr, *draws = self.inputs(self.crops.batch(0, self.settings.batch), 0, everything)
             self.stage.initialize(hr, lr, Draws(*draws))
@@ -244,7 +246,7 @@ class StageLoop:
         return step
 
     def advance(self, number: int, inputs: tuple[Tensor | None, ...]) -> tuple[Tensor, Tensor]:
-        """Do step `number`: the parts of its loss, and the gradient norm, on the device."""
+        """Do step `number` and return the parts of its loss and the gradient norm, on the device."""
         phase = self.stage.phase(number)
         if phase != self.phase:
             self.phase = phase
@@ -261,10 +263,10 @@ class StageLoop:
         return iter(crop_loader(self.crops, s.batch, self.first, self.stage.steps, s.workers, p.rank, p.world))
 
     def inputs(self, batch: dict[str, Tensor], number: int, share: slice) -> tuple[Tensor | None, ...]:
-        """What `stage.objective` takes."""
+        """The arguments of `stage.objective`."""
         crops = (batch["hr"], stacked(batch))
         hr, lr = (None if crop is None else crop.to(self.processes.device, non_blocking=True) for crop in crops)
-        return hr, lr, *Draws.of_step(number, self.settings, self.generator, share)
+        return hr, lr, *Draws.at_step(number, self.settings, self.generator, share)
 
     def _progress(self) -> tqdm:
         return tqdm(
@@ -278,7 +280,7 @@ class StageLoop:
 
     def _log(self, done: int, losses: list[Tensor], norm: Tensor, elapsed: float, waited: float, progress: tqdm) -> None:
         parts = torch.stack(losses)
-        sound = parts[parts.isfinite().all(dim=1)]  # a skipped step would make the mean NaN
+        sound = parts[parts.isfinite().all(dim=1)]  # without skipped steps, which would make the mean NaN
         means = dict(zip(self.stage.parts, sound.mean(dim=0).tolist())) if len(sound) else {}
         row = {
             **means,
@@ -293,7 +295,7 @@ class StageLoop:
         progress.set_postfix({key: f"{value:.4f}" for key, value in means.items()})
 
     def _check_skipped(self, number: int) -> None:
-        """Report steps that were skipped since the last look; end the run after too many in a row."""
+        """Report steps skipped since the last call; end the run after too many in a row."""
         done, skipped, in_a_row, last = self.step.counters.tolist()
         if skipped == self.reported:
             return
@@ -315,7 +317,7 @@ class StageLoop:
             )
 
     def _flat_images(self, number: int) -> str:
-        """Advice about images without texture among the crops up to step `number`, where their likelihood has no bound."""
+        """Advice about flat images among the crops up to step `number`, if their likelihood has no bound."""
         if self.stage.name != "flow" or self.settings.max_std > 0:
             return ""
         stop = (number + 1) * self.settings.batch
@@ -331,11 +333,11 @@ class StageLoop:
         )
 
     def _origin(self, number: int) -> str:
-        """Where step `number` was first not finite, in the share of the first process that finds it with the weights it has."""
+        """The first tensor of step `number` that is not finite, from the first process that finds one."""
         share = self.processes.share(self.settings.batch)
         batch = {key: tensor[share] for key, tensor in self.crops.batch(number, self.settings.batch).items()}
         found = self.processes.gathered(self.stage.diagnose(*self.inputs(batch, number, share)))
-        return next((where for where in found if where is not None), "nothing, with the weights as they are by now")
+        return next((where for where in found if where is not None), "nothing, with the present weights")
 
     def save(self, done: int) -> None:
         state = {

@@ -1,9 +1,9 @@
-"""How much memory a training step takes, known before it is run, and what to do when it was too much.
+"""Estimates of the memory of a training step, before it is run, and advice after it ran out of memory.
 
-The step is run on PyTorch's "meta" device, whose tensors have sizes but neither memory nor values: at the crop and batch of
-the run, in less than a minute, on any machine. There the operators are those in plain PyTorch, which keep more: without
-checkpointing a step of ncsr-x4 takes up to 4 % less than is said here, with it as much as is said; small models up to a fifth
-less.
+The step is run on PyTorch's "meta" device, whose tensors have sizes but neither memory nor values. It has the crop and batch of
+the run, takes less than a minute, and runs on any machine. On "meta" the reference operators run, which save more for the
+backward pass, so the estimate is an upper bound. For ncsr-x4 it is exact with checkpointing, and up to 4 % above the real peak
+without; for small models it is up to a fifth too high.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from ncsr_fast.model import NCSR
 from ncsr_fast.training.model import random_model
 from ncsr_fast.training.settings import TrainSettings
 
-_USABLE = 0.9  # of the memory there is; the rest for what is not tensors
-_MEASURED = 8  # crops measured beside one crop; at least, so that what grows with the batch outweighs what does not
+_USABLE = 0.9  # share of the memory that tensors may take
+_MEASURED = 8  # crops in the larger measurement; enough for the part that grows with the batch to dominate
 _GIB = 2**30
 
 
@@ -29,22 +29,22 @@ _GIB = 2**30
 class StepMemory:
     """Bytes of tensors that a step of one stage takes in each process."""
 
-    kept: int  # weights and Adam's state
+    persistent: int  # weights and Adam's state
     gradients: int
     sizes: tuple[int, int]  # two batches that were measured, in crops
-    peaks: tuple[int, int]  # what their steps took beyond `kept`, the gradients included
+    peaks: tuple[int, int]  # bytes that their steps took besides `persistent`, with the gradients
 
     @property
     def per_crop(self) -> float:
         return (self.peaks[1] - self.peaks[0]) / (self.sizes[1] - self.sizes[0])
 
     def total(self, batch: float) -> int:
-        """Of a step of `batch` crops: linear through the two that were measured, and exact there."""
-        return round(self.kept + self.peaks[0] + self.per_crop * (batch - self.sizes[0]))
+        """Bytes of a step of `batch` crops: linear through the two measured batches, and exact for them."""
+        return round(self.persistent + self.peaks[0] + self.per_crop * (batch - self.sizes[0]))
 
     def fitting(self, available: float) -> float:
-        """How many crops take `available` bytes; below 1 where not even one fits."""
-        return (available - self.kept - self.peaks[0]) / self.per_crop + self.sizes[0]
+        """The number of crops that take `available` bytes; below 1 if not even one fits."""
+        return (available - self.persistent - self.peaks[0]) / self.per_crop + self.sizes[0]
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,40 +53,40 @@ class Variant:
 
     precision: str
     checkpoint: bool
-    stages: dict[str, StepMemory]  # by what they are called in the table
+    stages: dict[str, StepMemory]  # by their names in the table
 
     @property
     def worst(self) -> StepMemory:
-        """The stage that takes most as the batch grows."""
+        """The stage whose memory grows fastest with the batch."""
         return max(self.stages.values(), key=lambda step: step.per_crop)
 
     def total(self, batch: float) -> int:
-        """Bytes that the run takes at most."""
+        """The largest number of bytes that a stage of the run takes."""
         return max(step.total(batch) for step in self.stages.values())
 
     def fitting(self, available: float) -> float:
-        """How many crops all stages have room for in the usable part of `available` bytes."""
+        """The number of crops with which every stage fits in the usable part of `available` bytes."""
         return min(step.fitting(_USABLE * available) for step in self.stages.values())
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """What `estimate` found; as a string, a table."""
+    """Result of `estimate`; `str` makes a table of it."""
 
     crop: int
-    batch: int  # crops of each process
+    batch: int  # crops per process
     parameters: int
-    variants: tuple[Variant, ...]  # that of the settings first
+    variants: tuple[Variant, ...]  # the variant of the settings first
     available: int | None  # bytes
 
     @property
     def total(self) -> int:
-        """Bytes of tensors that the run takes at most in each process, as it is configured."""
+        """The largest number of bytes of tensors in each process, as the run is configured."""
         return self.variants[0].total(self.batch)
 
     def __str__(self) -> str:
         stages = list(self.variants[0].stages)
-        head = ["precision", "checkpoint", *stages, "a crop more"]
+        head = ["precision", "checkpoint", *stages, "each crop"]
         head += [f"largest batch in {self.available / _GIB:.1f} GiB"] if self.available else []
         rows = [head]
         for variant in self.variants:
@@ -100,12 +100,12 @@ class MemoryEstimate:
         widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
         table = ["  ".join(text.rjust(width) for text, width in zip(row, widths)) + "".join(row[len(head) :]) for row in rows]
         last = list(self.variants[0].stages.values())[-1]
-        state = last.kept - 4 * self.parameters
+        state = last.persistent - 4 * self.parameters
         notes = [
-            f"Of it: weights {4 * self.parameters / _GIB:.2f}, gradients {last.gradients / _GIB:.2f}, Adam's state "
+            f"This includes weights {4 * self.parameters / _GIB:.2f}, gradients {last.gradients / _GIB:.2f}, Adam's state "
             f"{state / _GIB:.2f}; the rest are activations, which grow with batch · crop².",
-            "Tensors alone: CUDA's context, cuDNN's workspaces and fragmentation come on top (the largest batch leaves a tenth",
-            f"for them), and {last.kept / _GIB:.2f} while a step is captured as a CUDA graph, for a copy of weights and state.",
+            "Only tensors count: CUDA's context, cuDNN's workspaces and fragmentation are extra (the largest batch leaves a",
+            f"tenth for them), as are {last.persistent / _GIB:.2f} for a copy of weights and state, to capture a CUDA graph.",
         ]
         what = f"{self.batch} crops of {self.crop}×{self.crop} pixels, {self.parameters / 1e6:.1f} M weights"
         return "\n".join([f"Memory of a step in each process, GiB: {what}", "", *table, "", *notes])
@@ -114,13 +114,13 @@ class MemoryEstimate:
 def estimate(
     settings: TrainSettings, *, available: int | None = None, processes: int = 1, alternatives: bool = True
 ) -> MemoryEstimate:
-    """The memory of a run with these settings, and with the other precisions and with or without checkpointing.
+    """The memory of a run with these settings, and with other precisions, with and without checkpointing.
 
     Args:
-        settings: Of the run.
-        available: Bytes, to say what batch they hold. None: those of the GPU, where there is one.
-        processes: Number of processes that share the batch, each on a device of its own.
-        alternatives: False leaves out all but the precision and the checkpointing of the settings, in a quarter of the time.
+        settings: The settings of the run.
+        available: Bytes of memory, for which the largest batch is computed. None: the memory of the GPU, if there is one.
+        processes: Number of processes that share the batch, each with its own device.
+        alternatives: False: estimate only the precision and checkpointing of the settings, in a quarter of the time.
     """
     if available is None and torch.cuda.is_available():
         available = available_memory("cuda")
@@ -136,7 +136,7 @@ def estimate(
 
 
 def available_memory(device: torch.device | str) -> int:
-    """Bytes of memory of a GPU, or of the machine for "cpu"; used ones too."""
+    """Bytes of memory of a GPU, or for "cpu" of the machine, including used memory."""
     device = torch.device(device)
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[1]
@@ -144,13 +144,13 @@ def available_memory(device: torch.device | str) -> int:
 
 
 def advice(settings: TrainSettings, error: BaseException, available_bytes: int | None = None, processes: int = 1) -> str:
-    """A message for a run that is out of memory: the memory asked for, and the batches and options that would fit.
+    """A message about a run that ran out of memory, with the batches and options that would fit.
 
     Args:
-        settings: Of the run.
-        error: The error that ended it.
-        processes: That train together.
-        available_bytes: None: all of the GPU's, or of the machine's where there is no GPU.
+        settings: The settings of the run.
+        error: The error that ended the run.
+        available_bytes: Bytes of memory. None: all memory of the GPU, or of the machine if there is no GPU.
+        processes: Number of processes that train together.
     """
     if available_bytes is None:
         available_bytes = available_memory("cuda" if torch.cuda.is_available() else "cpu")
@@ -159,23 +159,25 @@ def advice(settings: TrainSettings, error: BaseException, available_bytes: int |
     what = (str(error).strip() or type(error).__name__).splitlines()[0]
     lines = [
         f"out of memory: {what}",
-        f"By the estimate {found.batch} crops of {settings.crop}×{settings.crop} pixels in {now.precision} with "
+        f"By estimate, {found.batch} crops of {settings.crop}×{settings.crop} pixels in {now.precision} with "
         f"checkpoint={str(now.checkpoint).lower()} take {found.total / _GIB:.2f} GiB of tensors, of "
-        f"{available_bytes / _GIB:.2f} GiB that there are.",
+        f"{available_bytes / _GIB:.2f} GiB available.",
     ]
     if now.fitting(available_bytes) >= found.batch:
         lines.append("That should fit: is something else using this memory? Or give a smaller --batch or --crop.")
         if isinstance(error, torch.cuda.OutOfMemoryError):
-            lines.append("If nothing is (nvidia-smi), it is in pieces: set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True.")
+            lines.append(
+                "If not (see nvidia-smi), the memory is fragmented: set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True."
+            )
     elif options := _options(settings, found, processes):
-        lines += ["What should fit, one of:", *(f"  {option:28} {why}".rstrip() for option, why in options)]
+        lines += ["One of these should fit:", *(f"  {option:28} {why}".rstrip() for option, why in options)]
     else:
-        lines.append("Not even one small crop fits: it takes a smaller model, or a larger machine.")
+        lines.append("Not even one small crop fits: use a smaller model or a larger machine.")
     return "\n".join(lines)
 
 
 def _options(settings: TrainSettings, found: MemoryEstimate, processes: int) -> list[tuple[str, str]]:
-    """Options of the command line that would fit, and what to know of each; those that keep the batch first."""
+    """Options of the command line that would fit, with remarks; options that do not change the batch come first."""
     now, options = found.variants[0], []
     fitting = {variant: math.floor(variant.fitting(found.available)) for variant in found.variants}
     for variant in (variant for variant in found.variants if variant is now or variant.checkpoint):
@@ -189,9 +191,9 @@ def _options(settings: TrainSettings, found: MemoryEstimate, processes: int) -> 
     options = [(option, why) for _, option, why in sorted(options)]
     if fitting[now] >= 1:
         needed = math.ceil(settings.batch / fitting[now])
-        options.append((f"{needed} processes", f"torchrun --nproc-per-node {needed}, with a device for each"))
+        options.append((f"{needed} processes", f"torchrun --nproc-per-node {needed}, with one device per process"))
     unit = settings.crop_unit
-    share = max(now.fitting(found.available), 0) / found.batch  # of the pixels, which is what the activations grow with
+    share = max(now.fitting(found.available), 0) / found.batch  # share of the pixels, with which the activations grow
     crop = math.floor(settings.crop * math.sqrt(share) / unit) * unit
     if crop:
         options.append((f"--crop {crop}", ""))
@@ -204,7 +206,7 @@ def _model(settings: TrainSettings) -> NCSR:
 
 
 def _encoder_stage(settings: TrainSettings, sizes: tuple[int, int]) -> dict[str, StepMemory]:
-    """It is computed in one way whatever the options say."""
+    """The memory of the encoder's stage, which does not depend on the options."""
     from ncsr_fast.training.stages import EncoderStage
 
     return {"encoder stage": _step(settings, EncoderStage, 0, sizes)} if settings.encoder_steps else {}
@@ -225,7 +227,7 @@ def _step(settings: TrainSettings, kind: type, phase: int, sizes: tuple[int, int
     model = _model(settings)
     stage = kind(model, settings)
     stage.begin_phase(phase)
-    # weights without a gradient, as those of a frozen encoder, have no state: Adam makes it at their first step
+    # weights without a gradient, such as a frozen encoder's, have no state, because Adam makes it at their first step
     peaks = tuple(peak_bytes(lambda size=size: _run(stage.objective, settings, size)) for size in sizes)
     weights = sum(_bytes(parameter) for parameter in model.parameters())
     gradients = sum(_bytes(parameter) for parameter in model.parameters() if parameter.grad is not None)
@@ -234,7 +236,7 @@ def _step(settings: TrainSettings, kind: type, phase: int, sizes: tuple[int, int
 
 @torch.enable_grad()
 def _run(objective: nn.Module, settings: TrainSettings, batch: int) -> None:
-    """Forward and backward pass of a step, from the bytes of the crops on."""
+    """Run the forward and backward pass of a step, including the preparation of its batch."""
     from ncsr_fast.training.batch import Draws
 
     objective.zero_grad(set_to_none=True)

@@ -12,7 +12,7 @@ from ncsr_fast.training.settings import TrainSettings
 def random_model(settings: TrainSettings) -> NCSR:
     """A float32 model of the run's architecture, its weights drawn from PyTorch's default generator."""
     before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float32)  # modules make their parameters of it
+    torch.set_default_dtype(torch.float32)  # the dtype of new parameters
     try:
         return NCSR(settings.model, precision=settings.precision, checkpoint=settings.checkpoint)
     finally:
@@ -20,10 +20,10 @@ def random_model(settings: TrainSettings) -> NCSR:
 
 
 def first_model(settings: TrainSettings) -> NCSR:
-    """The model that a run begins with: random weights decided by the seed, then those of `start_from` and `encoder_weights`.
+    """The initial model of a run: random weights given by the seed, replaced by `start_from` and `encoder_weights`.
 
     Raises:
-        FileNotFoundError, CheckpointError: One of the two is not there, cannot be read, or is of another architecture.
+        FileNotFoundError, CheckpointError: One of the two does not exist, cannot be read, or has another architecture.
     """
     torch.manual_seed(settings.seed)
     model = random_model(settings)

@@ -1,4 +1,4 @@
-"""The log of a training run as one picture."""
+"""A plot of the log of a training run."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 Points = list[tuple[int, float]]
 
-# Okabe and Ito's colours, which colour-blind eyes tell apart
+# Okabe and Ito's colours, which colour-blind people can distinguish
 _BLUE, _ORANGE, _GREEN, _RED, _PURPLE, _SKY, _GREY = (
     "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#666666",
 )  # fmt: skip
 _OF_STAGE = {"encoder": _ORANGE, "flow": _BLUE}
 _OF_TEMPERATURE = (_BLUE, _RED, _GREEN, _PURPLE, _ORANGE, _SKY)
-_MARKED = 40  # points that a curve has to have less of for each to be marked
+_MARKED = 40  # curves with fewer points have a mark at each point
 
 
 def plot(run: str | os.PathLike, out: str | os.PathLike | None = None) -> Path:
-    """Plot RUN/log.jsonl to a PNG, RUN/training.png unless `out` says another; return its path.
+    """Plot RUN/log.jsonl to `out`, by default RUN/training.png, and return the path.
 
     Raises:
         FileNotFoundError: There is no log.
-        ValueError: The log has no rows, or `out` is the log, or ends in a format that matplotlib does not write.
-        ImportError: There is no matplotlib.
+        ValueError: The log has no rows, or `out` is the log, or matplotlib cannot write the format of `out`.
+        ImportError: Matplotlib is not installed.
     """
     run = Path(run)
     target = run / "training.png" if out is None else Path(out)
@@ -44,7 +44,7 @@ def plot(run: str | os.PathLike, out: str | os.PathLike | None = None) -> Path:
 
 
 def read_log(run: str | os.PathLike) -> list[Row]:
-    """The rows of RUN/log.jsonl, but for a last line that was cut. Raises as `plot` does, and ValueError for a bad line."""
+    """The rows of RUN/log.jsonl without a truncated last line. Raises as `plot` does, and ValueError for a bad line."""
     path = Path(run) / "log.jsonl"
     if not path.is_file():
         raise FileNotFoundError(
@@ -59,7 +59,7 @@ def read_log(run: str | os.PathLike) -> list[Row]:
                 raise ValueError(f"line {number} of {str(path)!r} is not JSON: {error}; remove the line") from error
             continue
         if not isinstance(row, dict):
-            raise ValueError(f"line {number} of {str(path)!r} is no row of a log but {line[:40]!r}; remove the line")
+            raise ValueError(f"line {number} of {str(path)!r} is not a row of a log but {line[:40]!r}; remove the line")
         rows.append(row)
     if not rows:
         raise ValueError(f"{str(path)!r} has no rows yet")
@@ -67,7 +67,7 @@ def read_log(run: str | os.PathLike) -> list[Row]:
 
 
 def draw(rows: list[Row], title: str) -> Figure:
-    """The panels for which there is something in the rows."""
+    """A figure with the panels for which the rows have values."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -78,7 +78,7 @@ def draw(rows: list[Row], title: str) -> Figure:
     across = min(3, len(panels))
     down = math.ceil(len(panels) / across)
     figure = Figure(figsize=(4.6 * across, 3.3 * down + 0.4), layout="constrained")
-    figure.suptitle(title, parse_math=False)  # a folder's name may have a $
+    figure.suptitle(title, parse_math=False)  # a folder's name may contain $
     grid = figure.subplots(down, across, squeeze=False).ravel()
     for axes, panel in zip(grid, panels):
         panel(axes, rows)
@@ -91,7 +91,7 @@ def draw(rows: list[Row], title: str) -> Figure:
     return figure
 
 
-# -- panels: each draws to `axes`, nothing where they are None, and returns whether there is anything to draw ------------
+# Panels: each function draws to `axes`, unless they are None, and returns True if there is anything to draw.
 
 
 def _loss(stage: str, key: str, validated: str, title: str, unit: str) -> Callable[[Axes | None, list[Row]], bool]:
@@ -122,7 +122,7 @@ def _norm(axes: Axes | None, rows: list[Row]) -> bool:
     found = _draw(axes, "gradient norm", "norm before clipping", curves, log=True)
     for stage, color in _OF_STAGE.items() if found and axes is not None else ():
         if steps := _skipped(rows, stage):
-            low = [0.03] * len(steps)  # of the axes' height: a skipped step may have no norm to be placed at
+            low = [0.03] * len(steps)  # share of the axes' height, because a skipped step may have no norm
             style = {"transform": axes.get_xaxis_transform(), "color": color, "marker": "x", "ls": "", "clip_on": False}
             axes.plot(steps, low, label=f"{stage}: {len(steps)} skipped", **style)
     return found
@@ -183,7 +183,7 @@ def _draw(
     return bool(curves)
 
 
-# -- what the log says --------------------------------------------------------------------------------------------
+# Values of the log.
 
 
 def _series(rows: list[Row], stage: str, key: str) -> Points:
@@ -214,5 +214,5 @@ def _colours() -> Iterable[str]:
 
 
 def _images(rows: list[Row]) -> str:
-    """What the model was looked at with: "training" images where there were no others."""
+    """The kind of images that the model was validated on: "training" if there were no others."""
     return next((row["images"] for row in rows if "images" in row), "validation")

@@ -1,4 +1,4 @@
-"""The processes that train together, started by PyTorch's `torchrun`; one alone where it was not used."""
+"""The processes that train together, started by PyTorch's `torchrun`; without it a single process."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 T = TypeVar("T")
-_TIMEOUT = timedelta(hours=1)  # the others wait for the one that decodes a large data set or saves to a slow disk
+_TIMEOUT = timedelta(hours=1)  # processes wait for one that decodes a large data set or saves to a slow disk
 
 
 class TrainingStopped(BaseException):
-    """The run was asked to stop, by SIGTERM or Ctrl-C, and has saved itself; the same command resumes it.
+    """The run was stopped by SIGTERM or Ctrl-C and has saved itself; the same command resumes it.
 
-    Like KeyboardInterrupt no Exception: it is raised in whatever code runs, and a reader of damaged files, say, must not take
-    it for damage.
+    Like KeyboardInterrupt it is not an Exception: it is raised in whatever code runs, and code that handles, for example,
+    errors of damaged files must not catch it.
     """
 
     def __init__(self, message: str, signal_number: int) -> None:
@@ -34,12 +34,12 @@ class TrainingStopped(BaseException):
 
 
 class OtherProcessFailed(RuntimeError):
-    """The run could not start in another of its processes, which says why."""
+    """The run could not start in another of its processes, which reports the reason."""
 
 
 @dataclass(frozen=True)
 class Processes:
-    """This process's place among those that train together."""
+    """This process's rank among the processes that train together."""
 
     device: torch.device
     rank: int = 0
@@ -47,21 +47,21 @@ class Processes:
 
     @property
     def first(self) -> bool:
-        """Whether this is the one that writes."""
+        """True for the process that writes files."""
         return self.rank == 0
 
     def share(self, batch: int) -> slice:
-        """This process's crops of a batch of all."""
+        """This process's share of the crops of a batch."""
         return slice(batch * self.rank // self.world, batch * (self.rank + 1) // self.world)
 
     def parallel(self, module: nn.Module) -> nn.Module:
-        """`module` with the weights of the first process, and gradients that are the mean over all of them."""
+        """`module` with the weights of the first process, and gradients averaged over all processes."""
         if self.world == 1:
             return module
         options = {"broadcast_buffers": False, "gradient_as_bucket_view": True}
         if self.device.type != "cuda":
             return DistributedDataParallel(module, **options)
-        # on another stream, as PyTorch's notes on CUDA graphs ask for where its steps are captured
+        # on another stream, as PyTorch's notes on CUDA graphs require if steps are captured
         stream, current = torch.cuda.Stream(self.device), torch.cuda.current_stream(self.device)
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
@@ -70,12 +70,12 @@ class Processes:
         return parallel
 
     def mean_(self, values: Tensor) -> None:
-        """Make `values` the mean over all processes, in place."""
+        """Replace `values` by the mean over all processes, in place."""
         if self.world > 1:
             dist.all_reduce(values.div_(self.world))
 
     def largest(self, value: int) -> int:
-        """The largest of the processes' values. Waits for all of them, but not for a GPU."""
+        """The largest of the processes' values; waits for all processes, but not for a GPU."""
         if self.world == 1:
             return value
         tensor = torch.tensor(value)
@@ -83,7 +83,7 @@ class Processes:
         return int(tensor)
 
     def gathered(self, value: Any) -> list[Any]:
-        """The processes' values, in their order."""
+        """The processes' values, by rank."""
         if self.world == 1:
             return [value]
         values = [None] * self.world
@@ -94,7 +94,7 @@ class Processes:
         """The result of `call`, after all processes have made the call without an error.
 
         Raises:
-            Exception: What `call` raised here, once among processes in which it raised the same.
+            Exception: `call` raised it in this process; of processes with the same error only one raises it.
             OtherProcessFailed: `call` raised in another process.
         """
         result, error = None, None
@@ -111,16 +111,16 @@ class Processes:
         return result
 
     def wait(self) -> None:
-        """Until all have come here."""
+        """Wait until all processes have called this method."""
         self.largest(0)
 
 
 @contextmanager
 def joined(device: str) -> Iterator[Processes]:
-    """Join the processes that torchrun started (or that the caller's own script has joined); `device` may be "auto".
+    """Join the processes that torchrun started, or that the caller's script has joined; `device` may be "auto".
 
     Raises:
-        ValueError: A device that is not here.
+        ValueError: There is no such device.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -133,22 +133,22 @@ def joined(device: str) -> Iterator[Processes]:
         torch.cuda.set_device(place)
     launched = "RANK" in os.environ and not dist.is_initialized()
     if launched:
-        # gloo carries what is on the host: stop signals, validation rows
+        # gloo transports values on the host: stop signals, rows of validation
         dist.init_process_group("cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo", timeout=_TIMEOUT)
     try:
         yield Processes(place, dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else Processes(place)
     finally:
         if launched:
-            # DDP modules are reference cycles that hold the group, whose threads must have ended before Python does: one that
+            # DDP modules are reference cycles that hold the group, whose threads must end before Python does: a thread that
             # still frees a tensor then aborts the process
             gc.collect()
             dist.destroy_process_group()
 
 
 class StopSignals:
-    """Within it, SIGTERM and Ctrl-C raise TrainingStopped until `started`, when there is nothing to be saved.
+    """A context in which SIGTERM and Ctrl-C raise TrainingStopped until `started`, as long as nothing needs to be saved.
 
-    From then on they are noted in `received`; a second Ctrl-C ends the process.
+    After `started` they are recorded in `received`; a second Ctrl-C ends the process.
     """
 
     def __init__(self) -> None:
@@ -156,7 +156,7 @@ class StopSignals:
         self._starting = True
 
     def __enter__(self) -> StopSignals:
-        # only the main thread may set handlers; a run in another one is stopped as its host program sees fit
+        # only the main thread may set handlers; a run in another thread is stopped by its host program
         numbers = (signal.SIGTERM, signal.SIGINT) if threading.current_thread() is threading.main_thread() else ()
         self._before = {number: signal.signal(number, self._note) for number in numbers}
         return self
@@ -166,7 +166,7 @@ class StopSignals:
             signal.signal(number, handler)
 
     def started(self) -> None:
-        """Let later signals be noted; raise TrainingStopped if one was received, in case the first raise was caught."""
+        """Record later signals; raise TrainingStopped if one was received, in case the first exception was caught."""
         self._starting = False
         if self.received:
             raise self._stopped()

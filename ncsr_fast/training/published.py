@@ -14,7 +14,7 @@ from ncsr_fast.config import NCSRConfig
 from ncsr_fast.systems import SYSTEMS
 from ncsr_fast.training.settings import DEEP_STD
 
-# fields of TrainSettings whose value a key gives as it is
+# fields of TrainSettings whose value is that of a key
 RENAMED = {
     "seed": "train.manual_seed",
     "lr": "train.lr_G",
@@ -40,7 +40,7 @@ RENAMED = {
     "save_every": "logger.save_checkpoint_freq",
 }
 
-# what the program does where its file says nothing, or cannot say anything
+# behaviour of the program that its file does not set, or cannot set
 _PROGRAM: dict[str, Any] = {
     "flip": False, "rotate": False, "lr_noise": False, "tensorboard": False, "encoder_steps": 0, "unfreeze": 0.0,
     "betas": (0.9, 0.999), "max_grad_norm": None,
@@ -48,7 +48,7 @@ _PROGRAM: dict[str, Any] = {
 
 _REQUIRED = ("scale", "train.lr_G", "train.niter", "train.lr_gamma")
 
-# honoured elsewhere in this module, or by NCSRConfig.from_published
+# keys that are read elsewhere in this module, or by NCSRConfig.from_published
 _READ = {
     "scale", "mode", "divide_freq", "path.pretrain_model_G", "path.load_submodule", "train.lr_scheme", "train.lr_steps",
     "train.lr_steps_rel", "train.add_gt_noise", "model", "distortion", "name", "datasets.train.mode", "datasets.val.mode",
@@ -79,26 +79,26 @@ _DATASETS = {
     },
 }
 
-# would change the training, in ways this library does not have
+# keys that would change the training in ways that this library does not have
 _REFUSED = (
     "train.restarts", "train.restarts_rel", "train.restart_weights", "train.lr_steps_inverse", "train.lr_steps_inverse_rel",
     "train.flow_warm_up_iter", "datasets.train.noise_prob", "datasets.train.center_crop_hr_size",
     "network_G.flow.levelConditional.conditional", "network_G.flow.split.cond_channels",
 )  # fmt: skip
 
-_TEST = "read by the published test program alone; `ncsr-fast sample` and `evaluate` have options for it"
+_TEST = "only the published test program reads it; `ncsr-fast sample` and `evaluate` have options for it"
 _UNREAD = "nothing in the published program reads it"
 _IGNORED = {
-    "train.beta1": "the published program hands it to Adam under a name Adam does not read, and trains with betas 0.9 0.999, as"
-    " is done here; `--betas 0.9 0.99` for those of its file",
+    "train.beta1": "the published program passes it to Adam under a name that Adam ignores, and trains with betas 0.9 0.999,"
+    " which is also done here; give `--betas 0.9 0.99` for the values in the file",
     "network_G.train_RRDB": _UNREAD,
-    "network_G.train_RRDB_delay": "the published program trains the encoder from the first step whatever it says, as is done"
-    " here; `--unfreeze 0.5` to train it from halfway on",
+    "network_G.train_RRDB_delay": "the published program trains the encoder from the first step whatever the key says, which is"
+    " also done here; give `--unfreeze 0.5` to train the encoder from halfway on",
     "network_G.upscale": "the published program reads `scale`",
     "network_G.flow.noInitialInj": _UNREAD,
-    "network_G.flow.hidden_channels": "the couplings have their own, `CondAffineSeparatedAndCond.hidden_channels`",
+    "network_G.flow.hidden_channels": "the couplings have their own key, `CondAffineSeparatedAndCond.hidden_channels`",
     "network_G.flow.augmentation.noiseQuant": "no noise of quantization is added in the published program's training",
-    "gpu_ids": "`--device` chooses the GPU, and torchrun takes several",
+    "gpu_ids": "`--device` chooses the GPU, and torchrun uses several",
     "prob": "the published program no longer uses it",
     "lr": "the published program no longer uses it; `train.lr_G` is the learning rate",
     "model_path": _TEST,
@@ -115,24 +115,24 @@ _IGNORED = {
     "datasets.train.noise_level": "it belongs to noise_prob",
     "datasets.val.log_low": "the input in validation is made as in training",
     "path.strict_load": "weights that do not fit the model are always refused",
-    "path.resume_state": "a run in the folder is always resumed; another `--run` starts anew",
-    "train.clear_state": "it acts at restarts, of which there are none",
+    "path.resume_state": "a run in the folder is always resumed; another `--run` starts a new run",
+    "train.clear_state": "it applies at restarts, and there are none",
     "train.add_gt_noise": "no noise is added to the target in the published program's training",
     "train.T_period": "it belongs to another lr_scheme",
     "train.T_period_rel": "it belongs to another lr_scheme",
     "train.eta_min": "it belongs to another lr_scheme",
-    "val.n_sample": "one sample of each temperature is drawn",
+    "val.n_sample": "one sample is drawn at each temperature",
     "datasets.train.use_shuffle": "crops are always drawn at random, there and here",
     "datasets.train.use_crop": "crops are always cut at random",
     "datasets.train.n_max": "the published program reads it in LRHR_PKL alone",
-    "datasets.val.batch_size": "images are validated on one by one, there and here",
-    "datasets.val.use_shuffle": "images are validated on in their order, there and here",
-    "datasets.val.n_workers": "the published program reads it in datasets.train alone",
+    "datasets.val.batch_size": "images are validated one by one, there and here",
+    "datasets.val.use_shuffle": "images are validated in their order, there and here",
+    "datasets.val.n_workers": "the published program reads it only in datasets.train",
     "datasets.val.use_flip": "images are validated on as they are",
     "datasets.val.use_rot": "images are validated on as they are",
     **dict.fromkeys(
         ("datasets.val.GT_size", "datasets.val.use_crop", "datasets.val.center_crop_hr_size"),
-        "the middle of an image is validated on; `--validation-size` says how much of it",
+        "the middle of each image is used for validation; `--validation-size` sets its size",
     ),
     **{
         f"datasets.{phase}.{key}": reason
@@ -149,14 +149,14 @@ _IGNORED["train.beta2"] = _IGNORED["train.beta1"]
 
 
 def from_published(options: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Settings of a published YAML, given as the dict a YAML reader returns, and what of it is not done as it says.
+    """Settings from a published YAML file, given as the dict of a YAML reader, and a report of keys not followed exactly.
 
     Returns:
-        Values of fields of TrainSettings, those that the file decides; and a line for each key that is ignored, or followed
-        with a difference.
+        Values of the fields of TrainSettings that the file sets; and a line for each key that is ignored, or followed with a
+        difference.
 
     Raises:
-        ValueError: A key asks for something that this library does not do; the message names the key.
+        ValueError: A key asks for something that this library does not do; the message names it.
     """
     leaves = dict(_leaves(options))
     _refuse(leaves)
@@ -186,7 +186,9 @@ def from_published(options: Mapping[str, Any]) -> tuple[dict[str, Any], list[str
     if leaves.get("datasets.val.mode") == "LRHR_PKL" and leaves.get("datasets.val.n_max") is not None:
         values["validation_images"] = leaves["datasets.val.n_max"]
     else:
-        ignored["datasets.val.n_max"] = "the published program reads it in LRHR_PKL alone; `--validation-images` limits them"
+        ignored["datasets.val.n_max"] = (
+            "the published program reads it only in LRHR_PKL; `--validation-images` limits the number of images"
+        )
     return values, list(_report(leaves, ignored, model.system == "llflow"))
 
 
@@ -197,9 +199,9 @@ def _report(leaves: Mapping[str, Any], ignored: Mapping[str, str], is_low_light:
         "path.resume_state": "auto",
         "datasets.train.use_shuffle": True,
     }
-    differences = {"datasets.val.dataroot_GT": "of each image the middle is used; `--validation-size` says how much"}
+    differences = {"datasets.val.dataroot_GT": "the middle of each image is used; `--validation-size` sets its size"}
     if leaves.get("datasets.train.mode") == "LRHR_IMG":
-        differences["datasets.train.dataroot_GT"] = "its subfolders are read too, and other images than PNG"
+        differences["datasets.train.dataroot_GT"] = "subfolders, and images of other formats than PNG, are read too"
     elif "datasets.train.use_crop" not in leaves:
         differences["datasets.train.GT_size"] = "the published program takes stored crops whole, without use_crop"
     if is_low_light:
@@ -208,7 +210,7 @@ def _report(leaves: Mapping[str, Any], ignored: Mapping[str, str], is_low_light:
             "datasets.val.root": "of LoL_v2 the captured images alone are validated on, of each image the middle",
         }
     if "debug" in str(leaves.get("name")):
-        differences["name"] = "the published program would log, validate and save every few steps at this name"
+        differences["name"] = "the published program would log, validate and save every few steps for this name"
     known = {*_READ, *_REFUSED, *RENAMED.values()}
     if is_low_light:
         known |= _READ_IN_LOW_LIGHT
@@ -222,7 +224,7 @@ def _report(leaves: Mapping[str, Any], ignored: Mapping[str, str], is_low_light:
 
 
 def _leaves(options: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """("train.lr_G", 2e-4) and so on: every key that is no section, in the file's order."""
+    """The keys that are not sections, with values, in the file's order, such as ("train.lr_G", 2e-4)."""
     for key, value in options.items():
         if isinstance(value, Mapping):
             yield from _leaves(value, f"{prefix}{key}.")
@@ -248,7 +250,7 @@ def _refuse(leaves: Mapping[str, Any]) -> None:
         if leaves.get(key):
             raise ValueError(f"{key} = {leaves[key]!r} is not supported")
     if leaves.get("datasets.train.mode") == "LRHR_PKL" and leaves.get("datasets.train.n_max") is not None:
-        raise ValueError("datasets.train.n_max is not supported: all crops of a .pklv4 file are trained on")
+        raise ValueError("datasets.train.n_max is not supported: all crops of a .pklv4 file are used")
 
 
 def _deep(leaves: Mapping[str, Any]) -> dict[str, Any]:
@@ -276,7 +278,7 @@ def _low_light(leaves: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _noise(leaves: Mapping[str, Any]) -> bool:
-    """Whether training images get noise."""
+    """True if noise is added to training images."""
     if leaves["network_G.which_model_G"] != "NCSRNet":
         return False
     if leaves.get("mode") == "softflow":
@@ -295,7 +297,7 @@ def _architecture(options: Mapping[str, Any]) -> NCSRConfig:
         # without a mode the program passes no noise to the model
         return NCSRConfig.from_published({**options, "mode": options.get("mode")})
     except (TypeError, AttributeError) as error:
-        raise ValueError(f"network_G describes no model: {error}") from error
+        raise ValueError(f"network_G does not describe a model: {error}") from error
 
 
 def _warmup(leaves: Mapping[str, Any]) -> Any:
@@ -305,7 +307,7 @@ def _warmup(leaves: Mapping[str, Any]) -> Any:
 
 
 def _milestones(leaves: Mapping[str, Any]) -> list[Any]:
-    """Fractions stay fractions, so that they follow `--steps`; those from 1 on would read as steps, and never come."""
+    """The milestones, as fractions that follow `--steps`; without those from 1 on, which would be read as steps."""
     fractions = leaves.get("train.lr_steps_rel")
     if fractions is None:
         return leaves.get("train.lr_steps") or []
@@ -315,7 +317,7 @@ def _milestones(leaves: Mapping[str, Any]) -> list[Any]:
 
 
 def _data(leaves: Mapping[str, Any], phase: str) -> tuple[Any, Any]:
-    """Where the HR and the LR images of a phase are, for `images` and `lr_images` or for those of validation."""
+    """The places of the HR and LR images of a phase, training or validation."""
     section = f"datasets.{phase}"
     mode = leaves[f"{section}.mode"]
     if mode not in ("LRHR_IMG", "LRHR_PKL"):

@@ -1,4 +1,4 @@
-"""Record of the images a run is trained on: RUN/data.json, compared when the run is resumed."""
+"""RUN/data.json: the record of the images that a run is trained on, compared when the run is resumed."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from ncsr_fast.data.pickled import PickledImage
 from ncsr_fast.data.sources import Source
 from ncsr_fast.files import atomic_write, read_json
 
-_PART = 64 * 1024  # bytes at the beginning, the middle and the end of a compressed file
-# What compressed images begin with, after as many bytes. When a pixel of one changes, so does what follows it or the file's
-# length: a PNG's last bytes hold a checksum of all pixels. Any other file is read whole.
+_PART = 64 * 1024  # bytes read at the beginning, the middle and the end of a compressed file
+# First bytes of compressed images, with their offset. If a pixel of such an image changes, so do the bytes after it or the
+# file's length: a PNG's last bytes hold a checksum of all pixels. Other files are read whole.
 _COMPRESSED = (
     (0, b"\x89PNG"),
     (0, b"\xff\xd8\xff"),
@@ -25,29 +25,29 @@ _COMPRESSED = (
     (4, b"jP  "),
     (0, b"\xff\x4f\xff\x51"),
 )
-_WHOLE = 2**20  # bytes of any other file that are read at once
-_NAMED = 3  # images spelled out of each kind
+_WHOLE = 2**20  # bytes of other files that are read at once
+_NAMED = 3  # images of each kind that a message names
 
 
 def data_record(crops: RandomCrops) -> dict[str, Any]:
-    """The images that crops are drawn from, as JSON-ready values.
+    """The record of the images that crops are drawn from, as JSON-ready values.
 
-    "images" is in the order of drawing, each as name, height, width, bytes and checksum, a pair as both one after the other;
-    "left_out" has the reasons by file. Names begin with the number of the place, which may move.
+    "images" is in the order of drawing. An image has name, height, width, bytes and checksum; a pair has these values of both
+    images. "left_out" has the reasons by file. Names begin with the number of the place, so a place may move.
 
-    The checksum is of a compressed file's beginning, middle and end, 64 KiB each, so that a data set is not read whole at each
-    start; of all other files (BMP, TIFF, Netpbm, TGA), and of the pixels of an image in a `.pklv4`, it is of everything. The
-    time of a change is not recorded: copies have another.
+    The checksum of a compressed file covers its beginning, middle and end, 64 KiB each, so that a data set is not read whole
+    at each start. The checksum of other files (BMP, TIFF, Netpbm, TGA), and of the pixels of an image in a `.pklv4` file,
+    covers everything. Times of change are not recorded, because copies have other times.
     """
     images = [[value for source in files for value in _entry(crops, source)] for files in crops.files]
     return {"images": images, "left_out": dict(sorted(crops.broken.items()))}
 
 
 def changes(path: Path, now: dict[str, Any]) -> str | None:
-    """Differences between the images recorded in the file and the images of `now`; None for none, or without a file.
+    """The differences between the images recorded in the file and those of `now`; None without differences or file.
 
     Raises:
-        ValueError: The file is no record; the message says what to do.
+        ValueError: The file is not a record; the message says what to do.
     """
     try:
         before = read_json(path)["images"]
@@ -55,7 +55,7 @@ def changes(path: Path, now: dict[str, Any]) -> str | None:
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError, IndexError) as error:
-        raise ValueError(f"{str(path)!r} is damaged ({error}); remove it, and the images are recorded anew") from error
+        raise ValueError(f"{str(path)!r} is damaged ({error}); remove it, and the images are recorded again") from error
     found = (
         ("new", [name for name in new if name not in old]),
         ("gone", [name for name in old if name not in new]),
@@ -68,7 +68,7 @@ def changes(path: Path, now: dict[str, Any]) -> str | None:
 
 
 def write_record(path: Path, record: dict[str, Any]) -> None:
-    """One image a line."""
+    """Write a record, one image per line."""
     lines = ",\n".join(json.dumps(image) for image in record["images"])
     with atomic_write(path) as temporary:
         temporary.write_text(

@@ -40,24 +40,24 @@ _FREE = (
 )  # fmt: skip
 _FILES = ("settings.json", "data.json", "log.jsonl", "lock", "published_options.txt")
 _FOLDERS = ("checkpoints", "samples", "best", "encoder", "model", "tensorboard", "cache")
-_CHECKPOINT = {"stage", "step", "model", "optimizer", "counters", "rate", "best"}  # its keys
+_CHECKPOINT = {"stage", "step", "model", "optimizer", "counters", "rate", "best"}  # keys of a checkpoint
 _MIB = 2**20
 
 
 class Run:
-    """A run's folder.
+    """The folder of a run.
 
-    Beside the `_FOLDERS` it holds settings.json, data.json (the images trained on), log.jsonl, checkpoints/STAGE-STEP.pt,
-    samples/*.png, lock while a process trains, and published_options.txt where the settings are those of a published YAML.
+    It contains the `_FOLDERS`, settings.json, data.json (the record of the images), log.jsonl, checkpoints/STAGE-STEP.pt,
+    samples/*.png, the file lock while a process trains, and published_options.txt if a published YAML file has the settings.
 
-    Of the processes that train together, only the first (`writes`) writes any of it. Nothing is written before `begin`.
+    Of the processes that train together, only the first (`writes`) writes to the folder. Nothing is written before `begin`.
     """
 
     def __init__(self, folder: str | os.PathLike, settings: TrainSettings, writes: bool = True) -> None:
-        """Look at the folder that a run begins or is resumed in.
+        """Check the folder that a run begins or is resumed in.
 
         Raises:
-            ValueError: The folder holds a run with other settings, or one of which a part is missing or damaged.
+            ValueError: The folder contains a run with other settings, or a run of which a part is missing or damaged.
             OSError: The folder cannot be written to.
             ImportError: The settings ask for TensorBoard, which is not installed.
         """
@@ -69,7 +69,7 @@ class Run:
             self._check_writable()
 
     def begin(self, report: Sequence[str] = ()) -> None:
-        """Write the settings, and lines about what of a published YAML is not followed."""
+        """Write the settings, and the report of a published YAML file's keys that are not followed."""
         if not self.writes:
             return
         with self._writing("settings.json") as path, atomic_write(path) as temporary:
@@ -80,11 +80,11 @@ class Run:
         with self._writing("checkpoints") as path:
             path.mkdir(exist_ok=True)
         for left in (self.folder / "checkpoints").iterdir():
-            if re.fullmatch(r"\.\w+-\d{8,}\.pt\.\w+\.pt", left.name):  # by a process that was killed as it wrote
+            if re.fullmatch(r"\.\w+-\d{8,}\.pt\.\w+\.pt", left.name):  # left by a process that was killed while it wrote
                 left.unlink(missing_ok=True)
 
     def log(self, stage: str, step: int, **values: Any) -> None:
-        """Append one JSON line to log.jsonl, null for a number that is not finite; numbers go to TensorBoard as well."""
+        """Append one JSON line to log.jsonl, with null for numbers that are not finite; write numbers to TensorBoard too."""
         if not self.writes:
             return
         with self._writing("log.jsonl") as path, open(path, "a", encoding="utf-8") as file:
@@ -94,7 +94,7 @@ class Run:
             self.board.scalars(step, stage, validation or {key: v for key, v in values.items() if isinstance(v, (int, float))})
 
     def show(self, stage: str, step: int, picture: Tensor) -> None:
-        """Keep a picture (3, H, W) as samples/STAGE-STEP.png."""
+        """Write a picture (3, H, W) to samples/STAGE-STEP.png."""
         if not self.writes:
             return
         with self._writing(f"samples/{stage}-{step:08d}.png") as path:
@@ -103,7 +103,7 @@ class Run:
             self.board.image(step, stage, "samples", picture)
 
     def rewind(self, stage: str, step: int) -> None:
-        """Drop the log lines of `stage` after `step`: a resumed run will do those steps, and log them, again."""
+        """Remove the log lines of `stage` after `step`: a resumed run repeats these steps and their log."""
         if not self.writes or not (self.folder / "log.jsonl").exists():
             return
         kept = [line for line, row in self._logged() if row["stage"] != stage or row["step"] <= step]
@@ -111,14 +111,14 @@ class Run:
             temporary.write_text("".join(kept), encoding="utf-8")
 
     def validated(self, stage: str, step: int) -> dict[str, float] | None:
-        """The metrics logged by the validation after `step`; None where there was none."""
+        """The metrics logged by the validation after `step`; None without a validation."""
         if not (self.folder / "log.jsonl").exists():
             return None
         rows = [row for _, row in self._logged() if row["stage"] == stage and row["step"] == step and "validation" in row]
         return rows[-1]["validation"] if rows else None
 
     def save(self, stage: str, step: int, state: dict[str, Any]) -> None:
-        """Write a checkpoint atomically, then remove all but the last few of the stage."""
+        """Write a checkpoint atomically, then remove all but the last few checkpoints of the stage."""
         if not self.writes:
             return
         with self._writing(f"checkpoints/{stage}-{step:08d}.pt") as path, atomic_write(path) as temporary:
@@ -127,7 +127,7 @@ class Run:
             old.unlink(missing_ok=True)
 
     def save_model(self, model: nn.Module, name: str, metrics: Mapping[str, float] | None = None) -> None:
-        """Write a model, and if they are given its metrics, to the subfolder `name`."""
+        """Write a model, and its metrics if given, to the subfolder `name`."""
         if not self.writes:
             return
         with self._writing(name) as path:
@@ -141,10 +141,10 @@ class Run:
         return bool(self._paths(stage))
 
     def latest(self, stage: str, model: nn.Module) -> dict[str, Any] | None:
-        """The newest checkpoint of `stage` that is whole; a damaged one is reported and the one before it used.
+        """The newest intact checkpoint of `stage`; a damaged checkpoint is reported, and the checkpoint before it used.
 
         Raises:
-            CheckpointError: There are checkpoints and all are damaged, or the newest is of another model than `model`.
+            CheckpointError: All checkpoints are damaged, or the newest is of another model than `model`.
         """
         paths = self._paths(stage)
         for path in reversed(paths):
@@ -157,16 +157,16 @@ class Run:
             return checkpoint
         if paths:
             raise CheckpointError(
-                f"no checkpoint of stage {stage!r} in {str(self.folder)!r} can be read; remove them to begin the stage anew"
+                f"no checkpoint of stage {stage!r} in {str(self.folder)!r} can be read; remove them to begin the stage again"
             )
         return None
 
     def continued(self) -> str:
-        """Advice how a new run can train on what this one has learned."""
+        """Advice how a new run can start from the weights of this run."""
         found = next((name for name in ("model", "best") if (self.folder / name / "config.json").is_file()), None)
         if found is None:
             return "choose another folder"
-        return f"choose another folder; with --start-from {self.folder / found} the new run begins with the weights of this one"
+        return f"choose another folder; with --start-from {self.folder / found} the new run starts from the weights of this run"
 
     def _refuse_other_settings(self) -> None:
         before = stored_settings(self.folder)
@@ -179,7 +179,7 @@ class Run:
         changed = [key for key in now if key not in _FREE and before.get(key) != now[key]]
         if changed:
             differing = ", ".join(f"{key} (was {before.get(key)!r}, now {now[key]!r})" for key in changed)
-            raise ValueError(f"{str(self.folder)!r} holds a run with other settings: {differing}; {self.continued()}")
+            raise ValueError(f"{str(self.folder)!r} contains a run with other settings: {differing}; {self.continued()}")
 
     def _check_writable(self) -> None:
         for path in (self.folder / name for name in ("settings.json", "log.jsonl", *_FOLDERS)):
@@ -188,20 +188,22 @@ class Run:
 
     @contextlib.contextmanager
     def _writing(self, name: str) -> Iterator[Path]:
-        """The path of a file of the folder; an error in writing it says what becomes of the run."""
+        """A context with the path of a file in the folder; an error in writing the file says how to resume the run."""
         path = self.folder / name
         try:
             yield path
-        except (OSError, RuntimeError) as error:  # torch.save raises the latter where a disk is full
-            free = f", {shutil.disk_usage(self.folder).free / _MIB:.0f} MiB are free there" if self.folder.exists() else ""
+        except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError if the disk is full
+            free = (
+                f", {shutil.disk_usage(self.folder).free / _MIB:.0f} MiB are free on the disk" if self.folder.exists() else ""
+            )
             reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
             raise OSError(
-                f"{str(path)!r} could not be written ({reason}{free}); when it can be, the same command resumes the run from "
-                "its last checkpoint"
+                f"{str(path)!r} could not be written ({reason}{free}); once it can, the same command resumes the run "
+                "from its last checkpoint"
             ) from error
 
     def _logged(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        """The lines of the log and what they say, but for a last one that was cut, and damaged ones, after a warning."""
+        """The lines of the log and their values, without a truncated last line, and without damaged lines, after a warning."""
         path = self.folder / "log.jsonl"
         for number, line in enumerate(path.read_text(errors="replace", encoding="utf-8").splitlines(keepends=True), start=1):
             try:
@@ -209,7 +211,7 @@ class Run:
                 if row is not None:
                     yield line, {"stage": row["stage"], "step": row["step"], **row}
             except (ValueError, KeyError, TypeError):
-                warnings.warn(f"line {number} of {str(path)!r} is damaged and is dropped", stacklevel=3)
+                warnings.warn(f"line {number} of {str(path)!r} is damaged and is ignored", stacklevel=3)
 
     def _paths(self, stage: str) -> list[Path]:
         return _checkpoints(self.folder, stage)
@@ -222,45 +224,45 @@ def written_files(folder: Path) -> list[Path]:
 
 
 def stored_settings(folder: Path) -> dict[str, Any] | None:
-    """The settings of the run in a folder; None where there is no run.
+    """The settings of the run in a folder; None if there is no run.
 
     Raises:
-        ValueError: They are missing beside checkpoints, damaged, or none of a run.
+        ValueError: There are checkpoints but no settings, or the settings are damaged or not a run's.
     """
     stored = folder / "settings.json"
     if not stored.exists():
         found = [str(path) for stage in ("encoder", "flow") for path in _checkpoints(folder, stage)]
         if found:
             raise ValueError(
-                f"{str(folder)!r} holds checkpoints ({found[-1]!r}) but no settings.json: the folder of the run was not copied "
-                "whole; copy it again, or choose another folder"
+                f"{str(folder)!r} contains checkpoints ({found[-1]!r}) but no settings.json: the run's folder was not copied "
+                "completely; copy it again, or choose another folder"
             )
         return None
     try:
         settings = read_json(stored)
     except ValueError as error:
         raise ValueError(
-            f"{str(stored)!r} is damaged ({error}); copy it again from where the run was, or choose another folder"
+            f"{str(stored)!r} is damaged ({error}); copy it again from the original folder, or choose another folder"
         ) from error
     if not {"model", "images", "seed"} <= set(settings):
-        raise ValueError(f"{str(stored)!r} holds no settings of a training run; choose another folder")
+        raise ValueError(f"{str(stored)!r} does not contain settings of a training run; choose another folder")
     return settings
 
 
 def _checkpoints(folder: Path, stage: str) -> list[Path]:
-    """Those of a stage, the oldest first."""
+    """The checkpoints of a stage, the oldest first."""
     paths = (folder / "checkpoints").glob(f"{stage}-*.pt")
     return sorted(path for path in paths if re.fullmatch(rf"{stage}-\d{{8,}}\.pt", path.name))
 
 
 def _load(path: Path) -> dict[str, Any]:
-    """A checkpoint whose every byte is as it was written: torch.load alone does not look at the checksums in the file."""
+    """A checkpoint after a test of the checksums in the file, which torch.load ignores."""
     with zipfile.ZipFile(path) as archive:
         damaged = archive.testzip()
     if damaged is not None:
         raise CheckpointError(f"the checksum of {damaged} is wrong")
     checkpoint = read_checkpoint(path)
-    if isinstance(checkpoint, dict) and "model" in checkpoint:  # without it, `_check` says what it is
+    if isinstance(checkpoint, dict) and "model" in checkpoint:  # otherwise `_check` describes the problem
         check_weights(checkpoint["model"], "its model")
     return checkpoint
 

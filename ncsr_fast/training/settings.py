@@ -1,4 +1,4 @@
-"""Everything that decides a training run; stored with it, and compared when it is resumed."""
+"""The settings of a training run, stored with it and compared when it is resumed."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ class TrainSettings:
         if self.lr_images and len(self.lr_images) != len(self.images):
             raise ValueError(f"lr_images must name one place for each of the {len(self.images)} of images: {self.lr_images}")
         if self.lr_images and self.degradation != "bicubic":
-            raise ValueError("degradation makes the LR images that lr_images names already: give one of the two")
+            raise ValueError("degradation makes LR images, but lr_images names LR images too: give one of the two")
         self._check_low_light()
         for names, sound, what in (
             (_AT_LEAST_ONE, lambda value: value >= 1, "at least 1"),
@@ -175,7 +175,7 @@ class TrainSettings:
         if self.validation_size < self.crop_unit:
             raise ValueError(f"validation_size must be at least {unit}, not {self.validation_size!r}")
         if self.validation_lr is not None and self.validation is None:
-            raise ValueError("validation_lr holds the LR images of validation, which is missing")
+            raise ValueError("validation_lr needs validation, the folder of the HR images")
         if any(temperature < 0 for temperature in self.temperatures):
             raise ValueError(f"temperatures must be 0 or more, not {self.temperatures}")
         if not all(0 <= beta < 1 for beta in self.betas) or len(self.betas) != 2:
@@ -211,7 +211,7 @@ class TrainSettings:
         return self.model.traits.lr_multiple * self.model.scale
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready values."""
+        """The fields as JSON-ready values."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         values["model"] = self.model.to_dict()
         return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
@@ -248,7 +248,7 @@ _LOW_LIGHT = {
     "rotate": False,
 }  # fmt: skip
 
-# What differs between the published models: the paper's noise, batch and number of steps.
+# Differences between the published models: the paper's noise, batch and number of steps.
 PUBLISHED: dict[str, dict[str, Any]] = {
     "ncsr-x4": {"max_std": 0.05, "steps": 220_000},
     "ncsr-x8": {"max_std": 0.03, "steps": 250_000},

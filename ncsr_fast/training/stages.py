@@ -1,4 +1,4 @@
-"""The two stages of training: what is optimised, the loss of a step, and how it is validated."""
+"""The two stages of training: optimised parameters, loss, and validation."""
 
 from __future__ import annotations
 
@@ -17,33 +17,33 @@ from ncsr_fast.training.watch import health, sample_metrics
 
 
 class Stage(Protocol):
-    """What the training loop needs to know of a stage."""
+    """Interface of a stage for the training loop."""
 
     name: str
     steps: int
-    parts: tuple[str, ...]  # what `objective` returns
-    objective: nn.Module  # (hr, lr, *draws) → its parts, the first of which is minimised
+    parts: tuple[str, ...]  # names of the values that `objective` returns
+    objective: nn.Module  # (hr, lr, *draws) → `parts`, the first of which is minimised
 
     def groups(self) -> list[dict[str, Any]]:
-        """The parameters of the optimizer from the first step on, with their learning rates."""
+        """The parameter groups of the optimizer from the first step on, with their learning rates."""
 
     def phase(self, step: int) -> int:
-        """A number that differs where other parameters are trained."""
+        """A number that changes when other parameters are trained."""
 
     def begin_phase(self, phase: int) -> None:
-        """Make those of `phase` trainable."""
+        """Make the parameters of `phase` trainable."""
 
     def initialize(self, hr: Tensor, lr: Tensor | None, draws: Draws) -> None:
-        """Called once, with the first batch of all processes, when a stage starts and not when it is resumed."""
+        """Initialise the model from the first batch of all processes, when a stage starts but not when it is resumed."""
 
     def diagnose(self, *inputs: Tensor | None) -> str | None:
-        """What is first not finite in a step on these inputs, None when nothing is."""
+        """The first tensor that is not finite in a step on these inputs; None if all are finite."""
 
     def validate(self, hr: Tensor, lr: Tensor, generator: torch.Generator) -> tuple[dict[str, float], list[Tensor]]:
-        """Metrics of one image (1, 3, sH, sW), and images (3, sH, sW) to look at."""
+        """Metrics of one image (1, 3, sH, sW), and images (3, sH, sW) to show."""
 
     def examine(self, hr: Tensor, lr: Tensor, generator: torch.Generator) -> dict[str, float]:
-        """What is looked at in one image only, since it takes long."""
+        """Metrics that are computed for one image only, because they take long."""
 
 
 class EncoderStage:
@@ -79,7 +79,7 @@ class EncoderStage:
 
 
 class EncoderObjective(nn.Module):
-    """mean |encoder(lr) - hr|, as (1,)."""
+    """mean |encoder(lr) - hr|, a tensor (1,)."""
 
     def __init__(self, model: NCSR, settings: TrainSettings) -> None:
         super().__init__()
@@ -99,7 +99,7 @@ class FlowStage:
         self.model, self.settings, self.steps = model, settings, settings.steps
         self.objective = FlowObjective(model, settings)
         self.parts = ("loss", "nll", "l1") if settings.l1_weight else ("loss", "nll")
-        # What the flow uses of the encoder: its HR end has no gradient here.
+        # Parameters of the encoder that the flow uses; its HR part has no gradient here.
         unused = {id(parameter) for module in model.encoder.head() for parameter in module.parameters()}
         self._encoder = [parameter for parameter in model.encoder.parameters() if id(parameter) not in unused]
         model.encoder.requires_grad_(False)
@@ -148,7 +148,7 @@ class FlowObjective(nn.Module):
 
     For hr stands its residual where the flow is one of residuals, and for 0 the mean of the prior where it has one.
 
-    Returns the sum, the mean NLL in bits per pixel position and, where it has a weight, the mean L1 error.
+    Returns the sum, the mean NLL in bits per pixel position and, if its weight is not 0, the mean L1 error.
     """
 
     def __init__(self, model: NCSR, settings: TrainSettings) -> None:

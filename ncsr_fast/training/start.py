@@ -1,4 +1,4 @@
-"""All that a run needs, looked at before it starts."""
+"""Checks of everything that a run needs, before it starts."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from ncsr_fast.training.settings import TrainSettings
 from ncsr_fast.training.validation import Pairs, validation_pairs
 
 T = TypeVar("T")
-_STATE = 3  # values in a checkpoint for each weight: itself and Adam's two moments
-_WORKERS = 8  # of each processor
+_STATE = 3  # values in a checkpoint per weight: the weight and Adam's two moments
+_WORKERS = 8  # per processor
 _MIB = 2**20
 
 
 @dataclass
 class Start:
-    """State that a run begins or goes on with."""
+    """State that a run begins or resumes with."""
 
     run: Run
     crops: RandomCrops
-    pairs: Pairs  # validated on
+    pairs: Pairs  # images to validate on
     model: NCSR
-    checkpoints: dict[str, dict[str, Any]]  # by stage: the newest one of the newest stage, if any
+    checkpoints: dict[str, dict[str, Any]]  # by stage: the newest checkpoint of the newest stage, if any
     data: dict[str, Any] | None  # record of the images; None in processes that write nothing
-    changed: str | None  # what of the images differs from those the run began with
+    changed: str | None  # differences from the images that the run began with
 
     def write(self, report: tuple[str, ...] = ()) -> None:
         """Write the first files of the run: see `Run.begin`."""
@@ -45,12 +45,12 @@ class Start:
 
 @dataclass
 class _Problems:
-    """Errors that are raised together, so that a user mends them together."""
+    """Errors that are raised together, so that a user can correct them together."""
 
     errors: list[Exception] = field(default_factory=list)
 
     def attempt(self, call: Callable[..., T], *arguments: Any) -> T | None:
-        """The value of `call`, or None after an error, which is noted."""
+        """The value of `call`, or None after an error, which is recorded."""
         try:
             return call(*arguments)
         except (ValueError, OSError, ImportError) as error:
@@ -58,7 +58,7 @@ class _Problems:
             return None
 
     def raise_all(self) -> None:
-        """Raise the error if there is one, a ValueError with a line for each if there are several."""
+        """Raise a recorded error; if there are several, raise a ValueError with a line for each."""
         if len(self.errors) == 1:
             raise self.errors[0]
         if self.errors:
@@ -66,7 +66,7 @@ class _Problems:
 
 
 def prepared(settings: TrainSettings, folder: Path, processes: Processes) -> Start:
-    """All that the run of these settings in `folder` needs, read and checked. Nothing is written.
+    """Everything that a run with these settings in `folder` needs, read and checked; nothing is written.
 
     Raises:
         ValueError, OSError, ImportError: The settings do not fit the folder, the images, the weights, the number of processes
@@ -81,9 +81,9 @@ def prepared(settings: TrainSettings, folder: Path, processes: Processes) -> Sta
     if crops is not None or settings.validation is not None:
         pairs = problems.attempt(validation_pairs, settings, crops.files if crops else (), share)
     if crops is not None:
-        problems.attempt(crops.__getitem__, 0)  # the degradation works, and not all files are broken
+        problems.attempt(crops.__getitem__, 0)  # checks that the degradation works, and that not all files are broken
     stage = next((stage for stage in ("flow", "encoder") if run is not None and run.started(stage)), None)
-    # a run that is resumed has its weights in a checkpoint, and needs no longer what it began with
+    # a resumed run has its weights in a checkpoint, and no longer needs the initial weights
     model = problems.attempt(first_model if stage is None else random_model, settings)
     checkpoint = None
     if model is not None and stage is not None:
@@ -120,7 +120,7 @@ def _check_share(settings: TrainSettings, processes: Processes) -> None:
     if settings.workers > most:
         raise ValueError(f"workers: {settings.workers} processes are too many for {os.cpu_count()} processors; at most {most}")
     if settings.graph and processes.device.type != "cuda":
-        raise ValueError(f"graph: CUDA graphs need a GPU, and the device is {str(processes.device)!r}; leave graph out")
+        raise ValueError(f"graph: CUDA graphs need a GPU, but the device is {str(processes.device)!r}; leave graph out")
 
 
 def _check_room(folder: Path, model: NCSR) -> None:
@@ -128,6 +128,6 @@ def _check_room(folder: Path, model: NCSR) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise OSError(
-            f"the disk of {str(folder)!r} has {free / _MIB:.0f} MiB free, and a checkpoint takes {needed / _MIB:.0f} MiB; "
+            f"the disk of {str(folder)!r} has {free / _MIB:.0f} MiB free, but a checkpoint takes {needed / _MIB:.0f} MiB; "
             "make room, or choose another folder"
         )

@@ -1,4 +1,4 @@
-"""Looking at a model in training: metrics of some images, its samples, and which weights were best."""
+"""Validation of a model in training: metrics of some images, samples, and the best weights."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from ncsr_fast.training.run import Run
 from ncsr_fast.training.settings import TrainSettings
 from ncsr_fast.training.stages import Stage
 
-_NAMED = 5  # problems an error spells out
-_SEED = 2**31  # of the noise and latents of validation, apart from those of training
+_NAMED = 5  # problems that an error names
+_SEED = 2**31  # seed of noise and latents in validation, different from those of training
 
 
 Pairs = dict[int, tuple[Tensor, Tensor]]  # HR and LR, uint8, the latter as `ncsr_fast.training.batch.stacked` has it
@@ -45,8 +45,8 @@ class Validation:
     def __call__(self, stage: Stage, step: int, best: float | None) -> float | None:
         """Log the mean of every metric, and show samples of the first image; return the lower of `best` and the mean `nll`.
 
-        A flow whose `nll` is lower than `best` goes to RUN/best, as a model. An image that cannot be looked at (memory that
-        does not suffice, say) is reported in the log and passed over; then no model goes to RUN/best.
+        A flow whose `nll` is lower than `best` is written to RUN/best. An image that cannot be validated, for example because
+        it does not fit in memory, is reported in the log and skipped; then no model is written to RUN/best.
         """
         rows: dict[int, dict[str, float]] = {}
         problems: dict[int, str] = {}
@@ -62,14 +62,14 @@ class Validation:
         problems = dict(sorted(item for _, share in shares for item in share.items()))
         for number, problem in problems.items():
             self._report_problem(stage.name, step, number, problem)
-        # in the images' order: sums do not depend on the number of processes
+        # in the order of the images, so that sums do not depend on the number of processes
         columns = {key: [row[key] for row in rows.values() if key in row] for row in rows.values() for key in row}
         means = {key: sum(values) / len(values) for key, values in columns.items()}
         lowest = best if problems else lower(best, means)
         if lowest != best:
             self.run.save_model(self.model, "best", {"step": step, **means})
         if means:
-            self._report(stage.name, step, means)  # after the rest: it says that this validation need not be done again
+            self._report(stage.name, step, means)  # last, because it marks this validation as done
         return lowest
 
     def _look(self, stage: Stage, step: int, number: int, hr: Tensor, lr: Tensor) -> dict[str, float]:
@@ -89,19 +89,19 @@ class Validation:
         if self.processes.first:
             tqdm.write(f"{stage} {step}: " + ", ".join(f"{key} {value:.4g}" for key, value in means.items()))
         if self.processes.first and any(value > 0 for key, value in means.items() if key.startswith("nonfinite")):
-            tqdm.write("  there are samples that are not finite: the inverse explodes, which the likelihood does not show")
+            tqdm.write("  some samples are not finite: the inverse explodes, which the likelihood does not show")
 
     def _report_problem(self, stage: str, step: int, number: int, problem: str) -> None:
         self.run.log(stage, step, event="validation failed", image=number, problem=problem)
         if self.processes.first:
             tqdm.write(
-                f"{stage} {step}: validation image {number} is passed over ({problem}); training goes on. Where memory does "
-                "not suffice, a smaller validation_size helps"
+                f"{stage} {step}: validation image {number} is skipped ({problem}); training continues. If it does not fit "
+                "in memory, choose a smaller validation_size"
             )
 
 
 def lower(best: float | None, means: Mapping[str, float | None]) -> float | None:
-    """The lower of `best` (None: nothing yet) and the `nll` of `means`, where there is one that is finite."""
+    """The lower of `best` (None: none yet) and the `nll` of `means`, if `means` has a finite one."""
     nll = means.get("nll")
     if nll is None or not math.isfinite(nll):
         return best
@@ -109,12 +109,12 @@ def lower(best: float | None, means: Mapping[str, float | None]) -> float | None
 
 
 def validation_pairs(settings: TrainSettings, training: Sequence[tuple[Source, ...]], numbers: slice) -> Pairs:
-    """The middles of the images validated on, by number: of the validation folder, or without one of training images.
+    """The middle parts of the images to validate on, by number, from the validation folder or else the training images.
 
     Args:
-        settings: Of the run.
-        training: The training images; those that cannot be read are passed over, as in training.
-        numbers: The part of the images to return; the processes share them.
+        settings: The settings of the run.
+        training: The training images; unreadable images are skipped, as in training.
+        numbers: The numbers of the images to return; images are divided among the processes.
 
     Raises:
         ValueError: A file of the validation folder cannot be read, is too small, or does not fit its LR image.
@@ -129,10 +129,10 @@ def validation_pairs(settings: TrainSettings, training: Sequence[tuple[Source, .
         try:
             pairs[number] = _pair(settings, sources[number], number)
         except (ImageError, OSError, MemoryError) as error:
-            problems.append(str(error) or f"{str(sources[number][0])!r} is too large for the memory there is")
+            problems.append(str(error) or f"{str(sources[number][0])!r} does not fit in memory")
     if problems:
         named = "; ".join(problems[:_NAMED]) + ("; …" if len(problems) > _NAMED else "")
-        raise ImageError(f"validation: {named}; remove or mend what is not right")
+        raise ImageError(f"validation: {named}; remove or correct these files")
     return pairs
 
 
@@ -170,8 +170,8 @@ def _pair(settings: TrainSettings, files: tuple[Source, ...], number: int) -> tu
 
 
 def _middle(image: Tensor, size: int, multiple: int) -> tuple[Tensor, int, int]:
-    """The middle of (3, H, W), its sides at most `size`, and its top and left: all of them multiples of `multiple`."""
+    """The middle of (3, H, W) with sides of at most `size`, and its top and left; all are multiples of `multiple`."""
     sides = [min(side, size) // multiple * multiple for side in image.shape[1:]]
     starts = [(have - side) // 2 // multiple * multiple for have, side in zip(image.shape[1:], sides)]
     (top, left), (height, width) = starts, sides
-    return image[:, top : top + height, left : left + width].clone(), top, left  # a view would keep the whole image
+    return image[:, top : top + height, left : left + width].clone(), top, left  # a view would hold the whole image in memory

@@ -1,4 +1,4 @@
-"""Watching the samples of a flow in training: its likelihood does not show that its inverse explodes."""
+"""Metrics of a flow's samples in training, because the likelihood does not show an inverse that explodes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ncsr_fast.flow.samples import decode_samples, draw
 from ncsr_fast.metrics.fidelity import lr_psnr, psnr, ssim, to_uint8
 from ncsr_fast.model import NCSR
 
-_EXAMINED = 32  # side of the LR image looked at step by step
+_EXAMINED = 32  # side of the LR image that is examined step by step
 
 
 def sample_metrics(
@@ -40,6 +40,6 @@ def sample_metrics(
 
 
 def health(model: NCSR, lr: Tensor, temperature: float, generator: torch.Generator) -> dict[str, float]:
-    """Of the top left of an LR image: the smallest scale that decoding divides by, and the round-trip error of a sample."""
+    """For the top left of an LR image, the smallest divisor of decoding, and the round-trip error of a sample."""
     report = model.check_invertibility(lr[..., :_EXAMINED, :_EXAMINED], temperature, generator)
     return {"smallest_scale": report.worst.smallest_scale, "round_trip": report.round_trip}

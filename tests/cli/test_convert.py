@@ -21,7 +21,7 @@ def test_convert_there_and_back(tmp_path, capsys):
     assert main(there) == 1
     assert not (tmp_path / "model").exists() and not (tmp_path / "report.txt").exists()
     assert main([*there, "--options", str(tmp_path / "options.json")]) == 0
-    assert "NCSR, noise-conditional, ×4, 2 blocks, 1 steps a level: 0 tensors of the same name" in capsys.readouterr().out
+    assert "NCSR, noise-conditional, ×4, 2 blocks, 1 steps per level: 0 tensors of the same name" in capsys.readouterr().out
     lines = (tmp_path / "report.txt").read_text().splitlines()
     assert len(lines) == len(published)
     assert "params/module.flowUpsamplerNet.layers.1.invconv.weight → levels.0.invconv[0]" in lines
@@ -58,4 +58,4 @@ def test_convert_reads_a_published_yaml(published_yaml, tmp_path, capsys):
     (tmp_path / "4x.yml").write_text("scale: [")
     assert main([*arguments, str(tmp_path / "4x.yml")]) == 1
     err = capsys.readouterr().err
-    assert "4x.yml' describes no model: " in err and err.count("\n") == 1
+    assert "4x.yml' does not describe a model: " in err and err.count("\n") == 1

@@ -43,7 +43,7 @@ def test_doctor_says_where_tools_cannot_be_run(tmp_path, monkeypatch):
     assert machine["C++ compiler"] == "none (c++ or g++ or clang++ not found)"
 
 
-TREE = "this is a source tree that was not installed; in it: pip install -e ."
+TREE = "this is a source tree that was not installed; run there: pip install -e ."
 
 
 @pytest.mark.parametrize(
@@ -55,7 +55,10 @@ TREE = "this is a source tree that was not installed; in it: pip install -e ."
             "skipped: no compiler; with a C++ compiler (g++ or clang++), in",
         ),
         ({"_native.cpython-27-x.so": ""}, "_native.cpython-27-x.so was built for another Python; install the package again: "),
-        ({f"_native{EXTENSION_SUFFIXES[0]}": ""}, "it was built for another machine; install the package again on this one"),
+        (
+            {f"_native{EXTENSION_SUFFIXES[0]}": ""},
+            "it was built for another machine; install the package again on this machine",
+        ),
     ],
     ids=["tree", "no-compiler", "another-python", "another-machine"],
 )

@@ -43,8 +43,8 @@ def test_entry_point(tmp_path):
 FAILURES = {
     "no-model": (["sample", "{photos}", "--out", "{out}", "--model", "nowhere"], "no model at 'nowhere'; shipped models: "),
     "no-input": (["sample", "{out}/nothing", "--out", "{out}", "--model", "{model}"], "no file or folder"),
-    "empty": (["evaluate", "{empty}", "--model", "{model}"], "holds no image"),
-    "empty-train": (["train", "--images", "{empty}", "--run", "{out}"], "holds no image"),
+    "empty": (["evaluate", "{empty}", "--model", "{model}"], "contains no image"),
+    "empty-train": (["train", "--images", "{empty}", "--run", "{out}"], "contains no image"),
     "few": (["demo", "--n", "2", "--model", "{model}"], "--n must be at least 3, not 2"),
     "device": (
         ["sample", "{photos}", "--out", "{out}", "--model", "{model}", "--device", "gpu"],
@@ -58,12 +58,15 @@ FAILURES = {
         ["train", "{photos}", "--run", "{out}"],
         "should be a YAML file, not a folder; folders of images go in",
     ),
-    "two-yamls": (["train", "{out}/a.yml", "-opt", "{out}/b.yml"], "b.yml' is a second YAML beside "),
+    "two-yamls": (["train", "{out}/a.yml", "-opt", "{out}/b.yml"], "b.yml' is a second YAML file besides "),
     "convert-nothing": (["convert", "{out}/no.pth", "--out", "{out}"], "no model at "),
     "convert-itself": (["convert", "{model}", "--out", "{model}"], "' would replace the source "),
     "options": (["convert", "{model}", "--out", "{out}", "--options", "{out}.yml"], "No such file"),
     "export-nothing": (["export", "nowhere", "--out", "{out}/x.onnx"], "no model at 'nowhere'; shipped models: "),
-    "no-run": (["train", "--images", "{photos}"], "--run: should be the folder of the run, which only a YAML can leave out"),
+    "no-run": (
+        ["train", "--images", "{photos}"],
+        "--run: should be the folder of the run; only with a YAML file may it be left out",
+    ),
     "no-images": (["train", "--run", "{out}"], "images is missing"),
     "wrong-type": (["train", "--images", "{photos}", "--run", "{out}", "--lr", "fast"], "lr: should be a number, not 'fast'"),
     "pair": (
@@ -100,7 +103,7 @@ BAD_ARGUMENTS = {
     "seed": (["sample", "a", "--out", "b", "--seed", "-1"], "argument --seed: should be a whole number from 0 to 2⁶⁴ - 1"),
     "nan": (["demo", "--temperature", "nan"], "argument --temperature: should be a number of 0 or more, not 'nan'"),
     "threads": (["bench", "--threads", "100000"], "argument --threads: should be a whole number from 1 to "),
-    "no-threads": (["bench", "--threads", "0"], "8 a processor, not '0'"),
+    "no-threads": (["bench", "--threads", "0"], "8 per processor, not '0'"),
     "rounds": (["bench", "--rounds", "0"], "argument --rounds: should be a whole number of 1 or more"),
     "seconds": (["bench", "--seconds", "-1"], "argument --seconds: should be a number of seconds, 0 or more, not '-1'"),
     "limit": (["evaluate", "a", "--limit", "-1"], "argument --limit: should be a whole number of 1 or more"),

@@ -127,7 +127,7 @@ def test_samples_that_would_be_input(model, tmp_path, capsys, source, out):
     (tmp_path / "all").symlink_to(tmp_path)
     before = outputs(tmp_path)
     assert sample(model, tmp_path / source, "--out", tmp_path / out, "--names", "source") == 1
-    assert "would be the next run's input" in capsys.readouterr().err
+    assert "would be input of the next run" in capsys.readouterr().err
     assert outputs(tmp_path) == before
 
 
@@ -165,7 +165,7 @@ def test_samples_of_an_earlier_run_are_replaced_or_named(model, tmp_path, capsys
     images(tmp_path / "out", "a_sample00000.png", "a_sample00001.png", size=(1, 1))
     assert sample(model, tmp_path / "a.png", "--out", tmp_path / "out", "--names", "source") == 0
     assert read_image(tmp_path / "out" / "a_sample00000.png").shape == (3, 16, 24)
-    assert re.search("1 samples of an earlier run are there still: '.*a_sample00001.png'\n", capsys.readouterr().err)
+    assert re.search("1 samples of an earlier run are still in the folder: '.*a_sample00001.png'\n", capsys.readouterr().err)
 
 
 def test_several_inputs_patterns_and_home(model, tmp_path, capsys, monkeypatch):
@@ -175,7 +175,7 @@ def test_several_inputs_patterns_and_home(model, tmp_path, capsys, monkeypatch):
     assert main(["sample", *inputs, "--out=~/out", "--model", model, "--n", "1", "--names", "source"]) == 0
     assert outputs(tmp_path / "out") == [f"{stem}_sample00000.png" for stem in ("a", "b", "c", "odd[1]")], "a once"
     assert sample(model, f"{tmp_path}/z*.png", "--out", tmp_path / "out") == 1
-    assert re.search(r"no file is as '.*z\*.png' describes", capsys.readouterr().err)
+    assert re.search(r"no file matches '.*z\*.png'", capsys.readouterr().err)
 
 
 OUT_OF_MEMORY = RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried …")
@@ -342,7 +342,7 @@ def test_nonfinite_samples_of_one_image_do_not_end_a_folder(tmp_path, capsys, re
     assert err.count("weights of the model are not finite") == 2 and "2 of 2 images were not sampled" in err
     assert not (tmp_path / "out").exists()
     assert sample(str(tmp_path / "model"), *arguments, "ignore") == 1
-    assert capsys.readouterr().err.count("are not finite, and black there. 1 weights of the model") == 2
+    assert capsys.readouterr().err.count("have pixels that are not finite, which are black. 1 weights of the model") == 2
 
 
 def test_what_a_folder_holds_beside_images_is_named(model, tmp_path):

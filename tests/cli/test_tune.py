@@ -52,7 +52,7 @@ def test_the_users_table_is_written_and_found(gpu, tmp_path, capsys):
 def test_a_table_elsewhere_is_found_where_it_is_named(gpu, tmp_path, monkeypatch, capsys):
     file = tmp_path / "elsewhere" / "a.json"
     assert main(["tune", "--quick", "--out", str(file)]) == 0
-    assert f"written to {str(file)!r}, which is read where NCSR_FAST_TUNING_TABLE names it" in capsys.readouterr().out
+    assert f"written to {str(file)!r}, which is read if NCSR_FAST_TUNING_TABLE names it" in capsys.readouterr().out
     assert file not in [table.file for table in tuning._tables()]
     monkeypatch.setenv(tuning.USERS, str(file))
     backends.forget()
@@ -101,11 +101,11 @@ def test_doctor_says_which_entry_chose(gpu, tmp_path, monkeypatch):
         "float32 and bfloat16: triton; triton: measured at 2.5× the reference's speed, 2026-01-02 on Acme A1 (acme-a1.json); "
         "native: in use since before there were tables, never measured (default.json)"
     )
-    slower = "predicted at {}× the reference's speed, never measured; 1.3× is asked for (acme-a1.json)"
+    slower = "predicted at {}× the reference's speed, never measured; 1.3× is required (acme-a1.json)"
     assert doctor._choice("conv3x3") == (
         f"float32: triton; triton: {slower.format(1.4)} | bfloat16: reference; triton: {slower.format(1.2)}"
     )
-    assert doctor._choice("fold").endswith("reference; no table has it")
+    assert doctor._choice("fold").endswith("reference; no table has an entry")
     monkeypatch.setenv(tuning.MODE, "strict")
     backends.forget()
     assert "an error (no table of Acme A1 says which backend runs 'fold'" in doctor._choice("fold")

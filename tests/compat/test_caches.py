@@ -172,9 +172,9 @@ def test_training_lets_go_of_what_was_kept(pair):
     net, untouched = pair
     lr = SMALL.images()["lr"]
     engine = net.__dict__["forward"].__self__._engines[True]
-    kept = weakref.ref(engine._kept[1])
+    kept = weakref.ref(engine._cached[1])
     net(**SMALL.images())[1].sum().backward()
-    assert engine._kept is None and kept() is None
+    assert engine._cached is None and kept() is None
     (idle,) = engine._idle
     assert all(parameter.is_meta for parameter in idle.model.parameters())
     assert relative_error(decode(net, lr), decode(untouched, lr)) <= 1e-6
@@ -188,7 +188,7 @@ def test_too_large_an_image_keeps_its_features_alone(pair, monkeypatch):
     lr = SMALL.images()["lr"]
     assert relative_error(decode(net, in_place(lr)), decode(untouched, lr)) <= 1e-6
     assert encodings(net, lr) == 0
-    assert not net.__dict__["forward"].__self__._engines[True]._kept[1]._image.levels._plans
+    assert not net.__dict__["forward"].__self__._engines[True]._cached[1]._image.levels._plans
 
 
 def test_images_with_nan_are_computed_anew(pair):

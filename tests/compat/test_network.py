@@ -282,11 +282,11 @@ def test_report():
     net, _ = twins(SMALL)
     holder = torch.nn.ModuleDict({"generator": net, "other": torch.nn.Linear(2, 2)})
     report = ncsr_fast.accelerate(holder, precision="fp32")
-    assert report.replaced == {"generator": "NCSR, noise-conditional, ×4, 4 blocks, 2 steps a level"} and not report.left
+    assert report.replaced == {"generator": "NCSR, noise-conditional, ×4, 4 blocks, 2 steps per level"} and not report.left
     net(**SMALL.images(), y_label=0)
     assert str(report).splitlines() == [
-        "replaced 1, left 0 as they were",
-        "  + generator: NCSR, noise-conditional, ×4, 4 blocks, 2 steps a level",
+        "replaced 1, left 0 unchanged",
+        "  + generator: NCSR, noise-conditional, ×4, 4 blocks, 2 steps per level",
         "  1 calls ran the module's own code: y_label is given",
     ]
     again = ncsr_fast.accelerate(net)  # anew

@@ -122,7 +122,7 @@ REFUSED = {
     "parameter": (with_parameter, "flowUpsamplerNet.extra.weight has shape .*, expected none: it is unknown"),
     "first steps": (with_noise_in_the_first_steps, "in level 1 the steps with a noise coupling are not the last"),
     "options": (without_options, "it has no options `opt`"),
-    "options of the encoder": (with_other_options_of_the_encoder, "RRDB.opt are others than those of the network"),
+    "options of the encoder": (with_other_options_of_the_encoder, "RRDB.opt are not those of the network"),
     "patched": (patched, "its forward was replaced already"),
     "meta": (lambda: SMALL.build().to("meta"), "on meta"),
     "something else": (lambda: torch.nn.Linear(2, 2), "nothing in this Linear could be accelerated: no part is recognised"),
@@ -141,7 +141,7 @@ def test_refused_with_a_reason(what):
 
 
 def test_refused_options():
-    with pytest.raises(ValueError, match="engine='plain' is what restore"):
+    with pytest.raises(ValueError, match="restore.module. brings"):
         ncsr_fast.accelerate(SMALL.build(), engine="plain")
     with pytest.raises(TypeError, match="unexpected keyword"):
         ncsr_fast.accelerate(SMALL.build(), speed="high")
@@ -232,11 +232,11 @@ CHANGED = {
     "RRDB.lrelu.negative_slope is 0.5, and only 0.2 is served": change_a_slope,
     "RRDB.RRDB_trunk.0.RDB1.lrelu.negative_slope is 0.5, and only 0.2 is served": change_a_slope_of_a_block,
     "RRDB.lrelu.inplace is True, and only False is served": compute_in_place,
-    "its options `opt` are others than those it was recognised by": stack_other_blocks,
+    "its options `opt` have changed since it was recognised": stack_other_blocks,
     "option network_G.flow.coupling = 'CondAffine' is not supported, only 'CondAffineSeparatedAndCond'": (
         ask_for_another_coupling
     ),
-    "the options RRDB.opt are others than those of the network": give_the_encoder_other_options,
+    "the options RRDB.opt are not those of the network": give_the_encoder_other_options,
     "RRDB.conv_first was exchanged for another module": exchange_a_module,
     "flowUpsamplerNet.layers.3.invconv has hooks, which would not run": add_a_hook,
     "flowUpsamplerNet.layers.3.affine.affine_eps is 0.01, and only 0.0001 is served": change_an_attribute,
@@ -278,13 +278,13 @@ def test_calls_that_are_not_served_run_the_networks_own_code():
     calls = {
         "y_label is given": images | {"y_label": 1},
         "epses has 1 latents instead of 2": dict(lr=images["lr"], epses=[z], reverse=True, std=images["std"]),
-        "there is no LR image of an even size": odd,
+        "there is no LR image with even sides": odd,
         "lr has another dtype or device than the parameters": images | {"lr": images["lr"].float()},
         "gt has another shape than the network's": images | {"gt": images["gt"][:, :, :-4]},
         "z has another shape than the network's": dict(lr=images["lr"], z=z[:1], eps_std=0.5, reverse=True),
         "std is neither a noise image nor one number for each image": images | {"std": images["std"][:, :2]},
-        "lr is not a plain tensor": {"gt": images["gt"]},
-        "a feature map of lr_enc is not a plain tensor": images | {"lr_enc": {}},
+        "lr is not an ordinary tensor": {"gt": images["gt"]},
+        "a feature map of lr_enc is not an ordinary tensor": images | {"lr_enc": {}},
     }
     for reason, arguments in calls.items():
         found, expected = outcome(net, arguments), outcome(untouched, arguments)

@@ -237,7 +237,7 @@ def test_a_folder_that_cannot_be_used(sizes, folder, decoded, monkeypatch):
     monkeypatch.setattr("ncsr_fast.data.cache._PAUSE", 0.001)
     folder.parent.mkdir()
     folder.write_text("a file")
-    with pytest.warns(UserWarning, match=r"no decoded images are kept in '.*cache', they are decoded every time: .*exists"):
+    with pytest.warns(UserWarning, match=r"decoded images are not cached in '.*cache', but decoded every time: .*exists"):
         cache = ImageCache(folder, 2**30, sizes)
     read_all(cache, sizes)
     folder.unlink()

@@ -123,7 +123,7 @@ def test_pairs_of_pickled_images(tmp_path):
     assert len(crops) == 3 and all(torch.equal(crops[n]["lr"], crops[n]["hr"][:, ::4, ::4]) for n in range(9))
     crops[0]["hr"].zero_()
     assert crops[0]["hr"].any(), "crops are no views of the images"
-    with pytest.raises(ValueError, match="hr.pklv4' holds 3 images and '.*short.pklv4' 2: they must be pairs"):
+    with pytest.raises(ValueError, match="hr.pklv4' contains 3 images and '.*short.pklv4' 2: every image needs a partner"):
         RandomCrops(hr, short, scale=4, crop=32)
     with pytest.warns(UserWarning, match=r"1 of 3 images are skipped:\n.*hr.pklv4\[0\]' is 40×50, smaller than a 48×48 crop"):
         assert len(RandomCrops(hr, scale=4, crop=48)) == 2
@@ -161,7 +161,7 @@ def test_unusable_files_are_named_and_counted(photos):
     Image.fromarray(np.zeros((20, 200, 3), dtype=np.uint8)).save(photos / "small.png")
     with pytest.warns(UserWarning, match="2 of 5 images are skipped") as caught:
         crops = RandomCrops(photos, scale=4, crop=32)
-    assert "broken.png': not an image" in str(caught[0].message)
+    assert "broken.png': it is not an image" in str(caught[0].message)
     assert "small.png' is 20×200, smaller than a 32×32 crop" in str(caught[0].message)
     assert len(crops) == 3 and len(crops.broken) == 2
 
@@ -179,7 +179,7 @@ def test_a_file_whose_pixels_are_broken_is_replaced_by_the_next(photos, tmp_path
 
 
 @pytest.mark.parametrize(
-    "error, reason", [(MemoryError(), "b.png' is too large for"), (PermissionError("b.png is not yours"), "b.png")]
+    "error, reason", [(MemoryError(), "b.png' does not fit in memory"), (PermissionError("b.png is not yours"), "b.png")]
 )
 def test_a_file_that_cannot_be_read_now_ends_nothing(photos, monkeypatch, error, reason):
     def read(source):

@@ -119,5 +119,5 @@ def test_in_workers(folder, photos, method):
 
 
 def test_lr_images_and_a_degradation(photos):
-    with pytest.raises(ValueError, match="makes the LR images that lr_images names already"):
+    with pytest.raises(ValueError, match="makes LR images, but lr_images names LR images too"):
         RandomCrops(photos, photos, scale=4, crop=32, degradation=nearest)

@@ -118,7 +118,7 @@ def test_netpbm_of_any_depth(tmp_path, kind, highest):
 def test_several_pictures_in_a_file(tmp_path, suffix):
     frames = [Image.fromarray(RGB + 9 * number) for number in range(3)]
     frames[0].save(tmp_path / f"x.{suffix}", save_all=True, append_images=frames[1:])
-    with pytest.raises(ImageError, match="it holds 3 pictures; save the one"):
+    with pytest.raises(ImageError, match="it contains 3 pictures; save the one"):
         read_image(tmp_path / f"x.{suffix}")
 
 
@@ -158,7 +158,7 @@ def test_an_image_of_too_many_pixels(tmp_path, monkeypatch):
 def test_a_large_png_that_is_broken_off_is_named_as_that(tmp_path, monkeypatch, trouble):
     path = save(tmp_path / "x.png", RGB)
     whole = path.read_bytes()
-    for content, said in ((whole, "exceeds limit|^$"), (whole[:50], "x.png': it is broken off, .*copy or download it again")):
+    for content, said in ((whole, "exceeds limit|^$"), (whole[:50], "x.png': it is truncated, .*copy or download it again")):
         path.write_bytes(content)
         with monkeypatch.context() as patch:
             if trouble == "bomb":

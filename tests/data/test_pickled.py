@@ -97,14 +97,16 @@ def test_arguments_that_fit_nothing(tmp_path):
 
 @pytest.mark.parametrize("content", [{"images": 1}, (IMAGES[0],), [], 5])
 def test_anything_but_a_list(tmp_path, content):
-    with pytest.raises(ImageError, match=r"images.pklv4' must hold a list of images, not an? (empty )?(dict|tuple|list|int)"):
+    with pytest.raises(
+        ImageError, match=r"images.pklv4' must contain a list of images, not an? (empty )?(dict|tuple|list|int)"
+    ):
         PickledImages(write(tmp_path, content))
 
 
 def test_truncated_and_corrupt_files(tmp_path):
     whole = pickle.dumps(IMAGES, 4)
     for content in (whole[:-40], whole[:60], b"", b"no pickle", b"\x80\x04\x8c\x05ab"):
-        with pytest.raises(ImageError, match=r"cannot read '.*images.pklv4', it is truncated or corrupt"):
+        with pytest.raises(ImageError, match=r"cannot read '.*images.pklv4': it is truncated or corrupt"):
             PickledImages(write(tmp_path, content))
     with pytest.raises(FileNotFoundError, match="absent.pklv4"):
         PickledImages(tmp_path / "absent.pklv4")

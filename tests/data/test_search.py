@@ -28,12 +28,12 @@ def listed(folder):
 def test_folders_without_images(tmp_path):
     with pytest.raises(FileNotFoundError, match="no folder"):
         list_images(tmp_path / "absent")
-    with pytest.raises(ValueError, match=r"holds no image \(\.png"):
+    with pytest.raises(ValueError, match=r"contains no image \(\.png"):
         list_images(tmp_path)
     make(tmp_path, "notes.txt")
-    with pytest.raises(ValueError, match=r"holds no image .*; in it: 1 that end in \.txt \('notes.txt'\)"):
+    with pytest.raises(ValueError, match=r"contains no image .*; in it: 1 that end in \.txt \('notes.txt'\)"):
         list_images(tmp_path)
-    with pytest.raises(NotADirectoryError, match="notes.txt' is a file; give the folder it is in"):
+    with pytest.raises(NotADirectoryError, match="notes.txt' is a file; give the folder that contains it"):
         list_images(tmp_path / "notes.txt")
 
 
@@ -51,7 +51,7 @@ def test_what_is_left_out_is_named(tmp_path):
     with pytest.warns(UserWarning) as caught:
         assert listed(tmp_path) == ["a.png"]
     said = str(caught[0].message)
-    assert f"10 of what {str(tmp_path)!r} holds are left out" in said
+    assert f"10 entries of {str(tmp_path)!r} are left out" in said
     for part in (
         "2 hidden ('.b.png', '.git')",
         "5 that end in .txt ('0.txt', '1.txt', '2.txt', …)",

@@ -32,7 +32,7 @@ def test_two_files_of_one_stem_are_refused(pictures, tmp_path, folder):
     pictures("hr/a.png", "hr/sub/b.png", "lr/a.png", "lr/sub/b.png")
     assert pairs(tmp_path) == [("a.png", "a.png"), ("b.png", "b.png")]
     pictures(f"{folder}/sub/b.jpg")
-    named = f"{folder}/sub/b.jpg' and '.*{folder}/sub/b.png' would both be the image 'sub/b' of a pair; take one away"
+    named = f"{folder}/sub/b.jpg' and '.*{folder}/sub/b.png' would both be the image 'sub/b' of a pair; remove one of them"
     with pytest.raises(ValueError, match=named):
         pairs(tmp_path)
 
@@ -50,11 +50,11 @@ def test_lr_images_without_a_partner_are_named(pictures, tmp_path):
 @pytest.mark.parametrize(
     "place, error, message",
     [
-        ("none", FileNotFoundError, "^v: there is no 'none'; relative paths begin at the current folder, '.+'"),
+        ("none", FileNotFoundError, "^v: there is no 'none'; relative paths are relative to the current folder, '.+'"),
         ("none.pklv4", FileNotFoundError, "^v: there is no 'none.pklv4'"),
         ("*.png", ValueError, r"^v: '\*.png' is a pattern, and patterns are not expanded; give the folder, '.': all"),
         ("hr/s?b/*.png", ValueError, r"is a pattern.*give the folder, 'hr': all"),
-        ("hr/a.png", ValueError, "^v: 'hr/a.png' is one image; give the folder of the images, as in 'hr'"),
+        ("hr/a.png", ValueError, "^v: 'hr/a.png' is one image; give a folder of images, such as 'hr'"),
         ("a.txt", ValueError, "^v: 'a.txt' is neither a folder of images nor a .pklv4 file"),
     ],
 )

@@ -83,7 +83,7 @@ def test_models_of_half_precision(dtype):
 def test_refused():
     model = tiny_model()
     model.precision = "bf16"
-    with pytest.raises(ValueError, match="float64 one needs precision='fp32'"):
+    with pytest.raises(ValueError, match="float64 model needs precision='fp32'"):
         model.nll(image(1, 3, 8, 8), image(1, 3, 2, 2))
     for name in ("engine", "precision"):
         with pytest.raises(ValueError, match=f"{name} must be one of"):

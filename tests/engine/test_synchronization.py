@@ -68,9 +68,9 @@ def test_a_step_of_the_trainer(model, l1_weight):
     step = graphs.TrainingStep(
         FlowObjective(model, settings), graphs.adam(model, 1e-3), max_grad_norm=1.0, loss=lambda o, *i: o(*i), graph=False
     )
-    step(hr, None, *Draws.of_step(0, settings, generator))
+    step(hr, None, *Draws.at_step(0, settings, generator))
     with no_waiting():
-        step(hr, None, *Draws.of_step(1, settings, generator))
+        step(hr, None, *Draws.at_step(1, settings, generator))
     assert step.counters[:2].tolist() == [2, 0]
 
 

@@ -218,7 +218,7 @@ def test_a_generator_that_reads_four_times_its_channels_without_an_unshuffle(tmp
 def test_an_unshuffle_that_the_network_cannot_have(tmp_path, channels, unshuffle):
     """By its channels, not a power of two, by its doublings."""
     torch.save(RRDB(4, 4, 2, 1, in_channels=channels).published_state_dict(), tmp_path / "net.pth")
-    refusal = f"unshuffle={unshuffle}: the file's network reads {channels} channels and doubles 2 times"
+    refusal = f"unshuffle={unshuffle}: the file's network reads {channels} channels and upsamples ×2 2 times"
     with pytest.raises(ValueError, match=refusal):
         RRDB.from_pretrained(tmp_path / "net.pth", unshuffle=unshuffle)
 
@@ -252,7 +252,7 @@ def test_where_the_long_skip_of_a_file_starts(tmp_path):
         assert torch.equal(RRDB.from_pretrained(tmp_path / "flow.pth", long_skip="last_block")(lr), expected)
         assert torch.equal(RRDB.from_pretrained(tmp_path / "rrdb.pth", long_skip="last_block")(lr), expected)
         assert relative_error(RRDB.from_pretrained(tmp_path / "rrdb.pth")(lr), expected) > 0.05
-    with pytest.raises(ValueError, match="long_skip='conv_first': the file is a flow's, and its encoder's is 'last_block'"):
+    with pytest.raises(ValueError, match="long_skip='conv_first': the file is a flow's, and its encoder has 'last_block'"):
         RRDB.from_pretrained(tmp_path / "flow.pth", long_skip="conv_first")
 
 
@@ -276,7 +276,7 @@ def test_where_the_long_skip_of_a_directory_starts(tmp_path):
 
 def test_loading_the_encoder_of_a_flow_into_a_generator():
     model = tiny_model(dtype=torch.float32)
-    with pytest.raises(CheckpointError, match="the long skip of its encoder starts at the last block"):
+    with pytest.raises(CheckpointError, match="whose encoder has its long skip from the last block"):
         RRDB(4, channels=4, growth=2, blocks=2).load_published(model.published_state_dict())
     generator = randomize(RRDB(4, channels=4, growth=2, blocks=2))
     model.encoder.load_published(generator.published_state_dict())  # weights to start from: the skip stays the flow's

@@ -67,7 +67,7 @@ def test_a_state_dict_that_does_not_fit_changes_nothing_and_is_explained():
 
 def test_a_checkpoint_of_another_model_names_the_first_mismatches():
     with pytest.raises(
-        CheckpointError, match=r"not that of this model \(NCSR, noise-conditional, ×4, 2 blocks, 1 steps a level\)"
+        CheckpointError, match=r"does not fit this model \(NCSR, noise-conditional, ×4, 2 blocks, 1 steps per level\)"
     ):
         tiny_model().load_published(tiny_model(blocks=3, stacked_blocks=(0, 2)).published_state_dict())
 
@@ -133,12 +133,12 @@ def test_bad_pth_files(tmp_path):
     for name in ("truncated.pth", "text.pth", "malicious.pth"):
         with pytest.raises(CheckpointError, match=f"{name}' is not a readable checkpoint"):
             read_state_dict(tmp_path / name)
-    with pytest.raises(CheckpointError, match="it holds a .*open, which is more than tensors and is not run") as caught:
+    with pytest.raises(CheckpointError, match="it holds a .*open, which is more than tensors and is not executed") as caught:
         read_state_dict(tmp_path / "malicious.pth")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "trace").exists()
     torch.save([1, 2], tmp_path / "list.pth")
-    with pytest.raises(CheckpointError, match="holds no state dict"):
+    with pytest.raises(CheckpointError, match="does not hold a state dict"):
         read_state_dict(tmp_path / "list.pth")
     with pytest.raises(FileNotFoundError, match="no checkpoint at"):
         read_state_dict(tmp_path / "absent.pth")
@@ -164,7 +164,7 @@ def test_the_configuration_of_a_file_is_found_by_its_shapes(tmp_path, changes):
 @pytest.mark.slow
 def test_a_file_of_no_preset_asks_for_its_configuration(tmp_path):
     torch.save(tiny_model().published_state_dict(), tmp_path / "model.pth")
-    with pytest.raises(CheckpointError, match="of no preset .* of the nearest, .*config=NCSRConfig.from_published"):
+    with pytest.raises(CheckpointError, match="fits no preset .* with the nearest, .*config=NCSRConfig.from_published"):
         NCSR.from_pretrained(tmp_path / "model.pth")
 
 
@@ -215,7 +215,7 @@ def test_encoder_weights_in_every_naming(rename):
 
 def test_encoder_weights_that_do_not_fit():
     with pytest.raises(
-        CheckpointError, match=r"not that of this encoder \(RRDB, ×8, 2 blocks of 4 channels\); 2 missing: upconv3.weight"
+        CheckpointError, match=r"does not fit this encoder \(RRDB, ×8, 2 blocks of 4 channels\); 2 missing: upconv3.weight"
     ):
         encoder(8).load_published(encoder().published_state_dict())
 
@@ -231,7 +231,7 @@ def test_the_size_of_a_generator_file_is_read_off_its_shapes(tmp_path, scale):
     again = RRDB.from_pretrained(tmp_path / "rrdb.pth")
     assert again.configuration() == source.configuration() and torch.equal(again(lr), source(lr))
     torch.save({"weight": torch.zeros(1)}, tmp_path / "other.pth")
-    with pytest.raises(CheckpointError, match="not that of an RRDB generator: it has no 'RRDB_trunk.0.RDB1.conv1.weight'"):
+    with pytest.raises(CheckpointError, match="does not fit an RRDB generator: it has no 'RRDB_trunk.0.RDB1.conv1.weight'"):
         RRDB.from_pretrained(tmp_path / "other.pth")
 
 

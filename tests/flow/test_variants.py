@@ -125,8 +125,8 @@ def test_states_are_watched_at_every_step_whatever_evaluates_a_level(monkeypatch
         (lambda: Branch("b", None, changes_all=True), "its network would read nothing"),
         (lambda: Branch("a b"), "a branch's name must be an identifier"),
         (lambda: NCSR(replace(FLOW, noise_channels=0), Encoder()), "noise_channels is 0"),
-        (lambda: NCSR(FLOW), "a flow of one's own needs an encoder"),
-        (lambda: replace(FLOW, scale=1), "the levels squeeze by 4, and sides of HR are multiples of .* = 2"),
+        (lambda: NCSR(FLOW), "a model of a FlowConfig needs an encoder"),
+        (lambda: replace(FLOW, scale=1), "the levels squeeze by 4, but sides of HR are multiples of .* = 2"),
         (lambda: replace(FLOW, prior="uniform"), "prior must be one of"),
         (lambda: replace(FLOW, levels=(replace(FLOW.levels[0], split_channels=12),) * 2), "needs no split"),
         (lambda: LevelConfig(0, 5), "steps of a level must be an integer ≥ 1"),
@@ -161,7 +161,7 @@ def test_a_condition_is_reused():
         flow.sample(3, latents=given)
     with torch.no_grad():
         model.levels[0].invconv.mul_(1.1)
-    with pytest.raises(RuntimeError, match="condition the flow anew"):
+    with pytest.raises(RuntimeError, match="call it again"):
         flow.decode(latents, noise)
 
 

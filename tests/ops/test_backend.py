@@ -129,7 +129,7 @@ def test_auto_leaves_out_what_was_measured_on_no_gpu():
 def test_the_advice_names_a_backend_that_has_the_operator():
     """Whichever device; of a kernel that others have in that dtype, all of them."""
     assert _not_covered("native", "fold", "cuda", "torch.float32") == (
-        "its fold runs on cpu tensors, not on cuda ones; use backend='reference'"
+        "its fold runs on cpu tensors, not on cuda tensors; use backend='reference'"
     )
     assert _not_covered("triton", "fold", "cuda", "torch.float32") == "it has no fold; use backend='reference'"
     assert _not_covered("triton", "affine", "cuda", "torch.float64") == (

@@ -269,9 +269,9 @@ def test_what_has_no_memory_is_refused():
         c.conv3x3_backward(dy, image, weight, (False, True, False), dweight=weight.to(memory_format=torch.channels_last))
     with pytest.raises(TypeError, match="negative bit"):
         c.conv3x3_forward(image, weight, None, out=torch._neg_view(normal(2, 9, 4, 6)))
-    with pytest.raises(TypeError, match="a kernel writes torch.float64 here, and this tensor is torch.float32"):
+    with pytest.raises(TypeError, match="the kernel writes torch.float64 here, but this tensor is torch.float32"):
         c.conv3x3_forward(image, weight, None, out=normal(2, 9, 4, 6, dtype=torch.float32))
-    with pytest.raises(TypeError, match="a kernel writes torch.float64 here, and this tensor is torch.float32"):
+    with pytest.raises(TypeError, match="the kernel writes torch.float64 here, but this tensor is torch.float32"):
         c.conv3x3_backward(dy, image, weight, (False, True, False), dweight=weight.float())
 
 

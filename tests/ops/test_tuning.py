@@ -232,7 +232,10 @@ def test_a_table_is_read_as_it_was_written(tables):
     [
         ("{", "Expecting property name"),
         ('{"gpu": "A", "capability": "9.0", "tiles": []}', "'backends'"),
-        (json.dumps({"gpu": "A", "capability": "9.0", "tiles": [], "backends": [entry(kind="guessed")]}), "kind 'guessed'"),
+        (
+            json.dumps({"gpu": "A", "capability": "9.0", "tiles": [], "backends": [entry(kind="guessed")]}),
+            "kind of provenance 'guessed'",
+        ),
         (
             json.dumps({"gpu": "A", "capability": "9.0", "tiles": [], "backends": [entry(gain="2")]}),
             "measured has the gain '2'",
@@ -242,7 +245,9 @@ def test_a_table_is_read_as_it_was_written(tables):
 )
 def test_a_file_that_is_no_table_is_named(tables, text, problem):
     (tables.mine / "a.json").write_text(text)
-    with pytest.raises(ValueError, match=f"a.json' is no table of a GPU: .*{problem}.*; write it anew with `ncsr-fast tune`"):
+    with pytest.raises(
+        ValueError, match=f"a.json' is not a table of a GPU: .*{problem}.*; write it again with `ncsr-fast tune`"
+    ):
         chosen("affine")
 
 

@@ -27,7 +27,7 @@ LOW = tiny_settings(
 
 
 def draws(step: int = 0, settings=SETTINGS, share: slice = slice(None)) -> Draws:
-    return Draws.of_step(step, settings, torch.Generator(), share)
+    return Draws.at_step(step, settings, torch.Generator(), share)
 
 
 def test_a_step_has_its_own_numbers_and_always_the_same():

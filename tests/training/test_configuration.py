@@ -160,7 +160,7 @@ PROBLEMS = {
     "list-yaml": ("- images", "should hold `key: value` lines, not list \"['images']\""),
     "empty": ("", "should hold `key: value` lines, not NoneType 'None'"),
     "syntax": ("images: [a]\nlr: [1\nsteps: 3\n", "line 3: expected ',' or ']', but got ':'"),
-    "binary": ("images: \0", "no YAML: unacceptable character #x0000: special characters are not allowed"),
+    "binary": ("images: \0", "not YAML: unacceptable character #x0000: special characters are not allowed"),
 }
 
 
@@ -197,7 +197,7 @@ def test_a_folder_is_no_yaml(tmp_path):
 def test_missing_packages_are_named(package, write, monkeypatch):
     path = write("images: [a]\n")
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(ImportError, match=rf"need {package} to be read: pip install 'ncsr_fast\[train\]'"):
+    with pytest.raises(ImportError, match=rf"settings of a training run needs {package}: pip install 'ncsr_fast\[train\]'"):
         configure(path)
 
 

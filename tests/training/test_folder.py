@@ -37,13 +37,15 @@ def test_a_folder_of_other_things_is_refused(settings, tmp_path, name, text):
     (run / name).parent.mkdir(parents=True)
     (run / name).write_text(text)
     first = name.partition("/")[0]
-    assert f"mine' holds '{first}' and no settings.json, so that it is no run's folder, and" in refused(settings, run)
+    assert f"mine' contains '{first}' and no settings.json, so it is not a run's folder, and" in refused(settings, run)
 
 
 def test_settings_of_another_program_are_no_run(settings, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "settings.json").write_text('{"editor": "vi"}')
-    assert "settings.json' holds no settings of a training run; choose another folder" in refused(settings, tmp_path / "mine")
+    assert "settings.json' does not contain settings of a training run; choose another folder" in refused(
+        settings, tmp_path / "mine"
+    )
 
 
 @pytest.mark.parametrize("lock", [None, "", '{"pid": 1, "host": "elsewhere", "since": "long ago"}'])
@@ -80,7 +82,7 @@ def test_weights_in_the_folder_of_a_run(settings, tmp_path, name):
     settings = replace(settings, **{name: str(tmp_path / "link")})
     refused(settings, tmp_path / "run")
     (tmp_path / "run" / "settings.json").write_text(json.dumps(settings.to_dict()))
-    assert f"{name}: '{tmp_path}/link' is in the run's folder '{tmp_path}/run', which" in refused(settings, tmp_path / "run")
+    assert f"{name}: '{tmp_path}/link' is in the run's folder '{tmp_path}/run', to which" in refused(settings, tmp_path / "run")
 
 
 def test_a_run_among_its_images(settings, photos):
@@ -107,4 +109,4 @@ def test_images_in_the_folder_of_a_run(settings, photos, tmp_path, target):
     link = photos / "z.png"
     link.symlink_to(run / target)
     said = refused(settings, run)
-    assert said.startswith(f"images: '{photos}' has images in the run's folder '{run}', by way of '{link}', which would be")
+    assert said.startswith(f"images: '{photos}' has images in the run's folder '{run}', by way of '{link}', and the run would")

@@ -26,8 +26,8 @@ def test_a_second_start_says_who_trains_and_touches_nothing(photos, tmp_path):
         with pytest.raises(RunInUse), sole_writer(run):
             pass  # as the one before, it has not taken the lock away
     said = str(caught.value)
-    assert f"run' is in use: process {os.getpid()} on {socket.gethostname()} has been training in it since 20" in said
-    assert said.endswith("; wait until it ends or stop it, or choose another folder")
+    assert f"run' is in use: process {os.getpid()} on {socket.gethostname()} has been training in this folder since 20" in said
+    assert said.endswith("; wait until that process ends, stop it, or choose another folder")
     with sole_writer(run):
         pass
 
@@ -56,7 +56,7 @@ def test_what_a_killed_process_left_is_no_obstacle(tmp_path, left):
 def test_a_holder_that_has_not_written_yet(tmp_path, text):
     with sole_writer(tmp_path):
         (tmp_path / "lock").write_text(text)
-        with pytest.raises(RunInUse, match="in use: another process has begun to train in it"), sole_writer(tmp_path):
+        with pytest.raises(RunInUse, match="in use: another process has begun to train in this folder"), sole_writer(tmp_path):
             pass
 
 

@@ -130,7 +130,7 @@ def step():
     """A model with two steps a level, its objective, and a batch."""
     model = tiny_model(dtype=torch.float32, steps=2, noise_steps=(0, 1, 2))
     settings = tiny_settings("unused", model=model.config)
-    inputs = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8), None, *Draws.of_step(0, settings, torch.Generator())
+    inputs = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8), None, *Draws.at_step(0, settings, torch.Generator())
     hr, lr, *draws = inputs
     batch = prepare(hr, lr, Draws(*draws), settings)
     return model, FlowObjective(model, settings), inputs, batch

@@ -113,7 +113,7 @@ def test_logs_that_cannot_be_plotted(tmp_path):
     with pytest.raises(ValueError, match="line 1 of .* is not JSON"):
         plot(tmp_path)
     (tmp_path / "log.jsonl").write_text('3\n{"stage": "flow", "step": 1, "loss": 1}\n')
-    with pytest.raises(ValueError, match="line 1 of .* is no row of a log but '3'; remove the line"):
+    with pytest.raises(ValueError, match="line 1 of .* is not a row of a log but '3'; remove the line"):
         plot(tmp_path)
 
 
@@ -139,7 +139,7 @@ def test_the_picture_is_where_and_what_its_name_says(tmp_path, capsys, name, kin
         assert picture.format == kind
     assert main(["plot", str(run), "--out", str(tmp_path / "x.txt")]) == 1
     err = capsys.readouterr().err
-    assert "x.txt': no plot is written as .txt; end the name in one of ." in err and ", .png, " in err
+    assert "x.txt': plots cannot be written as .txt; end the name in one of ." in err and ", .png, " in err
 
 
 def test_a_plot_that_fails_leaves_the_one_before(tmp_path):

@@ -140,7 +140,7 @@ def test_the_command_line_goes_before_a_published_yaml(tmp_path):
     assert (settings.unfreeze, settings.betas, settings.steps, settings.images) == (0.5, (0.9, 0.99), 10, ("x",))
     assert settings.model.noise_steps == (16, 16, 16) and settings.max_std == 0.04 and done.run == "r"
     assert configure(path, {"variant": "srflow"}).settings.max_std == 0
-    with pytest.raises(ValueError, match="^preset: .*a.yml is a published YAML and has an architecture of its own"):
+    with pytest.raises(ValueError, match="^preset: .*a.yml is a published YAML file, which has its own architecture"):
         configure(path, {"preset": "ncsr-x4"})
 
 

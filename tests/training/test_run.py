@@ -65,7 +65,7 @@ def test_other_settings_are_refused_with_a_way_on(settings, run):
         train(replace(settings, lr=0.01), run, "cpu")
     assert f"lr (was 0.001, now 0.01); choose another folder; with --start-from {run}/model the" in str(caught.value)
     shutil.rmtree(run / "model")
-    with pytest.raises(ValueError, match="with --start-from .*/best the new run begins with the weights of this one"):
+    with pytest.raises(ValueError, match="with --start-from .*/best the new run starts from the weights of this run"):
         train(replace(settings, lr=0.01), run, "cpu")
     shutil.rmtree(run / "best")
     with pytest.raises(ValueError, match="choose another folder$"):
@@ -87,7 +87,9 @@ def test_a_folder_that_was_copied_by_half(settings, run):
     with pytest.raises(ValueError, match="settings.json' is damaged .*copy it again"):
         train(settings, run, "cpu")
     (run / "settings.json").unlink()
-    with pytest.raises(ValueError, match="holds checkpoints .*flow-00000002.pt.* but no settings.json: .*not copied whole"):
+    with pytest.raises(
+        ValueError, match="contains checkpoints .*flow-00000002.pt.* but no settings.json: .*not copied completely"
+    ):
         train(settings, run, "cpu")
 
 
@@ -138,7 +140,7 @@ def test_other_images_are_told_of_once(settings, run, photos):
     Image.fromarray(pixels).save(photos / "b.png")
     (photos / "nested" / "c.png").rename(photos / "d.png")
     told = r"1 new \(0/d.png\); 1 gone \(0/nested/c.png\); 1 changed \(0/b.png\)"
-    with pytest.warns(UserWarning, match=f"images are not those that the run in '.*' began with: {told}. It goes on"):
+    with pytest.warns(UserWarning, match=f"images are not those that the run in '.*' began with: {told}. The run continues"):
         train(settings, run, "cpu")
     (row,) = [row for row in log_rows(run) if row.get("event") == "other images"]
     assert (row["stage"], row["step"]) == ("flow", 2) and "1 changed (0/b.png)" in row["changed"]
@@ -217,7 +219,7 @@ def test_images_left_out_are_recorded(settings, photos, tmp_path):
 def test_damaged_lines_of_the_log_are_dropped(settings, run, finished):
     lines = (run / "log.jsonl").read_text().splitlines(keepends=True)
     (run / "log.jsonl").write_bytes("".join([lines[0], "3\n", "{}\n", *lines[1:], '{"stage": "fl']).encode() + b"\xff\0\n\xff")
-    with pytest.warns(UserWarning, match="line 2 of '.*log.jsonl' is damaged and is dropped"):
+    with pytest.warns(UserWarning, match="line 2 of '.*log.jsonl' is damaged and is ignored"):
         train(settings, run, "cpu")
     assert (run / "log.jsonl").read_text() == (finished / "log.jsonl").read_text()
 
@@ -266,7 +268,7 @@ def test_a_validation_that_fails_is_passed_over(settings, tmp_path, monkeypatch,
     events = [row for row in log_rows(run) if row.get("event") == "validation failed"]
     assert [(row["step"], row["image"]) for row in events] == [(1, 1), (2, 0), (2, 1)]
     assert {row["problem"] for row in events} == {"OutOfMemoryError: CUDA out of memory"}
-    assert "flow 2: validation image 0 is passed over (OutOfMemoryError" in capsys.readouterr().out
+    assert "flow 2: validation image 0 is skipped (OutOfMemoryError" in capsys.readouterr().out
     assert [row["step"] for row in log_rows(run) if "validation" in row] == [1], "of the image that was looked at"
     assert (run / "model").is_dir() and not (run / "best").exists(), "which is no comparison with others"
 
@@ -284,7 +286,7 @@ def test_a_full_disk_is_named_and_costs_no_checkpoint(settings, tmp_path, monkey
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", full)
         with pytest.raises(
-            OSError, match=r"flow-00000002.pt' could not be written \(\[enforce .* 0, \d+ MiB are free there\); when"
+            OSError, match=r"flow-00000002.pt' could not be written \(\[enforce .* 0, \d+ MiB are free on the disk\); once"
         ):
             train(settings, run, "cpu")
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["flow-00000001.pt"]

@@ -36,19 +36,21 @@ def refused(settings, run, *errors) -> str:
 
 
 def no_folder(tmp_path):
-    return {"validation": "no_such_folder"}, r"^validation: there is no 'no_such_folder'; relative paths begin at"
+    return {"validation": "no_such_folder"}, r"^validation: there is no 'no_such_folder'; relative paths are relative to"
 
 
 def no_image(tmp_path):
     (tmp_path / "v").mkdir()
     (tmp_path / "v" / "a.png").touch()
-    return {"validation": str(tmp_path / "v")}, "^validation: cannot read image '.*a.png': not an image.*; remove or mend"
+    return {
+        "validation": str(tmp_path / "v")
+    }, "^validation: cannot read image '.*a.png': it is not an image.*; remove or correct"
 
 
 def too_small(tmp_path):
     (tmp_path / "v").mkdir()
     Image.new("RGB", (7, 40)).save(tmp_path / "v" / "a.png")
-    return {"validation": str(tmp_path / "v")}, "^validation: '.*a.png' is 40×7, smaller than the 8×8"
+    return {"validation": str(tmp_path / "v")}, "^validation: '.*a.png' is 40×7, smaller than 8×8"
 
 
 def other_lr(tmp_path):
@@ -66,7 +68,7 @@ def pattern(tmp_path):
 
 
 def one_image(tmp_path):
-    return {"images": (str(tmp_path / "photos" / "a.png"),)}, "^images: '.*a.png' is one image; give the folder.*photos'"
+    return {"images": (str(tmp_path / "photos" / "a.png"),)}, "^images: '.*a.png' is one image; give a folder.*photos'"
 
 
 def another_file(tmp_path):
@@ -84,7 +86,7 @@ def no_model(tmp_path):
 
 def other_encoder(tmp_path):
     NCSR(tiny_config(blocks=3)).encoder.save_pretrained(tmp_path / "encoder")
-    return {"encoder_weights": str(tmp_path / "encoder")}, "is not that of this encoder"
+    return {"encoder_weights": str(tmp_path / "encoder")}, "does not fit this encoder"
 
 
 def degradation(tmp_path):
@@ -93,7 +95,7 @@ def degradation(tmp_path):
 
 
 def graph(tmp_path):
-    return {"graph": True}, "^graph: CUDA graphs need a GPU, and the device is 'cpu'"
+    return {"graph": True}, "^graph: CUDA graphs need a GPU, but the device is 'cpu'"
 
 
 @pytest.mark.parametrize(
@@ -119,7 +121,7 @@ def test_all_that_is_wrong_is_said_at_once(settings, tmp_path):
 
 def test_a_folder_that_cannot_be_used(settings, tmp_path, monkeypatch):
     (tmp_path / "run").touch()
-    assert "run' is a file, and a run needs a folder" in refused(settings, tmp_path / "run", NotADirectoryError)
+    assert "run' is a file, but a run needs a folder" in refused(settings, tmp_path / "run", NotADirectoryError)
     assert "cannot be written to: Not a directory" in refused(settings, tmp_path / "run" / "deep", OSError)
     (tmp_path / "mine" / "checkpoints").mkdir(parents=True)
     (tmp_path / "mine" / "settings.json").write_text(json.dumps(settings.to_dict()))
@@ -129,7 +131,7 @@ def test_a_folder_that_cannot_be_used(settings, tmp_path, monkeypatch):
 
 def test_a_disk_without_room_for_a_checkpoint(settings, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000))
-    assert "has 0 MiB free, and a checkpoint takes" in refused(settings, tmp_path / "run", OSError)
+    assert "has 0 MiB free, but a checkpoint takes" in refused(settings, tmp_path / "run", OSError)
 
 
 def test_without_tensorboard(settings, tmp_path, monkeypatch):

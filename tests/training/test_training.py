@@ -105,7 +105,7 @@ def test_l1_on_the_temperature_zero_sample(settings, tmp_path):
     settings = replace(settings, max_std=0.0, nll_weight=0.5, l1_weight=3.0, flip=False, rotate=False)
     model = train(replace(settings, encoder_steps=0, steps=1), run)
     hr = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)
-    draws = Draws.of_step(0, settings, torch.Generator())
+    draws = Draws.at_step(0, settings, torch.Generator())
     loss, nll, l1 = FlowObjective(model, settings)(hr, None, *draws)
     clean, lr = to_float(hr), to_float(degrade(hr, 4))
     likely = model.decode([lr.new_zeros(2, *shape) for shape in model.latent_shapes(8, 8)], lr)
@@ -127,7 +127,7 @@ def test_encoder_weights(settings, tmp_path, kind):
     model = train(replace(settings, encoder_weights=weights), tmp_path / "run")
     assert all(torch.equal(a, b) for a, b in zip(model.encoder.parameters(), source.encoder.parameters()))
     other = replace(settings.model, blocks=3)
-    with pytest.raises(CheckpointError, match=r"not that of this encoder \(RRDB, ×4, 3 blocks of 4 channels\); 30 missing"):
+    with pytest.raises(CheckpointError, match=r"does not fit this encoder \(RRDB, ×4, 3 blocks of 4 channels\); 30 missing"):
         train(replace(settings, model=other, encoder_weights=weights), tmp_path / "other")
 
 
@@ -168,7 +168,7 @@ def test_out_of_memory_says_what_would_fit(settings, tmp_path, monkeypatch, erro
     settings = replace(settings, encoder_steps=0, unfreeze=0.0)
     monkeypatch.setattr(memory, "_step", measure)
     monkeypatch.setattr(StageLoop, "advance", advance)
-    with pytest.raises(TrainingOutOfMemory, match=r"out of memory: .*\n.*By the estimate 2 crops of 32×32") as caught:
+    with pytest.raises(TrainingOutOfMemory, match=r"out of memory: .*\n.*By estimate, 2 crops of 32×32") as caught:
         train(settings, run)
     assert caught.value.__cause__ is error
 
@@ -223,7 +223,7 @@ def test_learning_rate_schedule(settings):
         ({"milestones": (0.5, float("nan"))}, "milestones must be finite"),
         ({"temperatures": (0.8, -0.1)}, r"temperatures must be 0 or more, not \(0.8, -0.1\)"),
         ({"validation_size": 7}, "validation_size must be at least 2·scale = 8, not 7"),
-        ({"validation_lr": "lr"}, "validation_lr holds the LR images of validation, which is missing"),
+        ({"validation_lr": "lr"}, "validation_lr needs validation, the folder of the HR images"),
         ({"images": ("a", "")}, "images must be a path, not an empty text"),
         ({"start_from": ""}, "start_from must be a path, not an empty text"),
         ({"crop": 30}, r"crop must be a positive multiple of 2·scale = 8, not 30"),
