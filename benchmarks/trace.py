@@ -70,6 +70,7 @@ def training_step(model: NCSR, batch: int = 18, crop: int = 160) -> Pass:
         noise=torch.randn(batch, 3, crop, crop, device="cuda"),
         flips=torch.zeros(batch, dtype=torch.bool, device="cuda"),
         turns=torch.zeros(batch, dtype=torch.int64, device="cuda"),
+        reference=torch.zeros(batch, dtype=torch.bool, device="cuda"),
     )
     step(hr, None, *draws)  # makes what later steps find: the optimizer's state, and constants of the degradation
     return lambda: step(hr, None, *draws)

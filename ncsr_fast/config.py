@@ -140,7 +140,7 @@ class FlowConfig:
             raise ValueError("the last level needs no split: its state is the top latent")
         squeeze, sides = math.prod(level.squeeze for level in self.levels), self.scale * self.lr_multiple
         if sides % squeeze:
-            raise ValueError(f"the levels squeeze by {squeeze}, and sides of HR are multiples of scale · lr_multiple = {sides}")
+            raise ValueError(f"the levels squeeze by {squeeze}, but sides of HR are multiples of scale · lr_multiple = {sides}")
         for index, (level, channels) in enumerate(zip(self.levels, self.level_channels())):
             if level.split_channels >= channels:
                 raise ValueError(f"level {index + 1} has {channels} channels, but its split takes {level.split_channels}")

@@ -58,7 +58,7 @@ class NCSR(Freezable):
     Under `torch.autocast` the networks have the precision it asks for, as with `precision`, and the state stays float32.
 
     Args:
-        config: An architecture of the published models, or a flow of one's own, which needs an encoder.
+        config: An architecture of the published models (`NCSRConfig`), or a `FlowConfig`, which needs an encoder.
         encoder: A module that makes the condition of LR images (`ncsr_fast.engine.condition.Encoder`); None: the config's.
         options: Of `EngineOptions`: `engine`, `precision`, `checkpoint` … They may be given to `from_pretrained` too, and
             changed at any time: `model.precision = "bf16"`, `model.options = replace(model.options, …)`.

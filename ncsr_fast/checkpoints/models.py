@@ -60,7 +60,7 @@ def describe(config: NCSRConfig) -> str:
     """A description of a model in a few words, for messages."""
     condition = {0: "", 1: ", std-conditional", 3: ", noise-conditional"}[config.noise_channels]
     kind = "SRFlow" if config.system == "ncsr" and not condition else config.traits.title + condition
-    where = "in one level" if config.traits.split_period else "a level"
+    where = "in one level" if config.traits.split_period else "per level"
     return f"{kind}, ×{config.scale}, {config.blocks} blocks, {config.steps} steps {where}"
 
 

@@ -86,7 +86,7 @@ def load_network(model: NCSR, state: Mapping[str, Tensor]) -> None:
         found = likeness({name: tensor.shape for name, tensor in state.items()})
         hint = "" if found == likeness(expected) else f", but looks like that of {found}"
         raise CheckpointError(
-            f"the checkpoint is not that of this model ({model.describe()}){hint}; {listed(problems)}", problems
+            f"the checkpoint does not fit this model ({model.describe()}){hint}; {listed(problems)}", problems
         )
     for entry in entries:
         if entry.tensor is not None:

@@ -124,7 +124,9 @@ class Stream:
         if broken:
             total = self.sampler.args.n
             advice = self.sampler.advice(image)
-            self.problems.append(f"{broken} of {total} samples of {str(job.file)!r} are not finite, and black there. {advice}")
+            self.problems.append(
+                f"{broken} of {total} samples of {str(job.file)!r} have pixels that are not finite, which are black. {advice}"
+            )
 
     def _wait(self) -> None:
         """Wait for what is being written."""

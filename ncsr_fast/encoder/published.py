@@ -16,7 +16,7 @@ def published_encoder(config: NCSRConfig | FlowConfig) -> nn.Module:
         ValueError: The configuration is that of a flow alone.
     """
     if not isinstance(config, NCSRConfig):
-        raise ValueError("a flow of one's own needs an encoder: NCSR(config, encoder)")
+        raise ValueError("a model of a FlowConfig needs an encoder: NCSR(config, encoder)")
     sizes = config.channels, config.growth, config.blocks, config.stacked_blocks
     traits = config.traits
     if traits.encoder == "low light":

@@ -38,7 +38,7 @@ from ncsr_fast.engine.peaks import Peaks
 from ncsr_fast.engine.program import Head, Program, stages
 from ncsr_fast.engine.walk import LevelTensors, packed_weights
 from ncsr_fast.layout import laid_out, readable
-from ncsr_fast.ops.backend import covering_backend, kernels
+from ncsr_fast.ops.backend import companion_backend, covering_backend, kernels
 from ncsr_fast.ops.conv3x3 import ConvolutionMethod, convolution
 from ncsr_fast.ops.recorded import RecordedKernels
 from ncsr_fast.ops.step_network import packs_weights
@@ -209,7 +209,7 @@ class LevelPlan:
         hoisted: dict[str | None, list[Hoisted]] = {}
         branches = level.branches
         stacks = [(level.networks(branch), 0 if branch.changes_all else level.pass_through) for branch in branches]
-        backend = covering_backend("fold_filters", self.options.backend, level.actnorm_bias)
+        backend = companion_backend("fold_filters", self.options.backend, level.actnorm_bias)
         found, rests = zip(*fold_level(stacks, dtype, backend))
         for branch, rest in zip(branches, rests):
             hoisted.setdefault(branch.condition, []).append(rest)

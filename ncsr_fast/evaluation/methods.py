@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ncsr_fast.convert import read_model
 from ncsr_fast.data.images import read_image, to_float
-from ncsr_fast.encoder.rrdb import RRDB, ResidualNoise
+from ncsr_fast.encoder.blocks import ResidualNoise
+from ncsr_fast.encoder.rrdb import RRDB
 from ncsr_fast.hub import find_model
 from ncsr_fast.metrics.fidelity import check_to_8bit, to_uint8
 from ncsr_fast.metrics.imresize import imresize

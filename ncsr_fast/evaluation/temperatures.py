@@ -74,10 +74,10 @@ def evaluate(
     for number, image in enumerate(images):
         lr = None if given is None else next(given, None)
         if given is not None and lr is None:
-            raise ValueError(f"there are {number} lr_images, and more images")
+            raise ValueError(f"there are {number} lr_images, but more images")
         progress(f"image {number}: {evaluation.add(image, lr)}")
     if given is not None and next(given, None) is not None:
-        raise ValueError(f"there are {evaluation.count} images, and more lr_images")
+        raise ValueError(f"there are {evaluation.count} images, but more lr_images")
     return evaluation.scores
 
 

@@ -306,7 +306,7 @@ COVERAGE: dict[str, dict[str, Coverage]] = {
 # Kernels that a backend uses for several convolutions at once, wherever it is the one that convolves: without entries in tables
 COMPANIONS = {
     "conv3x3_weights": "conv3x3", "dense_blocks": "conv3x3", "hoisted": "conv3x3",
-    "flow_step_mix": "flow_step", "step_network_weights": "step_network",
+    "flow_step_mix": "flow_step", "step_network_weights": "step_network", "fold_filters": "step_network",
 }  # fmt: skip
 
 _KERNELS = {"affine_injector": "affine", "affine_coupling": "affine", "actnorm_invconv": "flow_step"}

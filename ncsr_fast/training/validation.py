@@ -151,7 +151,7 @@ def _pair(settings: TrainSettings, files: tuple[Source, ...], number: int) -> tu
     image, *given = (read_source(source) for source in files)
     height, width = image.shape[1:]
     if min(height, width) < unit:
-        raise ImageError(f"{str(files[0])!r} is {height}×{width}, smaller than the {unit}×{unit} that are looked at")
+        raise ImageError(f"{str(files[0])!r} is {height}×{width}, smaller than {unit}×{unit}")
     if given and tuple(given[0].shape[1:]) != (height // scale, width // scale):
         raise ImageError(
             f"{str(files[1])!r} is {given[0].shape[1]}×{given[0].shape[2]}, not 1/{scale} of its HR image's {height}×{width}"

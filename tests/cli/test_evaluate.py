@@ -126,4 +126,4 @@ def test_the_json_is_json(model, tmp_path):
 
 def test_low_light_models_are_not_measured(low_light_model, photos, capsys):
     assert main(["evaluate", str(photos), "--model", low_light_model]) == 1
-    assert "LLFlow, ×1, 1 blocks, 1 steps a level, makes dark photographs bright" in capsys.readouterr().err
+    assert "LLFlow, ×1, 1 blocks, 1 steps per level, makes dark photographs bright" in capsys.readouterr().err

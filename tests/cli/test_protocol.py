@@ -70,7 +70,7 @@ def test_a_model_is_its_samples(folders, model, network, tmp_path):
     for file in sorted(hr.iterdir()):
         write_image(tmp_path / "lr" / file.name, degrade(crop_to_multiple(read_image(file), 8), 4))
     common = ["--model", model, "--n", 2, "--seed", 3, "--to-8bit", "truncate"]
-    assert run("sample", tmp_path / "lr", "--out", tmp_path / "mine", "--temperature", 0.6, *common) == 0
+    assert run("sample", tmp_path / "lr", "--out", tmp_path / "mine", "--temperature", 0.6, "--names", "ntire", *common) == 0
     words = ["evaluate", hr, "--protocol", "ntire2021"]
     assert run(*words, *common, "--temperatures", 0.6, "--nll", "--json", tmp_path / "a.json") == 0
     assert run(*words, "--samples", tmp_path / "mine", "--n", 2, "--json", tmp_path / "b.json") == 0
@@ -174,7 +174,7 @@ def test_to_8bit_of_samples_and_demo(model, tmp_path, capsys):
     Image.fromarray(np.random.default_rng(0).integers(90, 160, (12, 16, 3), dtype=np.uint8)).save(tmp_path / "lr.png")
     for rule in ("round", "truncate"):
         words = ["--out", tmp_path / rule, "--model", model, "--n", 1, "--temperature", 0, "--to-8bit", rule]
-        assert run("sample", tmp_path / "lr.png", *words) == 0
+        assert run("sample", tmp_path / "lr.png", *words, "--names", "ntire") == 0
         assert f"(8 bits: {rule})" in capsys.readouterr().out
     rounded, truncated = (read_image(tmp_path / rule / "000000_sample00000.png").int() for rule in ("round", "truncate"))
     assert torch.equal((rounded - truncated).unique(), torch.tensor([0, 1]))

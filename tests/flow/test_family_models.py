@@ -181,14 +181,14 @@ def test_a_state_dict_of_another_system_is_recognised(system):
     model, other = model_of(system), model_of("llflow" if system != "llflow" else "ctflow")
     before = {name: tensor.clone() for name, tensor in other.state_dict().items()}
     title = "NCSR or FS-NCSR" if system == "fs-ncsr" else SYSTEMS[system].title
-    with pytest.raises(CheckpointError, match=rf"is not that of this model \(.*looks like that of {title}; \d+ missing: RRDB"):
+    with pytest.raises(CheckpointError, match=rf"does not fit this model \(.*looks like that of {title}; \d+ missing: RRDB"):
         other.load_published(model.published_state_dict())
     assert all(torch.equal(before[name], tensor) for name, tensor in other.state_dict().items())
 
 
 def test_a_state_dict_of_another_size_looks_like_nothing_else():
     other = NCSR(config_of("ctflow", blocks=3))
-    with pytest.raises(CheckpointError, match="of this model .CTFlow, ×1, 2 blocks, 1 steps a level.; 30 unexpected"):
+    with pytest.raises(CheckpointError, match="this model .CTFlow, ×1, 2 blocks, 1 steps per level.; 30 unexpected"):
         model_of("ctflow").load_published(other.published_state_dict())
 
 

@@ -152,10 +152,6 @@ def calls() -> dict:
             c.step_network_tails,
             [normal(2, 16, 3, 5), normal(2, 8, 8, 1, 1), normal(2, 8), normal(2, 4, 8, 3, 3), normal(2, 4)],
         ),
-        "step_network_coupled": (
-            lambda *t: c.step_network_coupled(*t, None, None, None, 1e-4, False, with_output=True)[::3],
-            [normal(2, 8, 3, 5), *network_arguments()[1:]],
-        ),
         "step_network_backward": (network_backward, [normal(2, 4, 3, 5), *network_arguments()]),
         "step_network_weights_backward": (
             network_weights_backward, [normal(2, channels, 3, 5) for channels in (6, 8, 8, 8, 8, 8, 4)],

@@ -168,7 +168,7 @@ def test_the_objective_has_the_prior_of_its_draw(low_light):
     objective = FlowObjective(model, settings)
     losses, gradients = {}, {}
     for name, chosen in (("condition", False), ("reference", True)):
-        draws = Draws.of_step(0, settings, torch.Generator())._replace(reference=torch.full((2,), chosen))
+        draws = Draws.at_step(0, settings, torch.Generator())._replace(reference=torch.full((2,), chosen))
         model.zero_grad()
         losses[name] = objective(hr, lr, *draws)
         losses[name][0].backward()
@@ -201,7 +201,7 @@ def test_l1_of_a_low_light_model_is_of_the_most_likely_image(low_light):
     model = randomize(NCSR(LOW_LIGHT)).float()
     hr, lr = first_crops(low_light)
     settings = replace(low_light, flip=False, rotate=False, l1_weight=2.0)
-    draws = Draws.of_step(0, settings, torch.Generator())
+    draws = Draws.at_step(0, settings, torch.Generator())
     loss, nll, l1 = FlowObjective(model, settings)(hr, lr, *draws)
     inputs = low_light_input(lr[:, :3], lr[:, 3:])
     with torch.no_grad():
