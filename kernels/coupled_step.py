@@ -202,7 +202,7 @@ def coupled_step_kernel(
         NEAR: tl.constexpr = (DOWN * ROWS + 2) * PITCH
         regions_across = tl.cdiv(n_across, ACROSS)
         for i in tl.range(first, batch.to(tl.int64) * tl.cdiv(n_down, DOWN) * regions_across, PROGRAMS):
-            i_b, i_region = i % batch, (i // batch).to(tl.int32)
+            i_b, i_region = (i % batch).to(tl.int64), (i // batch).to(tl.int32)
             i_row, i_column = i_region // regions_across * DOWN, i_region % regions_across * ACROSS
             for i_part in tl.range((NEAR + TILE - 1) // TILE):
                 o = i_part * TILE + tl.arange(0, TILE)[:, None]

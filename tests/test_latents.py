@@ -11,7 +11,6 @@ from variants import model_of
 from ncsr_fast import NCSR, latents
 from ncsr_fast.consistency import projected
 from ncsr_fast.engine import tiles
-from ncsr_fast.flow.estimate import resolutions
 from ncsr_fast.metrics import imresize
 
 
@@ -108,7 +107,7 @@ def test_a_part_drawn_anew_leaves_the_rest(model, size):
     before = latents.images_of(flow, given)
     found = latents.redraw(flow, given, latents.box_mask(lr, **box), 0.3, torch.Generator().manual_seed(1))
     scale = model.flow.scale
-    cells = [int(scale / resolution) for resolution in resolutions(model.flow)]  # HR pixels to a pixel of a level
+    cells = [int(scale / resolution) for resolution in model.flow.level_scales()]  # HR pixels to a pixel of a level
     reach = sum(cell * (tiles.halo(level) + 1) for cell, level in zip(cells, model.levels))
     changed = (found - before).abs().amax(dim=(0, 1))
     rows, columns = (changed.amax(dim=axis) > 1e-12 for axis in (1, 0))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from fractions import Fraction
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 from ncsr_fast.engine.memory import at_once, budget, spare_bytes
@@ -44,15 +43,6 @@ def walk_bytes(level: FlowLevel, flow: FlowConfig, element: int) -> int:
     return (2 * flow.hidden_channels + 8 * level.channels) * element
 
 
-def resolutions(flow: FlowConfig) -> list[Fraction]:
-    """Pixels of every level to an LR pixel, along an axis."""
-    found, side = [], Fraction(flow.scale)
-    for level in flow.levels:
-        side /= level.squeeze
-        found.append(side)
-    return found
-
-
 def samples_memory(model: NCSR, height: int, width: int, n: int, tile: int | str | None) -> SamplesMemory:
     """The memory that `model.sample` takes without gradients, for one LR image of a size.
 
@@ -81,7 +71,7 @@ def _level_bytes(model: NCSR, index: int, lr_pixels: int, n: int, tile: int | st
     """Bytes of what is computed at a level beside its state, and True where there are several tiles of it."""
     flow, device = model.flow, model.inputs.like.device
     level = cast("FlowLevel", model.levels[index])
-    resolution, reach = resolutions(flow)[index], halo(level)
+    resolution, reach = flow.level_scales()[index], halo(level)
     plan, walk = plan_bytes(level, flow, element), walk_bytes(level, flow, element)
     pixels = crop = int(lr_pixels * resolution**2)
     if tile == "auto" and reach is not None:

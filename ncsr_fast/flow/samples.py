@@ -11,7 +11,6 @@ from torch import Tensor
 
 from ncsr_fast.checks import check_count, check_tile
 from ncsr_fast.config import FlowConfig
-from ncsr_fast.consistency import projected
 from ncsr_fast.engine.peaks import Peaks
 from ncsr_fast.flow.conditioned import Encoded, Levels
 from ncsr_fast.flow.inputs import Inputs, enlarged
@@ -115,7 +114,11 @@ class ConditionedFlow:
             images = self._sampled(latents, heat, generator, on_nonfinite, origin, tiles)
             del latents
         images = self._inputs.shown(images, self.lr)
-        return projected(images, self.lr, self._inputs.flow.scale) if project else images
+        if not project:
+            return images
+        from ncsr_fast.consistency import projected  # with the metrics' bicubic, which nothing else here needs
+
+        return projected(images, self.lr, self._inputs.flow.scale)
 
     @property
     def config(self) -> FlowConfig:

@@ -18,7 +18,6 @@ from ncsr_fast.engine.memory import budget
 from ncsr_fast.engine.peaks import Peaks, largest
 from ncsr_fast.engine.tiles import Span, halo, spans
 from ncsr_fast.flow.conditioned import Levels
-from ncsr_fast.flow.estimate import resolutions
 from ncsr_fast.flow.walk import downward
 from ncsr_fast.layout import in_a_graph
 from ncsr_fast.memory import is_out_of_memory
@@ -98,7 +97,7 @@ class Tiling:
         if index in self._most:
             return self._most[index]
         if self.tile != "auto":
-            return max(1, int(int(self.tile) * resolutions(levels.config)[index]))
+            return max(1, int(int(self.tile) * levels.config.level_scales()[index]))
         height, width = levels.condition.features[index].size
         pixel = levels.batch * levels.plan_bytes(index) + levels.walk_bytes(index)
         if self._budget is None:

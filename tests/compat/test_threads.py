@@ -98,9 +98,9 @@ def test_a_call_during_another(pair, call, meanwhile):
         if threading.get_ident() == inside:
             found.append(in_thread(lambda: meanwhile(net, IMAGES[1]))())
 
-    def features(*arguments):
+    def features(*arguments, **options):
         other()
-        value = encode(*arguments)
+        value = encode(*arguments, **options)
         other()
         return value
 

@@ -308,7 +308,7 @@ def test_the_estimate_of_memory(size, n, tile):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("preset", ["ncsr-x4", "ncsr-x8"])
+@pytest.mark.parametrize("preset", ["ncsr-x4", pytest.param("ncsr-x8", marks=pytest.mark.exhaustive)])
 def test_150_bytes_an_hr_pixel(preset):
     """Of the widths of the published models; steps and blocks, which tiles have one after the other, are fewer."""
     full = NCSRConfig.preset(preset)

@@ -8,7 +8,7 @@ import installation
 import pytest
 import torch
 from layouts import LAYOUTS
-from operator_cases import interpreted
+from operator_cases import interpreted, marked
 from support import Watch
 from torch import Tensor
 
@@ -147,6 +147,7 @@ def test_sizes(size, inside):
 
 @directions
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@marked("exhaustive", lambda dtype, inverse: inverse or dtype != HALF)
 def test_the_first_layers_inside_or_outside(dtype, inverse, monkeypatch, request):
     """To the bit the same: regions of a loop, three samples of each program, shared pre-activations and injector."""
     given = tensors(12, (18, 35), 3, dtype)

@@ -250,7 +250,7 @@ def outcome(net: RRDB, lr: Tensor, method: ConvolutionMethod | None) -> list[Ten
 
 
 @pytest.mark.parametrize("stacked", [(0, 1), (0,), ()], ids=str)
-@marked("exhaustive", lambda stacked: stacked != (0,))
+@pytest.mark.exhaustive
 def test_the_encoder(monkeypatch, stacked):
     """Stacked blocks, of which the last may be one or not; the same without gradients, and of a frozen encoder."""
     torch.manual_seed(0)

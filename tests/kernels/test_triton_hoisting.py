@@ -144,6 +144,7 @@ def test_launches_and_what_is_needed(monkeypatch):
         assert [value is not None for value in found] == [*needed, needed[2]]
 
 
+@pytest.mark.exhaustive
 def test_the_same_bits_and_any_number_of_parts(monkeypatch):
     """The gradients of weights over one part of all cells, and two, of which the second has less."""
     own, stacked, weight, dy = normal(1, 2, 2, 40), normal(1, 2, 1, 20), normal(2, 4, 3, 3), normal(1, 2, 2, 40)

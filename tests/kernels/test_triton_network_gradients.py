@@ -174,6 +174,7 @@ def test_sizes(size):
     assert_gradients(case, *run([case]))
 
 
+@pytest.mark.exhaustive
 def test_sums_of_many_tiles():
     """More tiles than there are parts of a sum."""
     case = Case(2, 4, 2, (9, 17), 2, SINGLE)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import re
 from dataclasses import replace
 
@@ -81,12 +82,29 @@ def test_counts_views_and_what_was_given_as_nothing():
     assert peak_bytes(lambda: given.view(10, 100).add_(1).t()[2:]) == 0
 
 
+def most_inside_an_operator(call) -> int:
+    """The most bytes that a convolution's backward pass takes beyond those it returns."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        call()
+    events = profiler.profiler.kineto_results.events()
+    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+    most = 0
+    for event in events:
+        if event.name() == "aten::convolution_backward":
+            begin, end = event.start_ns(), event.start_ns() + event.duration_ns()
+            running = list(itertools.accumulate(change for time, change in changes if begin <= time <= end))
+            most = max([most, *(bytes_now - running[-1] for bytes_now in running)])
+    return most
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("checkpoint", [True, False])
 def test_agrees_with_the_profiler(checkpoint):
+    """But for what an operator takes and frees inside, which is not counted: it is in the peak where that falls into one."""
     step = real_step(replace(SETTINGS, checkpoint=checkpoint), FlowStage, 1, 4)
     step()
-    assert peak_bytes(step) == pytest.approx(harness.peak_bytes(step, "cpu"), rel=0.02)
+    counted, real = peak_bytes(step), harness.peak_bytes(step, "cpu")
+    assert 0.98 * (real - most_inside_an_operator(step)) <= counted <= 1.02 * real
 
 
 # -- the estimate -------------------------------------------------------------------------------------------------
