@@ -55,7 +55,7 @@ def settings_of(folder: Path, **changes: Any) -> TrainSettings:
 
 
 def stage_loop(settings: TrainSettings, folder: Path, device: str) -> StageLoop:
-    """That of `ncsr_fast.training.train`, at its first step."""
+    """The loop of `ncsr_fast.training.train`, at its first step."""
     torch.manual_seed(0)
     model = NCSR(settings.model, precision=settings.precision).to(device).train()
     run = Run(folder, settings)
@@ -167,7 +167,7 @@ def resume(images: Path, scratch: Path, args: argparse.Namespace) -> Iterator[Ro
 
 
 def processes(images: Path, scratch: Path, args: argparse.Namespace) -> Iterator[Row]:
-    """Of the compact model, whose steps are short enough to do many."""
+    """Rows of runs by one and by two processes, of the compact model, whose steps are short enough to do many."""
     flags = ["train", "--preset", "ncsr-compact-x4", "--images", str(images), "--encoder-steps", "0", "--unfreeze", "0"]
     flags += ["--steps", "60", "--log-every", "20", "--validate-every", "1000", "--validation-images", "1", "--batch", "16"]
     command = [sys.executable, "-m", "ncsr_fast.cli.main"]

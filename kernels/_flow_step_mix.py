@@ -89,7 +89,7 @@ def flow_step_mix_backward(steps: Sequence[Step], eps: float, inverse: bool) -> 
 
 
 def _mix_backward(steps: Sequence[Step], eps: float, inverse: bool) -> tuple[Tensor, Tensor]:
-    """Of steps that have the same affines."""
+    """Gradients of the mixes and offsets of steps that have the same affines."""
     dy, x, before, after = zip(*steps)
     batch, channels, height, width = x[0].shape
     found = torch.empty(len(steps), channels * channels + channels, dtype=torch.float32, device=x[0].device)

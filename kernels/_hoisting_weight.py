@@ -84,7 +84,7 @@ def hoisted_weight_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    """Of the `total` tiles of cells the sum over `tiles` from the first of this program, for a slot and a block of dv."""
+    """The sum over `tiles` of the `total` tiles of cells, from the first of this program, for a slot and a block of dv."""
     BLOCKS_C: tl.constexpr = (inputs + BLOCK_C - 1) // BLOCK_C
     BLOCKS: tl.constexpr = BLOCKS_C * ((outputs + BLOCK_N - 1) // BLOCK_N)
     i_part, i = tl.program_id(0) // (SLOTS * SLOTS * BLOCKS), tl.program_id(0) % (SLOTS * SLOTS * BLOCKS)
@@ -111,7 +111,7 @@ def hoisted_weight_kernel(
 
 @triton.jit
 def phases(slot, FACTOR: tl.constexpr, SLOTS: tl.constexpr):
-    """Of a slot the first phase and their number, and the distance of the cell that it looks at."""
+    """The first phase of a slot, the number of its phases, and the distance of the cell that it looks at."""
     if FACTOR == 1:
         return 0, 1, slot - 1
     else:

@@ -56,7 +56,7 @@ def network_weight_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Of the `total` tiles of all samples the sum over `tiles` from the first of this program, for a tap and a block of dw.
+    """The sum over `tiles` of the `total` tiles of all samples, from the first of this program, for a tap and a block of dw.
 
     With BIAS the programs of the first tap and inputs sum db as well.
     """

@@ -172,7 +172,7 @@ def _host_function() -> str:
 
 
 def _bytes(arguments: Iterable[Any]) -> int:
-    """Of the tensors among the arguments of a kernel, those in tuples included."""
+    """Bytes of the tensors among the arguments of a kernel, those in tuples included."""
     found = [argument for argument in pytree.tree_leaves(list(arguments)) if isinstance(argument, Tensor)]
     return sum(tensor.numel() * tensor.element_size() for tensor in found)
 

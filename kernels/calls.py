@@ -220,8 +220,8 @@ def dense_block_calls(
     """Likewise of three residual blocks of so many features, the first two of which are kept, forward and backward."""
     batch, height, width = size
     growth, blocks = channels // 2, DenseBlocks(dense=3, convolutions=5, kept=(0, 1, 2), slope=0.2, residual=0.2)
-    of_one = [(growth if i < 4 else channels, channels + i * growth) for i in range(5)]
-    shapes = of_one * (blocks.dense * len(blocks.kept))
+    dense_block = [(growth if i < 4 else channels, channels + i * growth) for i in range(5)]
+    shapes = dense_block * (blocks.dense * len(blocks.kept))
     weights = [torch.empty(*shape, 3, 3, device="meta") for shape in shapes]
     biases = [torch.empty(outputs, device="meta") for outputs, _ in shapes]
     for precision in precisions:

@@ -168,18 +168,18 @@ def dense_blocks_backward(
     check_dtype(last)
     (batch, channels, *_), (growth, grown) = last.shape, blocks.growth(weights)
     weight, _ = _packed(weights, biases, blocks, channels, last.dtype)
-    incoming, found, of_block = dict(zip(blocks.kept, grads)), [], blocks.dense * batch
+    incoming, found, block_rows = dict(zip(blocks.kept, grads)), [], blocks.dense * batch
     count = len(weights) // (blocks.dense * blocks.convolutions)
-    features = [saved[block * of_block :][:of_block] for block in range(count)]
+    features = [saved[block * block_rows :][:block_rows] for block in range(count)]
     gradients, dx = empty_channels_last(features[-1].shape, last), empty_like(last)
     gradients[-batch:, grown:] = last
     for block in reversed(range(count)):
         previous = empty_like(gradients) if block else None
         given = gradients[-batch:, grown:]
         for index in reversed(range(blocks.dense)):
-            of_index, i = slice(index * batch, (index + 1) * batch), block * blocks.dense + index
-            gradient = gradients[of_index]
-            _backward_to_inputs(gradient, features[block][of_index], weight[i], growth, grown, blocks.slope, tf32)
+            rows, i = slice(index * batch, (index + 1) * batch), block * blocks.dense + index
+            gradient = gradients[rows]
+            _backward_to_inputs(gradient, features[block][rows], weight[i], growth, grown, blocks.slope, tf32)
             added = [(gradient[:, grown:], blocks.residual if index == blocks.dense - 1 else 1.0)]
             if index:
                 into = gradients[(index - 1) * batch : index * batch, grown:]
@@ -221,8 +221,8 @@ def _backward_to_parameters(
 ) -> list[Tensor]:
     """The gradients of the weights and biases of a residual block, in turn, from d_j and x_j of its dense blocks."""
     (growth, grown), width = blocks.growth(weights), features.shape[1]
-    of_one = weights[: blocks.convolutions]
-    numbers = sum(weight.numel() for weight in of_one)
+    dense_weights = weights[: blocks.convolutions]
+    numbers = sum(weight.numel() for weight in dense_weights)
     gradient = torch.empty(blocks.dense, numbers + width, dtype=torch.float32, device=features.device)
     if features.numel() == 0:
         gradient.zero_()
@@ -246,9 +246,9 @@ def _backward_to_parameters(
         )
     found = []
     for row in gradient:
-        *parts, ends = row.split([*(weight.numel() for weight in of_one), width])
-        of_biases = ends.split([weight.shape[0] for weight in of_one])
-        for weight, part, bias in zip(of_one, parts, of_biases):
+        *parts, ends = row.split([*(weight.numel() for weight in dense_weights), width])
+        bias_parts = ends.split([weight.shape[0] for weight in dense_weights])
+        for weight, part, bias in zip(dense_weights, parts, bias_parts):
             found += [part.view(weight.shape), bias]
     return found
 

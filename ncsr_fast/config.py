@@ -15,7 +15,6 @@ from ncsr_fast.published_options import architecture
 from ncsr_fast.systems import PRESETS, SYSTEMS, System
 
 CONDITIONS = ("features", "noise", None)
-TEMPERATURE = 0.9  # of samples, as the NCSR paper has it
 
 
 @dataclass(frozen=True)

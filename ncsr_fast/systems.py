@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+TEMPERATURE = 0.9  # of NCSR's and SRFlow's published samples
+
 
 @dataclass(frozen=True)
 class System:
@@ -39,7 +41,7 @@ class System:
     lr_multiple: int = 2
     encoder: str = "rrdb"
     base: str | None = None
-    temperature: float = 0.9
+    temperature: float = TEMPERATURE
     unused_outputs: int = 96
 
     def levels(self, scale: int) -> int:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ncsr_fast.config import TEMPERATURE
+from ncsr_fast.systems import TEMPERATURE
 
 DEFAULT_MODEL = "ncsr-compact-x4"
 _MENDS = {

@@ -71,8 +71,8 @@ def _reference(x: Tensor, *arguments: Any) -> Outputs:
     *parameters, blocks, _, method = arguments
     pairs, outputs, start = list(zip(parameters[::2], parameters[1::2])), [], x
     for index in range(len(pairs) // blocks.convolutions):
-        of_block = pairs[index * blocks.convolutions : (index + 1) * blocks.convolutions]
-        x = dense_block(x, of_block, blocks.slope, blocks.residual, method)
+        block_pairs = pairs[index * blocks.convolutions : (index + 1) * blocks.convolutions]
+        x = dense_block(x, block_pairs, blocks.slope, blocks.residual, method)
         if index % blocks.dense == blocks.dense - 1:
             start = x = start + blocks.residual * x
             outputs += [x] if index // blocks.dense in blocks.kept else []

@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ncsr_fast.evaluation.methods import BICUBIC, TEMPERATURE
+from ncsr_fast.evaluation.methods import BICUBIC
 from ncsr_fast.evaluation.names import PROTOCOLS
 from ncsr_fast.metrics.fidelity import check_to_8bit
+from ncsr_fast.systems import TEMPERATURE
 
 _COMMON = ("originals", "protocol", "scale", "n", "seed", "to_8bit")
 _ROW = ("model", "samples", "report", "n", "temperature", "temperatures", "noise", "long_skip")

@@ -19,9 +19,9 @@ from ncsr_fast.hub import find_model
 from ncsr_fast.metrics.fidelity import check_to_8bit, to_uint8
 from ncsr_fast.metrics.imresize import imresize
 from ncsr_fast.model import NCSR
+from ncsr_fast.systems import TEMPERATURE
 
 BICUBIC = "bicubic"
-TEMPERATURE = 0.9  # of NCSR's and SRFlow's published samples
 
 
 class Method(Protocol):
