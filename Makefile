@@ -9,6 +9,7 @@
 #   make matrix    the fast tests with other versions of Python and torch, and on lesser CPUs
 #   make docs      the pages of docs/ and the API as a site in build/site, with what `make dev` installed
 #   make figures PUBLISHED=CHECKOUT  measure all that the pages' tables say, on an idle machine, and write them: an hour
+#   make wheels    a wheel for each Python in dist/, tried in a new environment without a compiler
 #   make wheel-gpu wheels with CUDA kernels in wheels/, for benchmarks/gpu.sh on a machine with a GPU; minutes for each Python
 #
 # Two environments, which never touch each other. $(VENV) has a copy of the package, as users get it: `demo` and `test`
@@ -19,7 +20,7 @@
 PYTHON ?= python3
 # The torch CI runs. Any torch the package admits will do: make test TORCH="torch>=2.4"
 TORCH ?= torch==2.13.0
-# of `wheel-gpu`, all by default: make wheel-gpu PYTHONS=3.12
+# of `wheels` and `wheel-gpu`, all by default: make wheels PYTHONS=3.12
 PYTHONS ?=
 VENV := .venv
 BIN := $(VENV)/bin
@@ -30,7 +31,7 @@ PYTEST_FLAGS_SLOW := -n $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n < 3 
 # what [build-system] in pyproject.toml requires, for builds that find their objects of the last time
 BUILD := 'setuptools>=68' 'pybind11>=2.13' ninja
 
-.PHONY: demo dev check lint test test-all matrix docs figures wheel-gpu clean
+.PHONY: demo dev check lint test test-all matrix docs figures wheels wheel-gpu clean
 
 demo: $(BIN)/python
 	$(call install_copy,demo)
@@ -72,8 +73,11 @@ figures: $(BIN)/python
 	$(BIN)/ncsr-fast bench --threads 2 --no-compile --out benchmarks/results
 	$(BIN)/python -m ncsr_fast.benchmarks.pages
 
+wheels:
+	$(PYTHON) .ci/wheels.py --torch '$(TORCH)' $(PYTHONS)
+
 wheel-gpu:
-	$(PYTHON) .ci/wheels.py $(PYTHONS)
+	$(PYTHON) .ci/wheels.py --cuda $(PYTHONS)
 
 # build/lib holds the copy of an earlier time, with files that the checkout may have no more; objects stay
 define install_copy
@@ -95,4 +99,4 @@ $(DEV)/bin/ruff:
 	$(MAKE) dev
 
 clean:
-	rm -rf $(VENV) $(DEV) .matrix wheels build *.egg-info demo_output
+	rm -rf $(VENV) $(DEV) .matrix wheels dist build *.egg-info demo_output

@@ -1,12 +1,18 @@
-"""Models by name: existing files and folders, the models in the package, and models of the Hugging Face Hub."""
+"""Models by name: existing files and folders, the models in the package, and models of the Hugging Face Hub, there and back."""
 
 from __future__ import annotations
 
 import os
 import re
+import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ncsr_fast import files
+from ncsr_fast.card import CARD, model_card
+
+if TYPE_CHECKING:
+    from ncsr_fast.model import NCSR
 
 _REPOSITORY = re.compile(r"(\w[\w.-]*)/(\w[\w.-]*)", re.ASCII)  # user/name
 _FILES = (".pth", ".pt", ".ckpt", ".state", ".safetensors")  # a name with such an ending means a file
@@ -77,3 +83,55 @@ def find_model(
         reason = " ".join(str(error).split())
         raise FileNotFoundError(f"no model at {name!r}, and the Hugging Face Hub gave none: {reason}") from error
     return Path(folder)
+
+
+def push_to_hub(
+    model: NCSR,
+    repository: str,
+    *,
+    data: str,
+    terms: str,
+    license: str = "other",
+    private: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    commit_message: str = "Upload of a model by ncsr_fast",
+) -> str:
+    """Upload a model to a repository of the Hugging Face Hub, with a card; the repository is made if there is none.
+
+    The repository gets config.json, model.safetensors and README.md, the card (`ncsr_fast.card.model_card`), in one commit. A
+    card that it has already is replaced.
+
+    Args:
+        model: The model (`NCSRConfig` only).
+        repository: "user/name".
+        data: As of `model_card`: which images the model was trained on.
+        terms: As of `model_card`: what the weights may be used for.
+        license: As of `model_card`.
+        private: Of a repository that is made, as in `huggingface_hub.HfApi.create_repo`.
+        token: As in `huggingface_hub.HfApi`; None is that of `hf auth login`.
+        revision: Branch to commit to; None is the main one.
+        commit_message: Of the commit.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        ValueError: `repository` is not of the form "user/name", or `data` or `terms` is empty.
+        ImportError: huggingface_hub is not installed.
+        OSError: The Hub refused, or cannot be reached.
+    """
+    if not _REPOSITORY.fullmatch(repository):
+        raise ValueError(f'repository must be of the form "user/name", not {repository!r}')
+    try:
+        from huggingface_hub import HfApi
+    except ImportError as error:
+        raise ImportError("uploading needs huggingface_hub: pip install 'ncsr_fast[hub]'") from error
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        card = model_card(model, folder, repository, data=data, terms=terms, license=license)
+        (Path(folder) / CARD).write_text(card, encoding="utf-8")
+        api = HfApi(token=token, library_name="ncsr_fast")
+        api.create_repo(repository, private=private, exist_ok=True)
+        commit = api.upload_folder(repo_id=repository, folder_path=folder, revision=revision, commit_message=commit_message)
+    return str(commit.commit_url)

@@ -29,7 +29,7 @@ from ncsr_fast.flow.inputs import Inputs
 from ncsr_fast.flow.level import FlowLevel
 from ncsr_fast.flow.samples import ConditionedFlow
 from ncsr_fast.freezing import Freezable
-from ncsr_fast.hub import find_model
+from ncsr_fast.hub import find_model, push_to_hub
 from ncsr_fast.invertibility import InvertibilityReport, check_invertibility
 from ncsr_fast.layout import laid_out
 
@@ -348,6 +348,10 @@ class NCSR(Freezable):
     def save_pretrained(self, directory: str | os.PathLike) -> Path:
         """Write `config.json` and `model.safetensors` to `directory`, each atomically, and return it (`NCSRConfig` only)."""
         return files.save_directory(self, "ncsr", self._published_config("save_pretrained()").to_dict(), directory)
+
+    def push_to_hub(self, repository: str, *, data: str, terms: str, **options: Any) -> str:
+        """Upload the model and a generated card to the Hugging Face Hub; see `ncsr_fast.hub.push_to_hub`."""
+        return push_to_hub(self, repository, data=data, terms=terms, **options)
 
     def describe(self) -> str:
         """A description of the model in a few words, for messages."""

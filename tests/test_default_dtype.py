@@ -10,8 +10,9 @@ from compat.networks import SMALL
 from support import exports, image, randomize, relative_error, tiny_config
 
 from ncsr_fast import NCSR, RRDB, accelerate, graphs, metrics
+from ncsr_fast.decoder import Decoder
 from ncsr_fast.evaluation import evaluate
-from ncsr_fast.export import Decoder, export_program
+from ncsr_fast.export import export_program
 
 
 @pytest.fixture(

@@ -19,7 +19,8 @@ from operator_cases import marked
 from support import exports, image, randomize, relative_error, tiny_config, tiny_model
 
 from ncsr_fast import NCSR, NCSRConfig, export
-from ncsr_fast.export import Decoder, export_onnx, export_program
+from ncsr_fast.decoder import Decoder
+from ncsr_fast.export import export_onnx, export_package, export_program
 
 SIZES = [(1, 4, 4), (3, 10, 4), (1, 4, 12), (2, 6, 8)]  # the last is the example's
 TOLERANCE = 1e-4  # what the issue asks for; float32 is 100 times closer
@@ -238,6 +239,72 @@ def test_what_differs_from_the_model_is_not_written(exported, tmp_path, monkeypa
     with pytest.raises(ValueError, match="the ONNX graph differs from the model by .*not written"):
         export_onnx(model, tmp_path / "x.onnx", **arguments)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """Options of AOTInductor, which compiles nothing here: a loaded package is the exported decoder."""
+    given = {}
+
+    def compile_and_package(program, *, package_path, inductor_configs):
+        given.update(inductor_configs, program=program)
+        Path(package_path).write_bytes(b"package")
+        return package_path
+
+    def load_package(path):
+        assert Path(path).read_bytes() == b"package"
+        return given["program"].module()
+
+    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", compile_and_package, raising=False)
+    monkeypatch.setattr(torch._inductor, "aoti_load_package", load_package, raising=False)
+    return given
+
+
+@exports
+@pytest.mark.slow
+@pytest.mark.parametrize("exported", [ONNX], ids=["ncsr-std-x4"], indirect=True)
+def test_packages(exported, compiled, tmp_path, monkeypatch):
+    """A package has the metadata of the ONNX file, and is not written where it differs from the model."""
+    monkeypatch.setattr(export, "export_program", lambda decoder: exported.program)
+    arguments = {"deterministic": exported.deterministic, "clip": exported.clip}
+    difference = export_package(exported.model, tmp_path / "x.pt2", **arguments)
+    assert difference < TOLERANCE and [path.name for path in tmp_path.iterdir()] == ["x.pt2"]
+    assert (tmp_path / "x.pt2").read_bytes() == b"package"
+    of_onnx = {entry.key: entry.value for entry in onnx.load(exported.path).metadata_props}
+    assert compiled["aot_inductor.metadata"].items() <= of_onnx.items()
+    assert export_package(exported.model, tmp_path / "x.pt2", check=False, **arguments) is None
+    (tmp_path / "x.pt2").unlink()
+    model = copy.deepcopy(exported.model)
+    with torch.no_grad():
+        model.levels[0].couplings.bias3 += 0.01
+    with pytest.raises(ValueError, match="the package differs from the model by .*not written"):
+        export_package(model, tmp_path / "x.pt2", **arguments)
+    assert not list(tmp_path.iterdir())
+
+
+@exports
+@pytest.mark.exhaustive  # a minute of compiling; `test_packages` has all but the compiler
+@pytest.mark.parametrize("exported", [ONNX], ids=["ncsr-std-x4"], indirect=True)
+def test_a_compiled_package(exported, tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "export_program", lambda decoder: exported.program)
+    path = tmp_path / "x.pt2"
+    assert export_package(exported.model, path, deterministic=exported.deterministic, clip=exported.clip) < TOLERANCE
+    decoder = torch._inductor.aoti_load_package(str(path))
+    assert json.loads(decoder.get_metadata()["config"]) == exported.model.config.to_dict()
+    for size in exported.sizes():
+        lr, latents, expected = exported.expected(*size)
+        assert relative_error(decoder(lr, *latents), expected) < 1e-5  # float32
+
+
+def test_a_package_by_another_name(tmp_path):
+    with pytest.raises(ValueError, match=r"path must end in .pt2, .*, not .*x.zip"):
+        export_package(tiny_model(), tmp_path / "x.zip")
+
+
+def test_a_pytorch_without_packages(tmp_path, monkeypatch):
+    monkeypatch.delattr(torch._inductor, "aoti_compile_and_package", raising=False)
+    with pytest.raises(ImportError, match="packages of AOTInductor need a newer PyTorch"):
+        export_package(tiny_model(), tmp_path / "x.pt2")
 
 
 @pytest.mark.parametrize("value, message", [(torch.nan, "not finite"), (0.0, "singular")])

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
+import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
 from support import assert_same_weights, tiny_model
 
 from ncsr_fast import NCSR, RRDB
-from ncsr_fast.hub import find_model
+from ncsr_fast.card import model_card
+from ncsr_fast.hub import find_model, push_to_hub
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -102,3 +106,76 @@ def test_without_huggingface_hub(monkeypatch):
         NCSR.from_pretrained("user/model")
     with pytest.raises(FileNotFoundError):
         NCSR.from_pretrained("model")
+
+
+class Uploads:
+    """Stands for `huggingface_hub.HfApi`: keeps what it is given, and the files of each upload in the folder "uploaded"."""
+
+    def __init__(self) -> None:
+        self.calls = []
+
+    def __call__(self, **options):
+        self.calls.append(("api", options))
+        return self
+
+    def create_repo(self, repository, **options):
+        self.calls.append(("create_repo", repository, options))
+
+    def upload_folder(self, *, folder_path, **options):
+        self.calls.append(("upload_folder", options))
+        shutil.copytree(folder_path, "uploaded")
+        return SimpleNamespace(commit_url="the commit")
+
+
+@pytest.fixture
+def uploads(monkeypatch):
+    made = Uploads()
+    monkeypatch.setattr(huggingface_hub, "HfApi", made)
+    return made
+
+
+TEXTS = {"data": "Twelve photographs of a cat.", "terms": "For cats alone."}
+
+
+def test_an_upload(uploads):
+    model = tiny_model()
+    options = {"private": True, "token": "secret", "revision": "branch", "commit_message": "First"}
+    assert model.push_to_hub("user/mine", license="mit", **TEXTS, **options) == "the commit"
+    assert uploads.calls == [
+        ("api", {"token": "secret", "library_name": "ncsr_fast"}),
+        ("create_repo", "user/mine", {"private": True, "exist_ok": True}),
+        ("upload_folder", {"repo_id": "user/mine", "revision": "branch", "commit_message": "First"}),
+    ]
+    assert sorted(path.name for path in Path("uploaded").iterdir()) == ["README.md", "config.json", "model.safetensors"]
+    assert_same_weights(model, NCSR.from_pretrained("uploaded"))
+
+
+def test_the_card_of_an_upload(uploads):
+    """The Hub's own reader finds the metadata, and the sums are those of the files beside it."""
+    model = tiny_model()
+    push_to_hub(model, "user/mine", license="mit", **TEXTS)
+    card = huggingface_hub.ModelCard.load(Path("uploaded", "README.md"))
+    assert card.data.license == "mit" and card.data.library_name == "ncsr_fast" and "super-resolution" in card.data.tags
+    assert card.data.pipeline_tag == "image-to-image"
+    for text in (*TEXTS.values(), "# mine", 'from_pretrained("user/mine")', model.describe()):
+        assert text in card.text
+    for name in ("config.json", "model.safetensors"):
+        content = Path("uploaded", name).read_bytes()
+        assert f"| `{name}` | {len(content)} | `{hashlib.sha256(content).hexdigest()}` |" in card.text
+
+
+@pytest.mark.parametrize("absent", ["data", "terms"])
+def test_a_card_without_data_or_terms(absent, uploads):
+    with pytest.raises(ValueError, match=f"{absent} must be a text"):
+        push_to_hub(tiny_model(), "user/mine", **{**TEXTS, absent: " "})
+    assert not uploads.calls
+    with pytest.raises(FileNotFoundError):
+        model_card(tiny_model(), "nowhere", "user/mine", **TEXTS)
+
+
+def test_uploads_that_cannot_be(uploads, monkeypatch):
+    with pytest.raises(ValueError, match='repository must be of the form "user/name", not'):
+        push_to_hub(tiny_model(), "mine", **TEXTS)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(ImportError, match=r"uploading needs huggingface_hub: pip install 'ncsr_fast\[hub\]'"):
+        push_to_hub(tiny_model(), "user/mine", **TEXTS)

@@ -19,19 +19,26 @@ def test_export(model, tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["x.onnx"]
 
 
-@pytest.mark.parametrize("flags, expected", [
-    ([], {"deterministic": False, "clip": True, "opset": 18, "check": True}),
-    (["--deterministic", "--no-clip", "--opset", "20", "--no-check"],
+@pytest.mark.parametrize("name, flags, expected", [
+    ("x.onnx", [], {"deterministic": False, "clip": True, "check": True}),
+    ("x.onnx", ["--deterministic", "--no-clip", "--opset", "20", "--no-check"],
      {"deterministic": True, "clip": False, "opset": 20, "check": False}),
+    ("x.pt2", [], {"deterministic": False, "clip": True, "check": True}),
+    ("x.pt2", ["--deterministic", "--no-clip", "--no-check"], {"deterministic": True, "clip": False, "check": False}),
 ])  # fmt: skip
-def test_flags_arrive(flags, expected, model, tmp_path, monkeypatch, capsys):
+def test_flags_arrive(name, flags, expected, model, tmp_path, monkeypatch, capsys):
     given = {}
 
-    def export_onnx(model, out, **options):
+    def written(model, out, **options):
         given.update(options)
         return 2e-7 if options["check"] else None
 
-    monkeypatch.setattr("ncsr_fast.export.export_onnx", export_onnx)
-    assert main(["export", model, "--out", str(tmp_path / "x.onnx"), *flags]) == 0
+    monkeypatch.setattr(f"ncsr_fast.export.export_{'package' if name.endswith('.pt2') else 'onnx'}", written)
+    assert main(["export", model, "--out", str(tmp_path / name), *flags]) == 0
     said = "largest difference to the model 2.0e-07" if expected["check"] else "not compared"
     assert given == expected and capsys.readouterr().out.endswith(f", {said}\n")
+
+
+def test_an_opset_of_a_package(model, tmp_path, capsys):
+    assert main(["export", model, "--out", str(tmp_path / "x.pt2"), "--opset", "18"]) != 0
+    assert "--opset is of ONNX, but x.pt2 ends in .pt2" in capsys.readouterr().err

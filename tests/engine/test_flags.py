@@ -33,7 +33,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ncsr_fast import RRDB, accelerate
-from ncsr_fast.export import Decoder
+from ncsr_fast.decoder import Decoder
 from ncsr_fast.metrics import imresize, lpips
 from ncsr_fast.ops import plain_convolution
 from ncsr_fast.ops.conv3x3 import ConvolutionMethod, convolution_backward, convolution_forward
