@@ -178,13 +178,15 @@ def _add(evaluation: Evaluation, hr: Path, lr: Path | None, n: int) -> str | Non
 
     from ncsr_fast.data.images import ImageError, crop_to_multiple, read_image
     from ncsr_fast.memory import is_out_of_memory
+    from ncsr_fast.warn import warnings_about
 
     try:
         image, given = read_image(hr), None if lr is None else read_image(lr)
         if lr is None and min(image.shape[-2:]) >= _MULTIPLE:
             image = crop_to_multiple(image, _MULTIPLE)
         try:
-            said = evaluation.add(image, given)
+            with warnings_about(hr):
+                said = evaluation.add(image, given)
         except ValueError as error:
             raise ImageError(f"{' and '.join(repr(str(file)) for file in (hr, lr) if file)}: {error}") from error
     except (ImageError, FileNotFoundError) as error:
