@@ -151,14 +151,17 @@ def _run_temperatures(args: argparse.Namespace) -> None:
     raise_problems(problems, len(pairs), "measured")
 
 
-def lpips_or_none(device: str) -> Any:
-    """The LPIPS network; None where it cannot be had, after a line on stderr that says why."""
+def lpips_or_none(device: str, notes: list[str] | None = None) -> Any:
+    """The LPIPS network; None where it cannot be had, after a line on stderr, and in `notes`, that says why."""
     from ncsr_fast.metrics.perceptual import LPIPSUnavailable, lpips_model
 
     try:
         return lpips_model(device=device)
     except LPIPSUnavailable as error:
-        print(f"without LPIPS: {error}", file=sys.stderr)
+        told = f"without LPIPS: {error}"
+        print(told, file=sys.stderr)
+        if notes is not None:
+            notes.append(told)
         return None
 
 
