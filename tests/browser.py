@@ -92,7 +92,8 @@ class Browser:
     def open(self, url: str, width: int = 1280, height: int = 900, scheme: str = "light") -> None:
         """Open a page in a window of this size, and wait until it is loaded."""
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600)
-        self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+        media = {"prefers-color-scheme": scheme, "prefers-reduced-motion": "reduce"}
+        self.call("Emulation.setEmulatedMedia", features=[{"name": name, "value": value} for name, value in media.items()])
         self.call("Page.navigate", url=url)
         self.evaluate("new Promise((done) => document.readyState == 'complete' ? done() : addEventListener('load', done))")
         self.settle()
@@ -126,8 +127,9 @@ class Browser:
         self.mouse("mouseReleased", *end)
         self.settle()
 
-    def touch(self, start: tuple[float, float], end: tuple[float, float]) -> None:
-        for kind, points in (("touchStart", [start]), ("touchMove", [end]), ("touchEnd", [])):
+    def touch(self, start: tuple[float, float], *path: tuple[float, float]) -> None:
+        steps = [("touchStart", [start]), *(("touchMove", [place]) for place in path), ("touchEnd", [])]
+        for kind, points in steps:
             self.call("Input.dispatchTouchEvent", type=kind, touchPoints=[{"x": x, "y": y} for x, y in points])
         self.settle()
 

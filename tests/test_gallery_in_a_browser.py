@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from browser import Browser
-from PIL import Image
 
 from ncsr_fast.gallery import Picture, View, write_page
 from ncsr_fast.gallery.views import deviation_of
@@ -18,8 +17,8 @@ def noise(height, width, seed):
     return torch.randint(0, 256, (3, height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
 
 
-def view(name, seed):
-    height, width = SIZE
+def view(name, seed, size=SIZE):
+    height, width = size
     pictures = [Picture("lr", "LR (nearest)", noise(height // 4, width // 4, seed), {})]
     pictures += [
         Picture(f"sample-{k}", f"Sample {k}", noise(height, width, seed + 1 + k), {"psnr": 20.0 + k}) for k in range(2)
@@ -59,12 +58,12 @@ def picture(key, factor, place=0):
 
 
 def assert_drawn(page, left, right, part, factor, place=0):
-    """Both pictures to the pixel: left and right of the divider and of the words in the corners."""
-    found, top = page.pixels(f"#image-{place + 1} .stage"), 40
+    """Both pictures to the pixel: beside the divider, below their names, without the rounded corners."""
+    found, rows = page.pixels(f"#image-{place + 1} .stage"), slice(40, -4)
     edge = round(part * factor * SIZE[1])
     assert found.shape == (factor * SIZE[0], factor * SIZE[1], 3)
     for key, columns in ((left, slice(0, max(0, edge - 22))), (right, slice(edge + 22, None))):
-        assert np.array_equal(found[top:, columns], picture(key, factor, place)[top:, columns]), key
+        assert np.array_equal(found[rows, columns], picture(key, factor, place)[rows, columns]), key
 
 
 def factor_of(page, place=0):
@@ -76,13 +75,20 @@ def middle(page, selector, part=0.5):
     return left + part * width, top + height / 2
 
 
+def choose(page, select, value):
+    """Choose an entry of a list."""
+    found = f"document.querySelector('{select}')"
+    page.evaluate(f"{found}.value = '{value}'; {found}.dispatchEvent(new Event('change'))")
+    page.settle()
+
+
 def test_the_divider_is_dragged(page):
     """By its handle, and by any place of the picture."""
     factor = factor_of(page)
     assert factor > 4, "a whole factor that fits"
     assert_drawn(page, "lr", "sample-0", 0.5, factor)
     page.drag(middle(page, "#image-1 .knob"), middle(page, "#image-1 .stage", 0.25))
-    assert page.evaluate("document.querySelector('#image-1 .over').style.clipPath") == f"inset(0px 0px 0px {factor * 15}px)"
+    assert page.evaluate("document.querySelector('#image-1 .over').style.clipPath") == f"inset(-1px -1px -1px {factor * 15}px)"
     assert_drawn(page, "lr", "sample-0", 0.25, factor)
     page.drag(middle(page, "#image-1 .stage", 0.6), middle(page, "#image-1 .stage", 0.75))
     assert_drawn(page, "lr", "sample-0", 0.75, factor)
@@ -101,10 +107,12 @@ def test_the_divider_by_keys(page):
 
 
 def test_the_divider_by_touch(page, tmp_path):
-    """In the window of a phone, wide enough for all that is on the page."""
+    """In the window of a phone, wide enough for all that is on the page; a touch that wanders up is no scrolling."""
     page.open((tmp_path / "page.html").as_uri(), 390, 844)
     assert page.evaluate("document.documentElement.scrollWidth") == 390
-    page.touch(middle(page, "#image-1 .knob"), middle(page, "#image-1 .stage", 0.7))
+    start, end = middle(page, "#image-1 .knob"), middle(page, "#image-1 .stage", 0.7)
+    page.touch(start, *((start[0], start[1] - up) for up in (10, 40, 70)), end)
+    assert page.evaluate("scrollY") == 0
     assert_drawn(page, "lr", "sample-0", 0.7, factor_of(page))
 
 
@@ -116,10 +124,8 @@ def test_pictures_are_switched(page):
     assert page.evaluate("document.querySelector('#image-1 dd.right').textContent") == "PSNR 21.00 dB"
     page.key("ArrowLeft", 37)
     assert_drawn(page, "lr", "sample-0", 0.5, factor)
-    choose = "(() => {{ const s = document.querySelector('#image-1 select.{}'); s.value = '{}'; s.dispatchEvent(new Event('change')) }})()"
-    page.evaluate(choose.format("left", "sample-1"))
-    page.evaluate(choose.format("right", "original"))
-    page.settle()
+    choose(page, "#image-1 select.left", "sample-1")
+    choose(page, "#image-1 select.right", "original")
     assert_drawn(page, "sample-1", "original", 0.5, factor)
     page.drag(*[middle(page, "#image-1 .swap")] * 2)
     assert_drawn(page, "original", "sample-1", 0.5, factor)
@@ -135,15 +141,20 @@ def test_zoom(page):
 
 
 def test_a_picture_larger_than_its_window_is_moved(page, tmp_path):
-    """By a drag; the divider stays in its place, and clips what has come there."""
-    page.open((tmp_path / "page.html").as_uri(), 300, 500)
-    page.evaluate("document.querySelector('#image-1').dataset.width")
-    page.evaluate("document.querySelector(\"#image-1 .zoom [value='4']\").click()")
-    page.evaluate(
-        "document.querySelector('#image-1 .canvas').style.width = '720px'; document.querySelector('#image-1 .canvas').style.height = '480px'"
-    )
-    page.settle()
-    pass
+    """By a drag; the divider stays in its place and clips what has come there. There the handle alone moves it."""
+    write_page(tmp_path / "page.html", [view("large", 0, (400, 600))])
+    page.open((tmp_path / "page.html").as_uri())
+    page.evaluate("""document.querySelector("#image-1 .zoom [value='4']").click()""")
+    left, top, width, height = page.box("#image-1 .stage")
+    page.drag((left + 300, top + 200), (left + 200, top + 150))
+    assert page.evaluate("(({scrollLeft, scrollTop}) => [scrollLeft, scrollTop])(document.querySelector('.stage'))") == [
+        100,
+        50,
+    ]
+    page.drag(middle(page, "#image-1 .knob"), middle(page, "#image-1 .stage", 0.25))
+    clip = page.evaluate("document.querySelector('.over').style.clipPath")
+    assert float(clip.split()[3].rstrip("px)")) == pytest.approx(100 + 0.25 * width, abs=0.5)
+    assert page.evaluate("document.querySelector('.stage').scrollLeft") == 100
 
 
 @pytest.mark.parametrize("scheme, dark", [("light", False), ("dark", True)])
@@ -157,10 +168,7 @@ def test_schemes(page, tmp_path, scheme, dark):
 
 def test_names_of_images_are_text_and_lead_there(page):
     assert page.evaluate("[...document.querySelectorAll('h2')].map((h) => h.textContent)") == ["first", "<b>second</b>"]
-    page.evaluate(
-        "(() => { const s = document.querySelector('.jump select'); s.value = 'image-2'; s.dispatchEvent(new Event('change')) })()"
-    )
-    page.evaluate("new Promise((done) => setTimeout(done, 1000))")
+    choose(page, ".jump select", "image-2")
     assert page.evaluate("scrollY") > 100
 
 
@@ -170,6 +178,7 @@ def test_controls_have_names_for_assistive_technology(page):
     named = [(node["role"]["value"], node.get("name", {}).get("value")) for node in nodes if node["role"]["value"] in roles]
     assert {role for role, _ in named} >= {"slider", "radio", "button", "combobox"}
     assert all(name for role, name in named if role != "group"), named
+    assert ("button", "Swap left and right") in named
     assert ("slider", "Divider between the left and the right picture") in named and (
         "radio",
         "Sample 1 PSNR 21.00 dB",

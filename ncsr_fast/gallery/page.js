@@ -77,11 +77,12 @@ class Comparison {
     this.place();
   }
 
+  /* The clip reaches beyond the other edges, which may lie between pixels of the screen. */
   place() {
     const part = Number(this.position.value) / 100;
     const width = this.stage.clientWidth;
     this.divider.style.left = `${part * width}px`;
-    this.sides.right.image.style.clipPath = `inset(0 0 0 ${this.stage.scrollLeft + part * width}px)`;
+    this.sides.right.image.style.clipPath = `inset(-1px -1px -1px ${this.stage.scrollLeft + part * width}px)`;
     this.describe();
   }
 
