@@ -218,7 +218,10 @@ if __name__ == "__main__":
         packages=find_packages(include=["ncsr_fast", "ncsr_fast.*"])
         + [f"ncsr_fast.{name}" for name in ("kernels", "benchmarks", "benchmarks.gpu")],
         package_dir={"ncsr_fast.kernels": "kernels", "ncsr_fast.benchmarks": "benchmarks"},
-        package_data={"ncsr_fast": ["models/*/*", "gpus/*.json", "evaluation/*.json", "py.typed"]},
+        package_data={
+            "ncsr_fast": ["models/*/*", "gpus/*.json", "evaluation/*.json", "py.typed"],
+            "ncsr_fast.gallery": ["*.html", "*.css", "*.js"],
+        },
         ext_modules=[Extension("ncsr_fast._native", sources=[])],
         cmdclass={"build_ext": BuildNative},
     )

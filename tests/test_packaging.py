@@ -46,6 +46,8 @@ def test_every_part_is_installed():
     for name in ("ncsr-compact-x4", "llflow-compact"):
         assert (PACKAGE / "models" / name / "model.safetensors").is_file(), name
     assert (PACKAGE / "gpus" / "default.json").is_file()  # without it no backend but the reference runs on a GPU
+    for name in ("page.html", "image.html", "page.css", "page.js"):
+        assert (PACKAGE / "gallery" / name).is_file(), name
     assert (PACKAGE / "py.typed").is_file()  # type checkers take the hints of the package for true
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ncsr_fast.cli._common import told, too_large
 from ncsr_fast.memory import free_bytes, is_out_of_memory
+from ncsr_fast.warn import warnings_about
 
 if TYPE_CHECKING:
     from ncsr_fast.flow.estimate import SamplesMemory
@@ -105,7 +106,7 @@ class Stream:
                     image = read.result()
                 ahead = [reader.submit(read_image, following.file) for following in jobs[number + 1 : number + 2]]
                 if not read.exception():
-                    with self._problems_of(job):
+                    with self._problems_of(job), warnings_about(job.file):
                         self._sample(job, image, writer)
             self._wait()
         return self.problems
@@ -252,6 +253,7 @@ class Sampler:
                 on_nonfinite=args.on_nonfinite,
                 project=args.project,
                 progress=progress,
+                first=first,
             )[0]
         broken = int((~torch.isfinite(samples)).flatten(1).any(dim=1).sum())
         return Group(first, samples.nan_to_num(0) if broken else samples, broken)

@@ -151,14 +151,17 @@ def _run_temperatures(args: argparse.Namespace) -> None:
     raise_problems(problems, len(pairs), "measured")
 
 
-def lpips_or_none(device: str) -> Any:
-    """The LPIPS network; None where it cannot be had, after a line on stderr that says why."""
+def lpips_or_none(device: str, notes: list[str] | None = None) -> Any:
+    """The LPIPS network; None where it cannot be had, after a line on stderr, and in `notes`, that says why."""
     from ncsr_fast.metrics.perceptual import LPIPSUnavailable, lpips_model
 
     try:
         return lpips_model(device=device)
     except LPIPSUnavailable as error:
-        print(f"without LPIPS: {error}", file=sys.stderr)
+        told = f"without LPIPS: {error}"
+        print(told, file=sys.stderr)
+        if notes is not None:
+            notes.append(told)
         return None
 
 
@@ -178,13 +181,15 @@ def _add(evaluation: Evaluation, hr: Path, lr: Path | None, n: int) -> str | Non
 
     from ncsr_fast.data.images import ImageError, crop_to_multiple, read_image
     from ncsr_fast.memory import is_out_of_memory
+    from ncsr_fast.warn import warnings_about
 
     try:
         image, given = read_image(hr), None if lr is None else read_image(lr)
         if lr is None and min(image.shape[-2:]) >= _MULTIPLE:
             image = crop_to_multiple(image, _MULTIPLE)
         try:
-            said = evaluation.add(image, given)
+            with warnings_about(hr):
+                said = evaluation.add(image, given)
         except ValueError as error:
             raise ImageError(f"{' and '.join(repr(str(file)) for file in (hr, lr) if file)}: {error}") from error
     except (ImageError, FileNotFoundError) as error:

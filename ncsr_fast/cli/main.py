@@ -11,7 +11,9 @@ from contextlib import contextmanager
 
 from ncsr_fast import __version__
 
-COMMANDS = ("demo", "sample", "edit", "train", "plot", "evaluate", "compare", "convert", "export", "bench", "tune", "doctor")
+COMMANDS = (
+    "demo", "sample", "edit", "gallery", "train", "plot", "evaluate", "compare", "convert", "export", "bench", "tune", "doctor",
+)  # fmt: skip
 _CLOSED = 141  # exit status after a closed pipe: 128 + SIGPIPE
 
 

@@ -6,7 +6,7 @@ import contextlib
 import glob
 import os
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -156,6 +156,27 @@ def pair_up(hr: Iterable[Path], hr_root: Path, lr: Iterable[Path], lr_root: Path
     if others:
         warnings.warn(f"{len(others)} LR images have no HR partner in {str(hr_root)!r}: {named(others)}", stacklevel=2)
     return pairs
+
+
+def originals_of(names: Sequence[str], folder: str | os.PathLike) -> list[Path]:
+    """The original of each LR image in a folder of originals, by the names that `pair_up` pairs.
+
+    Args:
+        names: Paths of the LR images in their folder, without the suffix.
+        folder: Searched with its subfolders; originals of no LR image are passed over.
+
+    Raises:
+        ValueError: LR images have no original; the message names them. And as `list_images`.
+    """
+    partners: dict[str, Path] = {}
+    for key, path in _by_key(list_images(folder), Path(folder)).items():
+        for name in _lr_keys(key):
+            if name == key or name not in partners:  # the same name comes before one with a tag
+                partners[name] = path
+    alone = [name for name in names if name not in partners]
+    if alone:
+        raise ValueError(f"{len(alone)} LR images have no original in {str(folder)!r}: {named(alone)}")
+    return [partners[name] for name in names]
 
 
 def _lr_keys(key: str) -> list[str]:

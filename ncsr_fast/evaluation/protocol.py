@@ -19,6 +19,7 @@ from ncsr_fast.memory import is_out_of_memory
 from ncsr_fast.metrics.fidelity import psnr, ssim
 from ncsr_fast.metrics.imresize import imresize
 from ncsr_fast.metrics.perceptual import LPIPSReference, lpips_digest, relative_gain
+from ncsr_fast.warn import warnings_about
 
 SMALLEST_FOR_LPIPS = 32  # side that AlexNet's two poolings leave something of
 _BOX = 16  # side of the box that squared errors are summed in
@@ -192,7 +193,8 @@ def evaluate_method(
             measurement = ImageMeasurement(read_image(file).to(device), scale, network, originals.protocol.curves)
             lr = measurement.lr if lr_images is None else read_image(lr_images[place]).to(device)
             _check_pair(measurement.hr, lr, scale)
-            measurement.add(method.samples(place, lr))
+            with warnings_about(file):
+                measurement.add(method.samples(place, lr))
             row = measurement.values() | method.likelihood(measurement.hr, lr)
         except (ImageError, OSError, ValueError, NonFiniteSamples) as error:
             problems.append(f"{name}: {error}")

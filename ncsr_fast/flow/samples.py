@@ -83,6 +83,7 @@ class ConditionedFlow:
         on_nonfinite: str = "warn",
         project: bool = False,
         progress: Progress | None = None,
+        first: int = 0,
     ) -> Tensor:
         """n images (B, n, 3, sH, sW) of each LR image, clipped to [0, 1].
 
@@ -95,6 +96,7 @@ class ConditionedFlow:
             on_nonfinite: What to do about a sample that blew up.
             project: True: samples are put onto the LR image.
             progress: Is told which part (0, 1] is done.
+            first: Number of the first sample in what is said of samples that blew up, where others were drawn before it.
 
         Raises:
             ValueError: `latents` do not have the shapes for n images of this size; and as for `NCSR.sample`.
@@ -111,7 +113,7 @@ class ConditionedFlow:
             else:
                 latents, origin = self._inputs.sample_latents(latents, self.lr, n), "of the latents given"
             tiles = tiling(tile, progress, self._levels, latents)
-            images = self._sampled(latents, heat, generator, on_nonfinite, origin, tiles)
+            images = self._sampled(latents, heat, generator, on_nonfinite, origin, tiles, first)
             del latents
         images = self._inputs.shown(images, self.lr)
         if not project:
@@ -191,6 +193,7 @@ class ConditionedFlow:
         on_nonfinite: str,
         origin: str,
         tiles: Tiling | None,
+        first: int,
     ) -> Tensor:
         """Images (B, n, …) of the padded size, not clipped, after blown-up samples have been handled."""
         watch = on_nonfinite != "ignore"
@@ -202,7 +205,7 @@ class ConditionedFlow:
         found = _origins(self._levels, first_bad)
         if not found:
             return images
-        message = _explained(found, first_bad.numel(), origin, self._advice(self.lr))
+        message = _explained(found, first_bad, origin, self._advice(self.lr), first)
         if on_nonfinite == "raise":
             raise NonFiniteSamples(message)
         if on_nonfinite == "retry":
@@ -342,9 +345,12 @@ def _origins(levels: Levels, first_bad: Tensor) -> dict[tuple[int, int], Origin]
     return found
 
 
-def _explained(found: dict[tuple[int, int], Origin], total: int, latents: str, why: str) -> str:
+def _explained(found: dict[tuple[int, int], Origin], first_bad: Tensor, latents: str, why: str, first: int) -> str:
+    """A message about samples that blew up, of those in `first_bad` (B, n), the first of which has the number `first`."""
     (image, i), origin = next(iter(found.items()))
+    n = first_bad.shape[1]
+    some = "" if first == 0 else f" (number {first})" if n == 1 else f" (numbers {first} to {first + n - 1})"
     return (
-        f"{len(found)} of {total} samples {latents} blew up: their state is not finite or beyond "
-        f"±{STATE_BOUND:g}, first in {origin} (image {image}, sample {i}). {why}"
+        f"{len(found)} of {first_bad.numel()} samples{some} {latents} blew up: their state is not finite or beyond "
+        f"±{STATE_BOUND:g}, first in {origin} (image {image}, sample {first + i}). {why}"
     )

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from support import randomize, tiny_model
+from support import image, randomize, tiny_model
 
 from ncsr_fast import NCSR, NCSRConfig
 
@@ -29,6 +29,14 @@ train: {lr_G: 0.0002, lr_scheme: MultiStepLR, lr_gamma: 0.5, niter: 10}
 def model(tmp_path_factory):
     """A directory with a tiny model."""
     return str(tiny_model(dtype=torch.float32).save_pretrained(tmp_path_factory.mktemp("model")))
+
+
+@pytest.fixture(scope="module")
+def settled(tmp_path_factory):
+    """A directory with a tiny model whose samples are well inside [0, 1]."""
+    model = tiny_model(temperature=0.4)
+    model.initialize(0.45 + 0.1 * image(4, 3, 64, 64, seed=8), image(4, 3, 16, 16, seed=9))
+    return str(model.save_pretrained(tmp_path_factory.mktemp("settled")))
 
 
 @pytest.fixture(scope="module")

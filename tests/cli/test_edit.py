@@ -6,20 +6,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from support import image, tiny_model
 
 from ncsr_fast import NCSR, latents
 from ncsr_fast.cli.main import main
 from ncsr_fast.data import read_image, to_float
 from ncsr_fast.metrics.fidelity import to_uint8
-
-
-@pytest.fixture(scope="module")
-def settled(tmp_path_factory):
-    """A directory with a tiny model whose samples are well inside [0, 1]."""
-    model = tiny_model(temperature=0.4)
-    model.initialize(0.45 + 0.1 * image(4, 3, 64, 64, seed=8), image(4, 3, 16, 16, seed=9))
-    return str(model.save_pretrained(tmp_path_factory.mktemp("settled")))
 
 
 @pytest.fixture

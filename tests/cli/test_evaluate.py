@@ -13,6 +13,7 @@ from ncsr_fast import NCSR
 from ncsr_fast.cli.main import main
 from ncsr_fast.data import read_image
 from ncsr_fast.metrics import imresize, psnr
+from ncsr_fast.warn import warn_caller
 
 
 def test_evaluate(model, photos, tmp_path, capsys):
@@ -127,3 +128,10 @@ def test_the_json_is_json(model, tmp_path):
 def test_low_light_models_are_not_measured(low_light_model, photos, capsys):
     assert main(["evaluate", str(photos), "--model", low_light_model]) == 1
     assert "LLFlow, ×1, 1 blocks, 1 steps per level, makes dark photographs bright" in capsys.readouterr().err
+
+
+def test_warnings_name_the_image(model, photos, monkeypatch):
+    monkeypatch.setattr("ncsr_fast.evaluation.Evaluation.add", lambda *_: warn_caller("it blew up") or "done")
+    with pytest.warns(RuntimeWarning) as given:
+        assert main(["evaluate", str(photos), "--model", model, "--limit", "2"]) == 0
+    assert [str(warning.message) for warning in given] == [f"'{photos / name}.png': it blew up" for name in ("a", "b")]

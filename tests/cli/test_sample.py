@@ -15,6 +15,7 @@ from support import full_disk, tiny_model
 from ncsr_fast import NCSR
 from ncsr_fast.cli.main import main
 from ncsr_fast.data import crop_margins, low_light_input, pad_mirrored, read_image, to_uint8
+from ncsr_fast.flow import samples
 from ncsr_fast.flow.samples import ConditionedFlow
 from ncsr_fast.metrics import lr_psnr
 
@@ -390,3 +391,24 @@ def test_temperature_0_is_one_image_unless_n_says_more(model, photos, tmp_path):
     arguments = ["sample", str(photos / "a.png"), "--model", model, "--temperature", "0"]
     assert main([*arguments, "--out", str(tmp_path / "one")]) == 0 and len(list((tmp_path / "one").iterdir())) == 1
     assert main([*arguments, "--out", str(tmp_path / "two"), "--n", "2"]) == 0 and len(list((tmp_path / "two").iterdir())) == 2
+
+
+def test_samples_that_blew_up_are_called_as_their_files(exact, pictures, tmp_path, capsys, monkeypatch):
+    """By the file and by the number in its run, in whatever groups they are drawn: 0 and 1, then 2 alone, which blows up."""
+    monkeypatch.setattr("ncsr_fast.cli._sampling.Sampler._together", lambda *_: 2)
+
+    drawn = samples.draw
+
+    def draw_last(levels, lr, n, *arguments):
+        return [latent * (math.inf if n == 1 else 1) for latent in drawn(levels, lr, n, *arguments)]
+
+    monkeypatch.setattr(samples, "draw", draw_last)
+    with pytest.warns(RuntimeWarning) as given:
+        assert draw(exact, pictures / "a.png", pictures / "b.png", "--out", tmp_path / "out") == 1
+    told = [str(warning.message) for warning in given]
+    assert len(told) == 2
+    for name, line in zip(("a", "b"), told):
+        assert line.startswith(f"'{pictures / name}.png': 1 of 1 samples (number 2) at temperature 0.2 blew up: "), line
+        assert "(image 0, sample 2). " in line
+        black = {path.name for path in (tmp_path / "out").glob(f"{name}_*") if not read_image(path).any()}
+        assert black == {f"{name}_sample00002.png"}

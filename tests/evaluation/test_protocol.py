@@ -10,9 +10,10 @@ from evaluation.naive import measure
 from lpips_networks import random_network, squared_error
 from PIL import Image
 
-from ncsr_fast.evaluation import PROTOCOLS, Folder, ImageMeasurement, evaluate_method, find_originals, find_samples
+from ncsr_fast.evaluation import PROTOCOLS, Bicubic, Folder, ImageMeasurement, evaluate_method, find_originals, find_samples
 from ncsr_fast.evaluation import protocol as module
 from ncsr_fast.evaluation.protocol import BestOf, box_sums
+from ncsr_fast.warn import warn_caller
 
 
 def evaluated(hr, sr, n: int, year: str, network, scale: int = 4):
@@ -163,3 +164,17 @@ def test_images_that_cannot_be_measured_are_told(tmp_path):
     assert report.names == ["0802.png"] and len(problems) == 1
     assert "0801.png: cannot read image" in problems[0] and "000000_sample00001.png" in problems[0]
     assert any("1 of 2 originals could not be measured" in note for note in report.notes)
+
+
+def test_warnings_name_the_original(tmp_path):
+    """Else that of the second would be the same as that of the first, and Python does not repeat one."""
+    hr, _ = draw(tmp_path, 1)
+
+    class Loud(Bicubic):
+        def samples(self, place, lr):
+            warn_caller("it blew up")
+            yield from super().samples(place, lr)
+
+    with pytest.warns(RuntimeWarning) as given:
+        evaluate_method(Loud(4), find_originals(hr, PROTOCOLS["ntire2021"]), 4)
+    assert [str(warning.message) for warning in given] == [f"'{hr / name}.png': it blew up" for name in ("0801", "0802")]

@@ -161,3 +161,12 @@ def test_what_is_said_of_samples_that_blew_up(cause, monkeypatch):
         model.sample(lr, n=1, on_nonfinite="warn")
     with pytest.warns(RuntimeWarning, match=CAUSES[cause]):
         model.sample(lr, n=1, on_nonfinite="retry")
+
+
+@pytest.mark.parametrize("on_nonfinite", ["warn", "retry"])
+def test_samples_that_blew_up_are_numbered_from_the_first_on(model, on_nonfinite):
+    latents = [torch.zeros(1, 3, *shape) for shape in model.latent_shapes(*LR.shape[2:])]
+    latents[0][:, 1] = torch.inf
+    latents = [latent.to(LR).expand(len(LR), *latent.shape[1:]) for latent in latents]
+    with pytest.warns(RuntimeWarning, match=r"samples \(numbers 4 to 6\) of the latents given .* \(image 0, sample 5\)"):
+        model.condition(LR).sample(3, latents=latents, on_nonfinite=on_nonfinite, first=4)
