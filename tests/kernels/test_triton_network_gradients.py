@@ -191,7 +191,7 @@ def test_tf32(channels):
 @pytest.mark.parametrize("channels", [3, 0])
 def test_several_networks_are_each_as_alone(channels):
     """To the bit, whichever share a launch, and every time; of images that lie differently too."""
-    first, cases = ([Case(channels, 4, 2, (1, 17), 2, SINGLE, seed) for seed in range(3)] for _ in range(2))
+    first, cases = ([Case(channels, 4, 2, (1, 17), 1, SINGLE, seed) for seed in range(2)] for _ in range(2))
     alone = [run([case])[0] for case in first]
     cases[1].dh = LAYOUTS["contiguous"](cases[1].dh)
     for found, right in zip(run(cases), alone, strict=True):
