@@ -266,6 +266,15 @@ def test_peaks_of_what_is_not_finite(value, inside):
     assert found.y[0].isfinite().all()
 
 
+def test_peaks_are_those_of_the_pixels():
+    """Beside the image a tile has the offset alone, which is larger here than any pixel, each scaled down by the injector."""
+    given = tensors(6, (1, 1), 1, HALF)
+    given[9] = torch.zeros_like(given[9])
+    given[9][:, 1::2] = -20
+    found = run(given, False, watched=True)
+    assert torch.equal(peaks([found.peak])[0], found.y.abs().amax(dim=(1, 2, 3)))
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "channels of channels_last"])
 def test_layouts(layout):
     given = tensors(6, (5, 7), 2, SINGLE)
