@@ -18,14 +18,14 @@ LAYOUTS = {"nhwc": torch.channels_last, "nchw": torch.contiguous_format}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # of h
 Variant = tuple[str, str, str]  # direction, layout and dtype of a call
 EVERY_VARIANT: tuple[Variant, ...] = tuple(itertools.product(("forward", "inverse"), LAYOUTS, DTYPES))
-# "pairs": every pair of direction, layout and dtype is in one of them; "engine": calls in the engine's layout
+# "pairs": every pair of direction, layout and dtype is in one of them; "forward", "inverse": calls in the engine's layout
 PAIRS: tuple[Variant, ...] = (
     ("forward", "nhwc", "float32"),
     ("inverse", "nhwc", "bfloat16"),
     ("forward", "nchw", "bfloat16"),
     ("inverse", "nchw", "float32"),
 )
-VARIANTS = {"every": EVERY_VARIANT, "pairs": PAIRS, "engine": PAIRS[:2]}
+VARIANTS = {"every": EVERY_VARIANT, "pairs": PAIRS, "forward": PAIRS[:1], "inverse": PAIRS[1:2]}
 CONVOLUTIONS = ((32, False), (64, False), (64, True))  # of the encoder: outputs, and whether the input is read upsampled
 PRECISIONS = {"bf16": (torch.bfloat16, False), "tf32": (torch.float32, True), "fp32": (torch.float32, False)}
 FACTORS = (2, 1)  # upsampling of the stacked features at the first level of the published ×4 models, and at the others

@@ -54,10 +54,11 @@ MIXED = 24  # channels of a state, at most, whose mix is in the kernel
 REGION = (16, 32)  # rows and columns: a fifth more pixels of h2 than of the region, and 80 KB of them
 PROGRAMS = 264  # at once, two of each of 132 multiprocessors: 21 MB of h2, of 50 MB of L2 cache
 # Unless told how many registers a thread may have, ptxas spills a few bytes to fit another program; and of several stages of
-# the loops over a region Triton keeps 230 KB in shared memory. By the block of the channels, 16 or more: sums of a pixel
-# at least, so that a tile has 128 or 64 pixels in half precision, and registers of a thread
-SUMS = {16: 64, 32: 128}
-REGISTERS = {16: 255, 32: 168}
+# the loops over a region Triton keeps 230 KB in shared memory. By the block of the channels, 16, 32 or more: sums of a pixel
+# at least, so that a tile has 128 or 64 pixels in half precision, and registers of a thread. With 168 those of 96 channels
+# spill on sm_90, where they take 208.
+SUMS = {16: 64, 32: 128, 64: 128}
+REGISTERS = {16: 255, 32: 168, 64: 255}
 INSIDE = {"num_stages": 1}
 ROUNDS = 2  # of regions, at least, where the first layers are in the kernel: of fewer the last one leaves half a GPU idle
 
@@ -287,7 +288,7 @@ def _launch(
     """y, and of every tile the share of the log-det and if `watched` the largest magnitude."""
     (batch, channels, height, width), hidden, (hs, outs) = x.shape, pre.shape[1], network.w3.shape[1:]
     pass_through, y = channels - b3.shape[0] // 2, empty_like(x)
-    tiles, options = tiling(kind, height, width, max(SUMS[min(32, block(channels))], hs, outs))
+    tiles, options = tiling(kind, height, width, max(SUMS[min(64, block(channels))], hs, outs))
     parts = torch.empty(1 + watched, batch, tiles, dtype=torch.float32, device=x.device)
     regions, programs = batch * triton.cdiv(height, REGION[0]) * triton.cdiv(width, REGION[1]), batch * tiles
     inside = regions >= ROUNDS * PROGRAMS  # the first layers are in the kernel
@@ -335,6 +336,6 @@ def _launch(
         BLOCKS_K=network.w1.shape[1] // INPUTS,
         READ=min(HIDDEN_READ, hs),
         READS=hs // min(HIDDEN_READ, hs),
-        **{**options, **(INSIDE if inside else {}), "maxnreg": REGISTERS[min(32, block(channels))]},
+        **{**options, **(INSIDE if inside else {}), "maxnreg": REGISTERS[min(64, block(channels))]},
     )
     return y, parts[0], parts[1] if watched else None

@@ -8,6 +8,7 @@ from unittest import mock
 
 import pytest
 import torch
+from operator_cases import marked
 from support import image, relative_error, tiny_model
 from torch import Tensor
 from variants import BRANCHES, FLOW, NOISY, OwnNetworks, model_of
@@ -68,6 +69,7 @@ def noise_for(model: NCSR, lr: Tensor) -> Tensor | None:
 
 @pytest.mark.parametrize("side", [1, 3])
 @pytest.mark.parametrize("name", MODELS)
+@marked("slow", lambda name, side: side == 1 and name not in ("ncsr-x4", "srflow-da"))
 @torch.no_grad()
 def test_tiles_change_nothing(name, side):
     model = healthy(**MODELS[name])

@@ -144,19 +144,23 @@ def test_launches_and_what_is_needed(monkeypatch):
         assert [value is not None for value in found] == [*needed, needed[2]]
 
 
-@pytest.mark.exhaustive
-def test_the_same_bits_and_any_number_of_parts(monkeypatch):
-    """The gradients of weights over one part of all cells, and two, of which the second has less."""
-    own, stacked, weight, dy = normal(1, 2, 2, 40), normal(1, 2, 1, 20), normal(2, 4, 3, 3), normal(1, 2, 2, 40)
-    _, gradients = exact(own, stacked, weight, normal(2), dy)
-    monkeypatch.setitem(_conv3x3_weight.OPTIONS["ieee"], "BLOCK_P", 16)
-    for programs in (1, 32):
-        monkeypatch.setattr(_conv3x3_weight, "PROGRAMS", programs)
+@pytest.mark.parametrize("factor", [1, 4])
+def test_the_same_bits_and_any_number_of_parts(factor, monkeypatch):
+    """The gradients of weights over one part of all cells, and two, of which the second has less: three tiles in all.
+
+    With one phase every slot is of its own, and with four those between have several.
+    """
+    own, stacked, dy = normal(1, 2, factor, 33 * factor), normal(1, 2, 1, 33), normal(1, 2, factor, 33 * factor, seed=1)
+    weight, bias = normal(2, 4, 3, 3), normal(2)
+    y, gradients = exact(own, stacked, weight, bias, dy)
+    assert_close(kernels.hoisted_forward(own, stacked, weight, bias)[0], y, 36, "y")
+    monkeypatch.setattr(_hoisting_weight, "OPTIONS", {"ieee": {**_conv3x3_weight.OPTIONS["ieee"], "BLOCK_P": 16}})
+    for programs in (1, 2 * _hoisting_weight.slots(factor) ** 2):
         monkeypatch.setattr(_hoisting_weight, "PROGRAMS", programs)
         first, second = (kernels.hoisted_backward(dy, own, stacked, weight, (False, False, True))[2:] for _ in range(2))
         assert all(map(torch.equal, first, second))
         for value, right in zip(first, gradients[2:], strict=True):
-            assert_close(value, right, 80, "parameters")
+            assert_close(value, right, dy[:, 0].numel(), "parameters")
 
 
 def far(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype = HALF) -> Tensor:

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from layouts import IMAGES, LAYOUTS
-from operator_cases import ROUNDING, assert_close, interpreted
+from operator_cases import ROUNDING, assert_close, interpreted, marked
 from support import Watch, image, relative_error, tiny_model
 from torch import Tensor
 
@@ -229,7 +229,7 @@ def test_same_bits_every_time_and_in_every_batch(dtype):
 @pytest.mark.filterwarnings("ignore:invalid value encountered")
 @pytest.mark.slow
 @in_float32_too
-@pytest.mark.parametrize("hidden", [16, 17])
+@pytest.mark.parametrize("hidden", [pytest.param(16, marks=pytest.mark.exhaustive), 17])
 def test_what_is_not_finite_stays_where_it_is(dtype, hidden):
     """A NaN reaches the pixels around it, and infinity becomes NaN only where the formula has one: not by positive weights."""
     signed = network(6, hidden, 4, (8, 9), dtype=dtype)
@@ -268,9 +268,14 @@ def far_apart(x: Tensor, dimension: int) -> Tensor:
     return torch.tensor([], dtype=x.dtype, device=x.device).set_(storage, 0, x.shape, strides).copy_(x)
 
 
+# z1 and pre are addressed by one function, w1 by another whose four products are of one line
+ONE_OF_EACH = {(0, 0), (1, 1), (0, 2), (1, 3), (2, 1)}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dimension", [0, 1, 2, 3])
 @pytest.mark.parametrize("index", [0, 1, 2], ids=["z1", "pre", "w1"])
+@marked("exhaustive", lambda index, dimension: (index, dimension) not in ONE_OF_EACH)
 def test_offsets_beyond_32_bits(index, dimension):
     """Three samples, outputs, channels, rows or columns 2³⁰ elements apart."""
     tensors = network(3, 3, 2, (3, 3), 3, HALF)

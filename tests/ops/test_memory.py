@@ -54,6 +54,7 @@ def test_sizes(name, device, backend, size, batch):
 @directions
 @pytest.mark.parametrize("channels", [12, 96])
 @marked("slow", interpreted)
+@marked("exhaustive", lambda backend, inverse, channels: interpreted(backend) and inverse is (channels == 12))
 def test_larger_than_any_tile(device, backend, inverse, channels):
     """Several tiles, parts and threads, with a remainder."""
     dtype = exact_dtype(backend)
@@ -90,6 +91,7 @@ def test_float32_state_with_half_precision_networks(name, device, backend, h_dty
 @directions
 @pytest.mark.parametrize("way", ["contiguous", "channels_last"])
 @marked("slow", interpreted)
+@marked("exhaustive", lambda backend, inverse, way: interpreted(backend) and inverse is (way == "contiguous"))
 def test_every_element_is_written(name, device, backend, inverse, way, monkeypatch):
     """Whatever torch hands out uninitialised is NaN here."""
     tensors = differentiable(arguments(name, 12, size=(5, 7), dtype=torch.float32, device=device))
@@ -115,6 +117,7 @@ def _poisoned(allocate):
 @cells
 @where(lambda device, backend: (device, backend) != ("cpu", "reference"))  # PyTorch divides its sums by the threads
 @marked("slow", interpreted)
+@marked("exhaustive", lambda name, backend: interpreted(backend) and name != "flow_step")  # which has all of their sums
 def test_same_bits_every_time_whatever_the_threads(name, device, backend):
     size = (40, 50) if not interpreted(backend) else (9, 10)
     tensors = differentiable(arguments(name, 12, size=size, batch=2, dtype=torch.float32, device=device))

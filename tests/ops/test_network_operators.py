@@ -42,6 +42,7 @@ def in_its_dtypes(name: str, backend: str, dtype: torch.dtype) -> bool:
 @pytest.mark.parametrize("dtype", ROUNDING, ids=str)
 @pytest.mark.parametrize("channels, outputs", [(1, 1), (5, 4), (12, 24), (64, 64), (96, 12)])
 @marked("exhaustive", lambda backend, channels: interpreted(backend) and channels > 5)
+@marked("slow", lambda backend, channels, dtype: interpreted(backend) and (channels, dtype) != (5, torch.float16))
 def test_values(name, device, backend, dtype, channels, outputs):
     tensors = arguments(name, channels, outputs, (5, 6), dtype=dtype, device=device)
     found, expected = run(name, *tensors, backend=backend), formula(name, *tensors)
@@ -56,6 +57,7 @@ def test_values(name, device, backend, dtype, channels, outputs):
 @pytest.mark.parametrize("channels, outputs", [(1, 1), (5, 4), (12, 24), (64, 64)])
 @pytest.mark.parametrize("dtype", [SINGLE, DOUBLE], ids=str)
 @in_its_dtypes
+@marked("slow", interpreted)
 @marked("exhaustive", lambda backend, channels: interpreted(backend) and channels != 5)
 def test_gradients(name, device, backend, dtype, channels, outputs):
     """Of every tensor through every output, beside autograd of the definition."""
@@ -75,7 +77,7 @@ def test_gradients(name, device, backend, dtype, channels, outputs):
 @calls
 @cells
 @where(lambda backend: backend != "triton")  # which has no float64: tests/kernels/test_triton_conv3x3.py
-@marked("slow", lambda backend: backend == "reference")
+@marked("slow", lambda name, backend: backend == "reference" or CALLS[name].operator != "fold")  # test_gradients is faster
 def test_gradcheck(name, device, backend):
     """By finite differences: first gradients, and gradients of gradients, which are those of the reference."""
     size = (1, 2) if CALLS[name].operator == "step_network" else (2, 3)
@@ -112,6 +114,7 @@ def test_only_what_needs_a_gradient_gets_one(name, device, backend):
 @cells
 @pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout != "contiguous"])
 @marked("exhaustive", interpreted)  # up to eight calls; layouts are in the kernels' own tests too
+@marked("slow", lambda backend: backend == "reference")
 def test_layouts(name, device, backend, layout):
     """All tensors and gradients of the outputs in one layout, and each of the tensors alone."""
     dtype, cases = exact_dtype(backend), ((5, 4, (3, 4)), (1, 1, (1, 4)), (12, 16, (5, 6)))
@@ -130,7 +133,7 @@ def test_layouts(name, device, backend, layout):
 
 @calls
 @cells
-@marked("slow", interpreted)
+@marked("exhaustive", interpreted)  # strides of 0 are read as others: the kernels' own tests of layouts
 def test_shared_memory(name, device, backend):
     """Expanded tensors and gradients: all samples, pixels and numbers of a batch in the same memory."""
     tensors = [
@@ -175,7 +178,7 @@ def test_sizes(name, device, backend, size, batch):
 
 @calls
 @cells
-@marked("slow", interpreted)
+@marked("exhaustive", interpreted)  # in the kernels' own tests all memory starts as NaN
 def test_every_element_is_written(name, device, backend, monkeypatch):
     """Whatever torch hands out uninitialised is NaN here."""
     tensors = differentiable(arguments(name, 12, 12, (5, 7), dtype=SINGLE, device=device))
@@ -230,6 +233,7 @@ def test_parameters_of_another_dtype(device, backend, upsample2x):
 
 
 @cells_of("step_network")
+@marked("slow", interpreted)
 def test_a_network_in_the_dtype_of_its_pre_activation(device, backend):
     """Whatever the dtypes of the state and the weights, whose gradients are in their own."""
     dtype = exact_dtype(backend)

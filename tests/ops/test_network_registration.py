@@ -99,7 +99,7 @@ def test_opcheck_of_the_backward(name, device, backend, layout, channels):
 
 @cells_of("step_network")
 @registered
-@marked("slow", interpreted)
+@marked("exhaustive", interpreted)  # what is registered is that of all backends
 def test_opcheck_of_a_state_of_another_dtype(device, backend):
     """Its gradient comes in its dtype."""
     state, *rest = [x.detach() for x in lying("step_network", "contiguous", device)]
@@ -125,8 +125,11 @@ class Graphs:
 @calls
 @cells
 @layouts
-@marked("slow", lambda backend, layout: (backend, layout) != ("native", "channels_last"))
-@marked("exhaustive", lambda backend, layout: interpreted(backend) and layout != "channels_last")
+@marked(
+    "slow",
+    lambda name, backend, layout: (backend, layout) != ("native", "channels_last") or name not in ("step_network", "fold"),
+)
+@marked("exhaustive", lambda backend, layout: backend != "native" and layout != "channels_last")
 def test_compile_fullgraph(name, device, backend, layout):
     """One graph, forward and backward, equal to the eager call, and in it the operator, not what the operator is made of."""
     tensors = lying(name, layout, device, 12)
@@ -244,6 +247,7 @@ def forbidden(*_: object) -> None:
 @calls
 @cells
 @marked("slow", interpreted)
+@marked("exhaustive", lambda name, backend: interpreted(backend) and name != "conv3x3")  # no kernel is called
 def test_batched_gradients(name, device, backend):
     """A Jacobian whose rows are computed at once is that of one row after the other."""
     dtype = exact_dtype(backend)
