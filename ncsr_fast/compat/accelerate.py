@@ -35,19 +35,21 @@ class AccelerationReport:
 
 
 def accelerate(module: nn.Module, **options: Any) -> AccelerationReport:
-    """Make the published NCSR and SRFlow networks, and Glow layers, in `module` run on the engine and the fused operators.
+    """Make published networks of the family, and Glow layers, in `module` run on the engine and the fused operators.
 
     The change is made in place. Modules and Parameter objects stay the same objects, so that optimizers, `state_dict`,
     checkpoints, hooks of the network and wrappers around it work as before. Calls take and return the same values, equal up to
     rounding, and seeded samples are the same samples.
 
-    A network is recognised by its structure; a copy of it is run once on a small image to verify the formulas of its code. If a
-    later call cannot be served (actnorms not yet initialised, hooks on inner modules, attributes or options changed since, …),
-    the network's own code runs, and `report.handed_over` counts the reason. Several threads may call a network at once, with
-    and without gradients.
+    A network is recognised by its structure; a copy of it is run once on a small image to verify the formulas of its code. Of a
+    network with another encoder (LLFlow's relatives) the flow alone is replaced. If a later call cannot be served (hooks on
+    inner modules, attributes or options changed since, unknown arguments, …), the network's own code runs; the first time for
+    a reason a RuntimeWarning says so, and `report.handed_over` counts it. (The call that initialises the actnorms is the
+    network's own, without a warning.) Several threads may call a network at once, with and without gradients.
 
-    Under `torch.autocast` the small networks and the encoder run at autocast's precision. The state stays float32, whereas the
-    published code rounds the state too. Parts of the RRDB encoder that only its super-resolved image needs are not evaluated.
+    Under `torch.autocast`, around a call or as a decorator of the forward (LLFlow), the small networks and the encoder run at
+    autocast's precision. The state stays float32, whereas the published code rounds the state too. Parts of the RRDB encoder
+    that only its super-resolved image needs are not evaluated.
 
     `ncsr_fast.compat.layers` lists the layers. `restore(module)` undoes the change.
 
@@ -92,6 +94,7 @@ def _visit(module: nn.Module, name: str, options: dict[str, Any], report: Accele
             report.replaced[name] = _replace_network(module, options, report.handed_over)
         elif resembles_flow(module):
             report.replaced[name] = _replace_flow(module, options, report.handed_over)
+            passed_over = tuple(key for key, _ in module.named_children())
         elif kind is not None:
             layers.check_layer(kind, module)
             kind(module, report.handed_over).install()
@@ -101,7 +104,7 @@ def _visit(module: nn.Module, name: str, options: dict[str, Any], report: Accele
     if resembles_network(module):
         if name in report.left and resembles_flow(module.flowUpsamplerNet):
             _visit(module.flowUpsamplerNet, _joined(name, "flowUpsamplerNet"), options, report)
-    elif name not in report.replaced or kind is not None:
+    else:
         for key, child in module.named_children():
             if key not in passed_over:
                 _visit(child, _joined(name, key), options, report)

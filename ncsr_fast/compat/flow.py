@@ -192,9 +192,8 @@ def compared_flow(config: FlowConfig, sides: Sides, direction: str, like: Tensor
     sides.module.train()
     sides.own(gt, features)
     sides.module.eval()
-    theirs, ours = sides.both(
-        0, lambda: {"gt": gt, "rrdbResults": features, "epses": [], "logdet": torch.zeros_like(gt[:, 0, 0, 0])}
-    )
+    logdet = torch.zeros_like(gt[:, 0, 0, 0])
+    theirs, ours = sides.both(0, lambda: {"gt": gt, "rrdbResults": features, "epses": [], "logdet": logdet})
     yield from map(Pair, [*theirs[0], theirs[1]], [*ours[0], ours[1]])
     if direction == "decode":
         latents = theirs[0]

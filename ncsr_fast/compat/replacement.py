@@ -32,8 +32,8 @@ class Replacement:
 
     The methods are attributes of the instance, so that the module's hooks, its class and wrappers around it stay as they are.
     Parameters stay in the module, and every call reads them there. A call that cannot be served is handed over to the
-    module's own method, the reason is counted in `handed_over`, and the first call for a reason warns. A copy or a pickle of the module, and the replicas that
-    DataParallel makes of it, have their own replacement.
+    module's own method; the reason is counted in `handed_over`, and the first call for a reason warns. A copy or a pickle of
+    the module, and the replicas that DataParallel makes of it, have their own replacement.
     """
 
     methods: tuple[str, ...] = ("forward",)

@@ -102,9 +102,7 @@ def served_attributes(net: nn.Module, config: NCSRConfig) -> dict[str, dict[str,
     found |= flow_attributes(net.flowUpsamplerNet, config.flow, "flowUpsamplerNet")
     for name in [name for name in found if name.endswith(".affine")]:
         found[name] |= {"stdmode": next(used), "model_name": config.traits.title}
-    found |= {
-        name: layer_attributes(module) for name, module in net.named_modules() if not name.startswith("flowUpsamplerNet.")
-    }
+    found |= {f"RRDB.{name}": layer_attributes(module) for name, module in net.RRDB.named_modules() if name}
     return present_attributes(net, found)
 
 

@@ -17,7 +17,7 @@ from ncsr_fast.precision import true_float32
 
 _TOLERANCE = 1e-4  # relative to the largest element: rounding is below 1e-5, a different formula far above
 # Size of random changes of parameters, so that zero-initialised layers compute something, and the dtype. Larger changes make
-# inverses explode. Published inverses are float32; encodings in it would have too few right digits after SRFlow-DA-D's 36 layers.
+# inverses explode. Published inverses are float32; in it, encodings have too few right digits after SRFlow-DA-D's 36 layers.
 _DIRECTIONS = {"encode": (3e-3, torch.float64), "decode": (3e-4, torch.float32)}
 
 
