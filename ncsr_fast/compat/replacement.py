@@ -67,7 +67,7 @@ class Replacement:
         with _COUNTING:
             self.handed_over[str(reason)] += 1
             is_first = self.handed_over[str(reason)] == 1
-        if is_first and not isinstance(reason, Passing):
+        if is_first and not isinstance(reason, Passing) and Replacement.of(self.module) is self:  # no trial
             warn_caller(f"the accelerated {type(self.module).__name__} runs its own code: {reason}")
         return self.own(method, *arguments, **options)
 
