@@ -39,7 +39,7 @@ def measured(monkeypatch, tmp_path):
             "--published",
             f"llflow-lol={tmp_path}",
             "--lr-size",
-            str(lr_size),
+            "16",
             "--rounds",
             "2",
             "--out",
