@@ -21,13 +21,15 @@ from ncsr_fast.figures import save_figure
 from ncsr_fast.files import atomic_write
 
 from .arms import ACCELERATED, CONDITIONED, OURS, PUBLISHED
+from .family import STORED
 from .harness import REFERENCE
 from .report import compared, markdown, speed_up
 
 Row = dict[str, Any]
 RESULTS = Path("benchmarks/results")
-PAGES = (Path("README.md"), *(Path("docs") / name for name in ("drop-in.md", "operators.md", "performance.md")))
+PAGES = (Path("README.md"), *(Path("docs") / name for name in ("drop-in.md", "family.md", "operators.md", "performance.md")))
 WHOLE_MODELS, OPERATORS = RESULTS / "end_to_end-cpu.json", RESULTS / "operators-cpu.json"
+FAMILY = RESULTS / STORED
 _TASKS = {
     "sample": "10 samples, LR 40×40",
     "train": "training step, 160×160",
@@ -114,6 +116,23 @@ def accelerated() -> str:
     return f"{markdown(lines)}\n\nMeasured on: {machine(row)}."
 
 
+def family() -> str:
+    """Every member that was measured: its published program, before and after `accelerate`, and our model."""
+    if not FAMILY.exists():
+        return "Not measured yet."
+    lines = [("", "published program", "accelerated", "ncsr_fast")]
+    cells: dict[tuple[str, str], dict[str, Row]] = {}
+    row: Row = {}
+    for row in rows_of(FAMILY):
+        cells.setdefault((row["system"], row["what"]), {})[row["arm"]] = row
+    for (system, what), found in cells.items():
+        if PUBLISHED in found:
+            own = [found.get(arm) for arm in (ACCELERATED, OURS)]
+            times = [f"{_seconds(each)} ({_ratio(found[PUBLISHED], each)})" if each else "" for each in own]
+            lines.append((f"`{system}`, {what}", _seconds(found[PUBLISHED]), *times))
+    return f"{markdown(lines)}\n\nMeasured on: {machine(row)}."
+
+
 def operators() -> str:
     """Times of the native operators, and their ratio to eager PyTorch."""
     found = {
@@ -134,6 +153,7 @@ def operators() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "headline": headline, "ladder": ladder, "others": others, "accelerated": accelerated, "operators": operators,
+    "family": family,
 }  # fmt: skip
 
 

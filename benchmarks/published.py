@@ -28,7 +28,7 @@ OPTIONS = {  # the part of the published 4X.yml that decides the architecture
         },
     },
 }  # fmt: skip
-_NOT_NEEDED = ("cv2", "yaml", "torchvision", "torchvision.utils", "natsort", "imageio")  # what is not installed of it
+NOT_NEEDED = ("cv2", "yaml", "torchvision", "torchvision.utils", "natsort", "imageio")  # what is not installed of it
 
 
 TRAIN = {  # and the part that decides a training step; what is left out reads as None
@@ -39,7 +39,7 @@ TRAIN = {  # and the part that decides a training step; what is left out reads a
 
 def _importable(checkout: Path) -> None:
     sys.path.insert(0, str(checkout / "code"))
-    for name in _NOT_NEEDED:
+    for name in NOT_NEEDED:
         try:
             __import__(name)
         except (ImportError, RuntimeError):

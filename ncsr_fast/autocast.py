@@ -8,6 +8,8 @@ called.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,3 +32,11 @@ def without_autocast(device_type: str) -> contextlib.AbstractContextManager:
     if autocast_dtype(device_type) is None:
         return contextlib.nullcontext()
     return torch.autocast(device_type, enabled=False)
+
+
+def undecorated(function: Callable[..., Any]) -> tuple[Callable[..., Any], torch.autocast | None]:
+    """The function under a decorator `@torch.autocast(…)`, and that autocast; the function itself and None if there is none."""
+    inner = getattr(function, "__wrapped__", None)
+    cells = (cell.cell_contents for cell in getattr(function, "__closure__", None) or () if inner is not None)
+    found = next((content for content in cells if isinstance(content, torch.autocast)), None)
+    return (function, None) if inner is None or found is None else (inner, found)

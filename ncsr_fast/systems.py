@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
+DEEP_STD = 4 / math.sqrt(3) / 255  # SRFlow-DA's noise, for which each LR image stands for many HR images
 TEMPERATURE = 0.9  # of NCSR's and SRFlow's published samples
 
 
@@ -25,6 +27,8 @@ class System:
         lr_multiple: LR images are padded so that their sides are multiples of it, as the published programs do.
         encoder: "rrdb" or "low light".
         base: As of `FlowConfig`.
+        gaussian_noise: Standard deviation of the noise that the published network adds to HR images when it is asked to, with
+            no term in the likelihood; 0: the noise is uniform dequantisation noise, with its term.
         temperature: Recommended for samples, unless a model's own configuration has another.
         unused_outputs: Outputs of `flowUpsamplerNet.f`, which is in the files and in no computation.
     """
@@ -41,6 +45,7 @@ class System:
     lr_multiple: int = 2
     encoder: str = "rrdb"
     base: str | None = None
+    gaussian_noise: float = 0.0
     temperature: float = TEMPERATURE
     unused_outputs: int = 96
 
@@ -49,15 +54,15 @@ class System:
         return 1 if self.split_period else scale.bit_length() - 1 + self.smaller_levels
 
 
-_AT_LR = {"smaller_levels": 0, "unsplit_levels": 1}  # the top latent has the size of the LR image
+_DA = {"smaller_levels": 0, "unsplit_levels": 1, "gaussian_noise": DEEP_STD}  # the top latent has the size of the LR image
 
 SYSTEMS: dict[str, System] = {
     "ncsr": System("NCSR", noise=True),  # without noise_channels SRFlow
     "fs-ncsr": System("FS-NCSR", noise=True, base="bicubic"),
-    "srflow-da": System("SRFlow-DA", networks="deep", **_AT_LR),
-    "srflow-da-r": System("SRFlow-DA-R", networks="deep-residual", **_AT_LR),
-    "srflow-da-d": System("SRFlow-DA-D", networks="deeper-residual", **_AT_LR),
-    "srflow-da-s": System("SRFlow-DA-S", networks="deep", split_period=6, **_AT_LR),
+    "srflow-da": System("SRFlow-DA", networks="deep", **_DA),
+    "srflow-da-r": System("SRFlow-DA-R", networks="deep-residual", **_DA),
+    "srflow-da-d": System("SRFlow-DA-D", networks="deeper-residual", **_DA),
+    "srflow-da-s": System("SRFlow-DA-S", networks="deep", split_period=6, **_DA),
     "ctflow": System("CTFlow", (1,), 3, 1, channels=1, lr_channels=1, lr_multiple=8),
     "llflow": System(
         "LLFlow", (1,), 3, 3, lr_channels=6, lr_multiple=8, encoder="low light", temperature=0.0, unused_outputs=384

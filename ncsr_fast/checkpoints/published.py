@@ -29,22 +29,27 @@ def layout(model: NCSR) -> Iterator[Entry]:
     """The entries of the published state dict of `model`, in order; their tensors are views of the parameters."""
     for entry in model.encoder.layout():
         yield entry._replace(name=f"RRDB.{entry.name}")
+    yield from flow_layout(model, "flowUpsamplerNet.")
     config = model.config
+    outputs = config.traits.unused_outputs
+    yield Entry("flowUpsamplerNet.f.0.weight", (outputs, _unused_inputs(config), 3, 3), None)
+    yield Entry("flowUpsamplerNet.f.0.bias", (outputs,), None)
+
+
+def flow_layout(model: NCSR, prefix: str) -> Iterator[Entry]:
+    """The entries of the levels of `model`, whose names begin with `prefix`."""
     position = 0
     for level in model.levels:
         position += level.squeeze > 1  # the squeeze
         for index in range(level.transition_steps + level.steps):
-            yield from _step(f"flowUpsamplerNet.layers.{position}", model, level, index)
+            yield from _step(f"{prefix}layers.{position}", model, level, index)
             position += 1
         if level.split_channels:
-            prefix = f"flowUpsamplerNet.layers.{position}.conv"
+            split = f"{prefix}layers.{position}.conv"
             position += 1
-            yield _whole(f"{prefix}.weight", level.split_weight.detach())
-            yield _whole(f"{prefix}.bias", level.split_bias.detach())
-            yield _scale(f"{prefix}.logs", level.split_logs.detach())
-    outputs = config.traits.unused_outputs
-    yield Entry("flowUpsamplerNet.f.0.weight", (outputs, _unused_inputs(config), 3, 3), None)
-    yield Entry("flowUpsamplerNet.f.0.bias", (outputs,), None)
+            yield _whole(f"{split}.weight", level.split_weight.detach())
+            yield _whole(f"{split}.bias", level.split_bias.detach())
+            yield _scale(f"{split}.logs", level.split_logs.detach())
 
 
 def _unused_inputs(config: NCSRConfig) -> int:

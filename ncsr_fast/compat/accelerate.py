@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from torch import nn
 
 from ncsr_fast.compat import layers
-from ncsr_fast.compat.network import NetworkForward
+from ncsr_fast.compat.flow import FlowForward, compared_flow, describe_flow, recognise_flow, resembles_flow
+from ncsr_fast.compat.network import NetworkForward, compared
 from ncsr_fast.compat.replacement import Replacement, Unsupported
-from ncsr_fast.compat.structure import disagreement, recognise, resembles_network, skeleton_of
+from ncsr_fast.compat.structure import recognise, resembles_network, skeleton_of
+from ncsr_fast.compat.trial import disagreement
 from ncsr_fast.engine.options import EngineOptions
 
 
@@ -32,19 +35,21 @@ class AccelerationReport:
 
 
 def accelerate(module: nn.Module, **options: Any) -> AccelerationReport:
-    """Make the published NCSR and SRFlow networks, and Glow layers, in `module` run on the engine and the fused operators.
+    """Make published networks of the family, and Glow layers, in `module` run on the engine and the fused operators.
 
     The change is made in place. Modules and Parameter objects stay the same objects, so that optimizers, `state_dict`,
     checkpoints, hooks of the network and wrappers around it work as before. Calls take and return the same values, equal up to
     rounding, and seeded samples are the same samples.
 
-    A network is recognised by its structure; a copy of it is run once on a small image to verify the formulas of its code. If a
-    later call cannot be served (actnorms not yet initialised, hooks on inner modules, attributes or options changed since, …),
-    the network's own code runs, and `report.handed_over` counts the reason. Several threads may call a network at once, with
-    and without gradients.
+    A network is recognised by its structure; a copy of it is run once on a small image to verify the formulas of its code. Of a
+    network with another encoder (LLFlow's relatives) the flow alone is replaced. If a later call cannot be served (hooks on
+    inner modules, attributes or options changed since, unknown arguments, …), the network's own code runs; the first time for
+    a reason a RuntimeWarning says so, and `report.handed_over` counts it. (The call that initialises the actnorms is the
+    network's own, without a warning.) Several threads may call a network at once, with and without gradients.
 
-    Under `torch.autocast` the small networks and the encoder run at autocast's precision. The state stays float32, whereas the
-    published code rounds the state too. Parts of the RRDB encoder that only its super-resolved image needs are not evaluated.
+    Under `torch.autocast`, around a call or as a decorator of the forward (LLFlow), the small networks and the encoder run at
+    autocast's precision. The state stays float32, whereas the published code rounds the state too. Parts of the RRDB encoder
+    that only its super-resolved image needs are not evaluated.
 
     `ncsr_fast.compat.layers` lists the layers. `restore(module)` undoes the change.
 
@@ -87,25 +92,46 @@ def _visit(module: nn.Module, name: str, options: dict[str, Any], report: Accele
             raise Unsupported("its forward was replaced already")
         if resembles_network(module):
             report.replaced[name] = _replace_network(module, options, report.handed_over)
+        elif resembles_flow(module):
+            report.replaced[name] = _replace_flow(module, options, report.handed_over)
+            passed_over = tuple(key for key, _ in module.named_children())
         elif kind is not None:
             layers.check_layer(kind, module)
             kind(module, report.handed_over).install()
             report.replaced[name], passed_over = kind.described(), kind.passed_over or ()
     except Unsupported as reason:
         report.left[name] = str(reason)
-    if not resembles_network(module):
+    if resembles_network(module):
+        if name in report.left and resembles_flow(module.flowUpsamplerNet):
+            _visit(module.flowUpsamplerNet, _joined(name, "flowUpsamplerNet"), options, report)
+    else:
         for key, child in module.named_children():
             if key not in passed_over:
-                _visit(child, f"{name}.{key}" if name else key, options, report)
+                _visit(child, _joined(name, key), options, report)
 
 
 def _replace_network(net: nn.Module, options: dict[str, Any], handed_over: Counter[str]) -> str:
     config = recognise(net)
-    found = disagreement(net, config, lambda trial: NetworkForward(trial, config, {**options, "precision": "fp32"}))
+    exact = {**options, "precision": "fp32"}
+    found = disagreement(net, lambda trial: NetworkForward(trial, config, exact), partial(compared, config))
     if found is not None:
         raise Unsupported(found)
     NetworkForward(net, config, options, handed_over).install()
     return skeleton_of(config).describe()
+
+
+def _replace_flow(flow: nn.Module, options: dict[str, Any], handed_over: Counter[str]) -> str:
+    config = recognise_flow(flow)
+    exact = {**options, "precision": "fp32"}
+    found = disagreement(flow, lambda trial: FlowForward(trial, config, exact), partial(compared_flow, config))
+    if found is not None:
+        raise Unsupported(found)
+    FlowForward(flow, config, options, handed_over).install()
+    return describe_flow(config)
+
+
+def _joined(name: str, key: str) -> str:
+    return f"{name}.{key}" if name else key
 
 
 def _shown(name: str) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ncsr_fast.compat.structure import skeleton_of
 from ncsr_fast.compat.weights import StackedWeights, Vessel, state_of
 from ncsr_fast.config import NCSRConfig
+from ncsr_fast.encoder.low_light import squeezed
 from ncsr_fast.engine.condition import Condition, Features
 from ncsr_fast.engine.options import EngineOptions
 from ncsr_fast.flow.conditioned import Levels
@@ -104,12 +105,14 @@ class Filled:
             image = self._image = Image(lr.clone(), self.model.conditioned_levels(lr, keeps=True))
         return image.levels
 
-    def given(self, features: Sequence[Tensor]) -> Levels:
-        """The levels conditioned on given feature maps."""
+    def given(self, features: Sequence[Tensor], color_map: Tensor | None = None) -> Levels:
+        """The levels conditioned on given feature maps, and the mean of the prior from a given colour map (LLFlow)."""
         model, options = self.model, self.model.options
-        dtype, layout = options.network_dtype(features[0].dtype), options.memory_format
-        condition = Condition([Features(laid_out(own.to(dtype), layout)) for own in features])
-        return Levels(model.levels, model.flow, condition, options, keeps=False)
+        dtype = model.inputs.like.dtype
+        network_dtype, layout = options.network_dtype(dtype), options.memory_format
+        mean = None if color_map is None or model.flow.prior == "standard" else squeezed(color_map)
+        condition = Condition([Features(laid_out(own.to(network_dtype), layout)) for own in features], mean)
+        return Levels(model.levels, model.flow, condition.with_mean_in(dtype), options, keeps=False)
 
     def decode(self, latents: list[Tensor], levels: Levels, noise: Tensor | None) -> tuple[Tensor, Tensor]:
         """The image, and the log-det (B,) of decoding, which is the negative of that of encoding."""

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from ncsr_fast import ops
 from ncsr_fast.autocast import without_autocast
-from ncsr_fast.compat.replacement import Replacement, Unsupported, check_tensor, expect
+from ncsr_fast.compat.replacement import Passing, Replacement, Unsupported, check_tensor, expect
 from ncsr_fast.precision import true_float32
 
 _NO_EPS = 1e-37  # Glow's scale has no lower bound; the operator needs one above 0, and this one is lost in rounding
@@ -48,7 +48,7 @@ class LayerForward(Replacement):
             x, logdet, reverse = _glow_arguments(arguments, options)
             self.check_call(x)
         except Unsupported as reason:
-            return self.hand_over(str(reason), "forward", *arguments, **options)
+            return self.hand_over(reason, "forward", *arguments, **options)
         y, own = self.compute(x, reverse)
         return y, None if logdet is None else logdet + own
 
@@ -70,7 +70,7 @@ class LayerForward(Replacement):
         for actnorm in self.actnorms():
             # the flag of NCSR and Glow, or the buffer of rosinality
             if not bool(getattr(actnorm, "inited", getattr(actnorm, "initialized", True))):
-                raise Unsupported("an actnorm is not initialised, which its own forward does")
+                raise Passing("an actnorm is not initialised, which its own forward does")
 
     def actnorms(self) -> list[nn.Module]:
         return []
@@ -147,14 +147,14 @@ class ReversibleLayer(LayerForward):
         try:
             self.check_call(x)
         except Unsupported as reason:
-            return self.hand_over(str(reason), "forward", x)
+            return self.hand_over(reason, "forward", x)
         return self.compute(x, False)
 
     def reverse(self, y: Tensor) -> Tensor:
         try:
             self.check_call(y)
         except Unsupported as reason:
-            return self.hand_over(str(reason), "reverse", y)
+            return self.hand_over(reason, "reverse", y)
         return self.compute(y, True)[0]
 
 

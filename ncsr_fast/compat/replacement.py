@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ncsr_fast.layout import traced
+from ncsr_fast.warn import warn_caller
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _GLOBAL_HOOKS = tuple(f"_global{hooks}" for hooks in _HOOKS)
@@ -22,13 +23,17 @@ class Unsupported(ValueError):
     """The reason why a module or a call is left to the module's own code."""
 
 
+class Passing(Unsupported):
+    """A reason that is part of a module's use, of which no warning tells: its first call, or a context that traces it."""
+
+
 class Replacement:
     """A substitute for the `methods` of one module.
 
     The methods are attributes of the instance, so that the module's hooks, its class and wrappers around it stay as they are.
     Parameters stay in the module, and every call reads them there. A call that cannot be served is handed over to the
-    module's own method, and the reason is counted in `handed_over`. A copy or a pickle of the module, and the replicas that
-    DataParallel makes of it, have their own replacement.
+    module's own method; the reason is counted in `handed_over`, and the first call for a reason warns. A copy or a pickle of
+    the module, and the replicas that DataParallel makes of it, have their own replacement.
     """
 
     methods: tuple[str, ...] = ("forward",)
@@ -58,9 +63,12 @@ class Replacement:
         """Call the module's own method."""
         return getattr(type(self.module), method)(self.module, *arguments, **options)
 
-    def hand_over(self, reason: str, method: str, *arguments: Any, **options: Any) -> Any:
+    def hand_over(self, reason: Unsupported, method: str, *arguments: Any, **options: Any) -> Any:
         with _COUNTING:
-            self.handed_over[reason] += 1
+            self.handed_over[str(reason)] += 1
+            is_first = self.handed_over[str(reason)] == 1
+        if is_first and not isinstance(reason, Passing) and Replacement.of(self.module) is self:  # no trial
+            warn_caller(f"the accelerated {type(self.module).__name__} runs its own code: {reason}")
         return self.own(method, *arguments, **options)
 
     def for_replica(self, replica: nn.Module) -> Replacement:
@@ -118,13 +126,13 @@ def _edges(module: nn.Module, prefix: str = "") -> Iterator[_Edge]:
 
 
 def check_context() -> None:
-    """Raise Unsupported in contexts that trace the module's own code, or change what it computes."""
+    """Raise Passing in contexts that trace the module's own code, or change what it computes."""
     if traced():
-        raise Unsupported("torch.compile or torch.func traces it")
+        raise Passing("torch.compile or torch.func traces it")
     if torch.jit.is_tracing():
-        raise Unsupported("torch.jit traces it")
+        raise Passing("torch.jit traces it")
     if any(getattr(torch.nn.modules.module, hooks) for hooks in _GLOBAL_HOOKS):
-        raise Unsupported("there are global module hooks, which would not run")
+        raise Passing("there are global module hooks, which would not run")
 
 
 def check_tensor(name: str, tensor: Any, shape: tuple[int | None, ...], like: Tensor, anywhere: bool = False) -> None:

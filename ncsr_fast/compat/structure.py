@@ -1,11 +1,11 @@
-"""Recognition of networks of the published NCSR and SRFlow programs by module tree, parameters and attributes."""
+"""Recognition of networks of the published programs by module tree, parameters and attributes."""
 
 from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from functools import lru_cache
 from itertools import islice
 from typing import Any
@@ -14,40 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ncsr_fast.autocast import without_autocast
-from ncsr_fast.checkpoints.published import Entry, layout
-from ncsr_fast.compat.replacement import Replacement, Unsupported, expect
-from ncsr_fast.config import NCSRConfig
+from ncsr_fast.checkpoints.published import Entry, flow_layout, layout
+from ncsr_fast.compat.calls import call_of
+from ncsr_fast.compat.replacement import Unsupported, expect
+from ncsr_fast.config import FlowConfig, NCSRConfig
 from ncsr_fast.encoder.blocks import SLOPE
 from ncsr_fast.engine.folding import LOG_SCALE
 from ncsr_fast.model import NCSR
-from ncsr_fast.precision import true_float32
-
-
-@dataclass
-class Call:
-    """The arguments of a published network's forward."""
-
-    gt: Tensor | None = None
-    lr: Tensor | None = None
-    z: Tensor | None = None
-    eps_std: float | None = None
-    reverse: bool = False
-    epses: Any = None
-    reverse_with_grad: bool = False
-    lr_enc: Mapping[str, Tensor] | None = None
-    add_gt_noise: bool = False
-    step: Any = None  # ignored, as in the published network
-    y_label: Any = None
-    std: Tensor | None = None  # only in NCSR
-
-    @classmethod
-    def of(cls, *arguments: Any, **options: Any) -> Call:
-        """The call with these arguments; raise Unsupported for others, about which the network itself raises an error."""
-        try:
-            return cls(*arguments, **options)
-        except TypeError as error:
-            raise Unsupported(f"its arguments are others: {error}") from error
 
 
 def resembles_network(module: nn.Module) -> bool:
@@ -62,17 +35,13 @@ def recognise(net: nn.Module) -> NCSRConfig:
     The options that the network was built with give the architecture. Everything visible is compared with it: the names and
     shapes of all parameters, the attributes of the layers, the arguments of `forward`.
     """
-    names = [field.name for field in fields(Call)]
-    arguments = list(inspect.signature(type(net).forward).parameters)[1:]
-    if arguments not in (names, names[:-1]):
-        raise Unsupported(f"its forward takes ({', '.join(arguments)}) instead of ({', '.join(names)})")
     config = configuration_of(net)
-    if bool(config.noise_channels) != ("std" in arguments):
-        raise Unsupported("its options and its forward do not agree on a noise condition")
+    names, arguments = call_of(config).names(), list(inspect.signature(type(net).forward).parameters)[1:]
+    if arguments != names:
+        raise Unsupported(f"its forward takes ({', '.join(arguments)}) instead of ({', '.join(names)})")
     config = replace(config, noise_steps=_noise_steps(net, config))
-    _compare_parameters(net, config)
-    for name, attributes in served_attributes(net, config).items():
-        expect(net.get_submodule(name), name, **attributes)
+    compare_parameters(net, config)
+    served_attributes(net, config)
     return config
 
 
@@ -87,9 +56,7 @@ def configuration_of(net: nn.Module) -> NCSRConfig:
         config = NCSRConfig.from_published(net.opt)
     except (ValueError, TypeError) as error:
         raise Unsupported(f"option {error}") from error
-    if config.system not in ("ncsr", "fs-ncsr"):
-        raise Unsupported(f"it is {config.traits.title}'s, which is served by ncsr_fast.from_published alone")
-    return replace(config, system="ncsr")  # FS-NCSR's networks are NCSR's
+    return replace(config, system="ncsr") if config.system == "fs-ncsr" else config  # their networks are the same
 
 
 def _noise_steps(net: nn.Module, config: NCSRConfig) -> tuple[int, ...]:
@@ -106,9 +73,17 @@ def _noise_steps(net: nn.Module, config: NCSRConfig) -> tuple[int, ...]:
     return tuple(counts)
 
 
-def _compare_parameters(net: nn.Module, config: NCSRConfig) -> None:
+def compare_parameters(net: nn.Module, config: NCSRConfig | FlowConfig, left_out: str = "") -> None:
+    """Raise Unsupported unless the parameters are those of a network of this configuration, with no buffers.
+
+    Args:
+        net: The network.
+        config: Of a whole network, or of its flow.
+        left_out: The child of the network whose parameters no computation reads.
+    """
     expected = {entry.name: entry.shape for entry in entries_of(skeleton_of(config))}
-    found = {name: tuple(parameter.shape) for name, parameter in net.named_parameters()}
+    parameters = ((name, parameter) for name, parameter in net.named_parameters() if name.split(".")[0] != left_out)
+    found = {name: tuple(parameter.shape) for name, parameter in parameters}
     for name in [*expected, *found]:
         if expected.get(name) != found.get(name):
             raise Unsupported(
@@ -121,47 +96,78 @@ def _compare_parameters(net: nn.Module, config: NCSRConfig) -> None:
 
 def served_attributes(net: nn.Module, config: NCSRConfig) -> dict[str, dict[str, Any]]:
     """For every layer, by name, the attributes that its own code reads, with the values that are served."""
-    found: dict[str, dict[str, Any]] = {}
-    for name, module in net.named_modules():
-        if isinstance(module, nn.Conv2d):
-            same = tuple(size // 2 for size in module.kernel_size)
-            padding = "same" if module.padding == "same" else same
-            found[name] = {"padding": padding, "stride": (1, 1), "dilation": (1, 1), "groups": 1, "padding_mode": "zeros"}
-            found[name] |= {"logscale_factor": LOG_SCALE, "do_actnorm": True}
-        elif isinstance(module, nn.LeakyReLU):
-            # in place or not, as now: the encoder's features are taken before or after it accordingly
-            found[name] = {"negative_slope": SLOPE, "inplace": module.inplace}
     first = [config.steps - count for count in config.noise_steps]  # the first steps that use their noise coupling
     used = iter([bool(config.noise_channels) and k >= start for start in first for k in range(config.steps)])
-    for index, layer in enumerate(net.flowUpsamplerNet.layers):
-        name = f"flowUpsamplerNet.layers.{index}"
+    found = {"RRDB": {"gray_map_bool": False, "concat_color_map": False}}
+    found |= flow_attributes(net.flowUpsamplerNet, config.flow, "flowUpsamplerNet")
+    for name in [name for name in found if name.endswith(".affine")]:
+        found[name] |= {"stdmode": next(used), "model_name": config.traits.title}
+    found |= {f"RRDB.{name}": layer_attributes(module) for name, module in net.RRDB.named_modules() if name}
+    return present_attributes(net, found)
+
+
+def flow_attributes(flow: nn.Module, config: FlowConfig, name: str) -> dict[str, dict[str, Any]]:
+    """The same for the layers of a flow, by the flow's name and theirs."""
+    # sizes and names by which layers find their features are served as they are
+    sizes = {key: copy.copy(value) for key, value in vars(flow).items() if key in ("hr_size", "gt_size", "levelToName")}
+    found: dict[str, dict[str, Any]] = {name: {"sigmoid_output": False, **sizes}}
+    prefix = f"{name}." if name else ""
+    found |= {f"{prefix}{key}": attributes for key, layer in flow.named_modules() if (attributes := layer_attributes(layer))}
+    squeezes = iter([level.squeeze for level in config.levels if level.squeeze > 1])
+    for index, layer in enumerate(flow.layers):
+        place = f"{prefix}layers.{index}"
         if hasattr(layer, "invconv"):
-            found[name] = {"flow_permutation": "invconv", "norm_type": "ActNorm2d"}
-            found[f"{name}.invconv"] = {"LU": False}
+            found[place] = {"flow_permutation": "invconv", "norm_type": "ActNorm2d"}
+            found[f"{place}.invconv"] = {"LU": False}
         elif hasattr(layer, "conv"):
-            found[name] = {"logs_eps": 0, "position": None}
+            found[place] = {"logs_eps": 0, "position": None}
         else:
-            found[name] = {"factor": 2}
+            found[place] = {"factor": next(squeezes)}
         if hasattr(layer, "affine"):
-            found[f"{name}.affine"] = {"affine_eps": config.eps, "need_features": True, "stdmode": next(used)}
-    modules = dict(net.named_modules())
-    return {
-        name: {attribute: value for attribute, value in attributes.items() if hasattr(modules[name], attribute)}
-        for name, attributes in found.items()
-    }
+            found[f"{place}.affine"] = {"affine_eps": config.eps, "need_features": True, "le_curve": False}
+    return found
+
+
+def present_attributes(module: nn.Module, attributes: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Those attributes of submodules that the submodules have; raise Unsupported if another value than theirs is served."""
+    modules = dict(module.named_modules())
+    found = {}
+    for name, values in attributes.items():
+        found[name] = {key: value for key, value in values.items() if hasattr(modules[name], key)}
+        expect(modules[name], name or "the module", **found[name])
+    return {name: values for name, values in found.items() if values}
+
+
+def layer_attributes(module: nn.Module) -> dict[str, Any]:
+    """The attributes of a convolution or a LeakyReLU that its code reads, with the values that are served."""
+    if isinstance(module, nn.Conv2d):
+        padding = "same" if module.padding == "same" else tuple(size // 2 for size in module.kernel_size)
+        return {
+            "padding": padding,
+            "stride": (1, 1),
+            "dilation": (1, 1),
+            "groups": 1,
+            "padding_mode": "zeros",
+            "logscale_factor": LOG_SCALE,
+            "do_actnorm": hasattr(module, "actnorm"),
+        }
+    if isinstance(module, nn.LeakyReLU):
+        # in place or not, as now: the encoder's features are taken before or after it accordingly
+        return {"negative_slope": SLOPE, "inplace": module.inplace}
+    return {}
 
 
 @lru_cache(maxsize=4)
-def skeleton_of(config: NCSRConfig) -> NCSR:
-    """The model without weights, shared by all users that do not fill it."""
+def skeleton_of(config: NCSRConfig | FlowConfig) -> NCSR:
+    """The model without weights, shared by all users that do not fill it; that of a flow alone has no encoder."""
     with torch.device("meta"), _Uninitialised():
-        return NCSR(config)
+        return NCSR(config, nn.Identity() if isinstance(config, FlowConfig) else None)
 
 
 def entries_of(model: NCSR) -> list[Entry]:
-    """`layout` of a model without weights."""
+    """The published layout of a model without weights, or of its flow if it has no encoder."""
     with _Uninitialised():
-        return list(layout(model))
+        return list(flow_layout(model, "") if isinstance(model.config, FlowConfig) else layout(model))
 
 
 class _Uninitialised(TorchFunctionMode):
@@ -177,60 +183,3 @@ class _Uninitialised(TorchFunctionMode):
         if function is torch.stack:
             return torch.empty(len(arguments[0]), *arguments[0][0].shape)
         return (torch.empty if function is torch.randn else function)(*arguments, **(options or {}))
-
-
-_TOLERANCE = 1e-4  # relative to the largest element: rounding is below 1e-5, a different formula far above
-_SIZE = 8  # side of the LR image, the smallest for the published encoder
-# Size of random changes of parameters, so that zero-initialised layers compute something. Larger ones make inverses explode.
-_STEPS = {"encode": 3e-3, "decode": 3e-4}
-
-
-@torch.no_grad()
-def disagreement(net: nn.Module, config: NCSRConfig, ours: Callable[[nn.Module], Replacement]) -> str | None:
-    """The difference between the results of a copy of `net` and of `ours(copy)` on a small image, in words; None: none.
-
-    A class may have the same structure and compute something else. Neither the network nor a random generator is changed.
-    """
-    for direction, step in _STEPS.items():
-        try:
-            trial, generator = copy.deepcopy(net).float(), torch.Generator().manual_seed(0)
-            for parameter in trial.parameters():
-                parameter.add_(step * torch.randn(parameter.shape, generator=generator, device="cpu").to(parameter))
-            images = _trial_images(config, next(trial.parameters()), generator)
-            replacement = ours(trial)
-            like = next(trial.parameters())
-            with true_float32(like), without_autocast(like.device.type):
-                trial.train()
-                replacement.own("forward", **images)  # initialises the actnorms, without which inverses explode
-                trial.eval()
-                found = _differences(replacement, direction, images)
-        except Exception as error:  # unknown code may raise anything
-            return f"it fails for a small image: {type(error).__name__}: {error}"
-        reason = next(iter(replacement.handed_over), found)
-        if reason is not None:
-            return reason
-    return None
-
-
-def _trial_images(config: NCSRConfig, like: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-    inputs = {"lr": (3, _SIZE, _SIZE), "gt": (3, config.scale * _SIZE, config.scale * _SIZE)}
-    if config.noise_channels:
-        inputs["std"] = inputs["gt"] if config.noise_channels == 3 else (1, 1, 1)
-    return {name: torch.rand(1, *shape, generator=generator, device="cpu").to(like) for name, shape in inputs.items()}
-
-
-def _differences(replacement: Replacement, direction: str, images: dict[str, Tensor]) -> str | None:
-    latents, *likelihood = replacement.own("forward", **images, epses=[])
-    if direction == "encode":
-        found, *found_likelihood = replacement.forward(**images, epses=[])
-        pairs, inaccuracy = [*zip(latents, found), *zip(likelihood, found_likelihood)], 0.0
-    else:
-        gt = images.pop("gt")
-        arguments = {**images, "epses": latents, "reverse": True}
-        image, found = replacement.own("forward", **arguments), replacement.forward(**arguments)
-        pairs, inaccuracy = [*zip(image, found)], float((found[0] - gt).abs().max())  # error of inverting in float32
-    for theirs, own in pairs:
-        allowed = _TOLERANCE * float(theirs.abs().max()) + 10 * inaccuracy
-        if not float((theirs - own).abs().max()) <= allowed:
-            return f"it {direction}s to something else than a network of this structure does"
-    return None

@@ -81,7 +81,7 @@ class LowLightEncoder(nn.Module):
         quarter = F.leaky_relu(convolved(F.avg_pool2d(half, 2), self.downconv1, method), SLOPE)
         eighth = convolved(F.avg_pool2d(quarter, 2), self.downconv2, method)
         features = [Features(own, stacked) for own in (half, quarter, eighth)]
-        return Condition(features, F.pixel_unshuffle(self._color_map(half, method), _SQUEEZE))
+        return Condition(features, squeezed(self._color_map(half, method)))
 
     def color_map(self, lr: Tensor, method: ConvolutionMethod | None = ENGINE) -> Tensor:
         """The colours that the encoder expects of the scene, each as its share: (B, 3, H, W). Arguments as for `condition`."""
@@ -90,7 +90,7 @@ class LowLightEncoder(nn.Module):
     @staticmethod
     def reference_prior_mean(hr: Tensor) -> Tensor:
         """The prior's mean, (B, 192, H/8, W/8), from the colours of the reference image hr (B, 3, H, W). Differentiable."""
-        return F.pixel_unshuffle(color_shares(hr), _SQUEEZE)
+        return squeezed(color_shares(hr))
 
     def layout(self) -> Iterator[Entry]:
         """Every tensor of the encoder in a published file, by its name there and in the order of the file."""
@@ -137,3 +137,8 @@ def encoder_input(lr: Tensor) -> Tensor:
 def color_shares(image: Tensor) -> Tensor:
     """The share that each channel of an image (B, C, H, W) has in the sum of all, at every pixel."""
     return image / (image.sum(dim=1, keepdim=True) + _DARKEST)
+
+
+def squeezed(color_map: Tensor) -> Tensor:
+    """The mean of the prior, (B, 192, H/8, W/8), that a colour map (B, 3, H, W) is."""
+    return F.pixel_unshuffle(color_map, _SQUEEZE)

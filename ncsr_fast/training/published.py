@@ -11,8 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ncsr_fast.config import NCSRConfig
-from ncsr_fast.systems import SYSTEMS
-from ncsr_fast.training.settings import DEEP_STD
+from ncsr_fast.systems import DEEP_STD, SYSTEMS
 
 # fields of TrainSettings whose value is that of a key
 RENAMED = {

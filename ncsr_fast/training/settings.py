@@ -12,6 +12,7 @@ from typing import Any
 from ncsr_fast.config import NCSRConfig
 from ncsr_fast.engine.options import PRECISIONS
 from ncsr_fast.metrics.fidelity import check_to_8bit
+from ncsr_fast.systems import DEEP_STD
 
 _AT_LEAST_ONE = (
     "batch", "log_every", "validate_every", "save_every", "keep", "validation_images", "validation_size", "max_skipped",
@@ -241,7 +242,6 @@ DEFAULTS = {
     for field in dataclasses.fields(TrainSettings)
     if field.default is not dataclasses.MISSING
 }
-DEEP_STD = 4 / math.sqrt(3) / 255  # SRFlow-DA's noise, for which each LR image stands for many HR images
 _DEEP = {"max_std": DEEP_STD, "fixed_std": True, "lr_noise": False, "steps": 200_000}
 _LOW_LIGHT = {
     "max_std": 0.0, "lr_noise": False, "reference_prior": 0.2, "encoder_steps": 0, "unfreeze": 0.0, "batch": 16, "lr": 5e-4,

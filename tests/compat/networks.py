@@ -19,7 +19,6 @@ from support import image, randomize
 import ncsr_fast
 from ncsr_fast.compat.accelerate import AccelerationReport
 
-_CHECKOUTS = {"NCSRNet": "NCSR_PUBLISHED", "SRFlowNet": "NCSR_PUBLISHED_SRFLOW"}
 _NOT_NEEDED = ("cv2", "yaml", "torchvision", "torchvision.utils", "natsort", "imageio")
 
 
@@ -57,7 +56,7 @@ class Network:
         if not self.published:
             return (StandInNCSR if self.noise else StandIn)(options)
         network = options["network_G"]
-        build = published_class(network["which_model_G"])
+        build = published_class(network["which_model_G"], "NCSR_PUBLISHED" if self.noise else "NCSR_PUBLISHED_SRFLOW")
         return build(3, 3, 64, network["nb"], gc=32, scale=self.scale, K=network["flow"]["K"], opt=options)
 
     def build(self, dtype: torch.dtype = torch.float64, step: float = 0.01) -> torch.nn.Module:
@@ -76,16 +75,16 @@ class Network:
         return {"std": torch.zeros(2, 1, 1, 1, dtype=dtype)} if self.noise else {}
 
 
-def published_class(name: str) -> type[torch.nn.Module]:
-    """Of the checkout that the environment names; skips without one."""
-    variable = _CHECKOUTS[name]
+def published_class(name: str, variable: str) -> type[torch.nn.Module]:
+    """Of the checkout that an environment variable names; skips without one."""
     if variable not in os.environ:
         pytest.skip(f"{variable} names no checkout of the published program")
+    checkout = Path(os.environ[variable])
     kept = dict(sys.modules)  # the two programs have modules of the same names
     absent = {module: mock.MagicMock() for module in _NOT_NEEDED}
     with (
         mock.patch.dict(sys.modules, absent),
-        mock.patch.object(sys, "path", [str(Path(os.environ[variable]) / "code"), *sys.path]),
+        mock.patch.object(sys, "path", [str(next(checkout.glob("**/models/modules")).parents[1]), *sys.path]),
     ):
         try:
             return getattr(importlib.import_module(f"models.modules.{name}_arch"), name)

@@ -15,6 +15,7 @@ import ncsr_fast
 from ncsr_fast.compat import layers
 
 C = 6
+pytestmark = pytest.mark.filterwarnings("ignore:the accelerated:RuntimeWarning")  # tests/compat/test_family.py tests those
 
 
 class FlowStep(nn.Module):

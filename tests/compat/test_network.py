@@ -278,6 +278,7 @@ def test_restore():
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:the accelerated:RuntimeWarning")
 def test_report():
     net, _ = twins(SMALL)
     holder = torch.nn.ModuleDict({"generator": net, "other": torch.nn.Linear(2, 2)})

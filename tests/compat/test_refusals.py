@@ -15,20 +15,13 @@ from support import image
 import ncsr_fast
 
 SRFLOW = STAND_INS[-1]
+pytestmark = pytest.mark.filterwarnings("ignore:the accelerated:RuntimeWarning")  # tests/compat/test_family.py tests those
 
 
 def changed_options(**changes):
     net = SMALL.build()
     net.opt = copy.deepcopy(net.opt)
     net.opt["network_G"]["flow"] |= changes
-    return net
-
-
-def of_another_system():
-    net = SRFLOW.build()
-    net.opt = {**copy.deepcopy(net.opt), "model": "SRFlow-DA"}
-    net.opt["network_G"]["nf"] = 64
-    net.opt["network_G"]["flow"]["L"] = 2
     return net
 
 
@@ -107,7 +100,6 @@ def patched():
 
 REFUSED = {
     "condition of a split": (lambda: changed_options(split={"enable": True, "conditional": True}), "split.conditional = True"),
-    "system": (of_another_system, "it is SRFlow-DA's, which is served by ncsr_fast.from_published alone"),
     "coupling": (lambda: changed_options(coupling="CondAffine"), "flow.coupling = 'CondAffine' is not supported"),
     "steps": (lambda: changed_options(K=3), "expected .* it is unknown|it is missing"),
     "eps": (lambda: with_layer_attribute(3, "affine", "affine_eps", 1e-3), "affine_eps is 0.001, and only 0.0001"),
@@ -278,7 +270,7 @@ def test_calls_that_are_not_served_run_the_networks_own_code():
     calls = {
         "y_label is given": images | {"y_label": 1},
         "epses has 1 latents instead of 2": dict(lr=images["lr"], epses=[z], reverse=True, std=images["std"]),
-        "there is no LR image with even sides": odd,
+        "there is no LR image whose sides are multiples of 2": odd,
         "lr has another dtype or device than the parameters": images | {"lr": images["lr"].float()},
         "gt has another shape than the network's": images | {"gt": images["gt"][:, :, :-4]},
         "z has another shape than the network's": dict(lr=images["lr"], z=z[:1], eps_std=0.5, reverse=True),
