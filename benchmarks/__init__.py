@@ -2,6 +2,7 @@
 would be asked to do, without one
 
     python -m ncsr_fast.benchmarks.end_to_end
+    python -m ncsr_fast.benchmarks.sizes
     python -m ncsr_fast.benchmarks.training
     python -m ncsr_fast.benchmarks.trace
     python -m ncsr_fast.benchmarks.cost_model

@@ -24,12 +24,14 @@ from .arms import ACCELERATED, CONDITIONED, OURS, PUBLISHED
 from .family import STORED
 from .harness import REFERENCE
 from .report import compared, markdown, speed_up
+from .sizes import COMPACT, FULL, TILED
 
 Row = dict[str, Any]
 RESULTS = Path("benchmarks/results")
 PAGES = (Path("README.md"), *(Path("docs") / name for name in ("drop-in.md", "family.md", "operators.md", "performance.md")))
 WHOLE_MODELS, OPERATORS = RESULTS / "end_to_end-cpu.json", RESULTS / "operators-cpu.json"
 FAMILY = RESULTS / STORED
+IMAGE_SIZES = RESULTS / "sizes-cpu.json"
 _TASKS = {
     "sample": "10 samples, LR 40×40",
     "train": "training step, 160×160",
@@ -151,9 +153,43 @@ def operators() -> str:
     return f"{markdown(lines)}\n\nMeasured on: {machine(row)}."
 
 
+def sizes() -> str:
+    """Images of growing size by the compact model, whole and in tiles."""
+    return _by_size(COMPACT, (OURS, TILED), {OURS: "whole", TILED: "in tiles"})
+
+
+def sizes_published() -> str:
+    """Images of growing size by the x4 model, beside the published program."""
+    return _by_size(FULL, (PUBLISHED, OURS), {PUBLISHED: "published", OURS: "ncsr_fast"})
+
+
+def _by_size(model: str, arms: tuple[str, ...], names: dict[str, str]) -> str:
+    """A line for each size: by every arm the first image, a further one, and decoding with its gradient."""
+    if not IMAGE_SIZES.exists():
+        return "Not measured yet: `python -m ncsr_fast.benchmarks.sizes` does."
+    rows = [row for row in json.loads(IMAGE_SIZES.read_text(encoding="utf-8")) if row["model"] == model]
+    found = {(row["side"], row["task"], row["arm"]): row for row in rows}
+    columns = [("sample", arm, key) for key in ("seconds", "further_s") for arm in arms]
+    columns += [("gradient", arm, "seconds") for arm in arms if any(key[1:] == ("gradient", arm) for key in found)]
+    kinds = {("sample", "seconds"): "an image", ("sample", "further_s"): "a further one", ("gradient", "seconds"): "gradient"}
+    lines = [("", *(f"{kinds[task, key]}, {names[arm]}" for task, arm, key in columns))]
+    for side in sorted({row["side"] for row in rows}):
+        cells = [_figure(found.get((side, task, arm), {}), key) for task, arm, key in columns]
+        lines.append((f"{side}×{side}", *cells))
+    return f"{markdown(lines)}\n\nMeasured on: {machine(rows[0])}."
+
+
+def _figure(row: Row, key: str) -> str:
+    """Seconds of a row, with its memory where they are of all that it was measured of."""
+    if key not in row:
+        return row.get("error", "")
+    return f"{row[key]:.3g} s" + (f", {_mib(row)}" if key == "seconds" else "")
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "headline": headline, "ladder": ladder, "others": others, "accelerated": accelerated, "operators": operators,
     "family": family,
+    "sizes": sizes, "sizes-published": sizes_published,
 }  # fmt: skip
 
 

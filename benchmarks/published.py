@@ -83,7 +83,8 @@ class PublishedTrainer:
 class PublishedNCSR:
     """Its ×4 network with the given weights; `accelerated` by the one line of ours.
 
-    Its hidden layers are 64 wide, whatever `options` say; those of a stand-in may be narrower.
+    Its hidden layers are 64 wide, whatever `options` say; those of a stand-in may be narrower. `holder` is a model of ours of
+    the same architecture, whose weights are not its own.
     """
 
     def __init__(
@@ -100,7 +101,7 @@ class PublishedNCSR:
         self.network.to(device)
         if accelerated:
             accelerate(self.network)
-        self._holder = NCSR(config)
+        self.holder = NCSR(config)
 
     def parameters(self) -> list[Tensor]:
         return list(self.network.parameters())
@@ -117,8 +118,8 @@ class PublishedNCSR:
         """As one vector, in the order of our parameters: taken for the weights of a model of ours."""
         gradients = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in self.network.named_parameters()}
         with torch.no_grad():
-            self._holder.load_published(gradients)
-        return torch.cat([parameter.detach().flatten() for parameter in self._holder.parameters()])
+            self.holder.load_published(gradients)
+        return torch.cat([parameter.detach().flatten() for parameter in self.holder.parameters()])
 
     def loss_and_gradients(self, hr: Tensor, lr: Tensor, noise: Tensor) -> Tensor:
         """The loss, as its trainer forms it, and the gradients of its parameters in place of those there were."""

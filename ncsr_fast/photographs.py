@@ -1,11 +1,13 @@
-"""From the bytes of a photograph to what a model reads of it."""
+"""From a photograph to what a model reads of it, and to the model's images of it."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ncsr_fast.data.images import to_float
-from ncsr_fast.data.low_light import Margins, low_light_input, pad_mirrored
+from ncsr_fast.data.low_light import Margins, crop_margins, low_light_input, pad_mirrored
+from ncsr_fast.metrics.fidelity import to_uint8
 from ncsr_fast.model import NCSR
 
 
@@ -34,3 +36,36 @@ def photograph_input(model: NCSR, photo: Tensor) -> tuple[Tensor, Margins]:
         return to_float(photo)[None].to(like), Margins(0, 0, 0, 0)
     padded, margins = pad_mirrored(photo)
     return low_light_input(padded.to(like.device))[None].to(like), margins
+
+
+@torch.inference_mode()
+def sample_photograph(
+    model: NCSR,
+    image: Tensor,
+    n: int = 1,
+    temperature: float = 0.0,
+    seed: int = 0,
+    tile: int | str | None = "auto",
+) -> Tensor:
+    """n images (n, C, sH, sW) in [0, 1] of a photograph: the samples that `ncsr-fast sample` draws with the same seed.
+
+    For programs whose images are floats. A pixel that is not finite is 0; `NCSR.sample` has warned of it by then.
+
+    Args:
+        model: Of RGB or grey images.
+        image: Floats in [0, 1], (C, H, W), of any size and dtype. Low-light models read the nearest of 256 levels.
+        n: Samples.
+        temperature: As for `NCSR.sample`.
+        seed: Of the latents, from 0 to 2⁶⁴ - 1.
+        tile: As for `NCSR.sample`.
+
+    Raises:
+        ValueError, TypeError: As `NCSR.sample` does.
+    """
+    like = next(model.parameters())
+    if is_low_light(model):
+        lr, margins = photograph_input(model, to_uint8(image.float(), "round"))
+    else:
+        lr, margins = image[None].to(like), Margins(0, 0, 0, 0)
+    samples = model.sample(lr, n, temperature, torch.Generator(like.device).manual_seed(seed), tile)[0]
+    return crop_margins(samples, margins).nan_to_num(0).to(image.dtype)

@@ -40,17 +40,26 @@ def load_model(make: Callable[[NCSRConfig], NCSR], path: Path, config: NCSRConfi
 
 
 def model_of_state_dict(
-    make: Callable[[NCSRConfig], NCSR], state: Mapping[str, Tensor], path: Path, config: NCSRConfig | None
+    make: Callable[[NCSRConfig], NCSR], state: Mapping[str, Tensor], path: Path | None, config: NCSRConfig | None
 ) -> NCSR:
-    """A model from the state dict in the file `path`, published or of this package."""
+    """A model from a state dict, published or of this package.
+
+    Args:
+        make: Function that makes a model without weights.
+        state: The tensors by name.
+        path: The file that they are from; None for a state dict alone.
+        config: The configuration; None finds it: a preset's, or of a checkpoint in a training run the run's.
+    """
     if is_own(state):
-        model = make(_config_of_run(path) if config is None else config)
-        expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-        files.compare(expected, state, f"this model ({model.describe()})")
+        if config is None:
+            config = _matching_config(make, state, "the state dict") if path is None else _config_of_run(path)
+        model = make(config)
+        files.compare(_own_shapes(model), state, f"this model ({model.describe()})")
         files.adopt_dtype(model, state)
         model.load_state_dict(state)
     else:
-        model = make(_matching_config(make, state, path) if config is None else config)
+        where = "the state dict" if path is None else repr(str(path))
+        model = make(_matching_config(make, state, where) if config is None else config)
         files.adopt_dtype(model, state)
         published.load_network(model, state)
     return model
@@ -81,28 +90,50 @@ def _config_of_run(path: Path) -> NCSRConfig:
         ) from error
 
 
-def _matching_config(make: Callable[[NCSRConfig], NCSR], state: Mapping[str, Tensor], path: Path) -> NCSRConfig:
-    """The preset, or its std-conditional variant, whose published tensors have exactly these names and shapes.
+def _matching_config(make: Callable[[NCSRConfig], NCSR], state: Mapping[str, Tensor], where: str) -> NCSRConfig:
+    """The preset, or its std-conditional variant, whose tensors, published or own, have exactly these names and shapes.
 
-    Of FS-NCSR, whose files are as NCSR's, it is NCSR's.
+    Of FS-NCSR, whose tensors are as NCSR's, it is NCSR's.
+
+    Raises:
+        CheckpointError: None has, or, of this package's names, several have that compute different things.
     """
-    system = recognised_system({name: tensor.shape for name, tensor in state.items()}) or "ncsr"
-    presets = [config for config in map(NCSRConfig.preset, PRESETS) if config.system == system]
-    if system == "ncsr":
-        presets += [replace(config, noise_channels=1) for config in presets if config.noise_channels == 3]
-        presets.append(NCSRConfig(scale=8, blocks=8, stacked_blocks=(1, 3, 5, 7)))  # SRFlow's face model
-    found = []
-    for config in presets:
+    own = is_own(state)
+    presets = {name: NCSRConfig.preset(name) for name in PRESETS}
+    if not own:
+        system = recognised_system({name: tensor.shape for name, tensor in state.items()}) or "ncsr"
+        presets = {name: config for name, config in presets.items() if config.system == system}
+    candidates = [config for config in presets.values() if config.system != "fs-ncsr"]
+    if own or system == "ncsr":
+        candidates += [replace(config, noise_channels=1) for config in candidates if config.noise_channels == 3]
+        candidates.append(NCSRConfig(scale=8, blocks=8, stacked_blocks=(1, 3, 5, 7)))  # SRFlow's face model
+    fitting, others = [], []
+    for config in candidates:
         with torch.device("meta"):
             model = make(config)
-        problems = files.differences({entry.name: entry.shape for entry in published.layout(model)}, state)
+        problems = files.differences(_own_shapes(model) if own else _published_shapes(model), state)
         if not problems:
-            return config
-        found.append((sum(map(len, problems.values())), model.describe(), problems))
-    _, nearest, problems = min(found, key=lambda candidate: candidate[0])
+            fitting.append(config)
+            if not own:  # whose names tell the systems apart
+                return config
+        else:
+            others.append((sum(map(len, problems.values())), model.describe(), problems))
+    advice = "Give the model's configuration: NCSR.from_pretrained(path, config=NCSRConfig.from_published(options))"
+    if len(fitting) == 1:
+        return fitting[0]
+    if fitting:
+        raise files.CheckpointError(f"{where} fits several models, {'; '.join(map(describe, fitting))}. {advice}")
+    _, nearest, problems = min(others, key=lambda candidate: candidate[0])
     raise files.CheckpointError(
-        f"{str(path)!r} fits no preset ({', '.join(PRESETS)}); compared with the nearest, {nearest}, it has "
-        f"{files.listed(problems)}. Give the model's configuration: "
-        "NCSR.from_pretrained(path, config=NCSRConfig.from_published(options))",
+        f"{where} fits no preset ({', '.join(PRESETS)}); compared with the nearest, {nearest}, it has "
+        f"{files.listed(problems)}. {advice}",
         problems,
     )
+
+
+def _own_shapes(model: NCSR) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def _published_shapes(model: NCSR) -> dict[str, tuple[int, ...]]:
+    return {entry.name: entry.shape for entry in published.layout(model)}
