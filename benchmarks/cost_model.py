@@ -86,8 +86,8 @@ TRIPS: dict[str, Callable[[dict[str, int]], tuple[int, ...]]] = {
     "hidden_kernel": lambda given: (9 * given["BLOCKS_K"],),
     "output_kernel": lambda given: (9 * given["BLOCKS_K"],),
     "coupled_step_kernel": lambda given: _regions_and_tiles(given),
-    # in float32; of the two loops one after the other the longer
-    "hidden_backward_kernel": lambda given: (9 * max(given["BLOCKS_C"], given["BLOCKS_K"]),),
+    # inside the loop over tiles in float32; of the two loops one after the other the longer
+    "hidden_backward_kernel": lambda given: (given["tiles"], 9 * max(given["BLOCKS_C"], given["BLOCKS_K"])),
     "state_backward_kernel": lambda given: (9 * given["BLOCKS_K"],),
     "network_weight_kernel": lambda given: (given["tiles"],),
     "sum_network_partials_kernel": lambda given: (math.ceil(given["parts"] / given["BLOCK_PARTS"]),),
@@ -158,6 +158,7 @@ CALLS: dict[str, tuple[Callable[[Task], Sequence[tuple[int, tuple[int, int, int]
     "network_calls": (Task.levels, lambda task: ["bf16", "tf32", "fp32"]),
     "coupled_calls": (Task.levels, lambda task: ["bf16", "tf32", "fp32"]),
     "network_backward_calls": (Task.levels, lambda task: ["bf16", "tf32", "fp32"] if task.backward else []),
+    "together_calls": (Task.levels, lambda task: ["bf16", "tf32", "fp32"]),
     "filter_calls": (Task.levels, lambda task: ["bf16", "fp32"]),
     "dense_block_calls": (Task.images, lambda task: ["bf16", "tf32", "fp32"]),
     "hoisting_calls": (Task.images, lambda task: ["bf16", "tf32", "fp32"]),

@@ -103,8 +103,8 @@ class NetworksBackward:
         if self._needs_weights[branch]:
             found = zip(z1, pre, layers, dpre, dh)
             self._passes[branch] += [
-                (head, NetworkPass(own_z1, own_pre, h1, h2, own_dpre, dh2, own_dh))
-                for head, (own_z1, own_pre, (h1, h2, dh2), own_dpre, own_dh) in zip(heads, found)
+                (head, NetworkPass(own_z1, own_pre, own.h1, own.h2, own_dpre, own.dh2, own_dh, own.sums))
+                for head, (own_z1, own_pre, own, own_dpre, own_dh) in zip(heads, found)
             ]
             if len(self._passes[branch]) >= self._together(heads[0], dh[0]):
                 self._run_weights(branch)
