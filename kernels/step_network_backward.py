@@ -259,7 +259,7 @@ def _launch_hidden_backward(
     if dh2[0] is None:
         shape = len(dh), parts, hidden * hidden + hidden
         sums = list(torch.empty(shape, dtype=torch.float32, device=pre[0].device))
-    if recomputed:  # two sums a pixel and channel: 4 warps spill
+    if dh2[0] is None:  # two sums a pixel and channel, and those of dw2: 4 warps spill
         options["num_warps"] = 8
     block_k = OUTPUTS_READ if outs % OUTPUTS_READ == 0 else INPUTS
     launch(

@@ -142,7 +142,7 @@ class NetworksBackward:
             self._kernels.step_network_weights_backward(passes, written, tf32=self._tf32)
 
     def _together(self, head: Head, dh: Tensor) -> int:
-        """How many networks of a branch may wait, with hidden layers, and gradients of h2 and of the output."""
+        """How many networks of a branch may wait, with hidden layers and the gradient of h2 in memory, and that of outputs."""
         if self._walk.program.network_backend not in BATCHED or self._walk.is_deep(head):
             return 1
         size = (3 * head.hidden + dh.shape[1]) * dh[:, 0].numel() * dh.element_size()

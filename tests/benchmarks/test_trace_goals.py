@@ -1,4 +1,4 @@
-"""Launches and bytes of the passes in Triton, on fake CUDA tensors: the goals, the stored rows, and what the page says of them."""
+"""Launches and bytes of passes in Triton, on fake CUDA tensors: the goals, the stored rows, and what the page says of them."""
 
 from __future__ import annotations
 
@@ -47,4 +47,4 @@ def test_the_page_has_the_stored_numbers():
     page = (CHECKOUT / "docs" / "gpu.md").read_text()
     rows = json.loads((RESULTS / "trace.json").read_text())
     for row in [row for row in rows if row["precision"] == "bf16"] + list(STORED.values()):
-        assert f"| {row['launches']:,} | {row['bytes'] / 1e9:.1f} |" in page, row["task"]
+        assert f" {row['launches']:,} | {row['bytes'] / 1e9:.1f} |" in page, row["task"]

@@ -115,7 +115,7 @@ def assert_gradients(case: Case, found: list[Tensor | None], tf32: bool = False)
 
     Of n additions in float32 each rounds a partial sum, no larger than the largest result, by half an eps at most, up or down
     as it comes: ½√n eps; twice that. Results are rounded once, to half an eps of their dtype, and TF32 rounds both operands of
-    a product by 2⁻¹¹. h1 and dh2 that are not in memory are the forward pass's, and float64's rounded as the kernel rounds them:
+    a product by 2⁻¹¹. h1 and dh2 that are not in memory are the forward pass's, and float64's rounded as the kernel rounds it:
     one that is rounded the other way is a term off by an eps of its dtype, and no larger than the largest result.
     """
     h1, h2, dpre, dh2, dz1, dw1, dw2, db2, dw3, db3 = found
