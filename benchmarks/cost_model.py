@@ -1,6 +1,6 @@
 """Predictions of how long the Triton kernels take on GPUs that are not here, and of which limit binds each.
 
-    python -m ncsr_fast.benchmarks.cost_model --gpu H100 H200
+    python -m ncsr_fast.benchmarks.cost_model --gpu H100 H200 [--precisions bf16]
 
 A kernel is compiled ahead of time (`ncsr_fast.kernels.ahead_of_time`), which tells its instructions, registers and shared
 memory, and what a launch is given. Its predicted time is the longest of: bytes by the bandwidth of the memory, and of the L2
@@ -86,8 +86,8 @@ TRIPS: dict[str, Callable[[dict[str, int]], tuple[int, ...]]] = {
     "hidden_kernel": lambda given: (9 * given["BLOCKS_K"],),
     "output_kernel": lambda given: (9 * given["BLOCKS_K"],),
     "coupled_step_kernel": lambda given: _regions_and_tiles(given),
-    # in float32; of the two loops one after the other the longer
-    "hidden_backward_kernel": lambda given: (9 * max(given["BLOCKS_C"], given["BLOCKS_K"]),),
+    # inside the loop over tiles in float32; of the two loops one after the other the longer
+    "hidden_backward_kernel": lambda given: (given["tiles"], 9 * max(given["BLOCKS_C"], given["BLOCKS_K"])),
     "state_backward_kernel": lambda given: (9 * given["BLOCKS_K"],),
     "network_weight_kernel": lambda given: (given["tiles"],),
     "sum_network_partials_kernel": lambda given: (math.ceil(given["parts"] / given["BLOCK_PARTS"]),),
@@ -158,12 +158,14 @@ CALLS: dict[str, tuple[Callable[[Task], Sequence[tuple[int, tuple[int, int, int]
     "network_calls": (Task.levels, lambda task: ["bf16", "tf32", "fp32"]),
     "coupled_calls": (Task.levels, lambda task: ["bf16", "tf32", "fp32"]),
     "network_backward_calls": (Task.levels, lambda task: ["bf16", "tf32", "fp32"] if task.backward else []),
+    "together_calls": (Task.levels, lambda task: ["bf16", "tf32", "fp32"]),
     "filter_calls": (Task.levels, lambda task: ["bf16", "fp32"]),
     "dense_block_calls": (Task.images, lambda task: ["bf16", "tf32", "fp32"]),
     "hoisting_calls": (Task.images, lambda task: ["bf16", "tf32", "fp32"]),
 }
 # Words in the names of calls, and the dtype that decides between backends
 DTYPES = {"float32": "float32", "fp32": "float32", "tf32": "float32", "bfloat16": "bfloat16", "bf16": "bfloat16"}
+PRECISIONS = ("bf16", "tf32", "fp32")
 Key = tuple[int, str, str, str]  # channels, operator, call and host function
 
 
@@ -226,13 +228,19 @@ def per_warp(row: Any, by_depth: Sequence[int]) -> int:
 # ---- the launches of a task, and of the reference
 
 
-def rows_of(task: Task) -> list[Any]:
-    """A row for every launch of the task's calls, at every level."""
+def chosen(variants: Sequence[Any], precisions: Sequence[str]) -> list[Any]:
+    """Those of the variants of calls that are in one of the precisions, words of `DTYPES`, or whose outputs' dtype is one's."""
+    dtypes = {DTYPES[precision] for precision in precisions}
+    return [each for each in variants if (each in precisions if isinstance(each, str) else each[2] in dtypes)]
+
+
+def rows_of(task: Task, precisions: Sequence[str] = tuple(PRECISIONS)) -> list[Any]:
+    """A row for every launch of the task's calls in these precisions, at every level."""
     from ncsr_fast.kernels import ahead_of_time, calls
 
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:  # the compiler keeps the target of its process
         jobs = [
-            pool.submit(ahead_of_time.compile_for, 90, channels, variants(task), getattr(calls, name), size)
+            pool.submit(ahead_of_time.compile_for, 90, channels, chosen(variants(task), precisions), getattr(calls, name), size)
             for name, (shapes, variants) in CALLS.items()
             for channels, size in shapes(task)
         ]
@@ -275,7 +283,7 @@ class _TimedCounter(LaunchCounter):
         self.seconds += max(LAUNCH * launches, moved / self._gpu.bandwidth, flops / peak)
 
 
-def reference_seconds(task: Task, gpu: Gpu) -> dict[Key, float]:
+def reference_seconds(task: Task, gpu: Gpu, precisions: Sequence[str] = tuple(PRECISIONS)) -> dict[Key, float]:
     """The predicted seconds of the reference."""
     from ncsr_fast.kernels import calls
 
@@ -285,7 +293,7 @@ def reference_seconds(task: Task, gpu: Gpu) -> dict[Key, float]:
             for channels, size in shapes(task):
                 timed = _Reference(gpu)
                 with mock.patch.object(calls, "kernels", timed):
-                    for operator, call, body in getattr(calls, name)(channels, size, variants(task)):
+                    for operator, call, body in getattr(calls, name)(channels, size, chosen(variants(task), precisions)):
                         timed.seconds.clear()
                         body()
                         found |= {(channels, operator, call, each): seconds for each, seconds in timed.seconds.items()}
@@ -346,14 +354,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m ncsr_fast.benchmarks.cost_model", description=__doc__.split("\n")[0])
     parser.add_argument("--gpu", nargs="+", choices=GPUS, default=list(GPUS), help="(default: all)")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="(default: all)")
+    parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=PRECISIONS, help="(default: all)")
     parser.add_argument("--tables", type=Path, metavar="FOLDER", help="write the predicted gains to tables in it")
     args = parser.parse_args()
     least: dict[str, dict[tuple[str, str], float]] = {name: {} for name in args.gpu}  # of the tasks
     for task in (TASKS[name] for name in args.tasks):
-        rows = rows_of(task)
+        rows = rows_of(task, args.precisions)
         print(f"{task.what}: predictions of a model, none of them measured\n{table(rows, args.gpu)}\n")
         for name in args.gpu:
-            found = gains(rows, reference_seconds(task, GPUS[name]), GPUS[name])
+            found = gains(rows, reference_seconds(task, GPUS[name], args.precisions), GPUS[name])
             listed = ", ".join(f"{operator} ({dtype}) {gain:.2f}×" for (operator, dtype), gain in found.items())
             print(f"{name}, predicted gain over the reference: {listed}\n")
             least[name] |= {key: min(gain, least[name].get(key, gain)) for key, gain in found.items()}

@@ -198,5 +198,7 @@ def trace_table(rows: list[Row]) -> str:
         for name, count in [*parts, ("all", row)]:
             numbers = [str(count[key]) for key in ("operations", "kernels", "launches")]
             lines.append((name, *numbers, f"{count['bytes'] / 1e9:.2f}", f"{count['flops'] / 1e12:.3f}"))
-        blocks.append(f"{row['task']}, {row['precision']}: {row['what']}\n\n{markdown(lines)}")
+        backend = row.get("backend", "auto")  # of rows from before there was a choice
+        named = f"{row['task']}, {row['precision']}" + (f", {backend}" if backend != "auto" else "")
+        blocks.append(f"{named}: {row['what']}\n\n{markdown(lines)}")
     return "\n\n".join(blocks)

@@ -1,6 +1,7 @@
 """Launches, bytes and FLOPs of a training step and of sampling on a GPU, counted on fake tensors, so that it takes no GPU.
 
     python -m ncsr_fast.benchmarks.trace --json trace.json
+    python -m ncsr_fast.benchmarks.trace --backend triton --precisions bf16 --json trace-triton.json
 
 The ×4 model of the paper at full size runs on tensors without memory that say they are on a GPU (`fake_cuda`); `launches` says
 what the numbers mean. They are the same at every run and on every machine, and change with the code and the version of PyTorch.
@@ -13,7 +14,7 @@ import argparse
 import copy
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -96,23 +97,27 @@ def fake_model(config: NCSRConfig, precision: str = "fp32") -> NCSR:
     return model
 
 
-def row_of(task: Task, precision: str) -> dict[str, Any]:
+def row_of(task: Task, precision: str, backend: str = "auto") -> dict[str, Any]:
     """The row of a task, without its provenance.
 
     Args:
         task: One of `TASKS`.
         precision: One of `PRECISIONS`.
+        backend: Of the operators, as `EngineOptions` has it; "auto" is what the tables say of any GPU.
 
     Raises:
         HostWaits: Where an operator makes the host wait for the GPU.
         MixedDevices: Where one is given tensors of the CPU too.
     """
     with fake_cuda():
-        run = task.prepare(fake_model(NCSRConfig.preset("ncsr-x4"), precision))
+        model = fake_model(NCSRConfig.preset("ncsr-x4"), precision)
+        model.options = replace(model.options, backend=backend)
+        run = task.prepare(model)
         with LaunchCounter() as counter, NoWaiting():
             run()
     parts = {name: asdict(count) for name, count in sorted(counter.parts.items())}
-    return {"task": task.name, "precision": precision, **asdict(counter.total), "what": task.what, "parts": parts}
+    described = {"task": task.name, "precision": precision, "backend": backend}
+    return {**described, **asdict(counter.total), "what": task.what, "parts": parts}
 
 
 def main() -> None:
@@ -120,13 +125,14 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows to it")
     parser.add_argument("--tasks", nargs="+", choices=[task.name for task in TASKS], help="(default: all)")
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=PRECISIONS, help="(default: all)")
+    parser.add_argument("--backend", choices=("auto", "reference", "triton"), default="auto", help="of the operators")
     args = parser.parse_args()
     where = provenance("cpu") | {"device": "fake GPU"}
     where["command"] = recorded_command("ncsr_fast.benchmarks.trace", sys.argv[1:], {args.json: "FILE"})
     rows = []
     for task in TASKS:
         if args.tasks is None or task.name in args.tasks:
-            rows += [row_of(task, precision) | where for precision in args.precisions]
+            rows += [row_of(task, precision, args.backend) | where for precision in args.precisions]
     print(trace_table(rows))
     if args.json:
         with atomic_write(args.json) as path:

@@ -1,7 +1,7 @@
 """The gradients of the weights of several networks: products over all pixels, divided among programs.
 
     dw3[n, c, d] = Σ_p dh[p, n] · h2[p + d, c],   db3[n] = Σ_p dh[p, n]       taps d of a 3×3 convolution
-    dw2[n, c]    = Σ_p dh2[p, n] · h1[p, c],      db2[n] = Σ_p dh2[p, n]      h1 as it is, or the positive part of pre
+    dw2[n, c]    = Σ_p dh2[p, n] · h1[p, c],      db2[n] = Σ_p dh2[p, n]      where `hidden_backward` left no sums of parts
     dw1[n, c, d] = Σ_p dpre[p, n] · z1[p + d, c]
 
 A program sums one tap of a block of the weight of one network over one part of the tiles of all samples, on tensor cores where
@@ -93,7 +93,7 @@ def network_weight_kernel(
 
 @triton.jit(do_not_specialize=["parts"])
 def sum_network_partials_kernel(
-    p_partial,  # (networks, parts, TAPS · outputs · inputs + outputs)
+    p_partial,  # of each network, (parts, TAPS · outputs · inputs + outputs)
     p_dweight,  # of each network, (outputs, inputs, k, k), with the same strides
     dweight_strides,
     p_dbias,  # of each network, (outputs,), or None
@@ -109,12 +109,12 @@ def sum_network_partials_kernel(
     BLOCKS: tl.constexpr = (WEIGHTS + outputs + BLOCK - 1) // BLOCK
     i_network, i = tl.program_id(0) // BLOCKS, tl.program_id(0) % BLOCKS
     o = (i * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)[None, :]
-    p_partial += i_network.to(tl.int64) * parts * (WEIGHTS + outputs)
+    p_own = one_of(p_partial, i_network)
     b_sum = tl.zeros([BLOCK_PARTS, BLOCK], tl.float64)
     for i_part in range(0, parts, BLOCK_PARTS):
         o_part = (i_part + tl.arange(0, BLOCK_PARTS)).to(tl.int64)[:, None]
         m = (o_part < parts) & (o < WEIGHTS + outputs)
-        b_sum += tl.load(p_partial + o_part * (WEIGHTS + outputs) + o, mask=m, other=0.0).to(tl.float64)
+        b_sum += tl.load(p_own + o_part * (WEIGHTS + outputs) + o, mask=m, other=0.0).to(tl.float64)
     b = tl.sum(b_sum, axis=0)[None, :].to(tl.float32)
     o_tap, o_n, o_c = o // (outputs * inputs), o // inputs % outputs, o % inputs
     p = one_of(p_dweight, i_network)
@@ -128,10 +128,12 @@ def sum_network_partials_kernel(
 
 def step_network_weights_backward(passes: Sequence[tuple], gradients: Sequence[tuple], *, tf32: bool = False) -> None:
     """As the reference's."""
-    z1, pre, h1, h2, dpre, dh2, dh = zip(*passes)
+    z1, pre, h1, h2, dpre, dh2, dh, sums = zip(*passes)
     dw1, dw2, db2, dw3, db3 = zip(*gradients)
     _backward_weights(dh, h2, dw3, db3, tf32)
-    if h1[0] is None:
+    if sums[0] is not None:
+        _sum_partials(sums, dw2, db2)
+    elif h1[0] is None:
         _backward_weights(dh2, pre, dw2, db2, tf32, positive=True)
     else:
         _backward_weights(dh2, h1, dw2, db2, tf32)
@@ -165,7 +167,6 @@ def _backward_weights(
     tiles = triton.cdiv(total, PARTS[taps])
     parts, sums = triton.cdiv(total, tiles), taps * outputs * inputs + outputs
     partial = torch.empty(len(dy), parts, sums, dtype=torch.float32, device=dy[0].device)
-    sizes = {"inputs": inputs, "outputs": outputs, "TAPS": taps}
     launch(
         network_weight_kernel,
         len(dy) * parts * blocks,
@@ -173,27 +174,37 @@ def _backward_weights(
         **images("dy", dy),
         **images("x", x),
         p_partial=partial,
+        inputs=inputs,
+        outputs=outputs,
         height=height,
         width=width,
         total=total,
         tiles=tiles,
+        TAPS=taps,
         BIAS=dbias is not None,
         POSITIVE=positive,
         PRECISION="tf32" if kind == "tf32" else "ieee",
         COLUMNS=COLUMNS,
-        **sizes,
         **options,
     )
+    _sum_partials(list(partial), dweight, dbias)
+
+
+def _sum_partials(partial: Sequence[Tensor], dweight: Sequence[Tensor], dbias: Sequence[Tensor] | None) -> None:
+    """Write the sums over the parts of every network, in the order in which `network_weight_kernel` has them."""
+    (parts, sums), (outputs, inputs, *taps) = partial[0].shape, dweight[0].shape
     launch(
         sum_network_partials_kernel,
-        len(dy) * triton.cdiv(sums, SUM_OUTPUTS),
-        dy[0].device,
-        p_partial=partial,
+        len(partial) * triton.cdiv(sums, SUM_OUTPUTS),
+        partial[0].device,
+        p_partial=tuple(partial),
         p_dweight=tuple(map(writable, dweight)),
         dweight_strides=dweight[0].stride(),
         p_dbias=None if dbias is None else tuple(map(writable, dbias)),
         parts=parts,
+        inputs=inputs,
+        outputs=outputs,
+        TAPS=taps[0] * taps[1],
         BLOCK=SUM_OUTPUTS,
         BLOCK_PARTS=SUM_PARTS,
-        **sizes,
     )

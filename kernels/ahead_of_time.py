@@ -45,6 +45,7 @@ from ncsr_fast.kernels.calls import (
     large_coupled_calls,
     network_backward_calls,
     network_calls,
+    together_calls,
 )
 from ncsr_fast.kernels.disassembly import instructions, work
 
@@ -60,6 +61,7 @@ PRODUCTS: dict[str, Calls] = {  # of tensor cores
     "large-steps": large_coupled_calls,
     "encoder": dense_block_calls,
     "hoisting": hoisting_calls,
+    "together": together_calls,
 }
 SIZES = (SIZE, (1, 40, 36), (16, 79, 77), (10, 510, 4), (3, 6, 6))  # pixels that 16 divides, or nothing, or 8, or 4
 _KERNELS = __package__ + "."

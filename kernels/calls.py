@@ -29,6 +29,7 @@ VARIANTS = {"every": EVERY_VARIANT, "pairs": PAIRS, "forward": PAIRS[:1], "inver
 CONVOLUTIONS = ((32, False), (64, False), (64, True))  # of the encoder: outputs, and whether the input is read upsampled
 PRECISIONS = {"bf16": (torch.bfloat16, False), "tf32": (torch.float32, True), "fp32": (torch.float32, False)}
 FACTORS = (2, 1)  # upsampling of the stacked features at the first level of the published ×4 models, and at the others
+STEPS = 16  # of a level of the published ×4 models
 NETWORKS = 32  # that read the features at a level of those: injectors and couplings of 16 steps
 FEATURES = 320  # channels of the condition of the published networks
 HIDDEN = 64  # channels of the hidden layers of the published networks
@@ -157,17 +158,33 @@ def network_backward_calls(
             networks = [StepNetwork._make(_network(inputs, outputs, dtype))] * count
             z1 = [state[:, :inputs] if inputs else None] * count
             pre, dpre = ([sources[:, HIDDEN * i : HIDDEN * (i + 1)] for i in range(count)] for _ in range(2))
-            h1, h2, dh2, dh = ([_image(size, c, dtype) for _ in range(count)] for c in (HIDDEN, HIDDEN, HIDDEN, outputs))
+            h1, h2, dh = ([_image(size, c, dtype) for _ in range(count)] for c in (HIDDEN, HIDDEN, outputs))
             saved = list(zip(h1 if inputs else [None] * count, h2))
-            passes = list(map(NetworkPass, z1, pre, h1 if inputs else [None] * count, h2, dpre, dh2, dh))
             packed = [[*_packed(network), *_packed(network, transposed=True)] for network in networks]
 
             def backward(hidden: list | None) -> None:
-                kernels.step_network_backward(dh, z1, pre, hidden, networks, dpre, z1, tf32=tf32, packed=packed)
+                layers = kernels.step_network_backward(dh, z1, pre, hidden, networks, dpre, z1, tf32=tf32, packed=packed)
+                h1, h2, dh2, sums = zip(*layers)
+                passes = list(map(NetworkPass, z1, pre, h1, h2, dpre, dh2, dh, sums))
                 kernels.step_network_weights_backward(passes, networks, tf32=tf32)
 
             yield "step_network", f"{name} backward {precision}", partial(backward, None)
             yield "step_network", f"{name} backward saved {precision}", partial(backward, saved)
+
+
+def together_calls(
+    channels: int, size: tuple[int, int, int] = SIZE, precisions: Sequence[str] = tuple(PRECISIONS)
+) -> Iterator[Call]:
+    """Likewise of what the steps of a level do at once: the outputs of all injectors, the gradients of all mixes."""
+    for precision in precisions:
+        dtype, tf32 = PRECISIONS[precision]
+        pre, state = _image(size, STEPS * HIDDEN, dtype), _image(size, channels, torch.float32)
+        _, *weights = _network(0, 2 * channels, dtype)
+        stacks = [torch.empty(STEPS, *weight.shape, dtype=dtype, device="meta") for weight in weights if weight is not None]
+        packed = kernels.step_network_weights(None, stacks[0], stacks[2], dtype)
+        step = state, state, _image(size, channels, dtype), _image(size, 2 * channels, dtype)
+        yield "step_network", f"tails {precision}", partial(kernels.step_network_tails, pre, *stacks, tf32=tf32, packed=packed)
+        yield "flow_step", f"mixes {precision}", partial(kernels.flow_step_mix_backward, [step] * STEPS, 1e-4, False)
 
 
 def filter_calls(

@@ -3,8 +3,12 @@
 From dh, the gradient of h = w3 ∗ h2 + b3, with h2 = relu(w2 · h1 + b2) and h1 = relu(w1 ∗ z1 + pre):
 
     dh2  = (w3ᵀ ∗ dh) ⊙ [h2 > 0]      `hidden_backward`: a program has the sums of all hidden channels of a tile of pixels,
-    dpre = (w2ᵀ · dh2) ⊙ [h1 > 0]     stores them, for the gradient of w3, and multiplies them by w2ᵀ as they are
+    dpre = (w2ᵀ · dh2) ⊙ [h1 > 0]     and multiplies them by w2ᵀ as they are
+    dw2  = dh2ᵀ · h1,   db2 = Σ dh2   over the tiles of a program; the sums over programs are `_network_weight`'s
     dz1 += w1ᵀ ∗ dpre                 `state_backward`: is added to the gradient of the state that z1 is a part of
+
+h1 and dh2 are thus never in memory: of a network's hidden layers and their gradients only h2 and dpre are. Those of more than
+FUSED channels leave a program no registers for dw2: h1 and dh2 are then stored.
 
 The convolution with a transposed weight takes its taps in reverse and sums over its outputs: for that, weights are packed as
 (tap, out, in). What the forward kernels say of tiles, of products and of numbers of channels that are filled up holds here;
@@ -36,9 +40,13 @@ from ncsr_fast.kernels._step_network import (
 )
 from ncsr_fast.kernels.step_network import launch_hidden
 from ncsr_fast.layout import empty_channels_last, writable
+from ncsr_fast.ops.network_gradients import Layers
 
 OUTPUTS_READ = 32  # of dh at once, at most
-FUSED = 128  # channels, filled up, of hidden layers that are recomputed in the same kernel: w2 is in shared memory as a whole
+# Channels, filled up, of hidden layers that are recomputed, and whose dw2 is summed, in the same kernel, by how numbers are
+# multiplied: w2 is in shared memory as a whole, dw2 in registers
+FUSED = {"half": 128, "tf32": 128, "ieee": 128}
+PARTS = 264  # of the tiles of all samples, at most: programs of a network, two of each of 132 multiprocessors
 
 
 @triton.jit
@@ -68,7 +76,7 @@ def add_transposed(
     return acc
 
 
-@triton.jit(do_not_specialize=["batch", "height", "width"])
+@triton.jit(do_not_specialize=["batch", "height", "width", "tiles"])
 def hidden_backward_kernel(
     p_dh,  # of each network, (B, outputs, H, W)
     dh_strides,
@@ -76,14 +84,15 @@ def hidden_backward_kernel(
     z1_strides,
     p_pre,  # (B, hidden, H, W), or None: h1 and h2 are read
     pre_strides,
-    p_h1,  # (B, hidden, H, W), or None: not written
+    p_h1,  # (B, hidden, H, W), or pre where h1 is its positive part; None: recomputed
     h1_strides,
     p_h2,  # (B, hidden, H, W)
     h2_strides,
-    p_dh2,  # (B, hidden, H, W)
+    p_dh2,  # (B, hidden, H, W), or None: not written
     dh2_strides,
     p_dpre,  # (B, hidden, H, W)
     dpre_strides,
+    p_sums,  # (parts, hidden · hidden + hidden): of dw2 and db2, or None
     p_w1,  # packed: (9, CS, HS)
     p_w2,  # (1, HS, HS)
     p_b2,  # (hidden,)
@@ -92,6 +101,7 @@ def hidden_backward_kernel(
     batch,
     height,
     width,
+    tiles,
     channels: tl.constexpr,
     hidden: tl.constexpr,
     outputs: tl.constexpr,
@@ -105,40 +115,50 @@ def hidden_backward_kernel(
     BLOCK_K: tl.constexpr,
     BLOCKS_K: tl.constexpr,
 ):
-    """dh2 and dpre of a tile of pixels, and ahead of them h1 and h2 as `hidden_kernel` has them."""
-    i = tl.program_id(0).to(tl.int64)
-    tiles = tl.cdiv(height, ROWS) * tl.cdiv(width, COLUMNS)
-    n, i = i // (tiles * batch), i % (tiles * batch)
+    """dpre of so many `tiles` of all samples, h1 and h2 ahead of it as `hidden_kernel` has them; dh2, or what it sums to."""
+    tiles_of_sample = tl.cdiv(height, ROWS) * tl.cdiv(width, COLUMNS)
+    total = batch.to(tl.int64) * tiles_of_sample
+    parts = tl.cdiv(total, tiles)
+    n, i_part = tl.program_id(0) // parts, tl.program_id(0) % parts
     dh, h2 = (one_of(p_dh, n),) + dh_strides, (one_of(p_h2, n),) + h2_strides
-    dh2, dpre = (one_of(p_dh2, n),) + dh2_strides, (one_of(p_dpre, n),) + dpre_strides
-    pixel = rectangle(i % batch, i // batch, height, width, ROWS, COLUMNS)
+    dpre = (one_of(p_dpre, n),) + dpre_strides
     o_c = channel_tile(0, HS)
     o_w2 = tl.trans(o_c) * HS + o_c
     p_w3 = one_of(p_w3_transposed, n)
-    b_dh2 = tl.zeros([ROWS * COLUMNS, HS], tl.float32)
-    b_dh2 = add_transposed(b_dh2, dh, p_w3, pixel, o_c, height, width, outputs, HS, BLOCK_K, BLOCKS_K, PRECISION, UNROLLED)
-    if p_pre is None:
-        b_h2 = load(h2, pixel, o_c, o_c < hidden)
-    else:
-        pre = (one_of(p_pre, n),) + pre_strides
-        b_h1 = load(pre, pixel, o_c, o_c < hidden)
-        if p_z1 is not None:
-            z1, p_own = (one_of(p_z1, n),) + z1_strides, one_of(p_w1, n)
-            b_h1, _ = add_convolved(
-                b_h1, None, z1, p_own, pixel, o_c, height, width, channels, HS, BLOCK_C, BLOCKS_C, PRECISION, UNROLLED
-            )
-        b_h1 = tl.where(o_c < hidden, relu(b_h1), 0.0).to(p_w3.dtype.element_ty)
-        if p_h1 is not None:
-            store((one_of(p_h1, n),) + h1_strides, pixel, o_c, b_h1, o_c < hidden)
-        b_h2 = tl.dot(b_h1, tl.load(one_of(p_w2, n) + o_w2), input_precision=PRECISION)
-        b_h2 = relu(add_bias(b_h2, one_of(p_b2, n), o_c, o_c < hidden))
-        store(h2, pixel, o_c, b_h2, o_c < hidden)
-    b_dh2 = tl.where(b_h2 <= 0.0, 0.0, b_dh2).to(p_w3.dtype.element_ty)
-    store(dh2, pixel, o_c, b_dh2, o_c < hidden)
-    b_dpre = tl.dot(b_dh2, tl.load(one_of(p_w2_transposed, n) + o_w2), input_precision=PRECISION)
-    if p_pre is None:
-        b_h1 = load((one_of(p_h1, n),) + h1_strides, pixel, o_c, o_c < hidden)
-    store(dpre, pixel, o_c, tl.where(b_h1 <= 0.0, 0.0, b_dpre), o_c < hidden)
+    b_dw2, b_db2 = tl.zeros([HS, HS], tl.float32), tl.zeros([HS], tl.float32)
+    # one tile after the other: of loads of several at once no program has the memory
+    for i in tl.range(i_part * tiles, tl.minimum((i_part + 1) * tiles, total), num_stages=1):
+        pixel = rectangle(i % batch, i // batch, height, width, ROWS, COLUMNS)
+        b_dh2 = tl.zeros([ROWS * COLUMNS, HS], tl.float32)
+        b_dh2 = add_transposed(b_dh2, dh, p_w3, pixel, o_c, height, width, outputs, HS, BLOCK_K, BLOCKS_K, PRECISION, UNROLLED)
+        if p_pre is None:
+            b_h2 = load(h2, pixel, o_c, o_c < hidden)
+        else:
+            pre = (one_of(p_pre, n),) + pre_strides
+            b_h1 = load(pre, pixel, o_c, o_c < hidden)
+            if p_z1 is not None:
+                z1, p_own = (one_of(p_z1, n),) + z1_strides, one_of(p_w1, n)
+                b_h1, _ = add_convolved(
+                    b_h1, None, z1, p_own, pixel, o_c, height, width, channels, HS, BLOCK_C, BLOCKS_C, PRECISION, UNROLLED
+                )
+            b_h1 = tl.where(o_c < hidden, relu(b_h1), 0.0).to(p_w3.dtype.element_ty)
+            b_h2 = tl.dot(b_h1, tl.load(one_of(p_w2, n) + o_w2), input_precision=PRECISION)
+            b_h2 = relu(add_bias(b_h2, one_of(p_b2, n), o_c, o_c < hidden))
+            store(h2, pixel, o_c, b_h2, o_c < hidden)
+        b_dh2 = tl.where(b_h2 <= 0.0, 0.0, b_dh2).to(p_w3.dtype.element_ty)
+        if p_dh2 is not None:
+            store((one_of(p_dh2, n),) + dh2_strides, pixel, o_c, b_dh2, o_c < hidden)
+        b_dpre = tl.dot(b_dh2, tl.load(one_of(p_w2_transposed, n) + o_w2), input_precision=PRECISION)
+        if p_pre is None:
+            b_h1 = relu(load((one_of(p_h1, n),) + h1_strides, pixel, o_c, o_c < hidden)).to(b_dh2.dtype)
+        store(dpre, pixel, o_c, tl.where(b_h1 <= 0.0, 0.0, b_dpre), o_c < hidden)
+        if p_sums is not None:
+            b_dw2 = tl.dot(tl.trans(b_dh2), b_h1, b_dw2, input_precision=PRECISION)
+            b_db2 += tl.sum(b_dh2.to(tl.float32), axis=0)
+    if p_sums is not None:
+        p_own, o_n = one_of(p_sums, n) + i_part * (hidden * hidden + hidden), tl.trans(o_c)
+        tl.store(p_own + o_n * hidden + o_c, b_dw2, mask=(o_n < hidden) & (o_c < hidden))
+        tl.store(p_own + hidden * hidden + o_c, b_db2[None, :], mask=o_c < hidden)
 
 
 @triton.jit(do_not_specialize=["height", "width"])
@@ -180,25 +200,26 @@ def step_network_backward(
     tf32: bool = False,
     packed: Sequence[Sequence[Tensor]] = (),
 ) -> list[tuple[Tensor | None, Tensor, Tensor]]:
-    """As the reference's, but that h1 is not written where it is the positive part of pre. The last kernels add to dz1."""
+    """As the reference's, but that of few hidden channels `sums` take the place of h1 and dh2. The last kernels add to dz1."""
     check_dtype(pre[0], "pre")
-    kind, recomputed = arithmetic(pre[0], tf32), hidden is None
+    kind = arithmetic(pre[0], tf32)
+    fused, recomputed = pre[0].numel() > 0 and block(pre[0].shape[1]) <= FUSED[kind], hidden is None
     if hidden is None:
-        hidden = [(None if x is None else _empty(p), _empty(p)) for x, p in zip(z1, pre)]
-    layers = [(h1, h2, _empty(h2)) for h1, h2 in hidden]
+        hidden = [(None if x is None or fused else _empty(p), _empty(p)) for x, p in zip(z1, pre)]
+    layers = [Layers(h1, h2, None if fused else _empty(h2)) for h1, h2 in hidden]
     if pre[0].numel() == 0:
         return layers
     packed = packed or [_packed_twice(w1, w2, w3, pre[0].dtype) for w1, w2, _, w3, _ in networks]
     biases = [network[2] for network in networks]
-    if recomputed and block(pre[0].shape[1]) > FUSED:
-        for x, own_pre, weights, b2, (h1, h2, _) in zip(z1, pre, packed, biases, layers):
-            launch_hidden(x, own_pre, Packed(*weights[:3]), b2, h1, h2, kind)
+    if recomputed and not fused:
+        for x, own_pre, weights, b2, found in zip(z1, pre, packed, biases, layers):
+            launch_hidden(x, own_pre, Packed(*weights[:3]), b2, found.h1, found.h2, kind)
         recomputed = False
-    _launch_hidden_backward(dh, z1, pre, layers, dpre, packed, biases, kind, recomputed)
+    sums = _launch_hidden_backward(dh, z1, pre, layers, dpre, packed, biases, kind, recomputed)
     for own_dpre, weights, own_dz1 in zip(dpre, packed, dz1):
         if own_dz1 is not None:
             _launch_state_backward(own_dpre, weights[3], own_dz1, kind)
-    return layers
+    return [Layers(None, found.h2, None, own) for found, own in zip(layers, sums, strict=True)] if fused else layers
 
 
 def _empty(x: Tensor) -> Tensor:
@@ -216,28 +237,34 @@ def _launch_hidden_backward(
     dh: Sequence[Tensor],
     z1: Sequence[Tensor | None],
     pre: Sequence[Tensor],
-    layers: Sequence[tuple[Tensor | None, Tensor, Tensor]],
+    layers: Sequence[Layers],
     dpre: Sequence[Tensor],
     packed: Sequence[Sequence[Tensor]],
     biases: Sequence[Tensor],
     kind: str,
     recomputed: bool,
-) -> None:
-    """Write dh2 and dpre, and h1 and h2 if they are `recomputed`."""
+) -> list[Tensor]:
+    """Write dpre, h2 if it is `recomputed`, and dh2 where there is room for it; else return the sums of every network."""
     batch, hidden, height, width = pre[0].shape
     w1, w2, _, _, w2_transposed, w3_transposed = zip(*packed)
     outs, hs = w3_transposed[0].shape[1:]
-    h1, h2, dh2 = zip(*layers)
+    h1, h2, dh2, _ = zip(*layers)
     if not recomputed:
         z1 = [None] * len(dh)
-        h1 = [own_pre if own is None else own for own, own_pre in zip(h1, pre)]  # as good, to see what is positive
-    tiles, options = tiling(kind, height, width, 2 * hs if kind == "ieee" else hs)  # as many pixels as the forward pass spill
-    if recomputed:  # two sums a pixel and channel: 4 warps spill
+        h1 = [own_pre if own is None else own for own, own_pre in zip(h1, pre)]
+    total, options = tiling(kind, height, width, 2 * hs if kind == "ieee" else hs)  # as many pixels as the forward pass spill
+    total, sums = total * batch, []
+    tiles = triton.cdiv(total, PARTS) if dh2[0] is None else 1
+    parts = triton.cdiv(total, tiles)
+    if dh2[0] is None:
+        shape = len(dh), parts, hidden * hidden + hidden
+        sums = list(torch.empty(shape, dtype=torch.float32, device=pre[0].device))
+    if dh2[0] is None:  # two sums a pixel and channel, and those of dw2: 4 warps spill
         options["num_warps"] = 8
     block_k = OUTPUTS_READ if outs % OUTPUTS_READ == 0 else INPUTS
     launch(
         hidden_backward_kernel,
-        len(dh) * tiles * batch,
+        len(dh) * parts,
         pre[0].device,
         **images("dh", dh),
         **images("z1", z1),
@@ -246,6 +273,7 @@ def _launch_hidden_backward(
         **images("h2", h2),
         **images("dh2", dh2),
         **images("dpre", [writable(x) for x in dpre], written=True),
+        p_sums=tuple(sums) or None,
         p_w1=w1,
         p_w2=w2,
         p_b2=tuple(map(dense, biases)),
@@ -254,6 +282,7 @@ def _launch_hidden_backward(
         batch=batch,
         height=height,
         width=width,
+        tiles=tiles,
         channels=0 if z1[0] is None else z1[0].shape[1],
         hidden=hidden,
         outputs=dh[0].shape[1],
@@ -264,6 +293,7 @@ def _launch_hidden_backward(
         BLOCKS_K=outs // block_k,
         **options,
     )
+    return sums
 
 
 def _launch_state_backward(dpre: Tensor, p_w1: Tensor, dz1: Tensor, kind: str) -> None:

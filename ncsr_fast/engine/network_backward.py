@@ -103,8 +103,8 @@ class NetworksBackward:
         if self._needs_weights[branch]:
             found = zip(z1, pre, layers, dpre, dh)
             self._passes[branch] += [
-                (head, NetworkPass(own_z1, own_pre, h1, h2, own_dpre, dh2, own_dh))
-                for head, (own_z1, own_pre, (h1, h2, dh2), own_dpre, own_dh) in zip(heads, found)
+                (head, NetworkPass(own_z1, own_pre, own.h1, own.h2, own_dpre, own.dh2, own_dh, own.sums))
+                for head, (own_z1, own_pre, own, own_dpre, own_dh) in zip(heads, found)
             ]
             if len(self._passes[branch]) >= self._together(heads[0], dh[0]):
                 self._run_weights(branch)
@@ -142,7 +142,7 @@ class NetworksBackward:
             self._kernels.step_network_weights_backward(passes, written, tf32=self._tf32)
 
     def _together(self, head: Head, dh: Tensor) -> int:
-        """How many networks of a branch may wait, with hidden layers, and gradients of h2 and of the output."""
+        """How many networks of a branch may wait, with hidden layers and the gradient of h2 in memory, and that of outputs."""
         if self._walk.program.network_backend not in BATCHED or self._walk.is_deep(head):
             return 1
         size = (3 * head.hidden + dh.shape[1]) * dh[:, 0].numel() * dh.element_size()

@@ -17,8 +17,6 @@ from torch import Tensor
 from ncsr_fast.ops.conv3x3 import ConvolutionMethod, convolution_backward
 from ncsr_fast.ops.plain_convolution import Gradients
 
-Layers = tuple[Tensor | None, Tensor, Tensor]  # h1, None where it is the positive part of pre, h2 and dh2
-
 
 class StepNetwork(NamedTuple):
     """The weights of a network, actnorms and scales folded in; or their gradients."""
@@ -30,17 +28,28 @@ class StepNetwork(NamedTuple):
     b3: Tensor  # (outputs,)
 
 
+class Layers(NamedTuple):
+    """What a network's backward pass leaves to the gradients of its weights: `NetworkPass` has them too."""
+
+    h1: Tensor | None
+    h2: Tensor
+    dh2: Tensor | None
+    sums: Tensor | None = None
+
+
 class NetworkPass(NamedTuple):
     """The tensors of a network that the gradients of its weights are made of, all but z1 in its dtype.
 
     Args:
         z1: (B, C, H, W) of any dtype, or None.
         pre: Pre-activation of h1 (B, hidden, H, W), but for what z1 adds to it.
-        h1: (B, hidden, H, W); None: the positive part of pre, z1 being None.
+        h1: (B, hidden, H, W); None: the positive part of pre, z1 being None, or not needed.
         h2: (B, hidden, H, W).
         dpre: Gradient of the pre-activation of h1.
-        dh2: Gradient of the pre-activation of h2.
+        dh2: Gradient of the pre-activation of h2; None: not needed.
         dh: Gradient (B, outputs, H, W) of the output.
+        sums: (parts, hidden² + hidden) in float32, parts of the gradients of w2 and, behind it, of b2, which then need neither
+            h1 nor dh2; None: there are none.
     """
 
     z1: Tensor | None
@@ -48,8 +57,9 @@ class NetworkPass(NamedTuple):
     h1: Tensor | None
     h2: Tensor
     dpre: Tensor
-    dh2: Tensor
+    dh2: Tensor | None
     dh: Tensor
+    sums: Tensor | None = None
 
 
 def data_gradients(
@@ -70,7 +80,7 @@ def data_gradients(
         torch.ops.aten.threshold_backward.grad_input(dh1, h1, 0, grad_input=own_dpre)
         if own_dz1 is not None and network.w1 is not None:
             own_dz1.add_(_input_gradient(own_dpre, torch.empty_like(own_dz1, dtype=own_dpre.dtype), network.w1, method))
-        found.append((h1, h2, dh2))
+        found.append(Layers(h1, h2, dh2))
     return found
 
 
@@ -78,13 +88,22 @@ def weight_gradients(passes: Sequence[NetworkPass], gradients: Sequence[StepNetw
     """`ncsr_fast.ops.reference.step_network_weights_backward` by convolutions of this method."""
     for own, written in zip(passes, gradients):
         _, dw3, db3 = _weight_gradient(own.dh, own.h2, written.w3, method)
-        _, dw2, db2 = _weight_gradient(own.dh2, F.relu(own.pre) if own.h1 is None else own.h1, written.w2, method)
+        dw2, db2 = _hidden_gradients(own, written.w2, method)
         dw1 = None
         if own.z1 is not None and written.w1 is not None:
             dw1 = _weight_gradient(own.dpre, own.z1.to(own.h2.dtype), written.w1, method, needs_bias=False)[1]
         for gradient, found in zip(written, (dw1, dw2, db2, dw3, db3)):
             if gradient is not None and found is not None:
                 gradient.copy_(found)
+
+
+def _hidden_gradients(own: NetworkPass, w2: Tensor, method: ConvolutionMethod) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of w2 and b2."""
+    if own.sums is not None:
+        dw2, db2 = own.sums.double().sum(dim=0).split([w2.numel(), len(w2)])
+        return dw2.view(w2.shape), db2
+    assert own.dh2 is not None
+    return _weight_gradient(own.dh2, F.relu(own.pre) if own.h1 is None else own.h1, w2, method)[1:]
 
 
 def _input_gradient(

@@ -520,7 +520,7 @@ def step_network_backward(
         packed: Of each network those of `step_network_weights` of the same backend, then those transposed; or nothing.
 
     Returns:
-        Of each network h1, or None, h2, and the gradient of the pre-activation of h2.
+        Of each network h1, or None, h2, and the gradient of the pre-activation of h2; or what `NetworkPass` has in their place.
     """
     if hidden is None:
         hidden = [

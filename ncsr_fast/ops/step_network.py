@@ -128,11 +128,12 @@ def _backward(
     network = StepNetwork._make(weights)
     dh, dpre = grads[0].to(pre.dtype), empty_channels_last(pre.shape, pre)
     dz1 = None if z1 is None else torch.zeros_like(z1)
-    ((h1, h2, dh2),) = functions.step_network_backward([dh], [z1], [pre], None, [network], [dpre], [dz1], tf32=tf32)
+    (own,) = functions.step_network_backward([dh], [z1], [pre], None, [network], [dpre], [dz1], tf32=tf32)
     if not any(needed[2:]):
         return dz1, dpre, *(None,) * 5
     gradient = StepNetwork._make(None if weight is None else torch.empty_like(weight) for weight in network)
-    functions.step_network_weights_backward([NetworkPass(z1, pre, h1, h2, dpre, dh2, dh)], [gradient], tf32=tf32)
+    own_pass = NetworkPass(z1, pre, own.h1, own.h2, dpre, own.dh2, dh, own.sums)
+    functions.step_network_weights_backward([own_pass], [gradient], tf32=tf32)
     return dz1, dpre, *gradient
 
 

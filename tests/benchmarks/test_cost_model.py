@@ -10,7 +10,20 @@ import torch
 
 from ncsr_fast import ops, tuning
 from ncsr_fast.benchmarks import cost_model
-from ncsr_fast.benchmarks.cost_model import GPUS, LAUNCH, Gpu, gains, per_warp, predict, predicted_table, resident, table
+from ncsr_fast.benchmarks.cost_model import (
+    CALLS,
+    GPUS,
+    LAUNCH,
+    PRECISIONS,
+    Gpu,
+    chosen,
+    gains,
+    per_warp,
+    predict,
+    predicted_table,
+    resident,
+    table,
+)
 
 ROUND = Gpu("Round", "9.0", multiprocessors=10, clock=1e9, bandwidth=1e12, bfloat16=1e15, tf32=5e14, float32=1e13)
 
@@ -138,6 +151,21 @@ def test_predicted_gains_are_of_kernels_that_wait_for_one(tmp_path):
         ("step_network", None, 2, True),
     ]
     assert {choice.provenance["kind"] for choice in written.backends} == {"predicted"}
+
+
+def test_precisions_choose_variants_of_calls():
+    """Of maps of the state by the dtype of the networks' outputs: a table of one dtype is not made of another's times."""
+    maps = [("forward", "nhwc", "float32"), ("forward", "nhwc", "bfloat16")]
+    assert chosen([*maps, "bf16", "tf32", "fp32"], ["bf16"]) == [maps[1], "bf16"]
+    assert chosen([*maps, "bf16", "tf32", "fp32"], ["tf32"]) == [maps[0], "tf32"]
+    assert chosen(maps, PRECISIONS) == maps
+
+
+def test_every_function_that_makes_calls_is_predicted():
+    """But single convolutions of any channels, and steps of other sizes, which the tasks have in others."""
+    calls = pytest.importorskip("ncsr_fast.kernels.calls")
+    makers = {name for name in vars(calls) if name.endswith("_calls")}
+    assert set(CALLS) == makers - {"convolution_calls", "large_coupled_calls"}
 
 
 @pytest.mark.slow

@@ -107,7 +107,7 @@ def network_backward(dh: Tensor, z1: Tensor, pre: Tensor, *weights: Tensor) -> l
 
     dpre, dz1 = torch.empty_like(pre), torch.ones_like(z1)
     (layers,) = c.step_network_backward([dh], [z1], [pre], None, [StepNetwork(*weights)], [dpre], [dz1])
-    return [*layers, dpre, dz1]
+    return [layers.h1, layers.h2, layers.dh2, dpre, dz1]
 
 
 def network_weights_backward(*tensors: Tensor) -> list[Tensor]:
