@@ -26,7 +26,9 @@ from ncsr_fast.cli._common import (
 )
 
 if TYPE_CHECKING:
+    from ncsr_fast.evaluation.low_light import LowLightEvaluation
     from ncsr_fast.evaluation.temperatures import Evaluation, Scores
+    from ncsr_fast.model import NCSR
 
 _MULTIPLE = 8  # the sides of HR images are multiples of this number, whatever the scale
 _N = 10  # the challenge's
@@ -37,12 +39,15 @@ example:
   ncsr-fast evaluate photos/ --temperatures 0 0.5 0.8 --n 10 --json scores.json
   ncsr-fast evaluate DIV2K_valid_HR/ --samples theirs/ --scale 4 --n 10 --protocol ntire2021 --json theirs.json --csv theirs.csv
   ncsr-fast evaluate DIV2K_valid_HR/ --protocol ntire2021 --model runs/mine/model --to-8bit truncate --json mine.json
+  ncsr-fast evaluate LOL/eval15/high/ --lr-images LOL/eval15/low/ --model llflow-compact --json scores.json
   ncsr-fast evaluate --table 1 --config tables.yml --out tables/
 
 Without --protocol and --samples: a model at each temperature beside bicubic. PSNR, SSIM, LR-PSNR (mean, and the worst of each
 image's samples) and diversity, means over images; LPIPS and the NTIRE diversity score as well where the lpips package and its
 weights are installed. HR images are cropped to multiples of 8 and LR images made by MATLAB bicubic unless --lr-images names
-them; then to the size that theirs says.
+them; then to the size that theirs says. A low-light model is measured on pairs of bright photographs and the dark ones that
+--lr-images names, at temperature 0 by default: PSNR, SSIM and LPIPS of the dark photograph, of the samples, and of the samples
+made as bright as the reference.
 
 With --protocol: exactly what the NTIRE challenge of that year measures, of a folder of PNG files (--samples) of any method, or
 of a model: a flow, a generator (RRDB, ESRGAN …), or the word bicubic. Originals are taken in sorted order; samples are called
@@ -116,7 +121,7 @@ def run(args: argparse.Namespace) -> None:
 def _run_temperatures(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
-    from ncsr_fast.evaluation.temperatures import Evaluation, table
+    from ncsr_fast.evaluation.temperatures import table
     from ncsr_fast.memory import within_free_memory
     from ncsr_fast.model import NCSR
     from ncsr_fast.places import check_apart, files_of_model
@@ -130,7 +135,7 @@ def _run_temperatures(args: argparse.Namespace) -> None:
     check_apart(outputs, {**read, "--model": files_of_model(name)})
     pairs = _pairs(args)
     model = NCSR.from_pretrained(name).to(device).eval()
-    evaluation = Evaluation(model, args.temperatures, args.n, args.seed, lpips_or_none(device), to_8bit)
+    evaluation = _evaluation(model, args, to_8bit, device)
     measured: list[Path] = []
     problems: list[str] = []
     with within_free_memory() if device == "cpu" else contextlib.nullcontext():
@@ -149,6 +154,19 @@ def _run_temperatures(args: argparse.Namespace) -> None:
         if args.csv:
             _write_csv(args.csv, names, evaluation.scores)
     raise_problems(problems, len(pairs), "measured")
+
+
+def _evaluation(model: NCSR, args: argparse.Namespace, to_8bit: str, device: str) -> Evaluation | LowLightEvaluation:
+    from ncsr_fast.evaluation.low_light import LowLightEvaluation
+    from ncsr_fast.evaluation.temperatures import Evaluation
+    from ncsr_fast.photographs import is_low_light
+
+    how = args.n, args.seed, lpips_or_none(device), to_8bit
+    if not is_low_light(model):
+        return Evaluation(model, args.temperatures, *how)
+    if args.lr_images is None:
+        raise ValueError(f"{model.describe()}, makes dark photographs bright: give the dark ones of the images, --lr-images")
+    return LowLightEvaluation(model, [0.0] if args.temperatures is _TEMPERATURES else args.temperatures, *how)
 
 
 def lpips_or_none(device: str, notes: list[str] | None = None) -> Any:
@@ -175,7 +193,7 @@ def _pairs(args: argparse.Namespace) -> list[tuple[Path, Path | None]]:
     return pair_up(images, Path(args.images), list_images(args.lr_images), Path(args.lr_images))[: args.limit]
 
 
-def _add(evaluation: Evaluation, hr: Path, lr: Path | None, n: int) -> str | None:
+def _add(evaluation: Evaluation | LowLightEvaluation, hr: Path, lr: Path | None, n: int) -> str | None:
     """Measure an image; return the reason if it cannot be measured, else None."""
     from tqdm import tqdm
 

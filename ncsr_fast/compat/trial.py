@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ncsr_fast.autocast import undecorated, without_autocast
-from ncsr_fast.compat.replacement import Replacement
+from ncsr_fast.compat.served import EngineForward
 from ncsr_fast.precision import true_float32
 
 _TOLERANCE = 1e-4  # relative to the largest element: rounding is below 1e-5, a different formula far above
@@ -32,7 +32,7 @@ class Pair(NamedTuple):
 class Sides:
     """The same calls of a network's own code and of its replacement, neither under the autocast that decorates the former."""
 
-    def __init__(self, replacement: Replacement) -> None:
+    def __init__(self, replacement: EngineForward) -> None:
         self.module, self.replacement = replacement.module, replacement
         self._own, _ = undecorated(type(replacement.module).forward)
 
@@ -51,7 +51,7 @@ class Sides:
 @torch.no_grad()
 def disagreement(
     net: nn.Module,
-    ours: Callable[[nn.Module], Replacement],
+    ours: Callable[[nn.Module], EngineForward],
     compared: Callable[[Sides, str, Tensor, torch.Generator], Iterator[Pair]],
 ) -> str | None:
     """The difference between the results of a copy of `net` and of `ours(copy)` on a small image, in words; None: none.

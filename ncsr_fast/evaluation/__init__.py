@@ -2,6 +2,7 @@
 
 from ncsr_fast.evaluation.bootstrap import Interval, mean_interval, paired_interval
 from ncsr_fast.evaluation.comparison import Comparison, compare
+from ncsr_fast.evaluation.low_light import LowLightEvaluation
 from ncsr_fast.evaluation.methods import Bicubic, Flow, Folder, Generator, Method, load_method
 from ncsr_fast.evaluation.names import PROTOCOLS, Originals, Protocol, find_originals, find_samples
 from ncsr_fast.evaluation.protocol import ImageMeasurement, evaluate_method
@@ -18,6 +19,7 @@ __all__ = [
     "Generator",
     "ImageMeasurement",
     "Interval",
+    "LowLightEvaluation",
     "Method",
     "Originals",
     "Protocol",

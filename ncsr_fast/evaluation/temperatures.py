@@ -106,8 +106,8 @@ class Evaluation:
         self._to_8bit = to_8bit
         if is_low_light(model):
             raise ValueError(
-                f"{model.describe()}, makes dark photographs bright, and what is measured here are enlarged ones: the "
-                "validation of ncsr-fast train measures it"
+                f"{model.describe()}, makes dark photographs bright, and what is measured here are enlarged ones: "
+                "LowLightEvaluation measures it"
             )
         self._model, self._temperatures, self._n, self._seed = model, list(dict.fromkeys(temperatures)), n, seed
         self._lpips_network = lpips_network

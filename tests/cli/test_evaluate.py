@@ -7,12 +7,14 @@ import re
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from ncsr_fast import NCSR
 from ncsr_fast.cli.main import main
-from ncsr_fast.data import read_image
+from ncsr_fast.data import crop_margins, list_images, match_brightness, read_image, write_image
 from ncsr_fast.metrics import imresize, psnr
+from ncsr_fast.photographs import photograph_input
 from ncsr_fast.warn import warn_caller
 
 
@@ -34,7 +36,7 @@ def test_evaluate(model, photos, tmp_path, capsys):
 
 
 def test_evaluate_with_given_lr_images_is_evaluate_with_the_same_lr(model, photos, tmp_path):
-    from ncsr_fast.data import degrade, list_images, write_image
+    from ncsr_fast.data import degrade
 
     for path in list_images(photos):
         write_image(tmp_path / "lr" / path.relative_to(photos), degrade(read_image(path), 4))
@@ -125,9 +127,30 @@ def test_the_json_is_json(model, tmp_path):
     assert scores[0]["images"]["psnr"] == [None] and scores[0]["means"]["psnr"] is None
 
 
-def test_low_light_models_are_not_measured(low_light_model, photos, capsys):
+def test_a_low_light_model_is_measured_on_pairs(low_light_model, photos, tmp_path, capsys):
+    """With the reference's brightness and without: they differ by what the brightness does."""
+    dark, files = tmp_path / "dark", list_images(photos)
+    for file in files:
+        write_image(dark / file.relative_to(photos), read_image(file) // 6)
+    arguments = ["evaluate", str(photos), "--lr-images", str(dark), "--model", low_light_model]
+    assert main([*arguments, "--json", str(tmp_path / "scores.json")]) == 0
+    means = {row["method"]: row["means"] for row in json.loads((tmp_path / "scores.json").read_text())["scores"]}
+    assert list(means) == ["dark", "temperature 0", "temperature 0, reference's brightness"]
+    model, expected = NCSR.from_pretrained(low_light_model), {name: [] for name in means}
+    for file in files:
+        hr, low = read_image(file), read_image(dark / file.relative_to(photos))
+        lr, margins = photograph_input(model, low)
+        with torch.no_grad():
+            condition = model.condition(lr)
+            raw = crop_margins(condition.decode([latent[:, 0] for latent in condition.draw(1, 0.0)]), margins)[0]
+        reference = hr.float() / 255
+        for name, image in zip(means, (low.float() / 255, raw, match_brightness(raw, reference))):
+            seen = (image.clamp(0, 1) * 255).round()
+            expected[name].append(float(10 * torch.log10(255**2 / (seen - hr.float()).double().square().mean())))
+    for name, values in expected.items():
+        assert means[name]["psnr"] == pytest.approx(sum(values) / len(files), abs=1e-3)
     assert main(["evaluate", str(photos), "--model", low_light_model]) == 1
-    assert "LLFlow, ×1, 1 blocks, 1 steps per level, makes dark photographs bright" in capsys.readouterr().err
+    assert "makes dark photographs bright: give the dark ones of the images, --lr-images" in capsys.readouterr().err
 
 
 def test_warnings_name_the_image(model, photos, monkeypatch):
