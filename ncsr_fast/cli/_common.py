@@ -183,6 +183,8 @@ def check_file(option: str, file: str | os.PathLike) -> Path:
     """The path of a file that can be written; raise OSError naming the option. Nothing is made yet."""
     if Path(file).is_dir():
         raise IsADirectoryError(f"{option}: {os.fspath(file)!r} is a folder; give the file to write")
+    if Path(file).exists() and not Path(file).is_file():
+        raise OSError(f"{option}: {os.fspath(file)!r} is a device or a pipe, which a file would replace; give the file to write")
     check_folder(option, Path(file).absolute().parent)
     return Path(file)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 
 import pytest
@@ -85,6 +86,22 @@ def test_a_file_for_a_folder_or_the_other_way_round(here, name, capsys):
     assert (
         not out and err.count("\n") == 1 and ("is a folder; give the file to write" in err or "is a file; give a folder" in err)
     )
+
+
+PIPED = {
+    "plot": ["plot", "run", "--out", "pipe"],
+    "evaluate": ["evaluate", "photos", *QUICK, "--json", "pipe"],
+    "gallery": ["gallery", "photos", "--model", "m", "--out", "pipe"],
+}
+
+
+@pytest.mark.parametrize("name", PIPED)
+def test_a_device_or_pipe_is_not_replaced_by_a_file(here, name, capsys):
+    os.mkfifo("pipe")
+    assert main(PIPED[name]) == 1
+    err = capsys.readouterr().err
+    assert "'pipe' is a device or a pipe" in err and err.count("\n") == 1
+    assert (here / "pipe").is_fifo()
 
 
 def test_a_run_writes_the_files_it_is_said_to_write(here, photos):
