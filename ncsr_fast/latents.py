@@ -143,7 +143,7 @@ def restore(
         temperature: Of the result.
         window: As for `normalize`: small windows give detail to what is smooth beside what is not.
     """
-    encoded = flow.encode(flow.residual(image))
+    encoded = flow.encode(flow.residual(image), tile="auto")
     return images_of(flow, normalize(encoded.latents, temperature, window=window, prior_mean=encoded.prior_mean))
 
 
@@ -170,7 +170,7 @@ def transfer(
     """
     if project:
         pasted = projected(pasted, flow.lr, flow.config.scale)
-    masks, encoded = latent_masks(flow, mask), flow.encode(flow.residual(pasted))
+    masks, encoded = latent_masks(flow, mask), flow.encode(flow.residual(pasted), tile="auto")
     return images_of(flow, normalize(encoded.latents, temperature, masks, prior_mean=encoded.prior_mean))
 
 

@@ -119,7 +119,15 @@ class NCSR(Freezable):
         """
         return self._condition(lr, keeps=True, tile=tile)
 
-    def encode(self, hr: Tensor, lr: Tensor, noise: Tensor | None = None, *, prior: str | Tensor = "condition") -> Encoded:
+    def encode(
+        self,
+        hr: Tensor,
+        lr: Tensor,
+        noise: Tensor | None = None,
+        *,
+        prior: str | Tensor = "condition",
+        tile: int | str | None = None,
+    ) -> Encoded:
         """Latents and log-likelihood of `hr` given `lr`.
 
         Args:
@@ -128,6 +136,8 @@ class NCSR(Freezable):
             noise: Condition, or None for zero.
             prior: Where the mean of the top latent comes from, where there is one: "condition", from `lr`; "reference", from
                 `hr`, as LLFlow is trained in a part of the batches; or of each image one of them, (B,) bool, True for `hr`.
+            tile: None: whole. A number of LR pixels, or "auto": in tiles as for `sample`, equal to rounding, in less memory;
+                without gradients alone ("auto" encodes whole where they are recorded).
 
         Returns:
             `.latents`, a tuple: those of the splits in encoding order, then the top one, all standard normal under the model
@@ -138,18 +148,27 @@ class NCSR(Freezable):
             ValueError, TypeError: Shape, HR/LR sizes that do not fit the scale, dtype, device, and (CPU tensors) NaN or
                 infinite values; the message names the argument.
         """
-        return self._condition(lr).encode(hr, noise, prior=prior)
+        return self._condition(lr, tile=tile).encode(hr, noise, prior=prior, tile=tile)
 
     def forward(self, hr: Tensor, lr: Tensor, noise: Tensor | None = None, *, prior: str | Tensor = "condition") -> Tensor:
         """Return `nll(hr, lr, noise)`, so that training, module wrappers, hooks and `torch.compile` can call the model."""
         return self.nll(hr, lr, noise, prior=prior)
 
-    def nll(self, hr: Tensor, lr: Tensor, noise: Tensor | None = None, *, prior: str | Tensor = "condition") -> Tensor:
+    def nll(
+        self,
+        hr: Tensor,
+        lr: Tensor,
+        noise: Tensor | None = None,
+        *,
+        prior: str | Tensor = "condition",
+        tile: int | str | None = None,
+    ) -> Tensor:
         """Negative log-likelihood (B,) in bits per HR pixel *position*, `-log p / (ln 2 · H · W)`.
 
-        As in the published programs it is not divided by the channels. H and W are the padded size. `prior` as of `encode`.
+        As in the published programs it is not divided by the channels. H and W are the padded size; `prior` and `tile` are
+        those of `encode`.
         """
-        return _bits(self.encode(hr, lr, noise, prior=prior), self.inputs.padded_pixels(lr))
+        return _bits(self.encode(hr, lr, noise, prior=prior, tile=tile), self.inputs.padded_pixels(lr))
 
     @torch.no_grad()
     def initialize(self, hr: Tensor, lr: Tensor, noise: Tensor | None = None) -> Tensor:

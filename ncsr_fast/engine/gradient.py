@@ -26,7 +26,12 @@ from ncsr_fast.ops.operator import Operator, Outputs, Pair, Tensors
 
 
 def level_pass(
-    x: Tensor, tensors: LevelTensors, program: Program, checkpoint: bool, peaks: Peaks | None = None
+    x: Tensor,
+    tensors: LevelTensors,
+    program: Program,
+    checkpoint: bool,
+    peaks: Peaks | None = None,
+    window: tuple[slice, slice] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The state after a program, and the log|det| (B,) of its affines, differentiable.
 
@@ -36,13 +41,16 @@ def level_pass(
         program: The program.
         checkpoint: False: the hidden layers of the networks are saved, not recomputed in the backward pass.
         peaks: Are added those of the state behind every mix; only by a pass that records no gradients.
+        window: Rows and columns whose log|det| is wanted; None: all. Only of a pass that records no gradients.
     """
     flat, spec = pytree.tree_flatten((x, tensors))
     given = [tensor for tensor in flat if tensor is not None]
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given):
+        if window is not None:
+            raise NotImplementedError("the log-det of a window of the state has no gradients")
         y, logdet = _level_pass(tuple(flat), spec, program, checkpoint)
         return y, logdet
-    return _run(x, tensors, program, not readable(given, by_pytorch=True), None if peaks is None else Record(peaks=peaks))
+    return _run(x, tensors, program, not readable(given, by_pytorch=True), Record(peaks=peaks, window=window))
 
 
 def _run(x: Tensor, tensors: LevelTensors, program: Program, recorded: bool, record: Record | None) -> Pair:

@@ -9,7 +9,7 @@ from torch import Tensor
 from ncsr_fast.engine.condition import Features, resized_noise
 from ncsr_fast.engine.options import EngineOptions
 from ncsr_fast.engine.peaks import Peaks
-from ncsr_fast.engine.plan import Level, LevelPlan
+from ncsr_fast.engine.plan import Level, LevelPlan, Window
 
 
 class ReferenceLevel(Level, Protocol):
@@ -19,7 +19,7 @@ class ReferenceLevel(Level, Protocol):
     has_kernels: bool
 
     def encode(
-        self, z: Tensor, u: Tensor, v: Tensor | None, initialize: bool, backend: str
+        self, z: Tensor, u: Tensor, v: Tensor | None, initialize: bool, backend: str, window: Window | None
     ) -> tuple[Tensor, Tensor | None, Tensor]: ...
 
     def decode(
@@ -40,9 +40,11 @@ class PlainLevel:
         self.level, self.backend = level, options.backend
         self.u = features.joined.to(level.actnorm_bias.dtype)
 
-    def encode(self, z: Tensor, noise: Tensor | None = None, initialize: bool = False) -> tuple[Tensor, Tensor | None, Tensor]:
+    def encode(
+        self, z: Tensor, noise: Tensor | None = None, window: Window | None = None, initialize: bool = False
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
         """Encode as `LevelPlan.encode`; `initialize` sets every actnorm from its input before applying it."""
-        return self.level.encode(z, self._u(z), self.noise(noise, z), initialize, self.backend)
+        return self.level.encode(z, self._u(z), self.noise(noise, z), initialize, self.backend, window)
 
     def decode(
         self, z: Tensor, latent: Tensor | None, noise: Tensor | None = None, peaks: Peaks | None = None

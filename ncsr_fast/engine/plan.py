@@ -43,6 +43,8 @@ from ncsr_fast.ops.conv3x3 import ConvolutionMethod, convolution
 from ncsr_fast.ops.recorded import RecordedKernels
 from ncsr_fast.ops.step_network import packs_weights
 
+Window = tuple[slice, slice]  # rows and columns
+
 
 class Level(Protocol):
     """Interface of a level for the engine: the attributes of `ncsr_fast.flow.level.FlowLevel` that it reads."""
@@ -143,20 +145,24 @@ class LevelPlan:
             self._add_known()
             self.program = self._make_program()
 
-    def encode(self, z: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor | None, Tensor]:
+    def encode(
+        self, z: Tensor, noise: Tensor | None = None, window: Window | None = None
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
         """z → state of the next level, the split's latent (None without one), logdet (B,).
 
         Args:
             z: (B, C/s², s·h, s·w) for a level that squeezes by s.
             noise: As the model has it, or None for zero.
+            window: Rows and columns of the level that results are wanted of, all but the halo of a tile; None: all. Where
+                gradients are recorded there is none.
         """
         level, options = self.level, self.options
         with without_autocast(z.device.type):
-            z, logdet = self._steps(laid_out(level.squeezed(z), options.memory_format), noise, None)
+            z, logdet = self._steps(laid_out(level.squeezed(z), options.memory_format), noise, None, window)
             if self._split is None:
-                return z, None, logdet
-            h = split_prior(self._split, z[:, : -level.split_channels])
-            z, density = ops.gaussian_split(z, h, backend=options.backend)
+                return within(z, window), None, logdet
+            h = within(split_prior(self._split, z[:, : -level.split_channels]), window)
+            z, density = ops.gaussian_split(within(z, window), h, backend=options.backend)
             return z[:, : -level.split_channels], z[:, -level.split_channels :], logdet + density
 
     def decode(
@@ -179,14 +185,17 @@ class LevelPlan:
             z, logdet = self._steps(laid_out(z, options.memory_format), noise, peaks)
             return self.level.unsqueezed(z), torch.stack([logdet, *logdets]).sum(dim=0)
 
-    def _steps(self, x: Tensor, noise: Tensor | None, peaks: Peaks | None) -> tuple[Tensor, Tensor]:
+    def _steps(
+        self, x: Tensor, noise: Tensor | None, peaks: Peaks | None, window: Window | None = None
+    ) -> tuple[Tensor, Tensor]:
         sources = [*self._known.sources, *self._noise_source(noise)]
         # autograd sums the gradients of tensors that samples share
         sources = [source.expand(x.shape[0], -1, -1, -1) if source.requires_grad else source for source in sources]
         networks, outputs = self.folded.networks, tuple(self._known.outputs)
         tensors = LevelTensors(self.mixing.mix, self.mixing.offset, networks, tuple(sources), outputs, self.folded.packed)
-        y, logdet = level_pass(x, tensors, self.program, self.options.checkpoint, peaks)
-        return y, logdet + self.mixing.logdet * (x.shape[2] * x.shape[3])
+        y, logdet = level_pass(x, tensors, self.program, self.options.checkpoint, peaks, window)
+        counted = within(x, window)
+        return y, logdet + self.mixing.logdet * (counted.shape[2] * counted.shape[3])
 
     def _folded_mixing(self) -> Mixing:
         level = self.level
@@ -311,6 +320,11 @@ class LevelPlan:
             self._network_backend,
             options.method,
         )
+
+
+def within(x: Tensor, window: Window | None) -> Tensor:
+    """The rows and columns of a window; None: all."""
+    return x if window is None else x[(..., *window)]
 
 
 def folded_split(level: Level) -> tuple[Tensor, Tensor]:

@@ -6,8 +6,8 @@ cut for zeros, as beyond a border; that goes wrong by as many pixels as the conv
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from torch import Tensor
 from ncsr_fast.engine.plan import Level
 
 PIXEL = 1  # that a 3×3 convolution reaches
+Item = TypeVar("Item")
 
 
 class Span(NamedTuple):
@@ -58,18 +59,23 @@ def spans(size: int, side: int, halo: int, multiple: int = 1) -> list[Span]:
     return found
 
 
-def halo(level: Level) -> int | None:
+def halo(level: Level, inverse: bool = True) -> int | None:
     """How far, in pixels of the level, what a pixel is decoded to depends on the state and the latent of a level.
+
+    Without `inverse`, what it is encoded to, its latent too.
 
     The channels that couplings pass through reach less far than the others until the next 1×1 convolution mixes them: couplings
     of one step do not add up. A network that reads the condition alone, whose features are cropped as the state is, reaches no
     farther than its radius. None where networks do not say theirs.
     """
+    channels = level.actnorm_bias.shape[1]
     passed = changed = 0
-    if level.split_channels:  # its mean and scale are a convolution of the channels that stay, the first ones
-        passed, changed = PIXEL * (level.actnorm_bias.shape[1] - level.split_channels < level.pass_through), PIXEL
-    for step in reversed(range(level.steps)):
-        for branch in reversed(level.branches):
+    if inverse and level.split_channels:  # its mean and scale are a convolution of the channels that stay, the first ones
+        passed, changed = PIXEL * (channels - level.split_channels < level.pass_through), PIXEL
+    for step in _in_order(range(level.steps), inverse):
+        if not inverse:  # the 1×1 convolution is behind the branches in decoding
+            passed = changed = max(passed, changed)
+        for branch in _in_order(level.branches, inverse):
             if branch.steps is not None and step < level.steps - branch.steps:
                 continue
             radius = getattr(level.networks(branch), "radius", None)
@@ -77,8 +83,17 @@ def halo(level: Level) -> int | None:
                 return None
             changed = max(changed, radius if branch.changes_all else passed + radius)
             passed = max(passed, radius) if branch.changes_all else passed
-        passed = changed = max(passed, changed)
-    return changed
+        if inverse:
+            passed = changed = max(passed, changed)
+    if not inverse and level.split_channels:
+        mean = passed if channels - level.split_channels <= level.pass_through else max(passed, changed)
+        return max(passed, changed, mean + PIXEL)
+    return max(passed, changed)
+
+
+def _in_order(sequence: Sequence[Item], inverse: bool) -> Iterable[Item]:
+    """In the order of encoding, or of decoding."""
+    return reversed(sequence) if inverse else sequence
 
 
 def in_tiles(function: Callable[[Tensor], Tensor], x: Tensor, side: int, halo: int) -> Tensor:

@@ -11,9 +11,11 @@ from ncsr_fast.engine.folding import Networks, is_deep
 from ncsr_fast.engine.peaks import Peaks
 from ncsr_fast.engine.program import Head, Link, Program
 from ncsr_fast.ops.backend import Kernels, kernels
+from ncsr_fast.ops.contract import compute_dtype
 from ncsr_fast.ops.coupled_step import Mixing, Step, coupled_step, mapped, peaks, total
 from ncsr_fast.ops.network_gradients import StepNetwork
 from ncsr_fast.ops.recorded import RecordedKernels
+from ncsr_fast.ops.reference import affine_logdet
 from ncsr_fast.ops.step_network import NetworkTensors, network_weights
 
 Hidden = tuple[Tensor, ...]  # layers of a network: two, or those of a deep one
@@ -48,12 +50,14 @@ class Record(NamedTuple):
         peaks: Of the state behind every mix; None: not wanted.
         outputs: Of the networks that every stage evaluates; None: not wanted.
         hidden: Hidden layers of those networks; None: not wanted.
+        window: Rows and columns of the state whose log-det is wanted, all but the halo of a tile; None: all. When encoding.
     """
 
     states: list[Tensor] | None = None
     peaks: Peaks | None = None
     outputs: list[list[Tensor]] | None = None
     hidden: list[list[Hidden]] | None = None
+    window: tuple[slice, slice] | None = None
 
 
 class Walk:
@@ -82,6 +86,8 @@ class Walk:
         logdets: list[Tensor] = []
         found: list[Tensor] = []  # peaks
         record = record or Record()
+        if record.window is not None:
+            logdets.append(x.new_zeros(x.shape[0], dtype=compute_dtype(x)))
         if self.program.stages[0].mix is None:
             _enter(record, x)
         for link in self.program.links:
@@ -101,6 +107,8 @@ class Walk:
     def _step(self, link: Link, x: Tensor, record: Record) -> Step:
         """The maps of a link, with the evaluation of its network if that reads the state."""
         program, head, mixing = self.program, link.head, self._mixing(link, x)
+        if record.window is not None:
+            return self._windowed(link, x, mixing, record.window)
         # a part of the state is watched by itself
         watched = record.peaks is not None and record.peaks.is_whole and link.mix is not None
         known = head is None or self.outputs[head.branch] is not None
@@ -113,6 +121,14 @@ class Walk:
         if record.outputs is not None and step.output is not None:
             record.outputs[-1].append(step.output)
         return step
+
+    def _windowed(self, link: Link, x: Tensor, mixing: Mixing, window: tuple[slice, slice]) -> Step:
+        """The maps of a link, with the log|det| of a window of the state."""
+        program, head = self.program, link.head
+        h, pass_through = (None, 0) if head is None else (self.output(head, x), head.pass_through)
+        step = mapped(self._maps, x, h, pass_through, mixing, program.eps, program.inverse, watched=False)
+        outputs = [each[(..., *window)].to(compute_dtype(x)) for each in (h, mixing.injector) if each is not None]
+        return step._replace(logdets=tuple(affine_logdet(each, program.eps).expand(x.shape[0]) for each in outputs))
 
     def _mixing(self, link: Link, x: Tensor) -> Mixing:
         if link.mix is None:

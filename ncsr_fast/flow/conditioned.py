@@ -104,19 +104,19 @@ class Levels:
 
     def encoded(self, x: Tensor, noise: Tensor | None, mean: Tensor | None) -> Encoded:
         """Latents and log-likelihood, with that mean of the prior of the top latent; None is zero."""
-        return _with_prior(*self.encode(x, noise), mean)
+        return with_prior(*self.encode(x, noise), mean)
 
     def initialized(self, x: Tensor, noise: Tensor | None) -> Encoded:
         """Latents and log-likelihood by the reference, which sets every actnorm from its input before applying it."""
         pairs = zip(self.levels, self.condition.features)
         plain = (PlainLevel(level, features.whole, self.options) for level, features in pairs)
         latents, logdet = _encode(x, (partial(level.encode, noise=noise, initialize=True) for level in plain))
-        return _with_prior(latents, logdet, self.condition.prior_mean)
+        return with_prior(latents, logdet, self.condition.prior_mean)
 
-    def region_plan(self, index: int, rows: slice, columns: slice) -> Plan:
-        """The plan of decoding a part of a level, for one call."""
+    def region_plan(self, index: int, rows: slice, columns: slice, inverse: bool = True) -> Plan:
+        """The plan of decoding a part of a level, or of encoding it, for one call."""
         with torch.set_grad_enabled(self.recorded and torch.is_grad_enabled()):
-            return plan(self.levels[index], self.condition.features[index].region(rows, columns), self.options, inverse=True)
+            return plan(self.levels[index], self.condition.features[index].region(rows, columns), self.options, inverse)
 
     def decode(self, latents: Sequence[Tensor], noise: Tensor | None, peaks: Peaks | None = None) -> tuple[Tensor, Tensor]:
         """The image of latents, and the log|det| (B,) of decoding, which is minus that of encoding.
@@ -188,7 +188,7 @@ class Levels:
         return self.batch * sum(parts) <= spare_bytes(self.device)
 
 
-def _with_prior(latents: tuple[Tensor, ...], logdet: Tensor, mean: Tensor | None) -> Encoded:
+def with_prior(latents: tuple[Tensor, ...], logdet: Tensor, mean: Tensor | None) -> Encoded:
     """Latents with their log-likelihood, from the log-det with the log-density of all of them but the last."""
     top = latents[-1] if mean is None else latents[-1] - mean
     return Encoded(latents, logdet + gaussian_log_density(top).sum(dim=(1, 2, 3)), mean)

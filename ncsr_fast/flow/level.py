@@ -12,9 +12,11 @@ from ncsr_fast import ops
 from ncsr_fast.config import CONDITIONS, Branch, LevelConfig
 from ncsr_fast.engine.cache import Cache
 from ncsr_fast.engine.peaks import Peaks
+from ncsr_fast.engine.plan import Window, within
 from ncsr_fast.flow.actnorm import initialize_actnorm
 from ncsr_fast.flow.networks import NETWORKS, DeepNetwork, DeepNetworks, Network, StackedNetworks, zeros_conv
 from ncsr_fast.ops.contract import pass_through_channels
+from ncsr_fast.ops.reference import affine_logdet
 
 
 class Step(NamedTuple):
@@ -108,23 +110,44 @@ class FlowLevel(nn.Module):
         return getattr(self, branch.name)
 
     def encode(
-        self, z: Tensor, u: Tensor, v: Tensor | None, initialize: bool = False, backend: str = "auto"
+        self,
+        z: Tensor,
+        u: Tensor,
+        v: Tensor | None,
+        initialize: bool = False,
+        backend: str = "auto",
+        window: Window | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         """The next level's state, the split's latent (None without a split) and logdet (B,), from z (B, C/s², s·h, s·w).
 
-        With `initialize`, every actnorm is set from its input before it is applied.
+        With `initialize`, every actnorm is set from its input before it is applied. With `window`, results are those of its
+        rows and columns.
         """
         z = self.squeezed(z)
         logdets = []
         for step in self.unbind():
-            z, logdet = self.encode_step(step, z, u, v, initialize, backend)
-            logdets.append(logdet)
+            if window is None:
+                z, logdet = self.encode_step(step, z, u, v, initialize, backend)
+                logdets.append(logdet)
+                continue
+            parts = self.encode_parts(step, z, u, v, initialize, backend)
+            z = parts[-1].z
+            logdets += [self._logdet_within(part, window) for part in parts]
         latent = None
         if self.split_channels:
-            z, logdet = ops.gaussian_split(z, self._prior(z[:, : -self.split_channels]), backend=backend)
+            h = within(self._prior(z[:, : -self.split_channels]), window)
+            z, logdet = ops.gaussian_split(within(z, window), h, backend=backend)
             logdets.append(logdet)
             z, latent = z[:, : -self.split_channels], z[:, -self.split_channels :]
+        else:
+            z = within(z, window)
         return z, latent, torch.stack(logdets).sum(dim=0)
+
+    def _logdet_within(self, part: Part, window: Window) -> Tensor:
+        """The log-det (B,) of a part of a step in the rows and columns of a window."""
+        if part.h is not None:
+            return affine_logdet(within(part.h, window), self.eps)
+        return part.logdet * (within(part.z, window)[0, 0].numel() / part.z[0, 0].numel())  # the same in every pixel
 
     def decode(
         self,

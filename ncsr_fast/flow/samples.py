@@ -12,10 +12,10 @@ from torch import Tensor
 from ncsr_fast.checks import check_count, check_tile
 from ncsr_fast.config import FlowConfig
 from ncsr_fast.engine.peaks import Peaks
-from ncsr_fast.flow.conditioned import Encoded, Levels
+from ncsr_fast.flow.conditioned import Encoded, Levels, with_prior
 from ncsr_fast.flow.inputs import Inputs, enlarged
 from ncsr_fast.flow.temperature import Temperature, temperature_for
-from ncsr_fast.flow.tiling import Progress, Tiling, tiling
+from ncsr_fast.flow.tiling import Progress, Tiling, encoding_tiling, tiling
 from ncsr_fast.layout import has_memory, traced
 from ncsr_fast.warn import warn_caller
 
@@ -142,8 +142,16 @@ class ConditionedFlow:
         check_count("n", n)
         return draw(self._levels, self.lr, n, temperature_for(temperature, self.config, self.lr), generator)
 
-    def encode(self, hr: Tensor, noise: Tensor | None = None, *, prior: str | Tensor = "condition") -> Encoded:
+    def encode(
+        self,
+        hr: Tensor,
+        noise: Tensor | None = None,
+        *,
+        prior: str | Tensor = "condition",
+        tile: int | str | None = None,
+    ) -> Encoded:
         """Latents and log-likelihood of the HR images; see `NCSR.encode`."""
+        check_tile(tile)
         if isinstance(prior, Tensor):
             if prior.dtype != torch.bool or tuple(prior.shape) != (hr.shape[0],):
                 raise ValueError(
@@ -164,11 +172,22 @@ class ConditionedFlow:
                     mean = torch.where(prior[:, None, None, None], reference, mean)
                 else:
                     mean = reference
-            return self._levels.encoded(hr, noise, mean)
+            tiles = encoding_tiling(tile, self._levels, hr)
+            if tiles is None:
+                return self._levels.encoded(hr, noise, mean)
+            with self._levels.held():
+                return with_prior(*tiles.encode(self._levels, hr, noise), mean)
 
-    def log_prob(self, hr: Tensor, noise: Tensor | None = None, *, prior: str | Tensor = "condition") -> Tensor:
-        """log p(hr | lr), (B,) in nats; `prior` as of `NCSR.encode`."""
-        return self.encode(hr, noise, prior=prior).log_likelihood
+    def log_prob(
+        self,
+        hr: Tensor,
+        noise: Tensor | None = None,
+        *,
+        prior: str | Tensor = "condition",
+        tile: int | str | None = None,
+    ) -> Tensor:
+        """log p(hr | lr), (B,) in nats; `prior` and `tile` as of `NCSR.encode`."""
+        return self.encode(hr, noise, prior=prior, tile=tile).log_likelihood
 
     def decode(self, latents: Sequence[Tensor], noise: Tensor | None = None, *, tile: int | str | None = None) -> Tensor:
         """The HR images of latents, not clipped; see `NCSR.decode`. One LR image takes latents of any number of samples."""

@@ -1,6 +1,6 @@
-"""Decoding level by level in tiles: the same images as without, in little memory beside that of the images.
+"""Decoding and encoding level by level in tiles: the same results as without, in little memory beside that of the images.
 
-Between levels the whole state is stored. Of a level a tile at a time is planned and decoded, for all samples, with the halo
+Between levels the whole state is stored. Of a level a tile at a time is planned and evaluated, for all samples, with the halo
 that makes it exact (`ncsr_fast.engine.tiles`); latents are those of the whole image.
 """
 
@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from functools import partial
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ from ncsr_fast.memory import is_out_of_memory
 from ncsr_fast.warn import warn_caller
 
 Progress = Callable[[float], None]
+Result = TypeVar("Result")
 
 
 class Tiles(NamedTuple):
@@ -52,15 +54,16 @@ class Tiles(NamedTuple):
 
 
 class Tiling:
-    """The choice of tiles for the levels of a flow, and decoding in them.
+    """The choice of tiles for the levels of a flow, and decoding or encoding in them.
 
     Args:
         tile: LR pixels a side, or "auto": as large as the memory that is free allows.
         progress: Is told, after every tile, which part (0, 1] of the decoding is done.
+        inverse: True for decoding.
     """
 
-    def __init__(self, tile: int | str, progress: Progress | None = None) -> None:
-        self.tile, self._progress = tile, progress
+    def __init__(self, tile: int | str, progress: Progress | None = None, inverse: bool = True) -> None:
+        self.tile, self._progress, self.inverse = tile, progress, inverse
         self._most: dict[int, int] = {}  # by level, the largest side after memory ran out
         self._work: dict[int, float] = {}  # by level, of one pass
         self._budget: int | None = None
@@ -76,14 +79,24 @@ class Tiling:
         z = latents[-1]
         for index, _, latent in downward(levels.levels, latents):
             before = self._done
-            z = self._within_memory(levels, index, z, latent, noise, peaks)
+            run = partial(self._decoded, levels, index, z=z, latent=latent, noise=noise, peaks=peaks)
+            z = self._within_memory(levels, index, run)
             self._done = before + self._work[index]
         return z
+
+    def encode(self, levels: Levels, x: Tensor, noise: Tensor | None) -> tuple[tuple[Tensor, ...], Tensor]:
+        """Latents and log-det as `Levels.encode` returns them; nothing is recorded for gradients."""
+        latents, logdets = [], []
+        for index in range(len(levels.levels)):
+            x, latent, logdet = self._within_memory(levels, index, partial(self._encoded, levels, index, x=x, noise=noise))
+            logdets.append(logdet)
+            latents += [] if latent is None else [latent]
+        return (*latents, x), torch.stack(logdets).sum(dim=0)
 
     def tiles(self, levels: Levels, index: int) -> Tiles:
         """The tiles of a level."""
         height, width = levels.condition.features[index].size
-        side, reach = self._side(levels, index), halo(levels.levels[index])
+        side, reach = self._side(levels, index), halo(levels.levels[index], self.inverse)
         if reach is None:
             if self.tile != "auto":
                 raise ValueError(
@@ -105,30 +118,30 @@ class Tiling:
         affordable = self._budget // pixel
         if height * width <= affordable:
             return max(height, width)
-        reach = halo(levels.levels[index]) or 0
+        reach = halo(levels.levels[index], self.inverse) or 0
         return max(math.isqrt(affordable) - 2 * reach, _least(reach))
 
-    def _within_memory(
-        self, levels: Levels, index: int, z: Tensor, latent: Tensor | None, noise: Tensor | None, peaks: Peaks | None
-    ) -> Tensor:
-        """A level; where memory runs out, in smaller tiles."""
+    def _within_memory(self, levels: Levels, index: int, run: Callable[[Tiles], Result]) -> Result:
+        """A function of the tiles of a level; where memory runs out, of smaller ones."""
         while True:
             tiles = self.tiles(levels, index)
             try:
-                return self._decoded(levels, index, tiles, z, latent, noise, peaks)
+                return run(tiles)
             except (RuntimeError, MemoryError) as error:
-                reach = halo(levels.levels[index])
+                reach = halo(levels.levels[index], self.inverse)
                 smaller = min(tiles.side, max(levels.condition.features[index].size)) // 2
                 if not is_out_of_memory(error) or reach is None or smaller < min(_least(reach), tiles.side):
                     raise
             self._most[index] = smaller  # outside of the block, which holds on to what was computed
-            warn_caller(f"memory ran out at level {index + 1}, which is decoded in tiles of {smaller}×{smaller} of its pixels")
+            done = "decoded" if self.inverse else "encoded"
+            warn_caller(f"memory ran out at level {index + 1}, which is {done} in tiles of {smaller}×{smaller} of its pixels")
 
     def _decoded(
         self,
         levels: Levels,
         index: int,
         tiles: Tiles,
+        *,
         z: Tensor,
         latent: Tensor | None,
         noise: Tensor | None,
@@ -160,6 +173,31 @@ class Tiling:
         _add(peaks, found)
         return torch.cat(bands, dim=2)
 
+    def _encoded(
+        self, levels: Levels, index: int, tiles: Tiles, *, x: Tensor, noise: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """A level, in its tiles: the state of the next one, the split's latent and the log-det, each of the tiles' cores."""
+        if tiles.are_one:
+            return levels.plan(index, inverse=False).encode(x, noise)
+        if noise is not None:  # resized as a whole, as for decoding
+            noise = resized_noise(noise, levels.condition.features[index].size)
+        squeeze, logdets = levels.levels[index].squeeze, []
+        bands: list[list[Tensor]] = [[], []]  # of the state, and of the latent
+        for rows in tiles.rows:
+            band: list[list[Tensor]] = [[], []]
+            for columns in tiles.columns:
+                planned = levels.region_plan(index, rows.crop, columns.crop, inverse=False)
+                own = x[..., _times(rows.crop, squeeze), _times(columns.crop, squeeze)]
+                own_noise = None if noise is None else noise[..., rows.crop, columns.crop]
+                z, latent, logdet = planned.encode(own, own_noise, (rows.inner, columns.inner))
+                logdets.append(logdet)
+                for parts, part in zip(band, (z, latent)):
+                    parts += [] if part is None else [part.clone()]
+            for joined, parts in zip(bands, band):
+                joined += [torch.cat(parts, dim=3)] if parts else []
+        z, *latents = (torch.cat(joined, dim=2) for joined in bands if joined)
+        return z, latents[0] if latents else None, torch.stack(logdets).sum(dim=0)
+
     def _report(self, part: float, index: int) -> None:
         """Tell that so much of a level is done."""
         if self._progress is not None:
@@ -178,6 +216,22 @@ def tiling(tile: int | str | None, progress: Progress | None, levels: Levels, la
         if recorded or in_a_graph():
             tile = None
     return None if tile is None else Tiling(tile, progress)
+
+
+def encoding_tiling(tile: int | str | None, levels: Levels, x: Tensor) -> Tiling | None:
+    """The tiling that an argument `tile` asks for, of encoding x; None: it is encoded whole.
+
+    So it is by "auto" where gradients are recorded, and in graphs.
+
+    Raises:
+        ValueError: A number where gradients are recorded, which tiles have none of.
+    """
+    if tile is None:
+        return None
+    recorded = levels.records or (torch.is_grad_enabled() and x.requires_grad)
+    if tile != "auto" and recorded:
+        raise ValueError(f"tile={tile!r} is for encoding without gradients: call it under torch.no_grad(), or with tile=None")
+    return None if recorded or in_a_graph() else Tiling(tile, inverse=False)
 
 
 def _least(reach: int) -> int:

@@ -38,12 +38,21 @@ def affine_forward(x: Tensor, h: Tensor, pass_through: int, eps: float, inverse:
     """y in the dtype of x, and Σ log|det| (B,)."""
     dtype = compute_dtype(x)
     h = h.to(dtype)
-    shift, scale = h[:, 0::2], torch.sigmoid(h[:, 1::2] + 2) + eps
-    logdet = torch.log(scale).sum(dim=(1, 2, 3))
+    shift, scale = h[:, 0::2], _affine_scale(h, eps)
     changed = x[:, pass_through:].to(dtype)
     y = changed / scale - shift if inverse else (changed + shift) * scale
     y = torch.cat([x[:, :pass_through], y.to(x.dtype)], dim=1) if pass_through else y.to(x.dtype)
+    logdet = torch.log(scale).sum(dim=(1, 2, 3))
     return y, -logdet if inverse else logdet
+
+
+def affine_logdet(h: Tensor, eps: float) -> Tensor:
+    """Σ log|det| (B,) of the affine map, not of its inverse, whose network has the output h: a part of an image's, too."""
+    return torch.log(_affine_scale(h, eps)).sum(dim=(1, 2, 3))
+
+
+def _affine_scale(h: Tensor, eps: float) -> Tensor:
+    return torch.sigmoid(h[:, 1::2] + 2) + eps
 
 
 def affine_backward(
