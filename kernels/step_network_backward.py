@@ -43,9 +43,9 @@ from ncsr_fast.layout import empty_channels_last, writable
 from ncsr_fast.ops.network_gradients import Layers
 
 OUTPUTS_READ = 32  # of dh at once, at most
-# Channels, filled up, of hidden layers that are recomputed, and whose dw2 is summed, in the same kernel, by how numbers are
-# multiplied: w2 is in shared memory as a whole, dw2 in registers
-FUSED = {"half": 128, "tf32": 128, "ieee": 128}
+# Channels, filled up, of hidden layers that are recomputed, and whose dw2 is summed, in the same kernel: those of the published
+# models, for which the ahead-of-time report has no spills
+FUSED = 64
 PARTS = 264  # of the tiles of all samples, at most: programs of a network, two of each of 132 multiprocessors
 
 
@@ -199,11 +199,11 @@ def step_network_backward(
     *,
     tf32: bool = False,
     packed: Sequence[Sequence[Tensor]] = (),
-) -> list[tuple[Tensor | None, Tensor, Tensor]]:
+) -> list[Layers]:
     """As the reference's, but that of few hidden channels `sums` take the place of h1 and dh2. The last kernels add to dz1."""
     check_dtype(pre[0], "pre")
     kind = arithmetic(pre[0], tf32)
-    fused, recomputed = pre[0].numel() > 0 and block(pre[0].shape[1]) <= FUSED[kind], hidden is None
+    fused, recomputed = pre[0].numel() > 0 and block(pre[0].shape[1]) <= FUSED, hidden is None
     if hidden is None:
         hidden = [(None if x is None or fused else _empty(p), _empty(p)) for x, p in zip(z1, pre)]
     layers = [Layers(h1, h2, None if fused else _empty(h2)) for h1, h2 in hidden]
@@ -252,15 +252,15 @@ def _launch_hidden_backward(
     if not recomputed:
         z1 = [None] * len(dh)
         h1 = [own_pre if own is None else own for own, own_pre in zip(h1, pre)]
-    total, options = tiling(kind, height, width, 2 * hs if kind == "ieee" else hs)  # as many pixels as the forward pass spill
-    total, sums = total * batch, []
-    tiles = triton.cdiv(total, PARTS) if dh2[0] is None else 1
+    fused, sums = dh2[0] is None, []
+    total, options = tiling(kind, height, width, hs if kind == "half" else 2 * hs)  # more pixels spill
+    total *= batch
+    tiles = triton.cdiv(total, PARTS) if fused else 1
     parts = triton.cdiv(total, tiles)
-    if dh2[0] is None:
+    if fused:  # two sums a pixel and channel, and those of dw2: 4 warps spill
+        options["num_warps"] = 8
         shape = len(dh), parts, hidden * hidden + hidden
         sums = list(torch.empty(shape, dtype=torch.float32, device=pre[0].device))
-    if dh2[0] is None:  # two sums a pixel and channel, and those of dw2: 4 warps spill
-        options["num_warps"] = 8
     block_k = OUTPUTS_READ if outs % OUTPUTS_READ == 0 else INPUTS
     launch(
         hidden_backward_kernel,

@@ -21,8 +21,9 @@ from ncsr_fast.engine.peaks import Peaks
 from ncsr_fast.engine.program import Program
 from ncsr_fast.engine.walk import Hidden, Layers, LevelTensors, Record, Walk
 from ncsr_fast.layout import readable
-from ncsr_fast.ops.backend import Step, kernels
+from ncsr_fast.ops.backend import kernels
 from ncsr_fast.ops.operator import Operator, Outputs, Pair, Tensors
+from ncsr_fast.ops.protocol import Step
 
 
 def level_pass(

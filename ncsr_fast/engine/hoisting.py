@@ -24,7 +24,7 @@ from torch import Tensor
 from ncsr_fast.engine.ablation import ablation
 from ncsr_fast.engine.condition import Features, resized
 from ncsr_fast.layout import traced
-from ncsr_fast.ops.backend import Kernels, companion_backend, kernels
+from ncsr_fast.ops.backend import companion_backend, kernels
 from ncsr_fast.ops.conv3x3 import (
     ConvolutionMethod,
     backend_for,
@@ -36,6 +36,7 @@ from ncsr_fast.ops.conv3x3 import (
 )
 from ncsr_fast.ops.operator import Operator, Tensors
 from ncsr_fast.ops.plain_convolution import Needed
+from ncsr_fast.ops.protocol import Kernels
 
 Products = list[list[Tensor]]  # 1×1 weights (N, s, 1, 1) of {S, A, C} × {S, A, C}
 

@@ -10,10 +10,11 @@ from ncsr_fast.engine.deep_network import deep_layers, deep_network
 from ncsr_fast.engine.folding import Networks, is_deep
 from ncsr_fast.engine.peaks import Peaks
 from ncsr_fast.engine.program import Head, Link, Program
-from ncsr_fast.ops.backend import Kernels, kernels
+from ncsr_fast.ops.backend import kernels
 from ncsr_fast.ops.contract import compute_dtype
 from ncsr_fast.ops.coupled_step import Mixing, Step, coupled_step, mapped, peaks, total
 from ncsr_fast.ops.network_gradients import StepNetwork
+from ncsr_fast.ops.protocol import Kernels
 from ncsr_fast.ops.recorded import RecordedKernels
 from ncsr_fast.ops.reference import affine_logdet
 from ncsr_fast.ops.step_network import NetworkTensors, network_weights

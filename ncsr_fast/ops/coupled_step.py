@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from ncsr_fast.ops.backend import Kernels, kernels
+from ncsr_fast.ops.backend import kernels
+from ncsr_fast.ops.protocol import Kernels
 
 if TYPE_CHECKING:
     from ncsr_fast.ops.recorded import RecordedKernels

@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from ncsr_fast.ops.affine import affine
-from ncsr_fast.ops.backend import Kernels, covering_backend, kernels, resolve_backend
+from ncsr_fast.ops.backend import covering_backend, kernels, resolve_backend
 from ncsr_fast.ops.contract import check_eps, check_state, check_tensors, compute_dtype, pass_through_channels
 from ncsr_fast.ops.inverse_logdet import invert
 from ncsr_fast.ops.operator import Operator, Pair, Tensors
+from ncsr_fast.ops.protocol import Kernels
 from ncsr_fast.ops.reference import flow_step_forward
 from ncsr_fast.ops.registration import Signature
 from ncsr_fast.precision import product

@@ -1,115 +1,21 @@
-"""Calls of the compiled module: outputs are allocated, and tensors passed as addresses and strides.
-
-Shapes have been checked. `_image`, `_dense`, `_weight`, `_per_sample` and `_parameter` say how a kernel reads or writes a
-tensor; only `_run` takes addresses. Every memory layout is supported, dtypes are converted, and a tensor without memory, or on
-another device than the first tensor, raises an error. `_check_writable` checks the caller's tensors that a kernel writes to.
-"""
+"""Calls of the compiled module: outputs are allocated, and tensors passed as `ops.passing` says. Shapes have been checked."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ncsr_fast import _native as native
-from ncsr_fast.layout import empty_channels_last, empty_like, in_memory, writable
+from ncsr_fast.layout import empty_channels_last, empty_like
 from ncsr_fast.ops import reference
 from ncsr_fast.ops.contract import check_conditions, compute_dtype
 from ncsr_fast.ops.conv3x3 import ConvolutionMethod
 from ncsr_fast.ops.coupled_step import composed_of
 from ncsr_fast.ops.network_gradients import Layers, NetworkPass, StepNetwork, data_gradients, weight_gradients
-
-_DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}  # csrc/core/tensor.h
-
-
-class _Passed(NamedTuple):
-    """A tensor whose memory a kernel reads or writes; its address is null without a tensor.
-
-    Args:
-        tensor: The tensor, referenced until the call is over.
-        layout: Dtype and strides, which C++ reads after the address; None: the address alone.
-    """
-
-    tensor: Tensor | None
-    layout: tuple[int, ...] | None
-
-
-_NO_IMAGE = _Passed(None, (0, 0, 0, 0, 0))
-_NO_ADDRESS = _Passed(None, None)
-
-
-def _image(x: Tensor | None, dtype: torch.dtype | None = None) -> _Passed:
-    """A tensor (B, C, H, W) in its own layout; converted to `dtype` if given."""
-    if x is None:
-        return _NO_IMAGE
-    x = in_memory(x) if dtype is None else in_memory(x).to(dtype)
-    return _Passed(x, (_DTYPES[x.dtype], *x.stride()))
-
-
-def _dense(x: Tensor | None, dtype: torch.dtype | None = None) -> _Passed:
-    """A contiguous tensor; converted to `dtype` if given."""
-    return _NO_ADDRESS if x is None else _Passed(in_memory(x).to(dtype or x.dtype).contiguous(), None)
-
-
-def _weight(weight: Tensor, dtype: torch.dtype, transposed: bool = False) -> tuple[_Passed, tuple[int, int]]:
-    """A weight (outputs, inputs, 3, 3) with dense 3×3, possibly a slice of the channels of another weight; and its strides."""
-    weight = in_memory(weight).to(dtype)
-    if weight.stride()[2:] != (3, 1):
-        weight = weight.contiguous()
-    by_output, by_input = weight.stride()[:2]
-    return _Passed(weight, None), (by_input, by_output) if transposed else (by_output, by_input)
-
-
-def _per_sample(x: Tensor, dtype: torch.dtype) -> _Passed:
-    """One number per sample, with any stride."""
-    x = in_memory(x).to(dtype)
-    return _Passed(x, (_DTYPES[x.dtype], x.stride(0), 0, 0, 0))
-
-
-def _parameter(x: Tensor, dims: int) -> _Passed:
-    """A tensor of `dims` ≤ 2 dimensions, or a stack of such tensors, with any strides and dtype, for the folding."""
-    x = in_memory(x)
-    strides = x.stride()
-    item = strides[0] if len(strides) > dims else 0
-    row, column = (0, 0, *strides)[-2:] if dims == 2 else (0, strides[-1] if dims else 0)
-    return _Passed(x, (_DTYPES[x.dtype], item, 0, row, column))
-
-
-def _check_writable(y: Tensor, dtype: torch.dtype) -> None:
-    if writable(y).dtype != dtype:
-        raise TypeError(f"the kernel writes {dtype} here, but this tensor is {y.dtype}")
-
-
-def _run(call: Callable[..., Any], x: Tensor, workspace: Callable[[], int], *arguments: object) -> Any:
-    """Call a compiled function on the device of x, on which every tensor must be."""
-    device, values = x.device, []
-    for argument in arguments:
-        if type(argument) is not _Passed:
-            values.append(argument)
-            continue
-        tensor, layout = argument
-        address = 0
-        if tensor is not None:
-            if not (tensor.is_cpu or tensor.is_cuda):
-                raise TypeError(f"a kernel reads memory of the CPU or of a GPU, but this tensor is on {tensor.device}")
-            if tensor.device != device:
-                raise ValueError(f"a tensor is on {tensor.device}, but the state is on {device}")
-            address = tensor.data_ptr()
-        values.append(address if layout is None else (address, *layout))
-    return _launch(call, x, workspace, *values)
-
-
-def _launch(call: Callable[..., Any], x: Tensor, workspace: Callable[[], int], *values: object) -> Any:
-    """Run on the CPU with torch's number of threads, or on a GPU with its ordinal and torch's current stream there."""
-    float64, device = x.dtype == torch.float64, x.device
-    if device.type == "cpu":
-        return call(*values, float64, (0, torch.get_num_threads(), 0, 0))
-    memory = torch.empty(workspace(), dtype=torch.uint8, device=device)  # from torch's allocator, which is aware of streams
-    with torch.cuda.device(device):
-        stream = torch.cuda.current_stream(device).cuda_stream
-        return call(*values, float64, (1, device.index, stream, memory.data_ptr()))
+from ncsr_fast.ops.passing import check_writable, dense, image, parameter, per_sample, run, weight_and_strides
 
 
 def affine_forward(x: Tensor, h: Tensor, pass_through: int, eps: float, inverse: bool) -> tuple[Tensor, Tensor]:
@@ -132,9 +38,9 @@ def gaussian_split_backward(dy: Tensor, dlogdet: Tensor, x: Tensor, h: Tensor, i
 
 def _elementwise_forward(map: Any, x: Tensor, h: Tensor, pass_through: int, eps: float, inverse: bool) -> tuple[Tensor, Tensor]:
     y, logdet = empty_like(x), x.new_empty(x.shape[0], dtype=compute_dtype(x))
-    _run(
+    run(
         native.elementwise_forward, x, lambda: native.elementwise_workspace(x.shape),
-        map, x.shape, pass_through, eps, inverse, _image(x), _image(h), _image(y), _dense(logdet),
+        map, x.shape, pass_through, eps, inverse, image(x), image(h), image(y), dense(logdet),
     )  # fmt: skip
     return y, logdet
 
@@ -143,9 +49,9 @@ def _elementwise_backward(
     map: Any, dy: Tensor, dlogdet: Tensor, x: Tensor, h: Tensor, pass_through: int, eps: float, inverse: bool
 ) -> tuple[Tensor, Tensor]:
     dx, dh = empty_like(x), empty_like(h)
-    _run(
+    run(
         native.elementwise_backward, x, lambda: 0, map, x.shape, pass_through, eps, inverse,
-        _image(dy), _per_sample(dlogdet, compute_dtype(x)), _image(x), _image(h), _image(dx), _image(dh),
+        image(dy), per_sample(dlogdet, compute_dtype(x)), image(x), image(h), image(dx), image(dh),
     )  # fmt: skip
     return dx, dh
 
@@ -155,10 +61,10 @@ def flow_step_forward(
 ) -> tuple[Tensor, Tensor]:
     dtype = compute_dtype(x)
     y, logdet = empty_like(x), x.new_empty(x.shape[0], dtype=dtype)
-    _run(
+    run(
         native.flow_step_forward, x, lambda: native.flow_step_workspace(x.shape, x.dtype == torch.float64, False),
-        x.shape, eps, inverse, _image(x), _dense(mix, dtype), _dense(offset, dtype), _image(h_before), _image(h_after),
-        _image(y), _dense(logdet),
+        x.shape, eps, inverse, image(x), dense(mix, dtype), dense(offset, dtype), image(h_before), image(h_after),
+        image(y), dense(logdet),
     )  # fmt: skip
     return y, logdet
 
@@ -179,10 +85,10 @@ def flow_step_backward(
     dx, dmix, doffset = empty_like(x), x.new_empty((channels, channels), dtype=dtype), x.new_empty(channels, dtype=dtype)
     dh_before = None if h_before is None else empty_like(h_before)
     dh_after = None if h_after is None else empty_like(h_after)
-    _run(
+    run(
         native.flow_step_backward, x, lambda: native.flow_step_workspace(x.shape, x.dtype == torch.float64, True),
-        x.shape, eps, inverse, _image(dy), _per_sample(dlogdet, dtype), _image(x), _image(y), _dense(mix, dtype),
-        _image(h_before), _image(h_after), _image(dx), _dense(dmix), _dense(doffset), _image(dh_before), _image(dh_after),
+        x.shape, eps, inverse, image(dy), per_sample(dlogdet, dtype), image(x), image(y), dense(mix, dtype),
+        image(h_before), image(h_after), image(dx), dense(dmix), dense(doffset), image(dh_before), image(dh_after),
     )  # fmt: skip
     if mix_later:
         return dx, None, None, dh_before, dh_after
@@ -281,9 +187,9 @@ def _step_network(
     (batch, width, rows, columns), outputs, dtype = pre.shape, w3.shape[0], pre.dtype
     y = empty_channels_last((batch, outputs, rows, columns), pre)
     sizes = (batch, rows, columns, 0 if z1 is None else z1.shape[1], width, outputs)
-    _run(
-        native.step_network_forward, pre, lambda: 0, sizes, _image(z1, dtype), _image(pre), _dense(w1, dtype),
-        _dense(w2, dtype), _dense(b2, dtype), _dense(w3, dtype), _dense(b3, dtype), _image(h1), _image(h2), _image(y),
+    run(
+        native.step_network_forward, pre, lambda: 0, sizes, image(z1, dtype), image(pre), dense(w1, dtype),
+        dense(w2, dtype), dense(b2, dtype), dense(w3, dtype), dense(b3, dtype), image(h1), image(h2), image(y),
     )  # fmt: skip
     return y
 
@@ -328,12 +234,12 @@ def _conv3x3_backward_weight(dy: Tensor, x: Tensor, upsample2x: bool, out: Tenso
     outputs, inputs = dy.shape[1], x.shape[1]
     dweight, dbias = dy.new_empty((outputs, inputs, 3, 3)) if out is None else out, dy.new_empty(outputs)
     if out is not None:
-        _check_writable(out, dy.dtype)
+        check_writable(out, dy.dtype)
         if out.stride()[2:] != (3, 1):
             raise ValueError(f"the gradient of a weight must have dense 3×3, not strides {out.stride()}")
-    _run(
+    run(
         native.conv3x3_gradient, dy, lambda: 0, (len(x), *x.shape[2:], *dy.shape[2:], inputs, outputs), upsample2x,
-        _image(x, dy.dtype), _image(dy), *_weight(dweight, dy.dtype), _dense(dbias),
+        image(x, dy.dtype), image(dy), *weight_and_strides(dweight, dy.dtype), dense(dbias),
     )  # fmt: skip
     return dweight, dbias
 
@@ -359,11 +265,11 @@ def _conv3x3(
         if accumulate:
             out.zero_()
     else:
-        _check_writable(out, x.dtype)
-    _run(
-        native.conv3x3_forward, x, lambda: 0, (batch, *x.shape[2:], *out.shape[2:], inputs, outputs), upsample2x, _image(x),
-        *_weight(weight, x.dtype, transposed), _dense(bias, x.dtype), slope, _image(relu_output, x.dtype),
-        0 if relu_output is None else relu_output.shape[1], transposed, accumulate, _image(out),
+        check_writable(out, x.dtype)
+    run(
+        native.conv3x3_forward, x, lambda: 0, (batch, *x.shape[2:], *out.shape[2:], inputs, outputs), upsample2x, image(x),
+        *weight_and_strides(weight, x.dtype, transposed), dense(bias, x.dtype), slope, image(relu_output, x.dtype),
+        0 if relu_output is None else relu_output.shape[1], transposed, accumulate, image(out),
     )  # fmt: skip
     return out
 
@@ -373,9 +279,9 @@ def inverse_logdet(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     count, channels, _ = weight.shape
     inverse = weight.new_empty(weight.shape, dtype=torch.float64)
     logdet, condition = weight.new_empty((2, count), dtype=torch.float64).unbind()
-    _run(
+    run(
         native.inverse_logdet, weight, lambda: native.inverse_logdet_workspace(count, channels), count, channels,
-        _dense(weight, torch.float64), _dense(inverse), _dense(logdet), _dense(condition),
+        dense(weight, torch.float64), dense(inverse), dense(logdet), dense(condition),
     )  # fmt: skip
     return inverse, logdet, condition
 
@@ -392,10 +298,10 @@ def fold_forward(
     channels, count = weight.shape[-1], weight.shape[0] if weight.dim() == 3 else 1
     mix, offset = weight.new_empty(weight.shape, dtype=dtype), weight.new_empty(bias.shape, dtype=dtype)
     logdet = weight.new_empty(bias.shape[:-1], dtype=torch.float64)
-    conditions = _run(
-        native.fold_forward, weight, lambda: 0, count, channels, inverse, needs_logdet, _parameter(bias, 1),
-        _parameter(logs, 1), _parameter(weight, 2), _parameter(mix, 2), _parameter(offset, 1),
-        _parameter(logdet, 0),
+    conditions = run(
+        native.fold_forward, weight, lambda: 0, count, channels, inverse, needs_logdet, parameter(bias, 1),
+        parameter(logs, 1), parameter(weight, 2), parameter(mix, 2), parameter(offset, 1),
+        parameter(logdet, 0),
     )  # fmt: skip
     if inverse:
         check_conditions(name, conditions, channels)
@@ -407,9 +313,9 @@ def fold_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     channels, count = weight.shape[-1], weight.shape[0] if weight.dim() == 3 else 1
     dbias, dlogs, dweight = (x.new_empty(x.shape, dtype=compute_dtype(x)) for x in (bias, logs, weight))
-    _run(
-        native.fold_backward, weight, lambda: 0, count, channels, inverse, _parameter(bias, 1), _parameter(logs, 1),
-        _parameter(weight, 2), _parameter(dmix, 2), _parameter(doffset, 1), _parameter(dlogdet.double(), 0),
-        _parameter(dbias, 1), _parameter(dlogs, 1), _parameter(dweight, 2),
+    run(
+        native.fold_backward, weight, lambda: 0, count, channels, inverse, parameter(bias, 1), parameter(logs, 1),
+        parameter(weight, 2), parameter(dmix, 2), parameter(doffset, 1), parameter(dlogdet.double(), 0),
+        parameter(dbias, 1), parameter(dlogs, 1), parameter(dweight, 2),
     )  # fmt: skip
     return dbias.to(bias.dtype), dlogs.to(logs.dtype), dweight.to(weight.dtype)

@@ -13,7 +13,7 @@ from ncsr_fast.ops.step_network import StepNetwork, evaluate_network
 
 
 class RecordedKernels:
-    """Functions of `ncsr_fast.ops.backend.Kernels` as operators, for a resolved backend."""
+    """Functions of `ncsr_fast.ops.protocol.Kernels` as operators, for a resolved backend."""
 
     def __init__(self, backend: str) -> None:
         self._backend = backend

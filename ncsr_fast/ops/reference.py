@@ -9,7 +9,7 @@
     conv3x3          zero-padded 3×3 convolution; options: upsampled input, adding to an output, derivative of a leaky ReLU
     step_network     w3 ∗ relu(w2 · relu(w1 ∗ z1 + pre) + b2) + b3
 
-`ncsr_fast.ops.backend.Kernels` has their signatures.
+`ncsr_fast.ops.protocol.Kernels` has their signatures.
 """
 
 from __future__ import annotations
@@ -23,14 +23,22 @@ from torch import Tensor
 
 from ncsr_fast.layout import dense_format, is_channels_last
 from ncsr_fast.ops.contract import compute_dtype, pass_through_channels
-from ncsr_fast.ops.conv3x3 import ConvolutionMethod
-from ncsr_fast.ops.coupled_step import composed_of
-from ncsr_fast.ops.inverse_logdet import invert
-from ncsr_fast.ops.network_gradients import Layers, NetworkPass, StepNetwork, data_gradients, weight_gradients
 from ncsr_fast.ops.plain_convolution import Needed, convolve, convolve_backward
 from ncsr_fast.ops.plain_dense_blocks import dense_blocks_backward as dense_blocks_backward
 from ncsr_fast.ops.plain_dense_blocks import dense_blocks_forward as dense_blocks_forward
+from ncsr_fast.ops.plain_fold import fold_backward as fold_backward
+from ncsr_fast.ops.plain_fold import fold_filters_backward as fold_filters_backward
+from ncsr_fast.ops.plain_fold import fold_filters_forward as fold_filters_forward
+from ncsr_fast.ops.plain_fold import fold_forward as fold_forward
 from ncsr_fast.ops.plain_inverse import inverse_logdet as inverse_logdet
+from ncsr_fast.ops.plain_network import step_network_backward as step_network_backward
+from ncsr_fast.ops.plain_network import step_network_coupled as step_network_coupled
+from ncsr_fast.ops.plain_network import step_network_forward as step_network_forward
+from ncsr_fast.ops.plain_network import step_network_hidden as step_network_hidden
+from ncsr_fast.ops.plain_network import step_network_layers as step_network_layers
+from ncsr_fast.ops.plain_network import step_network_tails as step_network_tails
+from ncsr_fast.ops.plain_network import step_network_weights as step_network_weights
+from ncsr_fast.ops.plain_network import step_network_weights_backward as step_network_weights_backward
 from ncsr_fast.precision import product
 
 
@@ -206,122 +214,6 @@ def _pass_through(x: Tensor, inverse: bool) -> tuple[int, int]:
     return (0, half) if inverse else (half, 0)
 
 
-def fold_forward(
-    name: str,
-    bias: Tensor,
-    logs: Tensor,
-    weight: Tensor,
-    inverse: bool,
-    dtype: torch.dtype,
-    needs_logdet: bool = True,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Actnorms and 1×1 convolutions as affine maps of a pixel, computed in float64.
-
-        y = mix·x + offset,  mix = weight·diag(exp(logs)),     offset = mix·bias
-        x = mix·y + offset,  mix = diag(exp(-logs))·weight⁻¹,  offset = -bias     for the inverse
-
-    Args:
-        name: The name that messages give to a matrix without an inverse; {} becomes its number.
-        bias: (N, C), or (C,) of a single map.
-        logs: (N, C), or (C,) of a single map.
-        weight: (N, C, C), or (C, C).
-        inverse: Return the inverse maps.
-        dtype: Dtype of mix and offset.
-        needs_logdet: False: the log-det is not used.
-
-    Returns:
-        mix (N, C, C), offset (N, C), and the log-det (N,) of a pixel in float64, ±(Σ logs + log|det weight|); without N for
-        a single map.
-
-    Raises:
-        ValueError: `inverse` with a weight that has no inverse, if the host may read values.
-    """
-    single, bias, logs, weight = weight.dim() == 2, bias.double(), logs.double(), weight.double()
-    logdet = logs.sum(dim=-1)
-    if inverse or needs_logdet:
-        undone, logdets = invert(weight[None] if single else weight, name, needs_inverse=inverse)
-        undone, logdets = (undone[0], logdets[0]) if single else (undone, logdets)
-        logdet = logdet + logdets
-    if inverse:
-        mix, offset, logdet = torch.exp(-logs)[..., :, None] * undone, -bias, -logdet
-    else:
-        mix = weight * torch.exp(logs)[..., None, :]
-        offset = (mix @ bias[..., None])[..., 0]
-    return mix.to(dtype).contiguous(), offset.to(dtype), logdet
-
-
-def fold_backward(
-    bias: Tensor, logs: Tensor, weight: Tensor, inverse: bool, dmix: Tensor, doffset: Tensor, dlogdet: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of bias, logs and weight of `fold_forward` in their dtypes; dlogdet is (N,), or () for a single map."""
-    dtypes, single = (bias.dtype, logs.dtype, weight.dtype), weight.dim() == 2
-    bias, logs, weight, dmix, doffset, dlogdet = (t.double() for t in (bias, logs, weight, dmix, doffset, dlogdet))
-    undone = invert(weight[None] if single else weight, "", needs_inverse=False)[0]
-    turned = (undone[0] if single else undone).mT  # weight⁻ᵀ, the gradient of log|det weight|
-    g = dlogdet[..., None, None]
-    if inverse:
-        scaled = torch.exp(-logs)[..., :, None] * dmix
-        dbias, dlogs = -doffset, -(scaled * turned.mT).sum(dim=-1) - dlogdet[..., None]
-        dweight = -turned @ scaled @ turned - g * turned
-    else:
-        scale = torch.exp(logs)[..., None, :]
-        mix = weight * scale
-        total = dmix + doffset[..., :, None] * bias[..., None, :]  # offset is mix·bias
-        dbias, dlogs = (mix.mT @ doffset[..., None])[..., 0], (total * mix).sum(dim=-2) + dlogdet[..., None]
-        dweight = total * scale + g * turned
-    return dbias.to(dtypes[0]), dlogs.to(dtypes[1]), dweight.to(dtypes[2])
-
-
-def fold_filters_forward(
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    logs: Sequence[Tensor],
-    factors: Sequence[float],
-    first: Sequence[int],
-    dtype: torch.dtype,
-) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """Weights and biases of stacks of convolutions times the scales exp(factor · logs) of their outputs, in `dtype`, dense.
-
-    Args:
-        weights: (K, outputs, inputs, k, k) of each stack.
-        biases: (K, outputs).
-        logs: (K, outputs).
-        factors: Of each stack one.
-        first: Of each stack, the inputs whose weights become a tensor of their own.
-        dtype: Of the results.
-
-    Returns:
-        The weights of the first inputs, those of the others, and the biases, of each stack one.
-    """
-    folded: tuple[list[Tensor], list[Tensor], list[Tensor]] = ([], [], [])
-    for weight, bias, own_logs, factor, count in zip(weights, biases, logs, factors, first):
-        scale = torch.exp(factor * own_logs)
-        parts = (weight * scale[..., None, None, None]).to(dtype).tensor_split([count], dim=2)
-        for into, part in zip(folded, (*parts, (bias * scale).to(dtype))):
-            into.append(part.contiguous())
-    return folded
-
-
-def fold_filters_backward(
-    dfirst: Sequence[Tensor],
-    drest: Sequence[Tensor],
-    dfolded: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    logs: Sequence[Tensor],
-    factors: Sequence[float],
-) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """Gradients of weights, biases and logs from those of the three results of `fold_filters_forward`."""
-    gradients: tuple[list[Tensor], list[Tensor], list[Tensor]] = ([], [], [])
-    for first, rest, dbias, weight, bias, own_logs, factor in zip(dfirst, drest, dfolded, weights, biases, logs, factors):
-        scale, dweight = torch.exp(factor * own_logs), torch.cat([first, rest], dim=2).to(weight.dtype)
-        dbias = dbias.to(bias.dtype)
-        dscale = (dweight * weight).sum(dim=(2, 3, 4)) + dbias * bias
-        for into, part in zip(gradients, (dweight * scale[..., None, None, None], dbias * scale, factor * scale * dscale)):
-            into.append(part)
-    return gradients
-
-
 def conv3x3_forward(
     x: Tensor,
     weight: Tensor,
@@ -440,142 +332,3 @@ def hoisted_backward(
 
 def _joined(own: Tensor, stacked: Tensor) -> Tensor:
     return torch.cat([own, _upsampled(stacked, own.shape[2] // stacked.shape[2])], dim=1)
-
-
-def step_network_forward(
-    z1: Tensor | None,
-    pre: Tensor,
-    w1: Tensor | None,
-    w2: Tensor,
-    b2: Tensor,
-    w3: Tensor,
-    b3: Tensor,
-    *,
-    tf32: bool = False,
-    packed: Sequence[Tensor] = (),
-) -> Tensor:
-    """h (B, outputs, H, W) = w3 ∗ h2 + b3 with h1 = relu(w1 ∗ z1 + pre) and h2 = relu(w2 · h1 + b2), in the dtype of pre.
-
-    Args:
-        z1: (B, C, H, W) of any dtype, or None with w1 None.
-        pre: (B, hidden, H, W).
-        w1: (hidden, C, 3, 3).
-        w2: (hidden, hidden, 1, 1).
-        b2: (hidden,).
-        w3: (outputs, hidden, 3, 3).
-        b3: (outputs,).
-        tf32: Permit a GPU to round float32 operands to TF32.
-        packed: Of `step_network_weights` of the same backend, each at the number of the network, or nothing.
-    """
-    return step_network_layers(z1, pre, w1, w2, b2, w3, b3, tf32=tf32)[2]
-
-
-def step_network_layers(
-    z1: Tensor | None,
-    pre: Tensor,
-    w1: Tensor | None,
-    w2: Tensor,
-    b2: Tensor,
-    w3: Tensor,
-    b3: Tensor,
-    *,
-    tf32: bool = False,
-    packed: Sequence[Tensor] = (),
-) -> tuple[Tensor, Tensor, Tensor]:
-    """h1, h2 and h of `step_network_forward`."""
-    h1, h2 = step_network_hidden(z1, pre, w1, w2, b2, w3, b3, tf32=tf32)
-    return h1, h2, convolve(h2, w3, b3, tf32)
-
-
-def step_network_hidden(
-    z1: Tensor | None,
-    pre: Tensor,
-    w1: Tensor | None,
-    w2: Tensor,
-    b2: Tensor,
-    w3: Tensor,
-    b3: Tensor,
-    *,
-    tf32: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """h1 and h2 of `step_network_forward`, for its arguments."""
-    h1 = F.relu(pre if z1 is None or w1 is None else convolve(z1.to(pre.dtype), w1, None, tf32) + pre)
-    return h1, F.relu(convolve(h1, w2, b2, tf32))
-
-
-def step_network_backward(
-    dh: Sequence[Tensor],
-    z1: Sequence[Tensor | None],
-    pre: Sequence[Tensor],
-    hidden: Sequence[tuple[Tensor | None, Tensor]] | None,
-    networks: Sequence[StepNetwork],
-    dpre: Sequence[Tensor],
-    dz1: Sequence[Tensor | None],
-    *,
-    tf32: bool = False,
-    packed: Sequence[Sequence[Tensor]] = (),
-) -> list[Layers]:
-    """Gradients of the inputs of networks of one shape.
-
-    Args:
-        dh: Of each network, the gradient (B, outputs, H, W) of its output, in the dtype of pre.
-        z1: (B, C, H, W) of any dtype, or None.
-        pre: (B, hidden, H, W).
-        hidden: h1, None where it is the positive part of pre, and h2 (B, hidden, H, W). None: they are recomputed.
-        networks: The weights.
-        dpre: Are written the gradients (B, hidden, H, W) of pre; all with the same strides.
-        dz1: Is added the gradient (B, C, H, W) of z1, in any dtype; None: not wanted.
-        tf32: Permit a GPU to round float32 operands to TF32.
-        packed: Of each network those of `step_network_weights` of the same backend, then those transposed; or nothing.
-
-    Returns:
-        Of each network h1, or None, h2, and the gradient of the pre-activation of h2; or what `NetworkPass` has in their place.
-    """
-    if hidden is None:
-        hidden = [
-            step_network_hidden(own_z1, own_pre, *network, tf32=tf32) for own_z1, own_pre, network in zip(z1, pre, networks)
-        ]
-    return data_gradients(dh, pre, hidden, networks, dpre, dz1, ConvolutionMethod(tf32, "reference"))
-
-
-def step_network_weights_backward(
-    passes: Sequence[NetworkPass], gradients: Sequence[StepNetwork], *, tf32: bool = False
-) -> None:
-    """Write the gradients of the weights of networks of one shape to `gradients`, in the dtype that those have."""
-    weight_gradients(passes, gradients, ConvolutionMethod(tf32, "reference"))
-
-
-step_network_coupled = composed_of("reference")
-
-
-def step_network_tails(
-    pre: Tensor, w2: Tensor, b2: Tensor, w3: Tensor, b3: Tensor, *, tf32: bool = False, packed: Sequence[Tensor] = ()
-) -> tuple[Tensor, ...]:
-    """The outputs of K networks that do not read the state.
-
-    Args:
-        pre: (B, K·hidden, H, W), of one after the other.
-        w2: (K, hidden, hidden, 1, 1).
-        b2: (K, hidden).
-        w3: (K, outputs, hidden, 3, 3).
-        b3: (K, outputs).
-        tf32: Permit a GPU to round float32 operands to TF32.
-        packed: Of `step_network_weights` of the same backend, or nothing.
-    """
-    networks = zip(pre.chunk(len(w2), dim=1), w2, b2, w3, b3, strict=True)
-    return tuple([step_network_forward(None, own, None, *weights, tf32=tf32) for own, *weights in networks])
-
-
-def step_network_weights(
-    w1: Tensor | None, w2: Tensor, w3: Tensor, dtype: torch.dtype, transposed: bool = False
-) -> tuple[Tensor, ...]:
-    """The weights of K networks, stacked, as the backend reads them best: tensors (K, …), here none.
-
-    Args:
-        w1: (K, hidden, C, 3, 3) or None.
-        w2: (K, hidden, hidden, 1, 1).
-        w3: (K, outputs, hidden, 3, 3).
-        dtype: In which the networks are evaluated.
-        transposed: For `step_network_backward`, else for the forward functions.
-    """
-    return ()

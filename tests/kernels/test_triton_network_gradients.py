@@ -219,6 +219,16 @@ def test_layers_that_are_given_are_as_good(channels):
     assert all(x is y is None or torch.equal(x, y) for x, y in zip(found[1:], given[1:], strict=True))
 
 
+@pytest.mark.parametrize("channels", [3, 0])
+def test_hidden_layers_that_are_too_wide_for_one_kernel(channels, monkeypatch):
+    """h1 and dh2 are then in memory, and none is left out of the sums: an odd number of channels, more than one tile."""
+    monkeypatch.setattr(sys.modules[kernels.step_network_backward.__module__], "FUSED", 8)
+    case = Case(channels, 5, 2, (2, 17), 2, SINGLE)
+    (found,) = run([case])
+    assert (found[0] is None) == (channels == 0) and found[3] is not None
+    assert_gradients(case, found)
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "sliced"])
 def test_layouts(layout):
     """What is read may lie anyhow."""

@@ -79,13 +79,14 @@ def emulated(pytestconfig):
 def on_the_emulation(emulated, monkeypatch):
     """Has backend="native" run the CUDA kernels on CPU tensors."""
     from ncsr_fast.ops import native as calls
+    from ncsr_fast.ops import passing
 
     def run_emulated(call, x, workspace, *rest):
         memory = torch.full((workspace(),), 255, dtype=torch.uint8)  # NaN, as garbage of a GPU may be
         return call(*rest, x.dtype == torch.float64, (1, 0, 0, memory.data_ptr()))
 
     monkeypatch.setattr(calls, "native", emulated)
-    monkeypatch.setattr(calls, "_launch", run_emulated)
+    monkeypatch.setattr(passing, "_launch", run_emulated)
 
 
 LAYOUTS, DTYPES = ["contiguous", "channels_last", "sliced"], [torch.float64, torch.float32, torch.bfloat16]
@@ -155,6 +156,7 @@ def test_emulated_empty(on_the_emulation, size, batch):
 def test_the_device_of_a_launch(on_the_emulation, emulated, monkeypatch):
     """The ordinal of the call decides it, whichever device is current; one that is not there raises with CUDA's message."""
     from ncsr_fast.ops import native as calls
+    from ncsr_fast.ops import passing
 
     x, h = arguments("affine_injector", 4, dtype=torch.float32)
     memory = torch.empty(4096, dtype=torch.uint8)
@@ -162,7 +164,7 @@ def test_the_device_of_a_launch(on_the_emulation, emulated, monkeypatch):
 
     def launch_on(ordinal: int) -> None:
         where = (1, ordinal, 0, memory.data_ptr())
-        monkeypatch.setattr(calls, "_launch", lambda call, x, workspace, *values: call(*values, False, where))
+        monkeypatch.setattr(passing, "_launch", lambda call, x, workspace, *values: call(*values, False, where))
         calls.affine_forward(x, h, 0, 1e-4, False)
 
     for ordinal in (1, 0, 0, 1):

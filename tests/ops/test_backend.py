@@ -12,8 +12,9 @@ import torch
 from operator_cases import cells, interpreted, marked
 
 from ncsr_fast import ops
-from ncsr_fast.ops.backend import BACKENDS, COVERAGE, Kernels, _best, _not_covered, covering_backend, kernels
+from ncsr_fast.ops.backend import BACKENDS, COVERAGE, _best, _not_covered, covering_backend, kernels
 from ncsr_fast.ops.fallback import _kernel
+from ncsr_fast.ops.protocol import Kernels
 
 FUNCTIONS = {
     "affine": ("affine_forward", "affine_backward"),

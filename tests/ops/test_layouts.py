@@ -26,8 +26,8 @@ from torch import Tensor
 
 import ncsr_fast
 from ncsr_fast import ops
-from ncsr_fast.ops.backend import Kernels
 from ncsr_fast.ops.network_gradients import NetworkPass, StepNetwork
+from ncsr_fast.ops.protocol import Kernels
 
 native = pytest.mark.skipif(not ops.backends("cpu")["native"].available, reason="the compiled module is not there")
 layouts = pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout != "contiguous"])
