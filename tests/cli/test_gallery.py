@@ -14,6 +14,7 @@ from PIL import Image
 
 from ncsr_fast.cli.main import main
 from ncsr_fast.data import degrade, read_image, write_image
+from ncsr_fast.data.images import originals_of
 
 
 def draw(path, height, width, mode="RGB", seed=0):
@@ -77,6 +78,12 @@ def test_originals_by_their_names(settled, tmp_path, capsys, lr_name):
     assert "without LPIPS: LPIPS needs the lpips package" in text and re.search(
         r"PSNR \d+\.\d\d dB · SSIM 0\.\d+ · LR-PSNR", text
     )
+
+
+def test_the_same_name_comes_before_one_with_a_tag(tmp_path):
+    for name in ("a", "ax4"):
+        draw(tmp_path / f"{name}.png", 8, 8)
+    assert originals_of(["ax4", "ax8"], tmp_path) == [tmp_path / "ax4.png", tmp_path / "a.png"]
 
 
 def test_an_original_of_another_name(settled, tmp_path):
