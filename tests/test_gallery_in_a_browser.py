@@ -10,6 +10,8 @@ from browser import Browser
 from ncsr_fast.gallery import Picture, View, write_page
 from ncsr_fast.gallery.views import deviation_of
 
+pytestmark = pytest.mark.slow
+
 SIZE = (40, 60)  # of the pictures; LR is a quarter
 
 

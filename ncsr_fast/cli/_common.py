@@ -184,7 +184,9 @@ def check_file(option: str, file: str | os.PathLike) -> Path:
     if Path(file).is_dir():
         raise IsADirectoryError(f"{option}: {os.fspath(file)!r} is a folder; give the file to write")
     if Path(file).exists() and not Path(file).is_file():
-        raise OSError(f"{option}: {os.fspath(file)!r} is a device or a pipe, which a file would replace; give another path")
+        raise OSError(
+            f"{option}: {os.fspath(file)!r} is a device or a pipe, which a file would replace; give the file to write"
+        )
     check_folder(option, Path(file).absolute().parent)
     return Path(file)
 

@@ -126,6 +126,8 @@ def run(args: argparse.Namespace) -> None:
         crop=args.crop,
         lpips_network=network,
     )
+    if not args.input:
+        viewer.check_made()
     _check_sizes(pairs, viewer)
     problems: list[str] = []
     settings = {"model": args.model, **viewer.settings(), "made by": f"ncsr_fast {__version__}"}

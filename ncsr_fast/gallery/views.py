@@ -147,6 +147,11 @@ class Viewer:
                 f"crop it to its middle, of at most {self.largest_side} LR pixels a side"
             )
 
+    def check_made(self) -> None:
+        """Raise ValueError for a model whose LR images cannot be made of originals."""
+        if is_low_light(self.model):
+            raise ValueError(f"{self.model.describe()}, reads dark photographs, which cannot be made of originals: give them")
+
     @property
     def largest_side(self) -> int:
         """LR pixels a side of the largest square whose pictures a page takes."""
@@ -200,10 +205,7 @@ class Viewer:
         if lr is None:
             if hr is None:
                 raise ValueError("there is neither an LR image nor an original")
-            if is_low_light(self.model):
-                raise ValueError(
-                    f"{self.model.describe()}, reads dark photographs, which cannot be made of originals: give them"
-                )
+            self.check_made()
             hr = hr.to(self._device)
             hr = matching_crop(crop_to_multiple(hr, _MULTIPLE) if min(hr.shape[1:]) >= _MULTIPLE else hr, None, self.scale)
             return degrade(hr, self.scale), hr

@@ -14,6 +14,7 @@ from PIL import Image
 
 from ncsr_fast.cli.main import main
 from ncsr_fast.data import degrade, read_image, write_image
+from ncsr_fast.data.images import originals_of
 
 
 def draw(path, height, width, mode="RGB", seed=0):
@@ -45,6 +46,7 @@ def shown(page):
     return dict(zip(names, [{key: Image.open(io.BytesIO(base64.b64decode(data))) for key, data in s.items()} for s in found]))
 
 
+@pytest.mark.slow
 def test_samples_are_those_of_sample(settled, tmp_path, capsys):
     draw(tmp_path / "in" / "a.png", 7, 6)
     draw(tmp_path / "in" / "nested" / "b.png", 5, 8, seed=1)
@@ -77,6 +79,12 @@ def test_originals_by_their_names(settled, tmp_path, capsys, lr_name):
     assert "without LPIPS: LPIPS needs the lpips package" in text and re.search(
         r"PSNR \d+\.\d\d dB · SSIM 0\.\d+ · LR-PSNR", text
     )
+
+
+def test_the_same_name_comes_before_one_with_a_tag(tmp_path):
+    for name in ("a", "ax4"):
+        draw(tmp_path / f"{name}.png", 8, 8)
+    assert originals_of(["ax4", "ax8"], tmp_path) == [tmp_path / "ax4.png", tmp_path / "a.png"]
 
 
 def test_an_original_of_another_name(settled, tmp_path):
@@ -130,8 +138,12 @@ def test_low_light(low_light_model, tmp_path, capsys):
     assert {picture.size for picture in pictures.values()} == {(23, 19)}
     text = (tmp_path / "page.html").read_text()
     assert "23×19 pixels" in text and "SSIM" in text and "LR-PSNR" not in text and "no standard deviation" in text
-    assert main(["gallery", "--hr-images", str(tmp_path / "bright.png"), *arguments[2:]]) == 1
-    assert "reads dark photographs, which cannot be made of originals: give them" in capsys.readouterr().err
+    for name in "ab":
+        draw(tmp_path / "more" / f"{name}.png", 9, 9)
+    capsys.readouterr()
+    assert main(["gallery", "--hr-images", str(tmp_path / "more"), *arguments[2:]]) == 1
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if not line.startswith("without LPIPS"))
+    assert "reads dark photographs, which cannot be made of originals: give them" in line
 
 
 def test_images_that_cannot_be_shown_are_left_out(settled, tmp_path, capsys):
