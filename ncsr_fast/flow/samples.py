@@ -172,7 +172,7 @@ class ConditionedFlow:
                     mean = torch.where(prior[:, None, None, None], reference, mean)
                 else:
                     mean = reference
-            tiles = encoding_tiling(tile, self._levels, hr)
+            tiles = encoding_tiling(tile, self._levels, hr, noise)
             if tiles is None:
                 return self._levels.encoded(hr, noise, mean)
             with self._levels.held():

@@ -218,8 +218,8 @@ def tiling(tile: int | str | None, progress: Progress | None, levels: Levels, la
     return None if tile is None else Tiling(tile, progress)
 
 
-def encoding_tiling(tile: int | str | None, levels: Levels, x: Tensor) -> Tiling | None:
-    """The tiling that an argument `tile` asks for, of encoding x; None: it is encoded whole.
+def encoding_tiling(tile: int | str | None, levels: Levels, x: Tensor, noise: Tensor | None) -> Tiling | None:
+    """The tiling that an argument `tile` asks for, of encoding x with a noise condition; None: it is encoded whole.
 
     So it is by "auto" where gradients are recorded, and in graphs.
 
@@ -228,7 +228,8 @@ def encoding_tiling(tile: int | str | None, levels: Levels, x: Tensor) -> Tiling
     """
     if tile is None:
         return None
-    recorded = levels.records or (torch.is_grad_enabled() and x.requires_grad)
+    inputs = [x] if noise is None else [x, noise]
+    recorded = levels.records or (torch.is_grad_enabled() and any(each.requires_grad for each in inputs))
     if tile != "auto" and recorded:
         raise ValueError(f"tile={tile!r} is for encoding without gradients: call it under torch.no_grad(), or with tile=None")
     return None if recorded or in_a_graph() else Tiling(tile, inverse=False)

@@ -117,10 +117,11 @@ def test_gradients():
     expected = torch.autograd.grad(model.nll(hr, lr).sum(), model.levels[0].invconv)
     assert torch.equal(torch.autograd.grad(model.nll(hr, lr, tile="auto").sum(), model.levels[0].invconv)[0], expected[0])
     model.requires_grad_(False)
-    with pytest.raises(ValueError, match="tile=2 is for encoding without gradients"):
-        model.encode(hr.requires_grad_(), lr, tile=2)
+    for own, noise in ((hr.clone().requires_grad_(), None), (hr, torch.zeros_like(hr).requires_grad_())):
+        with pytest.raises(ValueError, match="tile=2 is for encoding without gradients"):
+            model.encode(own, lr, noise, tile=2)
     with pytest.raises(ValueError, match="tile must be"):
-        model.encode(hr.detach(), lr, tile=0)
+        model.encode(hr, lr, tile=0)
 
 
 @torch.no_grad()
