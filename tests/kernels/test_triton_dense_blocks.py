@@ -182,7 +182,7 @@ def test_launches(monkeypatch):
 
 
 def test_only_what_is_needed_is_computed(monkeypatch):
-    """Of two blocks the values; of a frozen encoder no gradient of a weight; of a constant x none of the first block's input."""
+    """Of two blocks the values; of a frozen encoder no gradient of a weight; of a constant x none of the first input."""
     case = Case(0, blocks=2, dense=1, convolutions=2, channels=8, growth=4)
     grads, (outputs, saved) = [case.image(), case.image()], case.forward()
     dx, found = case.backward(grads, saved)
