@@ -59,6 +59,7 @@ PROGRAMS = 264  # at once, two of each of 132 multiprocessors: 21 MB of h2, of 5
 # spill on sm_90, where they take 208.
 SUMS = {16: 64, 32: 128, 64: 128}
 REGISTERS = {16: 255, 32: 168, 64: 255}
+MOST_SUMS = 128  # of a pixel, by 4 warps in half precision; of more by 8, for 32 pixels are too few for sm_90's products
 INSIDE = {"num_stages": 1}
 ROUNDS = 2  # of regions, at least, where the first layers are in the kernel: of fewer the last one leaves half a GPU idle
 
@@ -288,7 +289,11 @@ def _launch(
     """y, and of every tile the share of the log-det and if `watched` the largest magnitude."""
     (batch, channels, height, width), hidden, (hs, outs) = x.shape, pre.shape[1], network.w3.shape[1:]
     pass_through, y = channels - b3.shape[0] // 2, empty_like(x)
-    tiles, options = tiling(kind, height, width, max(SUMS[min(64, block(channels))], hs, outs))
+    sums = max(SUMS[min(64, block(channels))], hs, outs)
+    twice = kind == "half" and sums > MOST_SUMS
+    tiles, options = tiling(kind, height, width, sums // 2 if twice else sums)
+    if twice:
+        options["num_warps"] = 8
     parts = torch.empty(1 + watched, batch, tiles, dtype=torch.float32, device=x.device)
     regions, programs = batch * triton.cdiv(height, REGION[0]) * triton.cdiv(width, REGION[1]), batch * tiles
     inside = regions >= ROUNDS * PROGRAMS  # the first layers are in the kernel

@@ -182,10 +182,17 @@ def test_launches(monkeypatch):
 
 
 def test_only_what_is_needed_is_computed(monkeypatch):
-    """Of a frozen encoder no gradient of a weight; of a constant x none of the first block's input."""
+    """Of two blocks the values; of a frozen encoder no gradient of a weight; of a constant x none of the first input."""
     case = Case(0, blocks=2, dense=1, convolutions=2, channels=8, growth=4)
-    grads, (_, saved) = [case.image(), case.image()], case.forward()
+    grads, (outputs, saved) = [case.image(), case.image()], case.forward()
     dx, found = case.backward(grads, saved)
+    expected, _ = reference.dense_blocks_forward(case.x.double(), *case.exact())
+    right_dx, right = reference.dense_blocks_backward(
+        [grad.double() for grad in grads], saved.double(), *case.exact(), (True, True)
+    )
+    sums = (grads[0][:, 0].numel() ** 0.5 / 2 + 4) * torch.finfo(SINGLE).eps  # as in `test_any_form`
+    for value, each in zip([*outputs, dx, *found], [*expected, right_dx, *right], strict=True):
+        assert_close(value, each, case.allowed + sums, "values")
     assert torch.equal(case.backward(grads, saved, (True, False))[0], dx)
     nothing, again = case.backward(grads, saved, (False, True))
     assert nothing is None and all(map(torch.equal, again, found))

@@ -166,7 +166,7 @@ in_float32_too = pytest.mark.parametrize(
 @pytest.mark.parametrize(
     "channels, hidden, outputs",
     [
-        *((6, 64, 12), (0, 32, 24), (1, 1, 1), (5, 33, 7)),
+        *((6, 64, 12), (0, 32, 24), (1, 1, 1), (5, 33, 7), (33, 4, 2)),
         # several blocks of channels, and hidden layers too wide for one kernel
         *(pytest.param(*numbers, marks=pytest.mark.exhaustive) for numbers in ((48, 64, 96), (17, 70, 130), (0, 130, 3))),
         pytest.param(3, 130, 4, marks=pytest.mark.exhaustive),
