@@ -86,8 +86,8 @@ TRIPS: dict[str, Callable[[dict[str, int]], tuple[int, ...]]] = {
     "hidden_kernel": lambda given: (9 * given["BLOCKS_K"],),
     "output_kernel": lambda given: (9 * given["BLOCKS_K"],),
     "coupled_step_kernel": lambda given: _regions_and_tiles(given),
-    # inside the loop over tiles in float32; of the two loops one after the other the longer
-    "hidden_backward_kernel": lambda given: (given["tiles"], 9 * max(given["BLOCKS_C"], given["BLOCKS_K"])),
+    # in float32; of the two loops one after the other the longer
+    "hidden_backward_kernel": lambda given: (9 * max(given["BLOCKS_C"], given["BLOCKS_K"]),),
     "state_backward_kernel": lambda given: (9 * given["BLOCKS_K"],),
     "network_weight_kernel": lambda given: (given["tiles"],),
     "sum_network_partials_kernel": lambda given: (math.ceil(given["parts"] / given["BLOCK_PARTS"]),),

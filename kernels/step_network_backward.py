@@ -4,7 +4,7 @@ From dh, the gradient of h = w3 ∗ h2 + b3, with h2 = relu(w2 · h1 + b2) and h
 
     dh2  = (w3ᵀ ∗ dh) ⊙ [h2 > 0]      `hidden_backward`: a program has the sums of all hidden channels of a tile of pixels,
     dpre = (w2ᵀ · dh2) ⊙ [h1 > 0]     and multiplies them by w2ᵀ as they are
-    dw2  = dh2ᵀ · h1,   db2 = Σ dh2   over the tiles of a program; the sums over programs are `_network_weight`'s
+    dw2  = dh2ᵀ · h1,   db2 = Σ dh2   over its tile; the sums over tiles are `_network_weight`'s
     dz1 += w1ᵀ ∗ dpre                 `state_backward`: is added to the gradient of the state that z1 is a part of
 
 h1 and dh2 are thus never in memory: of a network's hidden layers and their gradients only h2 and dpre are. Those of more than
@@ -46,7 +46,6 @@ OUTPUTS_READ = 32  # of dh at once, at most
 # Channels, filled up, of hidden layers that are recomputed, and whose dw2 is summed, in the same kernel: those of the published
 # models, for which the ahead-of-time report has no spills
 FUSED = 64
-PARTS = 264  # of the tiles of all samples, at most: programs of a network, two of each of 132 multiprocessors
 
 
 @triton.jit
@@ -76,7 +75,7 @@ def add_transposed(
     return acc
 
 
-@triton.jit(do_not_specialize=["batch", "height", "width", "tiles"])
+@triton.jit(do_not_specialize=["batch", "height", "width"])
 def hidden_backward_kernel(
     p_dh,  # of each network, (B, outputs, H, W)
     dh_strides,
@@ -92,7 +91,7 @@ def hidden_backward_kernel(
     dh2_strides,
     p_dpre,  # (B, hidden, H, W)
     dpre_strides,
-    p_sums,  # (parts, hidden · hidden + hidden): of dw2 and db2, or None
+    p_sums,  # of each network, (tiles, hidden · hidden + hidden): of dw2 and db2, or None
     p_w1,  # packed: (9, CS, HS)
     p_w2,  # (1, HS, HS)
     p_b2,  # (hidden,)
@@ -101,7 +100,6 @@ def hidden_backward_kernel(
     batch,
     height,
     width,
-    tiles,
     channels: tl.constexpr,
     hidden: tl.constexpr,
     outputs: tl.constexpr,
@@ -115,50 +113,44 @@ def hidden_backward_kernel(
     BLOCK_K: tl.constexpr,
     BLOCKS_K: tl.constexpr,
 ):
-    """dpre of so many `tiles` of all samples, h1 and h2 ahead of it as `hidden_kernel` has them; dh2, or what it sums to."""
-    tiles_of_sample = tl.cdiv(height, ROWS) * tl.cdiv(width, COLUMNS)
-    total = batch.to(tl.int64) * tiles_of_sample
-    parts = tl.cdiv(total, tiles)
-    n, i_part = tl.program_id(0) // parts, tl.program_id(0) % parts
+    """dpre of a tile of pixels, h1 and h2 ahead of it as `hidden_kernel` has them; and dh2, or what it sums to."""
+    tiles = tl.cdiv(height, ROWS) * tl.cdiv(width, COLUMNS) * batch
+    i = tl.program_id(0).to(tl.int64)
+    n, i = i // tiles, i % tiles
     dh, h2 = (one_of(p_dh, n),) + dh_strides, (one_of(p_h2, n),) + h2_strides
     dpre = (one_of(p_dpre, n),) + dpre_strides
     o_c = channel_tile(0, HS)
     o_w2 = tl.trans(o_c) * HS + o_c
     p_w3 = one_of(p_w3_transposed, n)
-    b_dw2, b_db2 = tl.zeros([HS, HS], tl.float32), tl.zeros([HS], tl.float32)
-    # one tile after the other: of loads of several at once no program has the memory
-    for i in tl.range(i_part * tiles, tl.minimum((i_part + 1) * tiles, total), num_stages=1):
-        pixel = rectangle(i % batch, i // batch, height, width, ROWS, COLUMNS)
-        b_dh2 = tl.zeros([ROWS * COLUMNS, HS], tl.float32)
-        b_dh2 = add_transposed(b_dh2, dh, p_w3, pixel, o_c, height, width, outputs, HS, BLOCK_K, BLOCKS_K, PRECISION, UNROLLED)
-        if p_pre is None:
-            b_h2 = load(h2, pixel, o_c, o_c < hidden)
-        else:
-            pre = (one_of(p_pre, n),) + pre_strides
-            b_h1 = load(pre, pixel, o_c, o_c < hidden)
-            if p_z1 is not None:
-                z1, p_own = (one_of(p_z1, n),) + z1_strides, one_of(p_w1, n)
-                b_h1, _ = add_convolved(
-                    b_h1, None, z1, p_own, pixel, o_c, height, width, channels, HS, BLOCK_C, BLOCKS_C, PRECISION, UNROLLED
-                )
-            b_h1 = tl.where(o_c < hidden, relu(b_h1), 0.0).to(p_w3.dtype.element_ty)
-            b_h2 = tl.dot(b_h1, tl.load(one_of(p_w2, n) + o_w2), input_precision=PRECISION)
-            b_h2 = relu(add_bias(b_h2, one_of(p_b2, n), o_c, o_c < hidden))
-            store(h2, pixel, o_c, b_h2, o_c < hidden)
-        b_dh2 = tl.where(b_h2 <= 0.0, 0.0, b_dh2).to(p_w3.dtype.element_ty)
-        if p_dh2 is not None:
-            store((one_of(p_dh2, n),) + dh2_strides, pixel, o_c, b_dh2, o_c < hidden)
-        b_dpre = tl.dot(b_dh2, tl.load(one_of(p_w2_transposed, n) + o_w2), input_precision=PRECISION)
-        if p_pre is None:
-            b_h1 = relu(load((one_of(p_h1, n),) + h1_strides, pixel, o_c, o_c < hidden)).to(b_dh2.dtype)
-        store(dpre, pixel, o_c, tl.where(b_h1 <= 0.0, 0.0, b_dpre), o_c < hidden)
-        if p_sums is not None:
-            b_dw2 = tl.dot(tl.trans(b_dh2), b_h1, b_dw2, input_precision=PRECISION)
-            b_db2 += tl.sum(b_dh2.to(tl.float32), axis=0)
+    pixel = rectangle(i % batch, i // batch, height, width, ROWS, COLUMNS)
+    b_dh2 = tl.zeros([ROWS * COLUMNS, HS], tl.float32)
+    b_dh2 = add_transposed(b_dh2, dh, p_w3, pixel, o_c, height, width, outputs, HS, BLOCK_K, BLOCKS_K, PRECISION, UNROLLED)
+    if p_pre is None:
+        b_h2 = load(h2, pixel, o_c, o_c < hidden)
+    else:
+        pre = (one_of(p_pre, n),) + pre_strides
+        b_h1 = load(pre, pixel, o_c, o_c < hidden)
+        if p_z1 is not None:
+            z1, p_own = (one_of(p_z1, n),) + z1_strides, one_of(p_w1, n)
+            b_h1, _ = add_convolved(
+                b_h1, None, z1, p_own, pixel, o_c, height, width, channels, HS, BLOCK_C, BLOCKS_C, PRECISION, UNROLLED
+            )
+        b_h1 = tl.where(o_c < hidden, relu(b_h1), 0.0).to(p_w3.dtype.element_ty)
+        b_h2 = tl.dot(b_h1, tl.load(one_of(p_w2, n) + o_w2), input_precision=PRECISION)
+        b_h2 = relu(add_bias(b_h2, one_of(p_b2, n), o_c, o_c < hidden))
+        store(h2, pixel, o_c, b_h2, o_c < hidden)
+    b_dh2 = tl.where(b_h2 <= 0.0, 0.0, b_dh2).to(p_w3.dtype.element_ty)
+    if p_dh2 is not None:
+        store((one_of(p_dh2, n),) + dh2_strides, pixel, o_c, b_dh2, o_c < hidden)
+    b_dpre = tl.dot(b_dh2, tl.load(one_of(p_w2_transposed, n) + o_w2), input_precision=PRECISION)
+    if p_pre is None:
+        b_h1 = relu(load((one_of(p_h1, n),) + h1_strides, pixel, o_c, o_c < hidden)).to(b_dh2.dtype)
+    store(dpre, pixel, o_c, tl.where(b_h1 <= 0.0, 0.0, b_dpre), o_c < hidden)
     if p_sums is not None:
-        p_own, o_n = one_of(p_sums, n) + i_part * (hidden * hidden + hidden), tl.trans(o_c)
+        p_own, o_n = one_of(p_sums, n) + i * (hidden * hidden + hidden), tl.trans(o_c)
+        b_dw2 = tl.dot(tl.trans(b_dh2), b_h1, input_precision=PRECISION)
         tl.store(p_own + o_n * hidden + o_c, b_dw2, mask=(o_n < hidden) & (o_c < hidden))
-        tl.store(p_own + hidden * hidden + o_c, b_db2[None, :], mask=o_c < hidden)
+        tl.store(p_own + hidden * hidden + o_c, tl.sum(b_dh2.to(tl.float32), axis=0)[None, :], mask=o_c < hidden)
 
 
 @triton.jit(do_not_specialize=["height", "width"])
@@ -253,18 +245,15 @@ def _launch_hidden_backward(
         z1 = [None] * len(dh)
         h1 = [own_pre if own is None else own for own, own_pre in zip(h1, pre)]
     fused, sums = dh2[0] is None, []
-    total, options = tiling(kind, height, width, hs if kind == "half" else 2 * hs)  # more pixels spill
-    total *= batch
-    tiles = triton.cdiv(total, PARTS) if fused else 1
-    parts = triton.cdiv(total, tiles)
-    if fused:  # two sums a pixel and channel, and those of dw2: 4 warps spill
+    tiles, options = tiling(kind, height, width, 2 * hs if kind == "ieee" else hs)  # as many pixels as the forward pass spill
+    if fused:  # two sums a pixel and channel: 4 warps spill
         options["num_warps"] = 8
-        shape = len(dh), parts, hidden * hidden + hidden
+        shape = len(dh), tiles * batch, hidden * hidden + hidden
         sums = list(torch.empty(shape, dtype=torch.float32, device=pre[0].device))
     block_k = OUTPUTS_READ if outs % OUTPUTS_READ == 0 else INPUTS
     launch(
         hidden_backward_kernel,
-        len(dh) * parts,
+        len(dh) * tiles * batch,
         pre[0].device,
         **images("dh", dh),
         **images("z1", z1),
@@ -282,7 +271,6 @@ def _launch_hidden_backward(
         batch=batch,
         height=height,
         width=width,
-        tiles=tiles,
         channels=0 if z1[0] is None else z1[0].shape[1],
         hidden=hidden,
         outputs=dh[0].shape[1],

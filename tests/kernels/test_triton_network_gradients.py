@@ -41,7 +41,6 @@ def few_programs(monkeypatch):
     """In the interpreter three parts of a sum, which are as good as 48 to go wrong and take seconds less."""
     if interpreted("triton"):
         monkeypatch.setattr(_network_weight, "PARTS", {1: 3, 9: 3})
-        monkeypatch.setattr(sys.modules[kernels.step_network_backward.__module__], "PARTS", 3)
 
 
 class Case:
