@@ -62,9 +62,7 @@ class _Part(NamedTuple):
     given: int
 
 
-def samples_memory(
-    model: NCSR, height: int, width: int, n: int, tile: int | str | None, keeps: bool = False
-) -> SamplesMemory:
+def samples_memory(model: NCSR, height: int, width: int, n: int, tile: int | str | None, keeps: bool = False) -> SamplesMemory:
     """The memory that `model.sample` takes without gradients, for one LR image of a size.
 
     Args:

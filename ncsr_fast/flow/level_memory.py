@@ -15,7 +15,7 @@ from ncsr_fast.ops.step_network import packs_weights
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ncsr_fast.config import FlowConfig
+    from ncsr_fast.config import Branch, FlowConfig
     from ncsr_fast.engine.options import EngineOptions
     from ncsr_fast.flow.level import FlowLevel
 
@@ -24,7 +24,7 @@ _MIXES = 4  # while they are: the weights, their inverses, the maps, and an inte
 # Of a step: the state given, that ahead of the step, behind its coupling and behind its mix, the network's output, magnitudes.
 _STATES = 6
 _MAPS = 3  # the scale, the quotient and the difference of an affine map, of the reference, which has no kernel
-_HIDDEN = 3  # layers of a network without a kernel: one that is read, its convolution, and their sum or activation
+_HIDDEN = 3  # layers of a network without a kernel: one that is read, its convolution, and the sum or activation of that
 _PRODUCTS = 5  # of a hoisted convolution: three, a line of cells, and the line before
 
 
@@ -91,24 +91,25 @@ class LevelMemory:
 
     def weights(self) -> Weights:
         """Bytes of the level's weights."""
-        level, stored, first = self.level, 0, 0
+        level, stored, first = self.level, 0, 0.0
         conditions = [branch.condition for branch in level.branches]
         for branch in level.branches:
             networks = level.networks(branch)
             conv1, read = networks.conv1.numel(), 0 if branch.changes_all else level.pass_through
             state = conv1 * read // networks.conv1.shape[2]
             deep = is_deep(networks.conv2)  # whose other layers are the parameters themselves
-            alone = conditions.count(branch.condition) == 1  # then its first layers are not joined to others, but viewed
+            products = branch.condition == "features" and self._algorithm == "products"
+            viewed = conditions.count(branch.condition) == 1 and not products  # its first layers, joined to no others
             stored += state + networks.conv3.numel() + (0 if deep else networks.conv2.numel())
-            stored += (0 if deep else conv1) if alone else conv1 - state
+            stored += (0 if deep else conv1) if viewed else conv1 - state
             if packs_weights(self._backend) and not deep:
                 stored += state + networks.conv2.numel() + networks.conv3.numel()
-            if not alone:
-                first += 0 if deep else conv1
-                first += conv1 - state if self._algorithm == "products" else 0  # joined, until products are made of it
+            first += 0 if viewed or deep else conv1
+            if products:  # the joined weight until they are made of it, and its sums over rows, a third of what is stacked
+                first += (conv1 - state) * (1 + self.stacked / (3 * (self.own + self.stacked)))
         mixes = level.invconv.numel()
         stored_mixes = level.steps * level.channels**2 * self._like.element_size()
-        return Weights(self.element * stored + stored_mixes, _MIXES * mixes * _DOUBLE, self.element * first)
+        return Weights(self.element * stored + stored_mixes, _MIXES * mixes * _DOUBLE, round(self.element * first))
 
     def plan(self, pixels: int) -> int:
         """Bytes that a plan of so many pixels stores: outputs of injectors, pre-activations of couplings."""
@@ -149,10 +150,14 @@ class LevelMemory:
         maps = _MAPS * (self._backend == "reference")
         return max(2 * state + hidden, (_STATES + maps) * state) * pixels
 
-    def _hidden(self, branch) -> int:
-        """Bytes a pixel of the hidden layers of a network, which a kernel of all its layers does not store."""
-        stored = is_deep(self.level.networks(branch).conv2) or self._backend != "native"
-        return _HIDDEN * self.flow.hidden_channels * self.element * stored
+    def _hidden(self, branch: Branch) -> int:
+        """Bytes a pixel of the hidden layers of a network, which a kernel of all its layers does not store.
+
+        A deep network, convolved layer by layer, has its first layer too, and by a kernel activates where it convolves.
+        """
+        deep, own_kernel = is_deep(self.level.networks(branch).conv2), self._backend == "native"
+        layers = _HIDDEN + deep - own_kernel if deep or not own_kernel else 0
+        return layers * self.flow.hidden_channels * self.element
 
     def _hoisting(self, convolved: int, pixels: int) -> int:
         """Bytes of intermediate results of a hoisted convolution whose output has so many bytes."""
