@@ -75,6 +75,10 @@ class LevelMemory:
         self.stacked = max(0, level.config.condition_channels - own_channels)
         probe = self._like.new_empty(0, dtype=dtype)
         self._backend = covering_backend("step_network", options.backend, probe)
+        self._plain = options.engine == "plain" or not level.has_kernels
+        if self._plain:
+            self.element = self._like.element_size()  # whatever the precision
+            return
         branches = [branch for branch in level.branches if branch.condition == "features"]
         rows = sum(level.networks(branch).conv1[:, :, 0, 0, 0].numel() for branch in branches)
         self._algorithm = algorithm(self._small_features(probe, options), rows, dtype, options.method)
@@ -90,7 +94,9 @@ class LevelMemory:
         return Features(own, stacked if self.stacked else None)
 
     def weights(self) -> Weights:
-        """Bytes of the level's weights."""
+        """Bytes of the level's weights; the reference folds those of a step at a time."""
+        if self._plain:
+            return Weights(0, 0, 0)
         level, stored, first = self.level, 0, 0.0
         conditions = [branch.condition for branch in level.branches]
         for branch in level.branches:
@@ -112,7 +118,12 @@ class LevelMemory:
         return Weights(self.element * stored + stored_mixes, _MIXES * mixes * _DOUBLE, round(self.element * first))
 
     def plan(self, pixels: int) -> int:
-        """Bytes that a plan of so many pixels stores: outputs of injectors, pre-activations of couplings."""
+        """Bytes that a plan of so many pixels stores: outputs of injectors, pre-activations of couplings.
+
+        Of the reference, which has no plan, the features that it reads.
+        """
+        if self._plain:
+            return self._joined(pixels)
         return plan_bytes(self.level, self.flow, self.element) * pixels
 
     def planning(self, pixels: int) -> int:
@@ -121,6 +132,8 @@ class LevelMemory:
         Of a branch so many pre-activations are computed at a time as `at_once` allows, by a convolution that has its own
         intermediate results; then injectors' outputs are made of them, or couplings' are copied one by one.
         """
+        if self._plain:
+            return self.plan(pixels)
         flow, level, stored, most = self.flow, self.level, 0, 0
         for branch in level.branches:
             if branch.condition != "features":
@@ -146,9 +159,16 @@ class LevelMemory:
     def walk(self, pixels: int) -> int:
         """Bytes of evaluating the steps, of one sample of so many pixels."""
         level, state = self.level, self.level.channels * self._like.element_size()
-        hidden = max((self._hidden(branch) for branch in level.branches if not branch.changes_all), default=0)
         maps = _MAPS * (self._backend == "reference")
+        if self._plain:  # every network reads its own copy of the features
+            hidden = _HIDDEN * self.flow.hidden_channels * self.element
+            return max(self._joined(pixels) + (2 * state + hidden) * pixels, (_STATES + maps) * state * pixels)
+        hidden = max((self._hidden(branch) for branch in level.branches if not branch.changes_all), default=0)
         return max(2 * state + hidden, (_STATES + maps) * state) * pixels
+
+    def _joined(self, pixels: int) -> int:
+        """Bytes of joining own and stacked features to one tensor."""
+        return (self.own + self.stacked) * pixels * self.element if self.stacked else 0
 
     def _hidden(self, branch: Branch) -> int:
         """Bytes a pixel of the hidden layers of a network, which a kernel of all its layers does not store.
@@ -165,5 +185,5 @@ class LevelMemory:
         if self._algorithm == "products":
             return max(_PRODUCTS * convolved, 3 * convolved + 2 * stacked) // cells
         if self._algorithm == "joined":
-            return stacked + self.grown(pixels) if self.stacked else 0
+            return self._joined(pixels)
         return 0 if self.scale >= 1 else stacked  # resized to less than LR size

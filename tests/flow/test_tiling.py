@@ -292,20 +292,21 @@ def test_auto_is_whole_where_gradients_are_recorded(monkeypatch):
     assert not planned.called and model.levels[0].invconv.grad is not None
 
 
-def meta_model(config: NCSRConfig) -> NCSR:
-    """A model whose tensors have no memory."""
-    with torch.device("meta"):
-        return NCSR(config).eval().requires_grad_(False)
-
-
-def meta_peak(config: NCSRConfig, height: int, width: int, n: int, tile: int | None, keeps: bool = False) -> tuple[int, NCSR]:
-    """Most bytes of tensors while samples of an image are drawn, on the meta device, and the model that drew them.
+def meta_model(config: NCSRConfig, **options: str) -> NCSR:
+    """A model whose tensors have no memory.
 
     Its caches are frozen, so that they store what they store of weights that have memory: values of all levels.
     """
-    model = meta_model(config)
+    with torch.device("meta"):
+        model = NCSR(config, **options).eval().requires_grad_(False)
     for level in model.levels:
         level.cache.freeze()
+    return model
+
+
+def meta_peak(config: NCSRConfig, height: int, width: int, n: int, tile: int | None, keeps: bool = False) -> tuple[int, NCSR]:
+    """Most bytes of tensors while samples of an image are drawn, on the meta device, and the model that drew them."""
+    model = meta_model(config)
     lr = torch.empty(1, model.flow.lr_channels, height, width, device="meta")
     if keeps:
         return peak_bytes(lambda: model.condition(lr, tile=tile).sample(n, tile=tile, on_nonfinite="ignore")), model
@@ -360,6 +361,14 @@ def test_the_estimate_of_memory(config, preset, size, n, tile, keeps):
     estimated = samples_memory(model, *size, n, tile, keeps)
     assert 0.97 < estimated.total / measured < 1.05
     assert estimated.tiled is (tile is not None)
+
+
+@pytest.mark.parametrize("options", [dict(engine="plain"), dict(precision="bf16")])
+def test_the_estimate_of_memory_under_other_options(options):
+    model = meta_model(few_steps("ncsr-x4"), **options)
+    lr = torch.empty(1, 3, 16, 24, device="meta")
+    measured = peak_bytes(lambda: model.sample(lr, 3, tile=None, on_nonfinite="ignore"))
+    assert 0.97 < samples_memory(model, 16, 24, 3, None).total / measured < 1.05
 
 
 @pytest.mark.slow
