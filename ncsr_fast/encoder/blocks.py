@@ -114,7 +114,7 @@ class ResidualBlock(nn.Module):
 
 
 def trunk(
-    first: Tensor,
+    start: Callable[[], Tensor],
     blocks: Iterable[Block],
     last: nn.Conv2d,
     stacked_blocks: Sequence[int],
@@ -124,21 +124,26 @@ def trunk(
     """The output of residual blocks, the convolution behind them and the long skip; and the outputs of some of the blocks.
 
     Args:
-        first: (B, C, H, W), what the first block reads.
+        start: Returns (B, C, H, W), what the first block reads. It is called once, and what it returns is freed as soon as no
+            block and no long skip reads it.
         blocks: The `ResidualBlock`s, or what evaluates them.
         last: The convolution of the last block's output.
         stacked_blocks: Indices of the blocks whose outputs are returned.
-        long_skip: What the convolution is added to: "conv_first", `first`; "last_block", the last block's output.
+        long_skip: What the convolution is added to: "conv_first", what the first block reads; "last_block", the last block's
+            output.
         method: As for `ncsr_fast.ops.conv3x3.convolution`.
 
     Returns:
         (B, C, H, W), and the outputs of the blocks in the order of `stacked_blocks` as (B, n·C, H, W), None where n is 0.
     """
+    first = start()
     outputs = _outputs(first, list(blocks), set(stacked_blocks), method)
     fea = outputs.pop(None)
+    skipped = first if long_skip == "conv_first" else fea
+    del first
     # without the dictionary they are freed once they are joined
     stacked = torch.cat([outputs.pop(index) for index in stacked_blocks], dim=1) if stacked_blocks else None
-    return (first if long_skip == "conv_first" else fea) + convolved(fea, last, method), stacked
+    return skipped + convolved(fea, last, method), stacked
 
 
 def _outputs(

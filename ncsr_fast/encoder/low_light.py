@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -91,7 +92,7 @@ class LowLightEncoder(nn.Module):
         """
         stacked = len(self.stacked_blocks)
         first = element_size * self.channels * (2 + 1 / 4) + 8 * self.channels / 4
-        blocks = element_size * (self.channels * max(stacked + 4, 2 * stacked + 1) + 4 * self.growth) / 4
+        blocks = element_size * (self.channels * max(stacked + 4, 2 * stacked + 2) + 4 * self.growth) / 4
         return round(max(first, blocks))
 
     def feature_bytes(self, element_size: int, tiled: bool) -> int:
@@ -128,9 +129,12 @@ class LowLightEncoder(nn.Module):
         return shapes
 
     def _trunk(self, lr: Tensor, method: ConvolutionMethod | None) -> tuple[Tensor, Tensor | None]:
+        return trunk(partial(self._start, lr, method), self.body, self.conv_body, self.stacked_blocks, "conv_first", method)
+
+    def _start(self, lr: Tensor, method: ConvolutionMethod | None) -> Tensor:
+        """What the first block reads, of half the side."""
         first = F.leaky_relu(convolved(encoder_input(lr), self.conv_first, method), SLOPE)
-        first = F.max_pool2d(convolved(first, self.conv_second, method), 2)
-        return trunk(first, self.body, self.conv_body, self.stacked_blocks, "conv_first", method)
+        return F.max_pool2d(convolved(first, self.conv_second, method), 2)
 
     def _color_map(self, half: Tensor, method: ConvolutionMethod | None) -> Tensor:
         shares = torch.sigmoid(convolved(half, self.conv_color_map, method))

@@ -211,12 +211,17 @@ class RRDB(nn.Module):
     def condition_bytes(self, element_size: int, tiled: bool) -> int:
         """Bytes an LR pixel that the condition takes, with numbers of so many bytes: that of `condition`, or that in tiles.
 
-        Block outputs are copied when they are stacked, before the larger features are made; of a dense block there is its
-        buffer too where it is not one of a tile.
+        The peak is within a block, where there are the first features, the block's input and the outputs to be stacked, and of
+        a dense block its input, convolution, sum and buffer, or of tiles their rows and all of them; or where block outputs
+        are copied to be stacked; or where the largest features are convolved and then activated.
         """
-        stacked, widths = len(self.stacked_blocks), sum(scale**2 for scale in self.level_scales if scale <= 1 or not tiled)
-        within = max(stacked + 3 + (0 if tiled else 1 + 4 * self.growth / self.channels), 2 * stacked + 1, stacked + widths)
-        return round(element_size * self.channels * within)
+        chosen, first = set(self.stacked_blocks), self.long_skip == "conv_first"  # what the first block reads
+        stacked = len(self.stacked_blocks)
+        inputs = (sum(each < block for each in chosen) + (block - 1 not in chosen) for block in range(1, len(self.body)))
+        blocks = max(inputs, default=0) + (3 if tiled else 5 + 4 * self.growth / self.channels)
+        sizes = sum(scale**2 for scale in {1, *self.level_scales} if scale == 1 or (scale > 1 and not tiled))
+        doubled = 0 if tiled else max(1, *self.level_scales) ** 2
+        return round(element_size * self.channels * max(blocks, 2 * stacked + 1 + first, stacked + sizes + doubled))
 
     def feature_bytes(self, element_size: int, tiled: bool) -> int:
         """Bytes an LR pixel of the condition itself, once it is made: features of every level, stacked block outputs."""
@@ -299,8 +304,8 @@ class RRDB(nn.Module):
         self, lr: Tensor, method: ConvolutionMethod | None, blocks: Iterable[Block] | None = None
     ) -> tuple[Tensor, Tensor | None]:
         x = F.pixel_unshuffle(lr, self.unshuffle) if self.unshuffle > 1 else lr
-        first = convolved(x, self.conv_first, method)
-        return trunk(first, blocks or self.body, self.conv_body, self.stacked_blocks, self.long_skip, method)
+        start = partial(convolved, x, self.conv_first, method)
+        return trunk(start, blocks or self.body, self.conv_body, self.stacked_blocks, self.long_skip, method)
 
     def _check(self, lr: Tensor) -> None:
         if not isinstance(lr, Tensor):

@@ -380,6 +380,36 @@ def test_the_estimate_of_memory_is_that_of_the_device():
     assert 0.95 < samples_memory(model, 48, 64, 6, None).total / measured < 1.1
 
 
+@pytest.mark.parametrize(
+    "preset, size, tiled",
+    [
+        ("ncsr-x4", (64, 48), False),
+        ("ncsr-x4", (256, 192), True),
+        ("ncsr-x8", (64, 48), False),
+        ("ctflow", (64, 48), False),  # no features above LR size: the peak is in a block
+        ("llflow-compact", (64, 64), False),
+    ],
+)
+@torch.no_grad()
+def test_the_estimate_of_an_encoder(preset, size, tiled):
+    """Most bytes while it makes a condition, and those of the condition: of five blocks, the last of which is not stacked."""
+    config = NCSRConfig.preset(preset) if preset == "llflow-compact" else replace(few_steps(preset), blocks=5)
+    encoder = meta_model(config).encoder
+    lr = torch.empty(1, encoder.in_channels, *size, device="meta").to(memory_format=torch.channels_last)
+    made = []
+
+    def call():
+        made.append(encoder.condition_in_tiles(lr, ENGINE, 64) if tiled else encoder.condition(lr, ENGINE))
+
+    measured, pixels = peak_bytes(call), size[0] * size[1]
+    assert 0.95 < encoder.condition_bytes(4, tiled) * pixels / measured < 1.1
+    (condition,) = made
+    tensors = [tensor for each in condition.features for tensor in each if isinstance(tensor, Tensor)]
+    tensors += [] if condition.prior_mean is None else [condition.prior_mean]
+    stored = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}
+    assert 0.99 < encoder.feature_bytes(4, tiled) * pixels / sum(stored.values()) < 1.01
+
+
 def test_the_estimate_for_another_sample():
     """With it fewer samples are estimated, never as too few bytes."""
     model = meta_model(NCSRConfig.preset("ncsr-compact-x4"))
