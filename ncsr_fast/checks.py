@@ -21,7 +21,8 @@ def check_image(name: str, image: Tensor, like: Tensor, channels: int) -> None:
     if not isinstance(image, Tensor):
         raise TypeError(f"{name} must be a tensor, not {type(image).__name__}")
     if image.dim() != 4 or image.shape[1] != channels:
-        raise ValueError(f"{name} must have shape (B, {channels}, H, W), not {tuple(image.shape)}")
+        hint = "; leave out the alpha channel" if image.dim() == 4 and (channels, image.shape[1]) == (3, 4) else ""
+        raise ValueError(f"{name} must have shape (B, {channels}, H, W), not {tuple(image.shape)}{hint}")
     if 0 in image.shape:
         raise ValueError(
             f"{name} must have shape (B, {channels}, H, W) with at least one image and one pixel, not {tuple(image.shape)}"
