@@ -63,6 +63,14 @@ def check_count(name: str, value: object) -> None:
         raise ValueError(f"{name} must be at least 1, not {value!r}")
 
 
+def check_seed(value: object) -> None:
+    """Raise unless `value` is a whole number from 0 to 2⁶⁴ - 1."""
+    if isinstance(value, bool) or not hasattr(type(value), "__index__"):
+        raise TypeError(f"seed must be a whole number, not {value!r}")
+    if not 0 <= value < 2**64:
+        raise ValueError(f"seed must be from 0 to 2⁶⁴ - 1, not {value!r}")
+
+
 def check_tile(value: object) -> None:
     """Raise unless `value` is "auto", None, or a whole number of 1 or more."""
     if value is None or value == "auto":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ncsr_fast.checks import check_image
+from ncsr_fast.checks import check_image, check_seed
 from ncsr_fast.data.images import to_float
 from ncsr_fast.data.low_light import Margins, crop_margins, low_light_input, pad_mirrored
 from ncsr_fast.metrics.fidelity import to_uint8
@@ -63,6 +63,7 @@ def sample_photograph(
     Raises:
         ValueError, TypeError: As `NCSR.sample` does, also of an image for a low-light model.
     """
+    check_seed(seed)
     like = next(model.parameters())
     if is_low_light(model):
         check_image("image", image[None].to(like), like, model.flow.channels)

@@ -118,6 +118,12 @@ def test_images_that_no_model_reads(module, photos, model, name):
             execute(module, image=image, model=model)
 
 
+@pytest.mark.parametrize("seed, error", [(-1, ValueError), (2**64, ValueError), (1.5, TypeError)])
+def test_seeds_that_are_none(module, photos, seed, error):
+    with pytest.raises(error, match="^seed must be "):
+        execute(module, image=photos[:1], seed=seed)
+
+
 @pytest.mark.slow
 def test_without_spandrel(tmp_path):
     """There is the node nevertheless, and a line that says why nothing else is."""
