@@ -50,6 +50,8 @@ def find_model(
         ValueError: `revision` is given, and `path` is not a repository.
     """
     name = os.fspath(path)
+    if not name:
+        raise FileNotFoundError(f"no model at ''; shipped models: {', '.join(files.shipped()) or 'none'}")
     here = Path(path)
     if not here.exists() and name in files.shipped():
         here = files.SHIPPED / name

@@ -88,7 +88,7 @@ def test_what_is_here_comes_first(downloads):
 @pytest.mark.parametrize(
     "path",
     [
-        "name", "./user/model", "/user/model", "~/model", "../model", "a/b/c", "user/model/", "user/net.pth",
+        "", "name", "./user/model", "/user/model", "~/model", "../model", "a/b/c", "user/model/", "user/net.pth",
         "user/x.safetensors", "runs/model", "user\\model", "user/m odel", Path("user/model"),
     ],
     ids=repr,
