@@ -220,7 +220,7 @@ class Sampler:
 
         args = self.args
         lr, margins = photograph_input(self.model, image)
-        memory = samples_memory(self.model, *lr.shape[2:], args.n, self._tile)
+        memory = samples_memory(self.model, *lr.shape[2:], args.n, self._tile, keeps=True)
         together, first = self._together(memory), 0
         if memory.total > _TOLD:
             self._tell(file, lr, memory, together)

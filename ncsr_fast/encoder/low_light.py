@@ -83,6 +83,21 @@ class LowLightEncoder(nn.Module):
         features = [Features(own, stacked) for own in (half, quarter, eighth)]
         return Condition(features, squeezed(self._color_map(half, method)))
 
+    def condition_bytes(self, element_size: int, tiled: bool) -> int:
+        """Bytes a pixel of the images that `condition` takes, with numbers of so many bytes; it is never in tiles.
+
+        The first convolutions are at full resolution: their outputs, and the pooled one with its indices of 8 bytes. Behind
+        them are block outputs, of half the side, with the buffer of a dense block.
+        """
+        stacked = len(self.stacked_blocks)
+        first = element_size * self.channels * (2 + 1 / 4) + 8 * self.channels / 4
+        blocks = element_size * (self.channels * max(stacked + 4, 2 * stacked + 1) + 4 * self.growth) / 4
+        return round(max(first, blocks))
+
+    def feature_bytes(self, element_size: int, tiled: bool) -> int:
+        """Bytes a pixel of the condition itself: stacked block outputs, features of three sizes, and the prior's mean."""
+        return round(element_size * (self.channels * ((len(self.stacked_blocks) + 1) / 4 + 1 / 16 + 1 / 64) + 3))
+
     def color_map(self, lr: Tensor, method: ConvolutionMethod | None = ENGINE) -> Tensor:
         """The colours that the encoder expects of the scene, each as its share: (B, 3, H, W). Arguments as for `condition`."""
         return self._color_map(self._trunk(lr, method)[0], method)

@@ -218,6 +218,11 @@ class RRDB(nn.Module):
         within = max(stacked + 3 + (0 if tiled else 1 + 4 * self.growth / self.channels), 2 * stacked + 1, stacked + widths)
         return round(element_size * self.channels * within)
 
+    def feature_bytes(self, element_size: int, tiled: bool) -> int:
+        """Bytes an LR pixel of the condition itself, once it is made: features of every level, stacked block outputs."""
+        scales = {scale for scale in self.level_scales if scale <= 1 or not tiled} | ({1} if tiled else set())
+        return round(element_size * self.channels * (len(self.stacked_blocks) + sum(scale**2 for scale in scales)))
+
     def load_published(self, source: Mapping[str, Tensor] | str | os.PathLike) -> None:
         """Load the weights of a published generator, or of the encoder in a flow checkpoint, into this network.
 

@@ -159,6 +159,7 @@ def _upsampled_forward(
             line = products[0] + products[_side(q, cells.factor)] if _side(q, cells.factor) else products[0]
             for p in cells.rows(i):
                 cells.pixels(y, p, q).add_(line)
+        del products, line  # before the next three are computed
     return y
 
 

@@ -179,11 +179,16 @@ class LevelPlan:
         logdets, options = [], self.options
         with without_autocast(z.device.type):
             if self._split is not None and latent is not None:
-                joined, h = torch.cat([z, latent], dim=1), split_prior(self._split, z)
-                z, density = ops.gaussian_split(joined, h, inverse=True, backend=options.backend)
+                z, density = self._joined(z, latent, self._split)
                 logdets.append(density)
-            z, logdet = self._steps(laid_out(z, options.memory_format), noise, peaks)
+            z = laid_out(z, options.memory_format)
+            z, logdet = self._steps(z, noise, peaks)
             return self.level.unsqueezed(z), torch.stack([logdet, *logdets]).sum(dim=0)
+
+    def _joined(self, z: Tensor, latent: Tensor, split: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """The state ahead of a split, of the state behind it and its latent; and the log-det (B,)."""
+        joined, h = torch.cat([z, latent], dim=1), split_prior(split, z)
+        return ops.gaussian_split(joined, h, inverse=True, backend=self.options.backend)
 
     def _steps(
         self, x: Tensor, noise: Tensor | None, peaks: Peaks | None, window: Window | None = None
@@ -226,6 +231,7 @@ class LevelPlan:
         weight, own_channels = None, self.features.own.shape[1]
         if "features" in stacked:
             weight = prepared(stacked["features"].weight, own_channels, algorithm, not self.recorded)
+            stacked["features"] = Hoisted(weight.weight, stacked["features"].bias)  # without what was prepared otherwise
         packed = [packed_weights(networks, self._network_backend) for networks in found]
         return FoldedLevel(found, stacked, weight, tuple(packed))
 

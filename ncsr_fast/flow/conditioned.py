@@ -16,7 +16,7 @@ from ncsr_fast.engine.condition import Condition
 from ncsr_fast.engine.memory import spare_bytes
 from ncsr_fast.engine.peaks import Peaks
 from ncsr_fast.engine.plain import PlainLevel, Plan, plan
-from ncsr_fast.flow.estimate import plan_bytes, walk_bytes
+from ncsr_fast.flow.level_memory import plan_bytes, walk_bytes
 from ncsr_fast.flow.walk import downward
 from ncsr_fast.layout import traced
 from ncsr_fast.ops.reference import gaussian_log_density
@@ -136,7 +136,7 @@ class Levels:
         self, index: int, planned: Plan, z: Tensor, latent: Tensor | None, noise: Tensor | None, peaks: Peaks | None
     ) -> tuple[Tensor, Tensor]:
         """One level, or a part of it, of as many samples at a time as the memory holds where they share an image."""
-        if traced() or self.batch != 1 or z.shape[0] <= (together := self._samples_at_once(index, z.shape[2] * z.shape[3])):
+        if traced() or self.batch != 1 or z.shape[0] <= (together := self.samples_at_once(index, z.shape[2] * z.shape[3])):
             return planned.decode(z, latent, noise, peaks)  # graphs have no chunks
         parts, logdets = [], []
         found: list[Peaks] = []
@@ -176,7 +176,7 @@ class Levels:
     def _element_size(self) -> int:
         return self.options.network_dtype(self.levels[0].actnorm_bias.dtype).itemsize
 
-    def _samples_at_once(self, index: int, pixels: int) -> int:
+    def samples_at_once(self, index: int, pixels: int) -> int:
         """How many samples of an image a level of so many pixels decodes together."""
         if self.options.samples_at_once is not None:
             return self.options.samples_at_once

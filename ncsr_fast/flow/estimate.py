@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple, cast
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
-from ncsr_fast.engine.memory import at_once, budget, spare_bytes
-from ncsr_fast.engine.tiles import halo
+import torch
+
+from ncsr_fast.engine.condition import Condition, LevelFeatures
+from ncsr_fast.engine.memory import budget
+from ncsr_fast.flow.conditioned import Levels
+from ncsr_fast.flow.level_memory import LevelMemory
+from ncsr_fast.flow.tiling import Tiling
 
 if TYPE_CHECKING:
-    from ncsr_fast.config import FlowConfig
     from ncsr_fast.flow.level import FlowLevel
     from ncsr_fast.model import NCSR
 
-_STATES = 5  # of a sample that exist at a time: latents, the state before and behind a level, the image, what is clipped
+_SHOWN = 3.25  # images: decoded, clamped and returned, and a byte that says which values are finite
 
 
 class SamplesMemory(NamedTuple):
@@ -20,7 +25,7 @@ class SamplesMemory(NamedTuple):
 
     Args:
         total: Bytes, beside the weights; those as they are folded count.
-        sample: Bytes that another sample takes.
+        sample: Bytes that another sample takes, on average.
         tiled: True where a level is decoded in several tiles.
     """
 
@@ -29,21 +34,35 @@ class SamplesMemory(NamedTuple):
     tiled: bool
 
 
-def plan_bytes(level: FlowLevel, flow: FlowConfig, element: int) -> int:
-    """Bytes a pixel of a level that the plan of decoding it stores, without a noise, in numbers of `element` bytes."""
-    count = 0
-    for branch in level.branches:
-        if branch.condition == "features":
-            count += (branch.steps or 0) * (2 * level.channels if branch.changes_all else flow.hidden_channels)
-    return count * element
+class _Size(NamedTuple):
+    """Of the features of a level, all that its tiles depend on: as of `ncsr_fast.engine.condition.LevelFeatures`."""
+
+    size: torch.Size
+    multiple: int
+    batch: int = 1
 
 
-def walk_bytes(level: FlowLevel, flow: FlowConfig, element: int) -> int:
-    """Bytes a pixel of a level, of one sample, that evaluating it takes: hidden layers, outputs and states."""
-    return (2 * flow.hidden_channels + 8 * level.channels) * element
+class _Part(NamedTuple):
+    """A level as it is decoded.
+
+    Args:
+        memory: Its terms.
+        crop: Pixels of the largest tile, halo included.
+        tiled: True for several tiles.
+        made: True where own features are made for every tile.
+        state: Bytes of the state of a sample, ahead of the level's split.
+        given: Bytes of that behind it, which decoding begins with, beside the latents.
+    """
+
+    memory: LevelMemory
+    crop: int
+    tiled: bool
+    made: bool
+    state: int
+    given: int
 
 
-def samples_memory(model: NCSR, height: int, width: int, n: int, tile: int | str | None) -> SamplesMemory:
+def samples_memory(model: NCSR, height: int, width: int, n: int, tile: int | str | None, keeps: bool = False) -> SamplesMemory:
     """The memory that `model.sample` takes without gradients, for one LR image of a size.
 
     Args:
@@ -52,31 +71,70 @@ def samples_memory(model: NCSR, height: int, width: int, n: int, tile: int | str
         width: Of the LR image.
         n: Samples.
         tile: As for `NCSR.sample`.
+        keeps: True: of the `sample` of `model.condition(lr)`, which caches plans.
     """
-    flow, like = model.flow, model.inputs.like
-    element = model.served.network_dtype(like.dtype).itemsize
-    pixels = height * width
-    levels = [_level_bytes(model, index, pixels, n, tile, element) for index in range(len(flow.levels))]
-    sample = _STATES * flow.channels * flow.scale**2 * pixels * like.element_size()
-    encoder = getattr(model.encoder, "condition_bytes", lambda size, tiled: 0)
-    most = budget(like.device)
-    in_tiles = tile is not None and (tile != "auto" or encoder(element, False) * pixels > most)
-    features = encoder(element, in_tiles) * pixels
-    folded = element * sum(weight.numel() for level in model.levels for weight in level.parameters())
-    total = folded + features + max(size for size, _ in levels) + n * sample
-    return SamplesMemory(total, sample, any(tiled for _, tiled in levels))
+    call = _Call(model, height, width, tile, keeps)
+    total = call.most(n)
+    another = call.most(2) - total if n == 1 else (total - call.most(1)) // (n - 1)
+    return SamplesMemory(total, max(1, another), any(part.tiled for part in call.parts))
 
 
-def _level_bytes(model: NCSR, index: int, lr_pixels: int, n: int, tile: int | str | None, element: int) -> tuple[int, bool]:
-    """Bytes of what is computed at a level beside its state, and True where there are several tiles of it."""
-    flow, device = model.flow, model.inputs.like.device
-    level = cast("FlowLevel", model.levels[index])
-    resolution, reach = flow.level_scales()[index], halo(level)
-    plan, walk = plan_bytes(level, flow, element), walk_bytes(level, flow, element)
-    pixels = crop = int(lr_pixels * resolution**2)
-    if tile == "auto" and reach is not None:
-        crop = min(pixels, budget(device) // (plan + walk))
-    elif tile is not None and reach is not None:
-        crop = min(pixels, (max(1, int(int(tile) * resolution)) + 2 * reach) ** 2)
-    together = min(n * walk * crop, max(walk * crop, spare_bytes(device)))
-    return crop * plan + together + min(at_once(device), crop * plan), crop < pixels
+class _Call:
+    """The samples of one LR image, before anything of them is computed; arguments as of `samples_memory`."""
+
+    def __init__(self, model: NCSR, height: int, width: int, tile: int | str | None, keeps: bool) -> None:
+        flow, like, options = model.flow, model.inputs.like, model.served
+        element = options.network_dtype(like.dtype).itemsize
+        height, width = (-(-side // flow.lr_multiple) * flow.lr_multiple for side in (height, width))
+        pixels, encoder, scales = height * width, model.encoder, flow.level_scales()
+        self.image = flow.channels * flow.scale**2 * pixels * like.element_size()
+        self.shown = _SHOWN + (flow.base is not None)
+        whole, tiled = (_bytes(encoder, "condition_bytes", element, each) * pixels for each in (False, True))
+        in_tiles = hasattr(encoder, "condition_in_tiles") and tile is not None
+        in_tiles = in_tiles and (tile != "auto" or whole > budget(like.device))
+        self.encoding = tiled if in_tiles else whole
+        self.features = _bytes(encoder, "feature_bytes", element, in_tiles) * pixels
+        sizes = [torch.Size([int(side * scale) for side in (height, width)]) for scale in scales]
+        found = [cast(LevelFeatures, _Size(size, max(1, int(scale)))) for size, scale in zip(sizes, scales)]
+        self.levels = Levels(cast("list[FlowLevel]", list(model.levels)), flow, Condition(found), options, keeps)
+        tiling = None if tile is None else Tiling(tile)
+        self.parts: list[_Part] = []
+        for index, (level, (rows, columns), scale) in enumerate(zip(self.levels.levels, sizes, scales)):
+            crop, split = rows * columns, False
+            if tiling is not None:
+                tiles = tiling.tiles(self.levels, index)
+                crop = max(span.length for span in tiles.rows) * max(span.length for span in tiles.columns)
+                split = not tiles.are_one
+            own = getattr(encoder, "channels", level.config.condition_channels)
+            memory = LevelMemory(level, flow, options, own, scale)
+            state = rows * columns * like.element_size()
+            given = level.channels - level.split_channels if index < len(scales) - 1 else 0  # the last one's is a latent
+            self.parts.append(_Part(memory, crop, split, in_tiles and scale > 1, level.channels * state, given * state))
+
+    def most(self, n: int) -> int:
+        """The most bytes at any time of n samples."""
+        return int(max(self.encoding, *self._phases(n)))
+
+    def _phases(self, n: int) -> Iterator[float]:
+        """Bytes at the times that may be the peak: folding, planning and evaluating every level, and the images' end."""
+        stored, latents = self.features, n * self.image  # of levels decoded before too: folded weights, plans in the cache
+        for index, part in reversed(list(enumerate(self.parts))):
+            memory, crop, weights = part.memory, part.crop, part.memory.weights()
+            there = latents + n * part.given
+            yield stored + there + weights.mixing
+            grown = memory.grown(crop) if part.made else 0
+            stored += weights.stored
+            yield stored + there + max(weights.folding + grown, memory.growing(crop) if part.made else 0)
+            together = min(n, self.levels.samples_at_once(index, crop))
+            outputs = n * part.state if part.tiled or together < n else 0  # of tiles and samples decoded, then joined
+            plan = memory.plan(crop) + grown
+            yield stored + there + n * part.state * part.tiled + memory.planning(crop) + grown
+            yield stored + there + outputs + plan + together * memory.walk(crop)
+            yield stored + there + 2 * outputs + (0 if part.tiled else plan)
+            stored += plan if self.levels.keeps and not part.tiled else 0
+        yield stored + n * self.shown * self.image
+
+
+def _bytes(encoder: Any, name: str, element: int, tiled: bool) -> int:
+    """Bytes an LR pixel that an encoder says; 0 of one that does not."""
+    return int(getattr(encoder, name)(element, tiled)) if hasattr(encoder, name) else 0

@@ -155,17 +155,12 @@ class Tiling:
             return x
         if noise is not None:  # resized as a whole; resizing a part again to its own size changes nothing
             noise = resized_noise(noise, levels.condition.features[index].size)
-        squeeze, done, found = levels.levels[index].squeeze, 0, []
-        bands = []
+        done, found, bands = 0, [], []
         for rows in tiles.rows:
             band = []
             for columns in tiles.columns:
                 seen = None if peaks is None else Peaks(rows.inner, columns.inner)
-                crop = (..., rows.crop, columns.crop)
-                own_latent, own_noise = (None if tensor is None else tensor[crop] for tensor in (latent, noise))
-                planned = levels.region_plan(index, rows.crop, columns.crop)
-                x, _ = levels.decode_level(index, planned, z[crop], own_latent, own_noise, seen)
-                band.append(x[..., _times(rows.inner, squeeze), _times(columns.inner, squeeze)].clone())
+                band.append(_decoded_core(levels, index, rows, columns, z, latent, noise, seen))
                 found += [] if seen is None else [seen]
                 done += rows.length * columns.length
                 self._report(done / tiles.pixels, index)
@@ -181,18 +176,15 @@ class Tiling:
             return levels.plan(index, inverse=False).encode(x, noise)
         if noise is not None:  # resized as a whole, as for decoding
             noise = resized_noise(noise, levels.condition.features[index].size)
-        squeeze, logdets = levels.levels[index].squeeze, []
+        logdets = []
         bands: list[list[Tensor]] = [[], []]  # of the state, and of the latent
         for rows in tiles.rows:
             band: list[list[Tensor]] = [[], []]
             for columns in tiles.columns:
-                planned = levels.region_plan(index, rows.crop, columns.crop, inverse=False)
-                own = x[..., _times(rows.crop, squeeze), _times(columns.crop, squeeze)]
-                own_noise = None if noise is None else noise[..., rows.crop, columns.crop]
-                z, latent, logdet = planned.encode(own, own_noise, (rows.inner, columns.inner))
+                *cores, logdet = _encoded_core(levels, index, rows, columns, x, noise)
                 logdets.append(logdet)
-                for parts, part in zip(band, (z, latent)):
-                    parts += [] if part is None else [part.clone()]
+                for parts, core in zip(band, cores):
+                    parts += [] if core is None else [core]
             for joined, parts in zip(bands, band):
                 joined += [torch.cat(parts, dim=3)] if parts else []
         z, *latents = (torch.cat(joined, dim=2) for joined in bands if joined)
@@ -233,6 +225,37 @@ def encoding_tiling(tile: int | str | None, levels: Levels, x: Tensor, noise: Te
     if tile != "auto" and recorded:
         raise ValueError(f"tile={tile!r} is for encoding without gradients: call it under torch.no_grad(), or with tile=None")
     return None if recorded or in_a_graph() else Tiling(tile, inverse=False)
+
+
+def _decoded_core(
+    levels: Levels,
+    index: int,
+    rows: Span,
+    columns: Span,
+    z: Tensor,
+    latent: Tensor | None,
+    noise: Tensor | None,
+    peaks: Peaks | None,
+) -> Tensor:
+    """The core of a tile of a level, decoded. The plan of the tile is freed at the end, before that of the next is made."""
+    crop = (..., rows.crop, columns.crop)
+    own_latent, own_noise = (None if tensor is None else tensor[crop] for tensor in (latent, noise))
+    planned = levels.region_plan(index, rows.crop, columns.crop)
+    x, _ = levels.decode_level(index, planned, z[crop], own_latent, own_noise, peaks)
+    squeeze = levels.levels[index].squeeze
+    return x[..., _times(rows.inner, squeeze), _times(columns.inner, squeeze)].clone()
+
+
+def _encoded_core(
+    levels: Levels, index: int, rows: Span, columns: Span, x: Tensor, noise: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """The core of a tile of a level, encoded, its latent and its log-det. The plan of the tile is freed at the end."""
+    squeeze = levels.levels[index].squeeze
+    planned = levels.region_plan(index, rows.crop, columns.crop, inverse=False)
+    own = x[..., _times(rows.crop, squeeze), _times(columns.crop, squeeze)]
+    own_noise = None if noise is None else noise[..., rows.crop, columns.crop]
+    z, latent, logdet = planned.encode(own, own_noise, (rows.inner, columns.inner))
+    return z.clone(), None if latent is None else latent.clone(), logdet
 
 
 def _least(reach: int) -> int:
