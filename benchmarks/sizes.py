@@ -151,7 +151,7 @@ def _latents(cell: Cell, model: NCSR) -> list[Tensor]:
 def _figures(call: Callable[[], Any], further: Callable[[], Any] | None = None) -> dict[str, Any]:
     """Seconds of a call, of a further one behind it, and the most memory that both took."""
     with contextlib.suppress(OSError):  # so that loading the model, which took more for a moment, does not hide a small image
-        Path("/proc/self/clear_refs").write_text("5")
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     before = _resident()
     figures = {"seconds": _seconds(call)}
     if further is not None:
@@ -172,7 +172,7 @@ def _seconds(call: Callable[[], Any]) -> float:
 
 def _resident() -> int:
     """Bytes of this process that are in memory."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def in_a_process(cell: Cell, threads: int, published: Path | None) -> dict[str, Any]:

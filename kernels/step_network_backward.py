@@ -245,7 +245,8 @@ def _launch_hidden_backward(
         z1 = [None] * len(dh)
         h1 = [own_pre if own is None else own for own, own_pre in zip(h1, pre)]
     fused, sums = dh2[0] is None, []
-    tiles, options = tiling(kind, height, width, 2 * hs if kind == "ieee" else hs)  # as many pixels as the forward pass spill
+    sums_of_pixel = hs if kind != "ieee" else 4 * hs if fused else 2 * hs  # as many pixels as the forward pass spill
+    tiles, options = tiling(kind, height, width, sums_of_pixel)
     if fused:  # two sums a pixel and channel: 4 warps spill
         options["num_warps"] = 8
         shape = len(dh), tiles * batch, hidden * hidden + hidden

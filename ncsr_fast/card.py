@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from ncsr_fast.model import NCSR
 
 CARD = "README.md"
+_LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")  # the Hub's identifiers
 
 _TEMPLATE = """\
 ---
@@ -68,7 +70,7 @@ def model_card(model: NCSR, directory: str | os.PathLike, name: str, *, data: st
         The text.
 
     Raises:
-        ValueError: `data` or `terms` is empty.
+        ValueError: `data` or `terms` is empty, `license` is no identifier, or `name` is empty or of several lines.
         FileNotFoundError: A file of the model is not in the directory.
 
     Example:
@@ -78,6 +80,13 @@ def model_card(model: NCSR, directory: str | os.PathLike, name: str, *, data: st
     for argument, text in (("data", data), ("terms", terms)):
         if not text.strip():
             raise ValueError(f"{argument} must be a text: a card says what a model was trained on and what it may be used for")
+    if not isinstance(license, str) or not _LICENSE.fullmatch(license):
+        raise ValueError(
+            f"license must be an identifier of the Hub's list, such as 'mit' or 'cc-by-nc-sa-4.0', not {license!r}"
+        )
+    title = name.rstrip("/").rpartition("/")[2]
+    if len(title.splitlines()) != 1:
+        raise ValueError(f"name must be a line of text, not {name!r}")
     from ncsr_fast import __version__
 
     rows = []
@@ -87,7 +96,7 @@ def model_card(model: NCSR, directory: str | os.PathLike, name: str, *, data: st
     return _TEMPLATE.format(
         license=license,
         task="low-light-enhancement" if model.flow.scale == 1 else "super-resolution",
-        title=name.rpartition("/")[2],
+        title=title,
         description=model.describe(),
         parameters=sum(parameter.numel() for parameter in model.parameters()) / 1e6,
         source=json.dumps(name),

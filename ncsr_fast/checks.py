@@ -21,7 +21,8 @@ def check_image(name: str, image: Tensor, like: Tensor, channels: int) -> None:
     if not isinstance(image, Tensor):
         raise TypeError(f"{name} must be a tensor, not {type(image).__name__}")
     if image.dim() != 4 or image.shape[1] != channels:
-        raise ValueError(f"{name} must have shape (B, {channels}, H, W), not {tuple(image.shape)}")
+        hint = "; leave out the alpha channel" if image.dim() == 4 and (channels, image.shape[1]) == (3, 4) else ""
+        raise ValueError(f"{name} must have shape (B, {channels}, H, W), not {tuple(image.shape)}{hint}")
     if 0 in image.shape:
         raise ValueError(
             f"{name} must have shape (B, {channels}, H, W) with at least one image and one pixel, not {tuple(image.shape)}"
@@ -60,6 +61,14 @@ def check_count(name: str, value: object) -> None:
         raise TypeError(f"{name} must be a whole number, not {value!r}")
     if value < 1:
         raise ValueError(f"{name} must be at least 1, not {value!r}")
+
+
+def check_seed(value: object) -> None:
+    """Raise unless `value` is a whole number from 0 to 2⁶⁴ - 1."""
+    if isinstance(value, bool) or not hasattr(type(value), "__index__"):
+        raise TypeError(f"seed must be a whole number, not {value!r}")
+    if not 0 <= value < 2**64:
+        raise ValueError(f"seed must be from 0 to 2⁶⁴ - 1, not {value!r}")
 
 
 def check_tile(value: object) -> None:

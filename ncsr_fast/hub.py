@@ -50,6 +50,8 @@ def find_model(
         ValueError: `revision` is given, and `path` is not a repository.
     """
     name = os.fspath(path)
+    if not name:
+        raise FileNotFoundError(f"no model at ''; shipped models: {', '.join(files.shipped()) or 'none'}")
     here = Path(path)
     if not here.exists() and name in files.shipped():
         here = files.SHIPPED / name
@@ -119,7 +121,7 @@ def push_to_hub(
     Raises:
         ValueError: `repository` is not of the form "user/name", or `data` or `terms` is empty.
         ImportError: huggingface_hub is not installed.
-        OSError: The Hub refused, or cannot be reached.
+        OSError: The Hub refused, or cannot be reached, whatever the class of its HTTP client's error.
     """
     if not _REPOSITORY.fullmatch(repository):
         raise ValueError(f'repository must be of the form "user/name", not {repository!r}')
@@ -132,6 +134,12 @@ def push_to_hub(
         card = model_card(model, folder, repository, data=data, terms=terms, license=license)
         (Path(folder) / CARD).write_text(card, encoding="utf-8")
         api = HfApi(token=token, library_name="ncsr_fast")
-        api.create_repo(repository, private=private, exist_ok=True)
-        commit = api.upload_folder(repo_id=repository, folder_path=folder, revision=revision, commit_message=commit_message)
+        try:
+            api.create_repo(repository, private=private, exist_ok=True)
+            commit = api.upload_folder(repo_id=repository, folder_path=folder, revision=revision, commit_message=commit_message)
+        except (OSError, ValueError):  # base classes of all of huggingface_hub's own errors
+            raise
+        except Exception as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise OSError(f"no upload to {repository!r} on the Hugging Face Hub: {reason}") from error
     return str(commit.commit_url)

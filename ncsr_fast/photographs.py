@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ncsr_fast.checks import check_image, check_seed
 from ncsr_fast.data.images import to_float
 from ncsr_fast.data.low_light import Margins, crop_margins, low_light_input, pad_mirrored
 from ncsr_fast.metrics.fidelity import to_uint8
@@ -60,10 +61,12 @@ def sample_photograph(
         tile: As for `NCSR.sample`.
 
     Raises:
-        ValueError, TypeError: As `NCSR.sample` does.
+        ValueError, TypeError: As `NCSR.sample` does, also of an image for a low-light model.
     """
+    check_seed(seed)
     like = next(model.parameters())
     if is_low_light(model):
+        check_image("image", image[None].to(like), like, model.flow.channels)
         lr, margins = photograph_input(model, to_uint8(image.float(), "round"))
     else:
         lr, margins = image[None].to(like), Margins(0, 0, 0, 0)

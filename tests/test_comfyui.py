@@ -101,6 +101,29 @@ def test_a_model_is_read_once(module, photos, tmp_path):
         execute(module, image=photos[:1], model="nowhere")
 
 
+@pytest.mark.parametrize("model, name", [("ncsr-compact-x4", "lr"), ("llflow-compact", "image")])
+def test_images_that_no_model_reads(module, photos, model, name):
+    """Models of both kinds say why; a low-light model's eight bits would hide NaN, and make bytes white."""
+    photo = photos[:1]
+    for image, said in [
+        (
+            torch.cat([photo, photo[..., :1]], -1),
+            r"must have shape \(B, 3, H, W\), not \(1, 4, 5, 6\); leave out the alpha channel",
+        ),
+        (photo[:, :0], "must have shape .* with at least one image and one pixel"),
+        (photo * float("nan"), "has 90 NaN or infinite values out of 90"),
+        (photo * 255, "has values .*: divide by 255"),
+    ]:
+        with pytest.raises(ValueError, match=f"^{name} {said}"):
+            execute(module, image=image, model=model)
+
+
+@pytest.mark.parametrize("seed, error", [(-1, ValueError), (2**64, ValueError), (1.5, TypeError)])
+def test_seeds_that_are_none(module, photos, seed, error):
+    with pytest.raises(error, match="^seed must be "):
+        execute(module, image=photos[:1], seed=seed)
+
+
 @pytest.mark.slow
 def test_without_spandrel(tmp_path):
     """There is the node nevertheless, and a line that says why nothing else is."""

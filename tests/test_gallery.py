@@ -98,6 +98,8 @@ def test_metrics_that_cannot_be_computed_are_told(model):
         (None, None, "neither an LR image nor an original"),
         (torch.zeros(3, 1, MOST_PIXELS // 16 + 1, dtype=torch.uint8), None, "1.0 megapixels each, more than the 1.0 of a page"),
         (None, HR[:, :7], "less than 8×8"),
+        (LR[None], None, r"^lr must have shape \(3, H, W\), not \(1, 3, 8, 10\)"),
+        (LR, HR[:1], r"^hr must have shape \(3, H, W\), not \(1, 32, 40\)"),
     ],
 )
 def test_what_has_no_view(model, lr, hr, message):
@@ -106,11 +108,25 @@ def test_what_has_no_view(model, lr, hr, message):
 
 
 @pytest.mark.parametrize(
-    "arguments, message", [({"n": 0}, "^n must"), ({"crop": 0}, "^crop must"), ({"temperatures": [-1]}, "^temperature")]
+    "arguments, message",
+    [
+        ({"n": 0}, "^n must"),
+        ({"crop": 0}, "^crop must"),
+        ({"temperatures": [-1]}, "^temperature"),
+        ({"seed": -1}, "^seed must be from 0"),
+        ({"seed": 2**64}, "^seed must be from 0"),
+    ],
 )
 def test_what_settings_may_not_be(model, arguments, message):
     with pytest.raises(ValueError, match=message):
         Viewer(model, **arguments)
+
+
+def test_images_of_floats_have_no_view(model):
+    """A page cannot hold floats, which a user would learn after all samples were drawn."""
+    for images in ((LR / 255, None), (LR, HR / 255)):
+        with pytest.raises(TypeError, match="^[lh]r must be uint8, as read_image reads files, not torch.float32"):
+            Viewer(model, 1, 0.0, []).view("a", *images)
 
 
 def test_samples_that_blow_up_have_no_view():

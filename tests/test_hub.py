@@ -88,7 +88,7 @@ def test_what_is_here_comes_first(downloads):
 @pytest.mark.parametrize(
     "path",
     [
-        "name", "./user/model", "/user/model", "~/model", "../model", "a/b/c", "user/model/", "user/net.pth",
+        "", "name", "./user/model", "/user/model", "~/model", "../model", "a/b/c", "user/model/", "user/net.pth",
         "user/x.safetensors", "runs/model", "user\\model", "user/m odel", Path("user/model"),
     ],
     ids=repr,
@@ -171,6 +171,42 @@ def test_a_card_without_data_or_terms(absent, uploads):
     assert not uploads.calls
     with pytest.raises(FileNotFoundError):
         model_card(tiny_model(), "nowhere", "user/mine", **TEXTS)
+
+
+def test_the_hub_cannot_be_reached(uploads, monkeypatch):
+    """The error of a connection is its HTTP client's own, neither OSError nor huggingface_hub's."""
+
+    class ConnectError(Exception):
+        pass
+
+    def create_repo(*_, **__):
+        raise error
+
+    monkeypatch.setattr(uploads, "create_repo", create_repo)
+    error = ConnectError("[Errno -2] Name or service\n not known")
+    with pytest.raises(OSError, match=r"^no upload to 'user/mine' on .* Hub: \[Errno -2\] Name or service not known$"):
+        push_to_hub(tiny_model(), "user/mine", **TEXTS)
+    error = PermissionError("401")
+    with pytest.raises(PermissionError, match="^401$"):
+        push_to_hub(tiny_model(), "user/mine", **TEXTS)
+
+
+@pytest.mark.parametrize("license", ["", "CC BY-NC-SA 4.0", "other\nfoo: bar", "it's: #x", "[mit]", None])
+def test_licences_that_break_the_metadata(license, uploads):
+    with pytest.raises(ValueError, match="^license must be an identifier of the Hub's list, such as .*, not "):
+        push_to_hub(tiny_model(), "user/mine", license=license, **TEXTS)
+    assert not uploads.calls
+
+
+@pytest.mark.parametrize("name, title", [("runs/mine/", "# mine"), ("a\nb", None), ("", None), ("/", None)])
+def test_the_title_of_a_card(name, title, tmp_path):
+    model = tiny_model()
+    model.save_pretrained(tmp_path)
+    if title is None:
+        with pytest.raises(ValueError, match="^name must be a line of text, not "):
+            model_card(model, tmp_path, name, **TEXTS)
+    else:
+        assert title in model_card(model, tmp_path, name, **TEXTS).splitlines()
 
 
 def test_uploads_that_cannot_be(uploads, monkeypatch):

@@ -43,11 +43,11 @@ example:
   ncsr-fast evaluate --table 1 --config tables.yml --out tables/
 
 Without --protocol and --samples: a model at each temperature beside bicubic. PSNR, SSIM, LR-PSNR (mean, and the worst of each
-image's samples) and diversity, means over images; LPIPS and the NTIRE diversity score as well where the lpips package and its
-weights are installed. HR images are cropped to multiples of 8 and LR images made by MATLAB bicubic unless --lr-images names
-them; then to the size that theirs says. A low-light model is measured on pairs of bright photographs and the dark ones that
---lr-images names, at temperature 0 by default: PSNR, SSIM and LPIPS of the dark photograph, of the samples, and of the samples
-made as bright as the reference.
+image's samples) and diversity, means over images; LPIPS and the NTIRE diversity score as well where the lpips package is
+installed (its weights, of 233 MB, are downloaded once). HR images are cropped to multiples of 8 and LR images made by MATLAB
+bicubic unless --lr-images names them; then to the size that theirs says. A low-light model is measured on pairs of bright
+photographs and the dark ones that --lr-images names, at temperature 0 by default: PSNR, SSIM and LPIPS of the dark photograph,
+of the samples, and of the samples made as bright as the reference.
 
 With --protocol: exactly what the NTIRE challenge of that year measures, of a folder of PNG files (--samples) of any method, or
 of a model: a flow, a generator (RRDB, ESRGAN …), or the word bicubic. Originals are taken in sorted order; samples are called
@@ -161,11 +161,12 @@ def _evaluation(model: NCSR, args: argparse.Namespace, to_8bit: str, device: str
     from ncsr_fast.evaluation.temperatures import Evaluation
     from ncsr_fast.photographs import is_low_light
 
-    how = args.n, args.seed, lpips_or_none(device), to_8bit
-    if not is_low_light(model):
-        return Evaluation(model, args.temperatures, *how)
-    if args.lr_images is None:
+    dark = is_low_light(model)
+    if dark and args.lr_images is None:
         raise ValueError(f"{model.describe()}, makes dark photographs bright: give the dark ones of the images, --lr-images")
+    how = args.n, args.seed, lpips_or_none(device), to_8bit
+    if not dark:
+        return Evaluation(model, args.temperatures, *how)
     return LowLightEvaluation(model, [0.0] if args.temperatures is _TEMPERATURES else args.temperatures, *how)
 
 

@@ -43,7 +43,8 @@ example:
 
 Any browser opens the file from where it is; nothing is loaded from elsewhere. Each image has a divider between any two of LR,
 bicubic, samples, temperatures, standard deviation and original, by mouse, touch and keyboard, and metrics: LR-PSNR; with
---hr-images PSNR and SSIM, and LPIPS where the lpips package and its weights are installed. The page says what is missing.
+--hr-images PSNR and SSIM, and LPIPS where the lpips package is installed (its weights, of 233 MB, are downloaded once). The
+page says what is missing.
 
 With --hr-images alone the LR images are made by MATLAB bicubic, as `ncsr-fast evaluate` makes them. With both, an LR image and
 its original have the same path in their folders, suffix and x4 or x8 aside; two files are a pair whatever their names.

@@ -16,6 +16,7 @@ from ncsr_fast.compat.replacement import Replacement, Unsupported
 from ncsr_fast.compat.structure import recognise, resembles_network, skeleton_of
 from ncsr_fast.compat.trial import disagreement
 from ncsr_fast.engine.options import EngineOptions
+from ncsr_fast.model import NCSR
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,8 @@ def accelerate(module: nn.Module, **options: Any) -> AccelerationReport:
     _visit(module, "", options, report)
     if not report.replaced:
         reasons = "; ".join(f"{_shown(name)}: {why}" for name, why in report.left.items())
-        raise ValueError(f"nothing in this {type(module).__name__} could be accelerated: {reasons or 'no part is recognised'}")
+        why = "a model of ncsr_fast runs on the engine already" if isinstance(module, NCSR) else "no part is recognised"
+        raise ValueError(f"nothing in this {type(module).__name__} could be accelerated: {reasons or why}")
     return report
 
 

@@ -82,7 +82,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("out", help="folder that the dark ones are written to")
     parser.add_argument("--seed", type=int, default=0, help="of everything random (default: %(default)s)")
     arguments = parser.parse_args(argv)
-    print(f"{len(darken_folder(arguments.images, arguments.out, arguments.seed))} images in {arguments.out}")
+    try:
+        written = darken_folder(arguments.images, arguments.out, arguments.seed)
+    except (ValueError, OSError) as error:
+        parser.exit(1, f"{parser.prog}: {error}\n")
+    print(f"{len(written)} images in {arguments.out}")
 
 
 if __name__ == "__main__":

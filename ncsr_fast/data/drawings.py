@@ -12,6 +12,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from ncsr_fast.checks import check_count
 from ncsr_fast.data.images import to_uint8, write_image
 
 _LETTERS = "abcdefghijklmnopqrstuvwxyz      ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,:;!?()[]{}+-*/=<>_#&@"
@@ -147,8 +148,11 @@ def draw_folder(out: str | os.PathLike, count: int, size: int, seed: int = 0) ->
         The files written.
 
     Raises:
-        ValueError: A size below 1.
+        ValueError: A count or a size below 1.
+        OSError: A file cannot be written.
     """
+    check_count("count", count)
+    check_count("size", size)
     written = []
     for kind in KINDS:
         for number in range(count):
@@ -166,7 +170,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--size", type=int, default=192, help="side of an image in pixels (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of everything random (default: %(default)s)")
     arguments = parser.parse_args(argv)
-    print(f"{len(draw_folder(arguments.out, arguments.count, arguments.size, arguments.seed))} images in {arguments.out}")
+    try:
+        written = draw_folder(arguments.out, arguments.count, arguments.size, arguments.seed)
+    except (ValueError, OSError) as error:
+        parser.exit(1, f"{parser.prog}: {error}\n")
+    print(f"{len(written)} images in {arguments.out}")
 
 
 if __name__ == "__main__":

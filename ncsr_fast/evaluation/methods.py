@@ -19,6 +19,7 @@ from ncsr_fast.hub import find_model
 from ncsr_fast.metrics.fidelity import check_to_8bit, to_uint8
 from ncsr_fast.metrics.imresize import imresize
 from ncsr_fast.model import NCSR
+from ncsr_fast.photographs import is_low_light
 from ncsr_fast.systems import TEMPERATURE
 
 BICUBIC = "bicubic"
@@ -208,7 +209,7 @@ def load_method(
         device: That computes.
 
     Raises:
-        ValueError: A model of another scale, or no scale of bicubic; and as `from_pretrained`.
+        ValueError: A model of another scale, no scale of bicubic, or a low-light model; and as `from_pretrained`.
     """
     if os.fspath(model) == BICUBIC:
         if scale is None:
@@ -222,6 +223,11 @@ def load_method(
         if noise is not None:
             network.training_noise = noise
         return Generator(network, os.fspath(model), n, seed, to_8bit), own
+    if is_low_light(network):
+        raise ValueError(
+            f"{network.describe()}, makes dark photographs bright, and the challenge is of super-resolution: "
+            "leave --protocol out, and give the dark photographs, --lr-images"
+        )
     return Flow(network, os.fspath(model), n, temperature, seed, to_8bit, likelihood), own
 
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ncsr_fast.checks import check_count, check_temperature, check_tile
+from ncsr_fast.checks import check_count, check_seed, check_temperature, check_tile
 from ncsr_fast.data.images import crop_to_multiple, to_float
 from ncsr_fast.data.low_light import crop_margins
 from ncsr_fast.data.perturb import degrade
@@ -99,7 +99,7 @@ class Viewer:
         lpips_network: From `metrics.lpips_model`; None to leave LPIPS out.
 
     Raises:
-        ValueError: n or crop below 1, a negative temperature, another tile or to_8bit.
+        ValueError: n or crop below 1, a negative temperature, another tile or to_8bit, a seed outside 0 … 2⁶⁴ - 1.
     """
 
     def __init__(
@@ -116,6 +116,7 @@ class Viewer:
         lpips_network: Any = None,
     ) -> None:
         check_count("n", n)
+        check_seed(seed)
         check_tile(tile)
         check_to_8bit(to_8bit)
         self.model, self.scale = model, model.flow.scale
@@ -168,9 +169,14 @@ class Viewer:
                 None.
 
         Raises:
-            ValueError: The sizes of the two do not fit, the pictures would be too large, or there is no LR image.
+            TypeError: An image is not uint8.
+            ValueError: An image is not (3, H, W), the sizes of the two do not fit, the pictures would be too large, or there is
+                no image.
             NonFiniteSamples: A sample blew up.
         """
+        for argument, image in (("lr", lr), ("hr", hr)):
+            if image is not None:
+                _check_photograph(argument, image)
         lr, hr = self._pair(lr, hr)
         self.check_size(*lr.shape[1:])
         lr, hr, notes = self._middle(lr, hr)
@@ -228,6 +234,14 @@ class Viewer:
             large = [slice(self.scale * part.start, self.scale * part.stop) for part in box]
             hr = hr[:, large[0], large[1]].contiguous()
         return lr, hr, [f"The middle of an image of {width}×{height} pixels."]
+
+
+def _check_photograph(argument: str, image: Tensor) -> None:
+    """Raise unless `image` is as `read_image` reads a file."""
+    if image.dtype != torch.uint8:
+        raise TypeError(f"{argument} must be uint8, as read_image reads files, not {image.dtype}")
+    if image.dim() != 3 or len(image) != 3:
+        raise ValueError(f"{argument} must have shape (3, H, W), not {tuple(image.shape)}")
 
 
 class _Measure:

@@ -133,6 +133,7 @@ def test_without_lpips_the_rest_is_measured(folders, tmp_path, capsys):
         (["--samples", "SR", "--nll"], "--nll belongs to a model"),
         (["--protocol", "ntire2021", "--temperatures", "0.5", "0.9"], "one temperature at a time"),
         (["--scale", "4"], "--scale belongs to --protocol"),
+        (["--protocol", "ntire2021", "--model", "llflow-compact"], "leave --protocol out, and give the dark photographs"),
         (["--generator-noise", "dense"], "--generator-noise belongs to --protocol"),
         (["--config", "a.yml"], "--config belongs to --table"),
         (["--table", "1"], "the folder of HR images does not belong to --table"),

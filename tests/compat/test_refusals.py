@@ -10,7 +10,7 @@ from compat.networks import SMALL, STAND_INS, accelerated_twins
 from compat.standin import Split, StandInNCSR
 from compat.test_network import replicate
 from operator_cases import marked
-from support import image
+from support import image, tiny_model
 
 import ncsr_fast
 
@@ -118,10 +118,11 @@ REFUSED = {
     "patched": (patched, "its forward was replaced already"),
     "meta": (lambda: SMALL.build().to("meta"), "on meta"),
     "something else": (lambda: torch.nn.Linear(2, 2), "nothing in this Linear could be accelerated: no part is recognised"),
+    "own": (tiny_model, "nothing in this NCSR could be accelerated: a model of ncsr_fast runs on the engine already"),
 }
 
 
-@marked("slow", lambda what: what not in ("coupling", "eps", "hook", "likelihood", "something else"))
+@marked("slow", lambda what: what not in ("coupling", "eps", "hook", "likelihood", "something else", "own"))
 @pytest.mark.parametrize("what", REFUSED)
 def test_refused_with_a_reason(what):
     build, reason = REFUSED[what]

@@ -54,6 +54,14 @@ def test_a_folder_is_one_of_a_pair(photos, tmp_path, capsys):
     assert contents(tmp_path / "others") != contents(tmp_path / "dark")
 
 
+def test_the_command_says_what_is_wrong_in_a_line(photos, tmp_path, capsys):
+    for images, out, said in [(photos, photos / "dark", "out: "), (tmp_path / "none", tmp_path / "out", "")]:
+        with pytest.raises(SystemExit) as ended:
+            main([str(images), str(out)])
+        err = capsys.readouterr().err
+        assert ended.value.code == 1 and err.startswith(f"python -m ncsr_fast.data.darkening: {said}") and err.count("\n") == 1
+
+
 def test_dark_photographs_are_not_put_among_the_bright(photos):
     with pytest.raises(ValueError, match="out: .*dark' is in the folder of the photographs"):
         darken_folder(photos, photos / "dark")

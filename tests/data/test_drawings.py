@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from support import contents
@@ -64,6 +67,21 @@ def test_the_command(tmp_path, capsys):
     assert capsys.readouterr().out == f"{len(KINDS)} images in {tmp_path / 'out'}\n"
     draw_folder(tmp_path / "same", count=1, size=8, seed=5)
     assert contents(tmp_path / "out") == contents(tmp_path / "same")
+
+
+@pytest.mark.parametrize("words, said", [
+    (["out", "--size", "0"], "size must be at least 1, not 0"),
+    (["out", "--count", "0"], "count must be at least 1, not 0"),
+    (["file/out"], ".*file.*"),
+])  # fmt: skip
+def test_the_command_says_what_is_wrong_in_a_line(words, said, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    assert ended.value.code == 1
+    assert re.fullmatch(rf"python -m ncsr_fast.data.drawings: {said}\n", capsys.readouterr().err)
+    assert not Path("out").exists()
 
 
 @pytest.mark.parametrize("kind, height, said", [

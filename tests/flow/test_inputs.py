@@ -21,6 +21,7 @@ BAD_PAIRS = {
     "scale": ((HR[..., :-4], LR), ValueError, r"hr must have shape \(2, 3, 16, 24\) for lr .* scale 4, not \(2, 3, 16, 20\)"),
     "batch": ((HR[:1], LR), ValueError, r"hr must have shape \(2, 3, 16, 24\)"),
     "channels": ((HR, LR[:, :1]), ValueError, r"lr must have shape \(B, 3, H, W\), not \(2, 1, 4, 6\)"),
+    "alpha": ((HR, LR[:, [0, 1, 2, 2]]), ValueError, r"not \(2, 4, 4, 6\); leave out the alpha channel$"),
     "rank": ((HR, LR[0]), ValueError, r"lr must have shape \(B, 3, H, W\), not \(3, 4, 6\)"),
     "empty": ((HR, LR[..., :0]), ValueError, r"lr must have shape .* at least one image and one pixel, not \(2, 3, 4, 0\)"),
     "no-image": ((HR[:0], LR[:0]), ValueError, r"lr must have shape .* at least one image and one pixel, not \(0, 3, 4, 6\)"),

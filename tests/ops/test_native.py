@@ -29,7 +29,7 @@ if not installation.expects("native"):
 
 from ncsr_fast import _native
 from ncsr_fast.ops import native as calls
-from ncsr_fast.ops import reference
+from ncsr_fast.ops import passing, reference
 
 
 @pytest.mark.slow
@@ -121,7 +121,7 @@ def test_a_launch_names_device_and_stream(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=40 + device.index))
     passed = []
-    calls._launch(lambda *values: passed.extend(values), x, lambda: 16, "sizes")
+    passing._launch(lambda *values: passed.extend(values), x, lambda: 16, "sizes")
     sizes, float64, (cuda, ordinal, stream, memory) = passed
     assert (sizes, float64, cuda, ordinal, stream) == ("sizes", False, 1, 3, 43) and memory
 

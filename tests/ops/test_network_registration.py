@@ -213,9 +213,9 @@ def test_transforms_take_the_reference(name, device, backend, monkeypatch):
     tensors, allowed = arguments(name, 2, 3, (2, 2), batch=1, dtype=dtype, device=device), 10 * tolerance(name, dtype)
     place = next(index for index, tensor in enumerate(tensors) if tensor is not None)
     if backend == "native":
-        from ncsr_fast.ops import native as calls_of_kernels
+        from ncsr_fast.ops import passing
 
-        monkeypatch.setattr(calls_of_kernels, "_launch", forbidden)
+        monkeypatch.setattr(passing, "_launch", forbidden)
 
     def of_first(x: Tensor) -> tuple[Tensor, ...]:
         return run(name, *tensors[:place], x, *tensors[place + 1 :], backend=backend)
