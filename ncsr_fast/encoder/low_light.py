@@ -88,12 +88,12 @@ class LowLightEncoder(nn.Module):
         """Bytes a pixel of the images that `condition` takes, with numbers of so many bytes; it is never in tiles.
 
         The first convolutions are at full resolution: their outputs, and the pooled one with its indices of 8 bytes. Behind
-        them are block outputs, of half the side, with the buffer of a dense block.
+        them are block outputs, of half the side, with what a block has, as `RRDB.condition_bytes` says.
         """
         stacked = len(self.stacked_blocks)
         first = element_size * self.channels * (2 + 1 / 4) + 8 * self.channels / 4
-        blocks = element_size * (self.channels * max(stacked + 4, 2 * stacked + 2) + 4 * self.growth) / 4
-        return round(max(first, blocks))
+        within = max(self.channels * (stacked + 6) + 4 * self.growth, self.channels * (2 * stacked + 2))
+        return round(max(first, element_size * within / 4))
 
     def feature_bytes(self, element_size: int, tiled: bool) -> int:
         """Bytes a pixel of the condition itself: stacked block outputs, features of three sizes, and the prior's mean."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from dataclasses import replace
 from unittest import mock
 
@@ -388,12 +389,13 @@ def test_the_estimate_of_memory_is_that_of_the_device():
         ("ncsr-x8", (64, 48), False),
         ("ctflow", (64, 48), False),  # no features above LR size: the peak is in a block
         ("llflow-compact", (64, 64), False),
+        ("llflow-lol", (64, 64), False),
     ],
 )
 @torch.no_grad()
 def test_the_estimate_of_an_encoder(preset, size, tiled):
-    """Most bytes while it makes a condition, and those of the condition: of five blocks, the last of which is not stacked."""
-    config = NCSRConfig.preset(preset) if preset == "llflow-compact" else replace(few_steps(preset), blocks=5)
+    """Most bytes while it makes a condition, and those of the condition; of five blocks the last is not stacked."""
+    config = NCSRConfig.preset(preset) if preset.startswith("llflow") else replace(few_steps(preset), blocks=5)
     encoder = meta_model(config).encoder
     lr = torch.empty(1, encoder.in_channels, *size, device="meta").to(memory_format=torch.channels_last)
     made = []
@@ -418,6 +420,24 @@ def test_the_estimate_for_another_sample():
         assert samples_memory(model, 96, 128, n, None).total <= many.total - (12 - n) * many.sample + 12
     one = samples_memory(model, 96, 128, 1, None)
     assert one.total + one.sample == samples_memory(model, 96, 128, 2, None).total
+
+
+@torch.no_grad()
+def test_the_plan_of_a_tile_is_freed_before_the_next_is_made():
+    model, lr, made = healthy(), image(1, 3, 8, 8, seed=1), []
+
+    def planned(*arguments, **options):
+        assert all(plan() is None for plan in made)
+        found = region(*arguments, **options)
+        made.append(weakref.ref(found))
+        return found
+
+    region = Levels.region_plan
+    with mock.patch.object(Levels, "region_plan", planned):
+        hr = model.sample(lr, 1, 0.2, tile=4)[:, 0]
+        drawn = len(made)
+        model.encode(hr, lr, tile=4)
+    assert len(made) > drawn > 1
 
 
 @pytest.mark.slow
