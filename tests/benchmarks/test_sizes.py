@@ -98,7 +98,8 @@ def test_tables(monkeypatch, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_process_of_its_own(monkeypatch):
+def test_a_process_of_its_own(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)  # the installed package is measured, not one that lies in the current folder
     row = sizes.in_a_process(sizes.Cell(sizes.COMPACT, OURS, "sample", 64), 1, None)
     assert row["seconds"] > 0 and row["peak_bytes"] > 0
     monkeypatch.setattr(sys, "executable", "/bin/false")
