@@ -38,7 +38,9 @@ def measured(names=ARMS, task=None, model=None, **changes) -> list[dict]:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*blew up:RuntimeWarning")  # as samples of random weights may
-@pytest.mark.parametrize("task", [SAMPLES, arms.Task("train", 2, 4, frozen_encoder=True), DECODING])
+@pytest.mark.parametrize(
+    "task", [SAMPLES, arms.Task("train", 2, 4, frozen_encoder=True), pytest.param(DECODING, marks=pytest.mark.exhaustive)]
+)
 def test_every_arm_has_a_row(task):
     model, names = small_model(), [*ARMS, arms.CONDITIONED] if task.decode else ARMS
     others = {name: arms.Conditioned(model, EngineOptions()) for name in names if name not in ARMS}
