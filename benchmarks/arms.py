@@ -77,15 +77,23 @@ class Task:
         return name not in CAPTURED if self.decode else name != CONDITIONED
 
 
-def random_model(device: str, config: NCSRConfig | None = None) -> NCSR:
-    """A model, the ×4 one by default, with parameters moved gently off their initial values and actnorms initialised."""
+def random_model(
+    device: str, config: NCSRConfig | None = None, deviation: float = 3e-3, images: tuple[Tensor, Tensor] | None = None
+) -> NCSR:
+    """A model, the ×4 one by default, with parameters moved gently off their initial values and actnorms initialised.
+
+    Args:
+        device: The model's.
+        config: The architecture.
+        deviation: Standard deviation of what parameters are moved by.
+        images: HR and LR images that the actnorms are initialised with; None draws RGB images for a ×4 model.
+    """
     torch.manual_seed(0)
     model = NCSR(config or NCSRConfig.from_published(OPTIONS)).eval()
     with torch.no_grad():
-        for level in model.levels:
-            for parameter in level.parameters():
-                parameter += 3e-3 * torch.randn_like(parameter)
-    model.initialize(torch.rand(2, 3, 64, 64), torch.rand(2, 3, 16, 16))
+        for parameter in model.levels.parameters():
+            parameter += deviation * torch.randn_like(parameter)
+    model.initialize(*(images or (torch.rand(2, 3, 64, 64), torch.rand(2, 3, 16, 16))))
     return model.to(device)
 
 

@@ -229,7 +229,7 @@ def per_warp(row: Any, by_depth: Sequence[int]) -> int:
 
 
 def chosen(variants: Sequence[Any], precisions: Sequence[str]) -> list[Any]:
-    """Those of the variants of calls that are in one of the precisions, words of `DTYPES`, or whose outputs' dtype is one's."""
+    """The variants of calls in one of the precisions (words of `DTYPES`), by their name or by the dtype of their outputs."""
     dtypes = {DTYPES[precision] for precision in precisions}
     return [each for each in variants if (each in precisions if isinstance(each, str) else each[2] in dtypes)]
 

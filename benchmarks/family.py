@@ -26,7 +26,7 @@ from ncsr_fast.cli._common import Gathered, thread_count
 from ncsr_fast.config import PRESETS
 from ncsr_fast.files import atomic_write
 
-from .arms import ACCELERATED, OURS, PUBLISHED, backward
+from .arms import ACCELERATED, OURS, PUBLISHED, backward, random_model
 from .harness import brief, quantiles, rounded, side_by_side
 from .provenance import provenance, recorded_command
 from .published import NOT_NEEDED
@@ -150,19 +150,13 @@ class Ours(Published):
 
 
 def random_member(config: NCSRConfig, side: int) -> NCSR:
-    """A model with parameters moved gently off their initial values and actnorms initialised."""
-    torch.manual_seed(0)
-    model = NCSR(config).eval()
-    with torch.no_grad():
-        for parameter in model.levels.parameters():
-            parameter += 1e-3 * torch.randn_like(parameter)
-    model.initialize(*_images(model, 2, side)[:2])
-    return model
+    """The model of `random_model`, its parameters moved less, since deep networks amplify what they are moved by."""
+    return random_model("cpu", config, 1e-3, _images(config, 2, side)[:2])
 
 
-def _images(model: NCSR, batch: int, side: int) -> tuple[Tensor, Tensor, Tensor]:
+def _images(config: NCSRConfig, batch: int, side: int) -> tuple[Tensor, Tensor, Tensor]:
     """HR and LR images, and noise."""
-    flow, generator = model.flow, torch.Generator().manual_seed(1)
+    flow, generator = config.flow, torch.Generator().manual_seed(1)
     hr = torch.rand(batch, flow.channels, flow.scale * side, flow.scale * side, generator=generator)
     lr = torch.rand(batch, flow.lr_channels, side, side, generator=generator)
     return hr, lr, 0.03 * torch.randn(hr.shape, generator=generator)
@@ -170,7 +164,7 @@ def _images(model: NCSR, batch: int, side: int) -> tuple[Tensor, Tensor, Tensor]
 
 def measure(arms: dict[str, Any], model: NCSR, side: int, rounds: int) -> list[dict[str, Any]]:
     """Rows of both tasks. An arm whose results differ from ours has its `error` and no figures."""
-    hr, lr, noise = _images(model, 1, side)
+    hr, lr, noise = _images(model.config, 1, side)
     generator = torch.Generator().manual_seed(2)
     shapes = model.latent_shapes(side, side)
     latents = [model.config.temperature * torch.randn(1, *shape, generator=generator) for shape in shapes]

@@ -86,7 +86,7 @@ def headline() -> str:
 
 
 def ladder() -> str:
-    """What each part of the engine contributes, one after the other."""
+    """The table of times as the parts of the engine are turned on one after the other."""
     lines = [("", "10 samples, LR 40×40", "training step, 160×160", "its activations")]
     samples, steps = arms("sample"), arms("train")
     for arm, name in _STEPS.items():

@@ -117,7 +117,7 @@ def coupled_calls(
 def large_coupled_calls(
     channels: int, size: tuple[int, int, int] = SIZE, precisions: Sequence[str] = tuple(PRECISIONS)
 ) -> Iterator[Call]:
-    """The same of ten times as many samples, which takes another kernel."""
+    """The calls of `coupled_calls` for ten times as many samples, which take another kernel."""
     return coupled_calls(channels, (10 * size[0], *size[1:]), precisions)
 
 
@@ -128,7 +128,7 @@ def _image(size: tuple[int, int, int], channels: int, dtype: torch.dtype) -> Ten
 
 
 def _pre_activations(size: tuple[int, int, int], dtype: torch.dtype) -> list[Tensor]:
-    """Of one network among several: of every sample, and of one that all share."""
+    """Pre-activations of one network among several: one tensor with those of every sample, one that all samples share."""
     batch, height, width = size
     own, one = (_image((count, height, width), 4 * HIDDEN, dtype)[:, HIDDEN : 2 * HIDDEN] for count in (batch, 1))
     return [own, one.expand(batch, -1, -1, -1)]

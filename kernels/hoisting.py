@@ -50,7 +50,7 @@ def reach(phase, FACTOR: tl.constexpr, SLOTS: tl.constexpr):
 
 @triton.jit
 def looked(i, FACTOR: tl.constexpr, SLOTS: tl.constexpr):
-    """Of the i-th of the f + 2 pixels along an axis that look at a cell its distance from the cell's first, and the slot."""
+    """Distance from a cell's first pixel, and slot, of the i-th of the f + 2 pixels along an axis that look at the cell."""
     phase = tl.minimum(tl.maximum(i - 1, 0), FACTOR - 1)
     cell = tl.where(i == 0, 1, tl.where(i == FACTOR + 1, -1, 0))
     slot = tl.where(i < 2, i, tl.where(i >= FACTOR, SLOTS - 2 + i - FACTOR, 2))

@@ -70,7 +70,7 @@ def run_protocol(args: argparse.Namespace, temperatures: list[float] | None) -> 
 def _inputs(
     args: argparse.Namespace, temperatures: list[float] | None, device: str
 ) -> tuple[Method, Originals, int, list[Path] | None]:
-    """What is measured, on what, at which scale, and the LR images of the originals where they are given."""
+    """The method, the originals, the scale, and the LR images of the originals where they are given."""
     from ncsr_fast.evaluation.methods import Folder, load_method
     from ncsr_fast.evaluation.names import PROTOCOLS, find_originals, find_samples
     from ncsr_fast.systems import TEMPERATURE

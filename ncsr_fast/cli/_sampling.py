@@ -282,7 +282,7 @@ class Sampler:
 
     @contextlib.contextmanager
     def _bar(self, first: int, count: int, large: bool) -> Iterator[object]:
-        """What `progress` may be, with a bar for a large image."""
+        """A context with a function for `progress`, which draws a bar for a large image; None for a small one."""
         if not large:
             yield None
             return

@@ -50,5 +50,5 @@ def run_table(args: argparse.Namespace, given: set[str]) -> None:
 
 
 def _scale(table: Table) -> int | None:
-    """That of the reports, where they have one."""
+    """The scale of the reports, where they have one."""
     return next((row.report.scale for row in table.rows if row.report), None)

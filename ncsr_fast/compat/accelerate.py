@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -14,7 +15,8 @@ from ncsr_fast.compat.flow import FlowForward, compared_flow, describe_flow, rec
 from ncsr_fast.compat.network import NetworkForward, compared
 from ncsr_fast.compat.replacement import Replacement, Unsupported
 from ncsr_fast.compat.structure import recognise, resembles_network, skeleton_of
-from ncsr_fast.compat.trial import disagreement
+from ncsr_fast.compat.trial import Pair, disagreement
+from ncsr_fast.config import FlowConfig, NCSRConfig
 from ncsr_fast.engine.options import EngineOptions
 from ncsr_fast.model import NCSR
 
@@ -114,22 +116,30 @@ def _visit(module: nn.Module, name: str, options: dict[str, Any], report: Accele
 
 def _replace_network(net: nn.Module, options: dict[str, Any], handed_over: Counter[str]) -> str:
     config = recognise(net)
-    exact = {**options, "precision": "fp32"}
-    found = disagreement(net, lambda trial: NetworkForward(trial, config, exact), partial(compared, config))
-    if found is not None:
-        raise Unsupported(found)
-    NetworkForward(net, config, options, handed_over).install()
+    _try_and_install(NetworkForward, compared, net, config, options, handed_over)
     return skeleton_of(config).describe()
 
 
 def _replace_flow(flow: nn.Module, options: dict[str, Any], handed_over: Counter[str]) -> str:
     config = recognise_flow(flow)
+    _try_and_install(FlowForward, compared_flow, flow, config, options, handed_over)
+    return describe_flow(config)
+
+
+def _try_and_install(
+    forward: Callable[..., Replacement],
+    compare: Callable[..., Iterator[Pair]],
+    module: nn.Module,
+    config: NCSRConfig | FlowConfig,
+    options: dict[str, Any],
+    handed_over: Counter[str],
+) -> None:
+    """Install a replacement that agrees with the module on a small image, in float32; raise Unsupported for another."""
     exact = {**options, "precision": "fp32"}
-    found = disagreement(flow, lambda trial: FlowForward(trial, config, exact), partial(compared_flow, config))
+    found = disagreement(module, lambda trial: forward(trial, config, exact), partial(compare, config))
     if found is not None:
         raise Unsupported(found)
-    FlowForward(flow, config, options, handed_over).install()
-    return describe_flow(config)
+    forward(module, config, options, handed_over).install()
 
 
 def _joined(name: str, key: str) -> str:
